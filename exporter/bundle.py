@@ -1,0 +1,162 @@
+"""Write a bundle: graphs, weights, tokenizer and manifest, all of it or nothing."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from exporter.backends import onnx
+from exporter.graphs import GraphSpec, kv_ports
+from exporter.pair import Pair
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import FORMAT_VERSION, MANIFEST
+
+# Files a bundle takes over from the target checkpoint if it has them.
+TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
+
+BACKENDS = {"onnx": onnx}
+RECIPES = ("fp32",)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the user chose; `default_draft_tokens` is what a runtime drafts unless it is told otherwise."""
+
+    backend: str = "onnx"
+    recipe: str = "fp32"
+    max_seq_len: int = 4096
+    max_draft_tokens: int = 8
+    force: bool = False
+
+    @property
+    def default_draft_tokens(self) -> int:
+        return min(4, self.max_draft_tokens)
+
+
+def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: onnx.Progress = lambda *_: None) -> None:
+    """Export a pair. The same pair and tool give the same bytes.
+
+    Raises:
+        InputError: the output exists, cannot be written, or a weight is not finite; nothing is left behind.
+    """
+    if options.max_seq_len > pair.target.max_position_embeddings:
+        raise InputError(
+            f"--max-seq-len is {options.max_seq_len}, the target knows {pair.target.max_position_embeddings} positions"
+        )
+    with _replacing(output, options.force) as directory:
+        graphs = BACKENDS[options.backend].export_graphs(directory, pair, progress)
+        for name in TEXT_FILES:
+            if (source := pair.target_checkpoint.directory / name).exists():
+                shutil.copyfile(source, directory / name)
+        manifest = _manifest(directory, pair, options, graphs)
+        (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _manifest(
+    directory: Path, pair: Pair, options: ExportOptions, graphs: dict[str, tuple[str, GraphSpec]]
+) -> dict[str, Any]:
+    """The document that FORMAT.md specifies."""
+    target, drafter, table = pair.target, pair.drafter, pair.table
+    buffers = []
+    for port in kv_ports(target):
+        layer = int(port.name.rpartition("_")[2])
+        heads, _, dim = port.shape
+        buffers.append(
+            {
+                "name": port.name,
+                "layer": layer,
+                "layer_type": target.layer_types[layer],
+                "num_key_value_heads": heads,
+                "head_dim": dim,
+            }
+        )
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool_version": version("gemma-mtp-export"),
+        "backend": BACKENDS[options.backend].runtime(),
+        "recipe": options.recipe,
+        "max_seq_len": options.max_seq_len,
+        "num_draft_tokens": {"default": options.default_draft_tokens, "max": options.max_draft_tokens},
+        "tokens": asdict(pair.tokens),
+        "target": asdict(target),
+        "drafter": asdict(drafter),
+        "two_stage": table
+        and {
+            "num_clusters": table.members.shape[0],
+            "cluster_size": table.members.shape[1],
+            "top_k_clusters": pair.top_k_clusters,
+        },
+        "kv": {
+            "dtype": "float32",
+            "layout": ["num_key_value_heads", "cache_rows", "head_dim"],
+            "shared_with_drafter": pair.shared_kv,
+            "buffers": buffers,
+        },
+        "graphs": {
+            name: {
+                "file": file,
+                "inputs": [asdict(port) for port in spec.inputs],
+                "outputs": [asdict(port) for port in spec.outputs],
+            }
+            for name, (file, spec) in graphs.items()
+        },
+        "source": {"target": pair.target_checkpoint.sha256(), "drafter": pair.drafter_checkpoint.sha256()},
+        "files": {file.name: _facts(file) for file in sorted(directory.iterdir())},
+    }
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+@contextlib.contextmanager
+def _replacing(output: Path, force: bool) -> Iterator[Path]:
+    """A fresh directory beside `output` that takes its place if the block succeeds, and vanishes if it does not.
+
+    The manifest is written last, so a killed export leaves nothing that looks like a bundle.
+    """
+    check_output(output, force)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if output.exists():
+            replaced = partial.with_name(partial.name + "-old")
+            output.rename(replaced)
+            partial.rename(output)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(output)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else "check the directory"
+        raise InputError(f"{output}: export failed while writing ({reason}); {hint} and try again") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse an output that exists, before any work is done; `force` replaces a bundle, never anything else.
+
+    Raises:
+        InputError: it exists, and is not to be or must not be replaced.
+    """
+    if not output.exists() and not output.is_symlink():
+        return
+    if not force:
+        raise InputError(f"{output}: exists already; choose another --output, or pass --force to replace it")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).exists()):
+        raise InputError(f"{output}: is not a bundle, so --force will not replace it; choose another --output")

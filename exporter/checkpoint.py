@@ -1,0 +1,254 @@
+"""Read Hugging Face checkpoint directories: strict names, strict shapes, one tensor in memory at a time."""
+
+import fnmatch
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from clustering.table import ClusterTable
+from exporter.config import DrafterConfig, TextConfig, read_json
+from exporter.modeling.drafter import Drafter
+from exporter.modeling.target import Target
+from runtime_ref.errors import InputError
+
+# Module parameters by name, each read (and where needed converted) when it is called.
+Weights = Mapping[str, Callable[[], Tensor]]
+
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+
+# Where the target's text decoder stands in a checkpoint, by dialect; the first that holds an embedding counts.
+TARGET_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+
+# Target tensors that are left out on purpose, as patterns on the name in the checkpoint.
+IGNORED_TARGET = {
+    "*vision_tower.*": "vision",
+    "*audio_tower.*": "audio",
+    "*embed_vision.*": "vision",
+    "*embed_audio.*": "audio",
+    "*lm_head.weight": "tied to the embedding",
+}
+
+# Target tensors that KV-shared layers may carry and nothing reads.
+IGNORED_ON_SHARED_LAYERS = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight")
+
+# Drafter tensors: module name <- name in the checkpoint; `{}` is the rest of the name.
+DRAFTER_NAMES = {
+    "layers.{}": "model.layers.{}",
+    "norm.weight": "model.norm.weight",
+    "pre_projection.weight": "pre_projection.weight",
+    "post_projection.weight": "post_projection.weight",
+}
+DRAFTER_EMBEDDING = "model.embed_tokens.weight"
+CENTROIDS, TOKEN_ORDERING = "masked_embedding.centroids.weight", "masked_embedding.token_ordering"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies, and what its file says of it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The safetensors of one directory: names, dtypes and shapes at once, values on request."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises InputError for missing, pickled, truncated or absent-from-index files."""
+        self.directory = directory
+        weight_map = _weight_map(directory)
+        self.files = [directory / name for name in sorted(set(weight_map.values())) or ["model.safetensors"]]
+        self.entries: dict[str, TensorEntry] = {}
+        for file in self.files:
+            try:
+                with safe_open(file, "pt") as opened:
+                    for name in opened.keys():
+                        view = opened.get_slice(name)
+                        self.entries[name] = TensorEntry(file, view.get_dtype(), tuple(view.get_shape()))
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{file}: not a readable safetensors file ({error}); download it again") from error
+        for name, file_name in weight_map.items():
+            if name not in self.entries or self.entries[name].file.name != file_name:
+                raise InputError(f"{directory / file_name}: the index says that {name} is here; download both again")
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, floats as float32.
+
+        Raises:
+            InputError: it holds NaN or infinity.
+        """
+        with safe_open(self.entries[name].file, "pt") as opened:
+            tensor = opened.get_tensor(name)
+        if not tensor.is_floating_point():
+            return tensor
+        tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise InputError(f"{self.entries[name].file}: tensor {name} holds NaN or infinity; restore the checkpoint")
+        return tensor
+
+    def sha256(self) -> dict[str, str]:
+        """Digest of every weight file, by file name."""
+        digests = {}
+        for file in self.files:
+            with file.open("rb") as stream:
+                digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return digests
+
+
+def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
+    """Readers for every parameter of `Target`; every tensor of the checkpoint is mapped, ignored by a rule or refused.
+
+    Raises:
+        InputError: a tensor is missing, unknown, of the wrong shape or quantized.
+    """
+    names = checkpoint.entries.keys()
+    prefix = next((p for p in TARGET_PREFIXES if f"{p}embed_tokens.weight" in names), TARGET_PREFIXES[0])
+    shapes = _parameter_shapes(lambda: Target(config))
+    ignored = _shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
+    ignored |= {name for name in names for pattern in IGNORED_TARGET if fnmatch.fnmatchcase(name, pattern)}
+    mapped = {name: prefix + name for name in shapes}
+    _refuse_unknown(checkpoint, set(mapped.values()) | ignored)
+    return _select(checkpoint, mapped, shapes)
+
+
+def drafter_weights(
+    checkpoint: Checkpoint, config: DrafterConfig, table: ClusterTable | None, target: Weights
+) -> Weights:
+    """Readers for every parameter of `Drafter`, whose head is clustered if a table is given, else dense.
+
+    Raises:
+        InputError: a tensor is missing, unknown, of the wrong shape or quantized.
+    """
+    shapes = _parameter_shapes(lambda: Drafter(config, None))
+    mapped = {"head.weight": DRAFTER_EMBEDDING}
+    for ours, stored in DRAFTER_NAMES.items():
+        stem = ours.removesuffix("{}")
+        found = [name for name in shapes if name.startswith(stem)]
+        mapped |= {name: stored.replace("{}", name.removeprefix(stem)) for name in found}
+    ignored = _shared_layer_tensors("model.", range(config.text.num_hidden_layers))
+    _refuse_unknown(checkpoint, {*mapped.values(), CENTROIDS, TOKEN_ORDERING, "lm_head.weight"} | ignored)
+    weights = _select(checkpoint, mapped, shapes)
+    weights["target_embed_tokens.weight"] = target["embed_tokens.weight"]
+    if table is not None:
+        embedding, members = weights.pop("head.weight"), torch.from_numpy(table.members)
+        weights["head.centroids"] = lambda: torch.from_numpy(table.centroids)
+        weights["head.clusters"] = lambda: embedding()[members.flatten()].reshape(len(members), -1)
+        weights["head.token_ids"] = lambda: members
+    return weights
+
+
+def read_cluster_table(checkpoint: Checkpoint, config: DrafterConfig) -> ClusterTable | None:
+    """The clusters that the checkpoint carries, None for a dense head: presence decides, whatever the config says.
+
+    Raises:
+        InputError: half a table, one that does not fit the config, or an ordering that is not a permutation.
+    """
+    entries = checkpoint.entries
+    if CENTROIDS not in entries and TOKEN_ORDERING not in entries:
+        return None
+    expected = {
+        CENTROIDS: (config.num_centroids, config.text.hidden_size),
+        TOKEN_ORDERING: (config.text.vocab_size,),
+    }
+    for name, shape in expected.items():
+        if name not in entries:
+            raise InputError(f"{checkpoint.directory}: tensor {name} is missing, but its partner is there")
+        _check_shape(entries[name], name, shape)
+    table = ClusterTable(checkpoint.load(CENTROIDS).numpy(), checkpoint.load(TOKEN_ORDERING).long().numpy())
+    table.check(str(entries[TOKEN_ORDERING].file))
+    if config.centroid_intermediate_top_k > config.num_centroids:
+        raise InputError(
+            f"{checkpoint.directory}: centroid_intermediate_top_k is {config.centroid_intermediate_top_k}, more than"
+            f" the {config.num_centroids} clusters there are; correct config.json"
+        )
+    return table
+
+
+def checkpoint_json(directory: Path, name: str) -> dict[str, Any]:
+    """An optional JSON file of a checkpoint, empty if it is not there."""
+    path = directory / name
+    return read_json(path) if path.exists() else {}
+
+
+def load_module(build: Callable[[], nn.Module], weights: Weights) -> nn.Module:
+    """The module that `build` makes, with its weights, ready for inference; nothing is held twice."""
+    with torch.device("meta"):
+        module = build()
+    for name, _ in list(module.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(weights[name](), requires_grad=False))
+    return module.eval()
+
+
+def _parameter_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in build().named_parameters()}
+
+
+def _select(
+    checkpoint: Checkpoint, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Callable[[], Tensor]]:
+    """Readers for module parameters whose names in the checkpoint are given; shapes and dtypes must fit."""
+    for name, stored in names.items():
+        entry = checkpoint.entries.get(stored)
+        if entry is None:
+            raise InputError(f"{checkpoint.directory}: tensor {stored} is missing; restore the checkpoint")
+        _check_shape(entry, stored, shapes[name])
+        if entry.dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"{entry.file}: tensor {stored} is {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)};"
+                " pass an unquantized checkpoint"
+            )
+    return {name: functools.partial(checkpoint.load, stored) for name, stored in names.items()}
+
+
+def _check_shape(entry: TensorEntry, name: str, shape: tuple[int, ...]) -> None:
+    if entry.shape != shape:
+        raise InputError(
+            f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)};"
+            " the weights and the config belong to different models"
+        )
+
+
+def _refuse_unknown(checkpoint: Checkpoint, known: set[str]) -> None:
+    if unknown := sorted(checkpoint.entries.keys() - known):
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise InputError(
+            f"{checkpoint.entries[unknown[0]].file}: unknown tensor {unknown[0]}{more}: neither mapped nor ignored by"
+            " a rule; this is not a plain Gemma 4 checkpoint of that kind"
+        )
+
+
+def _shared_layer_tensors(prefix: str, layers: range) -> set[str]:
+    return {f"{prefix}layers.{i}.self_attn.{name}" for i in layers for name in IGNORED_ON_SHARED_LAYERS}
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """File of each tensor as the index says; empty for a checkpoint of one file."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return {}
+    if not index.exists():
+        pickled = sorted(path for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        if pickled:
+            raise InputError(
+                f"{pickled[0]}: pickled weights are refused, because loading them runs code; convert to safetensors"
+            )
+        raise InputError(f"{directory}: neither model.safetensors nor {index.name} is there; download the weights")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: weight_map is missing or empty; download the index again")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(f"{index}: names {name!r}, expected a safetensors file in the same directory")
+        if not (directory / name).exists():
+            raise InputError(f"{directory / name}: named in {index.name} but absent; download the shard")
+    return weight_map

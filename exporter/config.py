@@ -1,0 +1,316 @@
+"""Frozen model configurations, read from either dialect of a Hugging Face config.json."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime_ref.errors import InputError
+
+LAYER_TYPES = ("sliding_attention", "full_attention")
+
+# Keys of a text config that do not change what the model computes at inference.
+IGNORED_TEXT_KEYS = frozenset(
+    """_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id
+    id2label initializer_range is_encoder_decoder label2id max_position_embeddings model_type num_experts
+    moe_intermediate_size expert_intermediate_size output_attentions output_hidden_states pad_token_id problem_type
+    return_dict sliding_window_pattern top_k_experts torch_dtype transformers_version use_cache vocab_size_per_layer_input
+    _sliding_window_pattern _attn_implementation""".split()
+)
+
+# Keys that are accepted with these values only: anything else is another architecture.
+FIXED_TEXT_KEYS: Mapping[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "attention_k_eq_v": (False, None),
+    "enable_moe_block": (False, None),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "tie_word_embeddings": (True,),
+    "use_bidirectional_attention": (None, "vision"),
+}
+
+_REQUIRED_INTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """What the layers of one type share: head sizes and rotary embedding."""
+
+    head_dim: int
+    num_key_value_heads: int
+    rope_theta: float
+    rope_type: str = "default"
+    partial_rotary_factor: float = 1.0
+    rope_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A Gemma 4 text decoder: the target, or the inner model of a drafter (field names as in the checkpoint)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    layer_types: tuple[str, ...]
+    sliding_attention: AttentionConfig
+    full_attention: AttentionConfig
+    sliding_window: int
+    rms_norm_eps: float
+    num_kv_shared_layers: int
+    use_double_wide_mlp: bool
+    hidden_size_per_layer_input: int
+    vocab_size_per_layer_input: int
+    final_logit_softcapping: float | None
+    max_position_embeddings: int
+
+    def attention(self, layer_type: str) -> AttentionConfig:
+        return self.full_attention if layer_type == "full_attention" else self.sliding_attention
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Leading layers that compute and store K/V; the layers after them read a stored one."""
+        return self.num_hidden_layers - self.num_kv_shared_layers
+
+    def kv_source(self, layer_type: str) -> int:
+        """Index of the layer whose stored K/V the KV-shared layers (and the drafter) of this type read."""
+        stored = self.layer_types[: self.num_kv_layers]
+        return len(stored) - 1 - stored[::-1].index(layer_type)
+
+    def mlp_size(self, layer: int) -> int:
+        doubled = self.use_double_wide_mlp and layer >= self.num_kv_layers
+        return self.intermediate_size * (2 if doubled else 1)
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """An MTP drafter: its inner decoder, and what ties it to a target."""
+
+    text: TextConfig
+    backbone_hidden_size: int
+    num_centroids: int
+    centroid_intermediate_top_k: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object, or say in one line why that cannot be done."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; expected a Hugging Face checkpoint directory with this file") from None
+    except NotADirectoryError:
+        raise InputError(f"{path.parent}: is a file; expected a Hugging Face checkpoint directory") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); restore the file") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_target_config(directory: Path) -> TextConfig:
+    """Read a target's config.json in the published (`gemma4`) or the text-only (`gemma4_text`) dialect.
+
+    Raises:
+        InputError: no such file, another `model_type`, or a value this exporter cannot honour.
+    """
+    path = directory / "config.json"
+    raw = read_json(path)
+    model_type = raw.get("model_type")
+    if model_type == "gemma4":
+        text = _text_section(raw, path)
+    elif model_type == "gemma4_text":
+        text = raw
+    else:
+        hint = "; this is a drafter, pass it as --drafter" if model_type == "gemma4_assistant" else ""
+        raise InputError(f"{path}: model_type is {model_type!r}, expected 'gemma4' or 'gemma4_text'{hint}")
+    config = parse_text_config(text, path)
+    if not config.hidden_size_per_layer_input:
+        raise InputError(
+            f"{path}: hidden_size_per_layer_input is 0, but E2B and E4B targets have per-layer embeddings;"
+            " pass an E2B or E4B checkpoint"
+        )
+    if not 0 <= config.num_kv_shared_layers < config.num_hidden_layers:
+        raise InputError(
+            f"{path}: num_kv_shared_layers is {config.num_kv_shared_layers}, expected 0 to"
+            f" {config.num_hidden_layers - 1}; a target stores the K/V of at least one layer"
+        )
+    stored = set(config.layer_types[: config.num_kv_layers])
+    if missing := set(config.layer_types) - stored:
+        raise InputError(f"{path}: KV-shared layers of type {missing.pop()!r} have no storing layer before them")
+    return config
+
+
+def read_drafter_config(directory: Path) -> DrafterConfig:
+    """Read a drafter's config.json (`gemma4_assistant`).
+
+    Raises:
+        InputError: no such file, another `model_type`, or a value this exporter cannot honour.
+    """
+    path = directory / "config.json"
+    raw = read_json(path)
+    model_type = raw.get("model_type")
+    if model_type != "gemma4_assistant":
+        hint = "; this is a target, pass it as --target" if model_type in ("gemma4", "gemma4_text") else ""
+        raise InputError(f"{path}: model_type is {model_type!r}, expected 'gemma4_assistant'{hint}")
+    text = parse_text_config(_text_section(raw, path), path)
+    if text.num_kv_shared_layers not in (0, text.num_hidden_layers):
+        raise InputError(
+            f"{path}: num_kv_shared_layers is {text.num_kv_shared_layers}, expected {text.num_hidden_layers}:"
+            " every layer of a drafter reads the target's K/V"
+        )
+    if text.hidden_size_per_layer_input or text.use_double_wide_mlp:
+        raise InputError(f"{path}: a drafter has no per-layer embeddings and no double-wide MLP; check the file")
+    return DrafterConfig(
+        text=text,
+        backbone_hidden_size=_positive_int(raw, "backbone_hidden_size", path, 1536),
+        num_centroids=_positive_int(raw, "num_centroids", path, 2048),
+        centroid_intermediate_top_k=_positive_int(raw, "centroid_intermediate_top_k", path, 32),
+    )
+
+
+def check_pair(target: TextConfig, drafter: DrafterConfig, drafter_dir: Path) -> None:
+    """Refuse a drafter that was made for another target.
+
+    Raises:
+        InputError: hidden size, vocabulary, layer types, KV heads, head sizes or window disagree.
+    """
+    text = drafter.text
+    facts = [
+        ("backbone_hidden_size", drafter.backbone_hidden_size, target.hidden_size),
+        ("vocab_size", text.vocab_size, target.vocab_size),
+    ]
+    for layer_type in sorted(set(text.layer_types)):
+        if layer_type not in target.layer_types:
+            raise InputError(f"{drafter_dir}: the drafter has {layer_type} layers, the target has none")
+        ours, theirs = text.attention(layer_type), target.attention(layer_type)
+        facts.append((f"{layer_type} num_key_value_heads", ours.num_key_value_heads, theirs.num_key_value_heads))
+        facts.append((f"{layer_type} head_dim", ours.head_dim, theirs.head_dim))
+    for name, found, expected in facts:
+        if found != expected:
+            raise InputError(
+                f"{drafter_dir}: made for another target: {name} is {found}, the target needs {expected};"
+                " pass the drafter that belongs to this target"
+            )
+
+
+def parse_text_config(text: Mapping[str, Any], path: Path) -> TextConfig:
+    """Build a TextConfig from a text config in either dialect; unknown keys that are set are an error."""
+    for key, allowed in FIXED_TEXT_KEYS.items():
+        if key in text and text[key] not in allowed:
+            raise InputError(f"{path}: {key} is {text[key]!r}, only {allowed[0]!r} is supported")
+    known = IGNORED_TEXT_KEYS | FIXED_TEXT_KEYS.keys() | set(_REQUIRED_INTS) | _OPTIONAL_KEYS
+    for key, value in text.items():
+        # A null or false value is a feature that is switched off.
+        if key not in known and value not in (None, False):
+            raise InputError(
+                f"{path}: unknown key {key!r} = {value!r}: it may change what the model computes;"
+                " update gemma-mtp-export, or remove the key if it does not matter"
+            )
+    ints = {key: _positive_int(text, key, path) for key in _REQUIRED_INTS}
+    layer_types = _layer_types(text, ints["num_hidden_layers"], path)
+    sliding, full = (
+        _attention_config(text, ints, layer_types, layer_type, path)
+        for layer_type in ("sliding_attention", "full_attention")
+    )
+    softcap = text.get("final_logit_softcapping")
+    return TextConfig(
+        vocab_size=ints["vocab_size"],
+        hidden_size=ints["hidden_size"],
+        intermediate_size=ints["intermediate_size"],
+        num_hidden_layers=ints["num_hidden_layers"],
+        num_attention_heads=ints["num_attention_heads"],
+        layer_types=layer_types,
+        sliding_attention=sliding,
+        full_attention=full,
+        sliding_window=ints["sliding_window"],
+        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+        num_kv_shared_layers=int(text.get("num_kv_shared_layers") or 0),
+        use_double_wide_mlp=bool(text.get("use_double_wide_mlp")),
+        hidden_size_per_layer_input=int(text.get("hidden_size_per_layer_input", 256) or 0),
+        vocab_size_per_layer_input=int(text.get("vocab_size_per_layer_input") or ints["vocab_size"]),
+        final_logit_softcapping=None if softcap is None else float(softcap),
+        max_position_embeddings=int(text.get("max_position_embeddings", 131072)),
+    )
+
+
+_OPTIONAL_KEYS = frozenset(
+    """layer_types rms_norm_eps num_kv_shared_layers use_double_wide_mlp hidden_size_per_layer_input rope_parameters
+    final_logit_softcapping per_layer_config global_head_dim num_global_key_value_heads""".split()
+)
+
+_DEFAULT_ROPE: Mapping[str, Mapping[str, Any]] = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+}
+
+
+def _text_section(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise InputError(f"{path}: text_config is missing, expected an object with the decoder's sizes")
+    if raw.get("tie_word_embeddings", True) is not True:
+        raise InputError(f"{path}: tie_word_embeddings is false, only tied embeddings are supported")
+    return text
+
+
+def _positive_int(raw: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
+    value = raw.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{path}: {key} is {value!r}, expected a positive integer")
+    return value
+
+
+def _layer_types(text: Mapping[str, Any], num_layers: int, path: Path) -> tuple[str, ...]:
+    # The default pattern and the forced last layer are those of transformers' Gemma4TextConfig.
+    found = text.get("layer_types") or [LAYER_TYPES[(i + 1) % 6 == 0] for i in range(num_layers)]
+    layer_types = (*found[:-1], "full_attention")
+    if len(layer_types) != num_layers or not set(layer_types) <= set(LAYER_TYPES):
+        raise InputError(
+            f"{path}: layer_types has {len(layer_types)} entries of {sorted(set(layer_types))}, expected"
+            f" {num_layers} of {list(LAYER_TYPES)}"
+        )
+    return layer_types
+
+
+def _attention_config(
+    text: Mapping[str, Any], ints: Mapping[str, int], layer_types: tuple[str, ...], layer_type: str, path: Path
+) -> AttentionConfig:
+    """Sizes of one layer type: `per_layer_config` in the text-only dialect, `global_head_dim` in the published one."""
+    sizes = {"head_dim": ints["head_dim"], "num_key_value_heads": ints["num_key_value_heads"]}
+    if (overrides := text.get("per_layer_config")) is not None:
+        of_type = [overrides.get(str(i), {}) for i, t in enumerate(layer_types) if t == layer_type]
+        if any(override != of_type[0] for override in of_type) or any(o.keys() - sizes.keys() for o in of_type):
+            raise InputError(
+                f"{path}: per_layer_config must give all {layer_type} layers the same head_dim and"
+                " num_key_value_heads, and nothing else"
+            )
+        sizes.update(*of_type[:1])
+    elif layer_type == "full_attention":
+        # num_global_key_value_heads counts only with attention_k_eq_v, which is refused above.
+        sizes["head_dim"] = _positive_int(text, "global_head_dim", path, 512)
+    if ints["num_attention_heads"] % sizes["num_key_value_heads"]:
+        raise InputError(
+            f"{path}: num_attention_heads ({ints['num_attention_heads']}) is not a multiple of"
+            f" num_key_value_heads ({sizes['num_key_value_heads']})"
+        )
+    rope = (text.get("rope_parameters") or _DEFAULT_ROPE).get(layer_type) or _DEFAULT_ROPE[layer_type]
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ("default", "proportional"):
+        raise InputError(f"{path}: rope_type of {layer_type} is {rope_type!r}, expected 'default' or 'proportional'")
+    return AttentionConfig(
+        **sizes,
+        rope_theta=float(rope["rope_theta"]),
+        rope_type=rope_type,
+        partial_rotary_factor=float(rope.get("partial_rotary_factor", 1.0)),
+        rope_factor=float(rope.get("factor", 1.0)),
+    )

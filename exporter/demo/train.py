@@ -1,0 +1,315 @@
+"""Train the built-in pair: `python -m exporter.demo.train --output DIR` (one to two hours on one core).
+
+A small Gemma 4 E2B-shaped target learns Python's documentation; its drafter then learns the target. Both run the same
+model definition that is exported, mapped over a batch. Checkpoints are written in the published dialect, in bfloat16.
+A target that is already in DIR is kept.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from sklearn.cluster import KMeans
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+
+from exporter.config import DrafterConfig, TextConfig, read_drafter_config, read_target_config
+from exporter.demo.corpus import documents
+from exporter.modeling.drafter import Drafter
+from exporter.modeling.layers import Ops
+from exporter.modeling.target import Target, TargetOutput, empty_kv
+
+VOCAB, SEQUENCE, BATCH, DRAFT_STEPS = 2048, 256, 16, 4
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+
+# Weights stay in float32; products of bfloat16 train in about two thirds of the time on a CPU that has them.
+BFLOAT16 = Ops(linear=lambda x, weight: F.linear(x.bfloat16(), weight.bfloat16()).float())
+
+_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
+}
+_TEXT = {
+    "model_type": "gemma4_text",
+    "vocab_size": VOCAB,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 64,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": _ROPE,
+    "max_position_embeddings": 1024,
+    "attention_bias": False,
+    "attention_k_eq_v": False,
+    "enable_moe_block": False,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "dtype": "bfloat16",
+}
+TARGET = {
+    "architectures": ["Gemma4ForConditionalGeneration"],
+    "model_type": "gemma4",
+    "tie_word_embeddings": True,
+    "text_config": _TEXT
+    | {
+        "hidden_size": 192,
+        "intermediate_size": 352,
+        "num_hidden_layers": 10,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2,
+        "num_kv_shared_layers": 5,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "final_logit_softcapping": 30.0,
+    },
+}
+DRAFTER = {
+    "architectures": ["Gemma4AssistantForCausalLM"],
+    "model_type": "gemma4_assistant",
+    "tie_word_embeddings": True,
+    "backbone_hidden_size": 192,
+    "use_ordered_embeddings": True,
+    "num_centroids": 64,
+    "centroid_intermediate_top_k": 8,
+    "text_config": _TEXT
+    | {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "num_kv_shared_layers": 4,
+        "use_double_wide_mlp": False,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "final_logit_softcapping": None,
+    },
+}
+
+
+@click.command()
+@click.option("--output", required=True, type=click.Path(path_type=Path))
+@click.option("--target-steps", default=1400, show_default=True)
+@click.option("--drafter-steps", default=700, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+def main(output: Path, target_steps: int, drafter_steps: int, threads: int) -> None:
+    """Train target, drafter and clusters, and print what they reach on held-out text."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    training, held_out = documents()
+    tokenizer = train_tokenizer(training)
+    for name, config in (("target", TARGET), ("drafter", DRAFTER)):
+        (output / name).mkdir(parents=True, exist_ok=True)
+        (output / name / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    tokenizer.save(str(output / "target" / "tokenizer.json"))
+    (output / "target" / "generation_config.json").write_text('{"bos_token_id": 2, "eos_token_id": [1]}\n')
+
+    tokens, unseen = (_pack(tokenizer, texts) for texts in (training, held_out))
+    target_config = read_target_config(output / "target")
+    drafter_config = read_drafter_config(output / "drafter")
+    target = Target(target_config, BFLOAT16)
+    prefix, file = "model.language_model.", output / "target" / "model.safetensors"
+    started = time.time()
+    if file.exists():
+        target.load_state_dict({name.removeprefix(prefix): t.float() for name, t in load_file(file).items()})
+    else:
+        train_target(target, tokens, target_steps)
+        _round_to_bfloat16(target)
+        _save(file.parent, {prefix + name: p for name, p in target.named_parameters()})
+    print(f"target: {time.time() - started:.0f} s, held-out loss {_held_out_loss(target, unseen):.3f} nats a token")
+
+    drafter = Drafter(drafter_config, None, BFLOAT16)
+    drafter.target_embed_tokens.weight = target.embed_tokens.weight
+    started = time.time()
+    train_drafter(drafter, target, tokens, drafter_steps)
+    _round_to_bfloat16(drafter.head)
+    ordering = cluster(drafter.head.weight.detach(), drafter_config.num_centroids)
+    centroids = train_centroids(drafter, target, tokens, ordering)
+    print(f"drafter: {time.time() - started:.0f} s")
+    _save(output / "drafter", _drafter_tensors(drafter, centroids, ordering))
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-fallback BPE in the manner of Gemma's: spaces become U+2581, unknown characters become bytes."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)]
+    ascii_only = [chr(code) for code in range(32, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=special, initial_alphabet=ascii_only, limit_alphabet=120, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # Byte tokens must be ordinary tokens: as special ones they would be cut out of the decoded text.
+    plain = json.loads(tokenizer.to_str())
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] in SPECIAL]
+    tokenizer = Tokenizer.from_str(json.dumps(plain))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return tokenizer
+
+
+def train_target(target: Target, tokens: Tensor, steps: int) -> None:
+    """Next-token prediction."""
+    _initialise(target)
+
+    def loss(batch: Tensor) -> Tensor:
+        out = _run_target(target, batch[:, :-1])
+        return F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    _optimise("target", target, loss, _batches(tokens, SEQUENCE + 1), steps, 3e-3)
+
+
+def train_drafter(drafter: Drafter, target: Target, tokens: Tensor, steps: int) -> None:
+    """Match the target's distribution over `DRAFT_STEPS` draft steps from every position of a sequence at once."""
+    embed = drafter.target_embed_tokens.weight.requires_grad_(False)
+    _initialise(drafter, keep=embed)
+
+    def loss(batch: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for hidden, logits in _draft_steps(drafter, target, batch):
+            wanted = logits.softmax(-1)
+            found = F.linear(hidden, drafter.head.weight)
+            total = total + F.cross_entropy(found.flatten(0, 1), wanted.flatten(0, 1))
+        return total / DRAFT_STEPS
+
+    _optimise("drafter", drafter, loss, _batches(tokens, SEQUENCE), steps, 3e-3)
+
+
+def cluster(embedding: Tensor, clusters: int) -> Tensor:
+    """Token ids [C, V/C]: k-means clusters of equal size, each token in the nearest one with room."""
+    size = len(embedding) // clusters
+    means = KMeans(clusters, n_init=4, random_state=0).fit(embedding.numpy())
+    distance = torch.from_numpy(means.transform(embedding.numpy()))
+    members: list[list[int]] = [[] for _ in range(clusters)]
+    # Tokens that would lose most by missing their first choice choose first.
+    for token in (distance.amin(1) - distance.mean(1)).argsort().tolist():
+        nearest = next(c for c in distance[token].argsort().tolist() if len(members[c]) < size)
+        members[nearest].append(token)
+    return torch.tensor([sorted(tokens) for tokens in members])
+
+
+def train_centroids(drafter: Drafter, target: Target, tokens: Tensor, ordering: Tensor, steps: int = 200) -> Tensor:
+    """Centroids [C, E] that pick the cluster of the drafter's own best token."""
+    cluster_of = torch.empty(VOCAB, dtype=torch.int64)
+    cluster_of[ordering] = torch.arange(len(ordering))[:, None]
+    scorer = nn.Linear(drafter.config.text.hidden_size, len(ordering), bias=False)
+    scorer.weight.data = drafter.head.weight.data[ordering].mean(1)
+
+    def loss(batch: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for hidden, _ in _draft_steps(drafter, target, batch):
+            hidden = hidden.detach()
+            wanted = cluster_of[F.linear(hidden, drafter.head.weight).argmax(-1)]
+            total = total + F.cross_entropy(scorer(hidden).flatten(0, 1), wanted.flatten())
+        return total / DRAFT_STEPS
+
+    _optimise("centroids", scorer, loss, _batches(tokens, SEQUENCE), steps, 1e-2)
+    return scorer.weight.detach()
+
+
+def _run_target(target: Target, batch: Tensor) -> TargetOutput:
+    """Run sequences [B, T] from position 0, one row of the batch a call of the model definition."""
+    length = batch.shape[1]
+
+    def run(tokens: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        out = target(tokens, torch.zeros(1, dtype=torch.int64), torch.arange(length), empty_kv(target.config, length))
+        return out.logits, out.state, out.kv
+
+    return TargetOutput(*torch.vmap(run)(batch))
+
+
+def _draft_steps(drafter: Drafter, target: Target, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states of each draft step, and the target's logits that they should match, each [B, T, *].
+
+    Step i of the round that starts at p reads token p+i and is to say what the target says after it.
+    """
+    with torch.no_grad():
+        out = _run_target(target, batch)
+    sources = {kind: target.config.kv_source(kind) for kind in set(drafter.config.text.layer_types)}
+    kv = {kind: (out.kv[2 * i].detach(), out.kv[2 * i + 1].detach()) for kind, i in sources.items()}
+    positions = torch.arange(1, batch.shape[1] - DRAFT_STEPS + 1)
+    states = out.state[:, : len(positions)].detach()
+    for i in range(DRAFT_STEPS):
+        read = batch[:, 1 + i : 1 + i + len(positions)]
+        step = torch.vmap(lambda t, s, kv: drafter.step(t, s, positions, kv))
+        hidden, states = step(read, states, kv)
+        yield hidden, out.logits[:, 1 + i : 1 + i + len(positions)].detach()
+
+
+def _optimise(
+    name: str, model: nn.Module, loss: Callable[[Tensor], Tensor], batches: Iterator[Tensor], steps: int, rate: float
+) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, steps // 25)
+    for step in track(range(steps), description=name):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimiser.param_groups[0]["lr"] = rate * min((step + 1) / warmup, max(cosine, 0.02))
+        value = loss(next(batches))
+        optimiser.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        if step % 50 == 0:
+            print(f"{name} step {step}: loss {value.item():.3f}", flush=True)
+
+
+def _initialise(model: nn.Module, keep: Tensor | None = None) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter is not keep:
+            nn.init.normal_(parameter, std=min(0.05, parameter.shape[1] ** -0.5))
+
+
+def _round_to_bfloat16(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+
+
+def _pack(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    ids = [token for encoding in tokenizer.encode_batch(texts) for token in (*encoding.ids, 1)]
+    return torch.tensor(ids)
+
+
+def _batches(tokens: Tensor, length: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        starts = torch.randint(len(tokens) - length, (BATCH, 1), generator=generator)
+        yield tokens[starts + torch.arange(length)]
+
+
+@torch.no_grad()
+def _held_out_loss(target: Target, tokens: Tensor) -> float:
+    rows = tokens[: len(tokens) // (SEQUENCE + 1) * (SEQUENCE + 1)].reshape(-1, SEQUENCE + 1)
+    out = _run_target(target, rows[:, :-1])
+    return F.cross_entropy(out.logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+
+
+def _drafter_tensors(drafter: Drafter, centroids: Tensor, ordering: Tensor) -> dict[str, Tensor]:
+    inner = {f"model.{name}": p for name, p in drafter.named_parameters() if name.startswith(("layers.", "norm."))}
+    return inner | {
+        "model.embed_tokens.weight": drafter.head.weight,
+        "pre_projection.weight": drafter.pre_projection.weight,
+        "post_projection.weight": drafter.post_projection.weight,
+        "masked_embedding.centroids.weight": centroids,
+        "masked_embedding.token_ordering": ordering.flatten(),
+    }
+
+
+def _save(directory: Path, tensors: dict[str, Tensor]) -> None:
+    narrow = {k: t.detach().to(torch.bfloat16 if t.is_floating_point() else t.dtype) for k, t in tensors.items()}
+    save_file({k: t.contiguous() for k, t in narrow.items()}, directory / "model.safetensors", {"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The graphs of a bundle: their inputs and outputs, named once, and the modules that are traced for them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from exporter.config import DrafterConfig, TextConfig
+from exporter.modeling.drafter import Drafter
+from exporter.modeling.target import Target
+
+TOP_LOGITS = 64  # choices the target returns for each position, the most that sampling may use
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a graph. A dimension that is a name varies from call to call."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """Inputs and outputs in order. Output `X_out` is input `X`, updated in place by binding both to one buffer."""
+
+    name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+def kv_ports(config: TextConfig) -> tuple[Port, ...]:
+    """K and V buffers of the target's storing layers, as every graph names them."""
+    ports = []
+    for i, layer_type in enumerate(config.layer_types[: config.num_kv_layers]):
+        sizes = config.attention(layer_type)
+        shape = (sizes.num_key_value_heads, "cache_rows", sizes.head_dim)
+        ports += [Port(f"key_{i}", "float32", shape), Port(f"value_{i}", "float32", shape)]
+    return tuple(ports)
+
+
+def shared_kv(target: TextConfig, drafter: DrafterConfig) -> dict[str, int]:
+    """The target layer whose K/V the drafter's layers of each type read."""
+    return {kind: target.kv_source(kind) for kind in sorted(set(drafter.text.layer_types))}
+
+
+def target_graph(config: TextConfig) -> GraphSpec:
+    """Prefill, verify and decode: T tokens in, the choices and states of R of them out."""
+    kv = kv_ports(config)
+    top = min(TOP_LOGITS, config.vocab_size)
+    return GraphSpec(
+        "target",
+        inputs=(
+            Port("tokens", "int64", ("num_tokens",)),
+            Port("position", "int64", (1,)),
+            Port("output_rows", "int64", ("num_outputs",)),
+            *kv,
+        ),
+        outputs=(
+            Port("top_logits", "float32", ("num_outputs", top)),
+            Port("top_ids", "int64", ("num_outputs", top)),
+            Port("state", "float32", ("num_outputs", config.hidden_size)),
+            *(Port(f"{port.name}_out", port.dtype, port.shape) for port in kv),
+        ),
+    )
+
+
+def drafter_graph(target: TextConfig, drafter: DrafterConfig) -> GraphSpec:
+    """One draft step: the newest token and a state in, a draft token and the next state out."""
+    read = {f"{part}_{i}" for i in shared_kv(target, drafter).values() for part in ("key", "value")}
+    state = (1, target.hidden_size)
+    return GraphSpec(
+        "drafter",
+        inputs=(
+            Port("token", "int64", (1,)),
+            Port("state", "float32", state),
+            Port("position", "int64", (1,)),
+            *(port for port in kv_ports(target) if port.name in read),
+        ),
+        outputs=(Port("draft_token", "int64", (1,)), Port("next_state", "float32", state)),
+    )
+
+
+class TargetGraph(nn.Module):
+    """The target with its choices reduced to the largest logits, in the order of `target_graph`."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, tokens: Tensor, position: Tensor, output_rows: Tensor, kv: list[Tensor]) -> list[Tensor]:
+        out = self.target(tokens, position, output_rows, kv)
+        logits, ids = out.logits.topk(min(TOP_LOGITS, out.logits.shape[1]))
+        return [logits, ids, out.state, *out.kv]
+
+
+class DrafterGraph(nn.Module):
+    """One draft step, in the order of `drafter_graph`."""
+
+    def __init__(self, drafter: Drafter, shared: dict[str, int]) -> None:
+        super().__init__()
+        self.drafter, self.shared = drafter, shared
+
+    def forward(self, token: Tensor, state: Tensor, position: Tensor, kv: list[Tensor]) -> tuple[Tensor, Tensor]:
+        # Two types cannot share a layer, and the buffers come in the order of their layers.
+        layers = sorted(self.shared.values())
+        pairs = {kind: tuple(kv[2 * layers.index(i) :][:2]) for kind, i in self.shared.items()}
+        draft, state = self.drafter(token, state, position, pairs)
+        return draft, state
+
+
+def example_inputs(spec: GraphSpec, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+    """Zero tensors of the spec's shapes, for tracing."""
+    return tuple(
+        torch.zeros(
+            [sizes.get(d, 1) if isinstance(d, str) else d for d in port.shape], dtype=getattr(torch, port.dtype)
+        )
+        for port in spec.inputs
+    )

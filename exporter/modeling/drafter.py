@@ -1,0 +1,75 @@
+"""The drafter: a small decoder with no KV of its own that reads the target's cache."""
+
+import torch
+from torch import Tensor, nn
+
+from exporter.config import DrafterConfig
+from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
+from exporter.modeling.two_stage import DenseHead, TwoStageHead
+
+
+class Drafter(nn.Module):
+    """Gemma 4 multi-token-prediction drafter; one call is one draft step.
+
+    Follows transformers 5.22.2, `Gemma4AssistantForCausalLM` and `SinglePositionMultiTokenCandidateGenerator`.
+    """
+
+    def __init__(self, config: DrafterConfig, top_k_clusters: int | None, ops: Ops = Ops()) -> None:
+        """`top_k_clusters` None builds a dense head; `target_embed_tokens` is the target's own table."""
+        super().__init__()
+        text, backbone = config.text, config.backbone_hidden_size
+        self.config, self.ops = config, ops
+        self.target_embed_tokens = ScaledEmbedding(text.vocab_size, backbone, backbone**0.5)
+        self.pre_projection = nn.Linear(2 * backbone, text.hidden_size, bias=False)
+        self.layers = nn.ModuleList(DecoderLayer(text, i, False, ops) for i in range(text.num_hidden_layers))
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.post_projection = nn.Linear(text.hidden_size, backbone, bias=False)
+        self.head: nn.Module
+        if top_k_clusters is None:
+            self.head = DenseHead(text.vocab_size, text.hidden_size, ops)
+        else:
+            self.head = TwoStageHead(text.vocab_size, text.hidden_size, config.num_centroids, top_k_clusters, ops)
+
+    def forward(
+        self, tokens: Tensor, states: Tensor, positions: Tensor, kv: dict[str, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """One draft step for each of T independent rounds; inference has T = 1.
+
+        Args:
+            tokens: [T] int64, `last` or the draft token before.
+            states: [T, E_target], the target's state before `last`, or the state that the step before returned.
+            positions: [T] int64, the position of `last`: constant through a round, and the number of valid cache rows.
+            kv: K and V [N, S, D] of the target's shared layer, by layer type.
+
+        Returns:
+            Draft tokens [T] int64 and next states [T, E_target].
+        """
+        hidden, states = self.step(tokens, states, positions, kv)
+        return self.head(hidden), states
+
+    def step(
+        self, tokens: Tensor, states: Tensor, positions: Tensor, kv: dict[str, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` without the head: hidden states [T, E] and next states [T, E_target]."""
+        text = self.config.text
+        x = torch.cat((self.target_embed_tokens(tokens), states), dim=-1)
+        x = self.ops.linear(x, self.pre_projection.weight)
+        for i, layer in enumerate(self.layers):
+            layer_type = text.layer_types[i]
+            key, value = kv[layer_type]
+            rotary = rotary_tables(text.attention(layer_type), positions)
+            mask = self._mask(layer_type, positions, key.shape[1])
+            x = layer(x, layer.input_layernorm(x), rotary, mask, key, value)
+        hidden = self.norm(x)
+        return hidden, self.ops.linear(hidden, self.post_projection.weight)
+
+    def _mask(self, layer_type: str, positions: Tensor, rows: int) -> Tensor:
+        """Visible keys: rows before `last`. Its own K/V and those of rejected drafts are never seen.
+
+        The reference measures the window from the newest cache row and includes both ends: window + 1 keys.
+        """
+        behind = positions[:, None] - torch.arange(rows)
+        visible = behind >= 1
+        if layer_type == "sliding_attention":
+            visible &= behind <= self.config.text.sliding_window + 1
+        return additive_mask(visible)

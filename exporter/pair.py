@@ -1,0 +1,108 @@
+"""A target and its drafter, opened and checked against each other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from clustering.table import ClusterTable
+from exporter.checkpoint import (
+    Checkpoint,
+    Weights,
+    checkpoint_json,
+    drafter_weights,
+    load_module,
+    read_cluster_table,
+    target_weights,
+)
+from exporter.config import DrafterConfig, TextConfig, check_pair, read_drafter_config, read_target_config
+from exporter.graphs import shared_kv
+from exporter.modeling.drafter import Drafter
+from exporter.modeling.target import Target
+from runtime_ref.errors import InputError
+
+HEADS = ("auto", "checkpoint", "dense")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that start a text, end it (any of them), and fill it up."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Configs and weight readers of a pair; `table` is None where the drafter's head is dense."""
+
+    target: TextConfig
+    drafter: DrafterConfig
+    table: ClusterTable | None
+    target_weights: Weights
+    drafter_weights: Weights
+    tokens: SpecialTokens
+    target_checkpoint: Checkpoint
+    drafter_checkpoint: Checkpoint
+
+    @property
+    def top_k_clusters(self) -> int | None:
+        return None if self.table is None else self.drafter.centroid_intermediate_top_k
+
+    @property
+    def shared_kv(self) -> dict[str, int]:
+        return shared_kv(self.target, self.drafter)
+
+    def load_target(self) -> Target:
+        """The target in eager torch, float32."""
+        return load_module(lambda: Target(self.target), self.target_weights)
+
+    def load_drafter(self) -> Drafter:
+        """The drafter in eager torch, float32."""
+        return load_module(lambda: Drafter(self.drafter, self.top_k_clusters), self.drafter_weights)
+
+
+def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto") -> Pair:
+    """Open both checkpoints; nothing but names, shapes and the cluster table is read yet.
+
+    Args:
+        head: `auto` takes the drafter's clusters if it has any, `checkpoint` demands them, `dense` ignores them.
+
+    Raises:
+        InputError: either checkpoint is unusable, or the drafter was made for another target.
+    """
+    target, drafter = read_target_config(target_dir), read_drafter_config(drafter_dir)
+    check_pair(target, drafter, drafter_dir)
+    target_checkpoint, drafter_checkpoint = Checkpoint(target_dir), Checkpoint(drafter_dir)
+    table = read_cluster_table(drafter_checkpoint, drafter)
+    if head == "checkpoint" and table is None:
+        raise InputError(f"{drafter_dir}: has no clusters (masked_embedding.*), but --head checkpoint asks for them")
+    if head == "dense":
+        table = None
+    weights = target_weights(target_checkpoint, target)
+    return Pair(
+        target=target,
+        drafter=drafter,
+        table=table,
+        target_weights=weights,
+        drafter_weights=drafter_weights(drafter_checkpoint, drafter, table, weights),
+        tokens=_special_tokens(target_dir, target),
+        target_checkpoint=target_checkpoint,
+        drafter_checkpoint=drafter_checkpoint,
+    )
+
+
+def _special_tokens(directory: Path, config: TextConfig) -> SpecialTokens:
+    """From generation_config.json, else from config.json, else from its text_config, key by key."""
+    whole = checkpoint_json(directory, "config.json")
+    sources = [checkpoint_json(directory, "generation_config.json"), whole, whole.get("text_config") or {}]
+
+    def find(key: str, default: int | None) -> int | list[int] | None:
+        return next((source[key] for source in sources if source.get(key) is not None), default)
+
+    eos = find("eos_token_id", 1)
+    bos, pad = find("bos_token_id", 2), find("pad_token_id", 0)
+    ends = eos if isinstance(eos, list) else [eos]
+    for token in (*ends, bos, pad):
+        if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+            raise InputError(f"{directory}: special token id {token!r} is not in the vocabulary of {config.vocab_size}")
+    return SpecialTokens(bos, tuple(sorted(set(ends))), pad)

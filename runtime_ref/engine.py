@@ -1,0 +1,62 @@
+"""What the decoding loop asks of a backend, and how a bundle's engine is opened."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import Manifest, changed_files, read_manifest
+from runtime_ref.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did: the drafts proposed, how many were accepted, and the tokens it adds to the text."""
+
+    drafts: list[int]
+    accepted: int
+    tokens: list[int]
+
+
+class Engine(Protocol):
+    """A bundle, loaded. It keeps the KV cache, `position` (rows valid in it) and the state that drafting starts from."""
+
+    manifest: Manifest
+    position: int
+
+    def prefill(self, tokens: Sequence[int], sampling: Sampling) -> int:
+        """Start a new text: run the prompt from row 0 on and return the target's choice after it."""
+        ...
+
+    def round(self, last: int, num_draft_tokens: int, sampling: Sampling) -> Round:
+        """Draft after `last` (the newest token, not in the cache yet), verify, accept, roll back.
+
+        With no draft tokens this is plain decoding.
+        """
+        ...
+
+
+def open_engine(bundle: Path, threads: int | None = None) -> Engine:
+    """Load a bundle after checking every file against the manifest.
+
+    Args:
+        bundle: directory written by `export`.
+        threads: threads inside an operation; None lets the backend choose.
+
+    Raises:
+        InputError: not a bundle, incomplete, changed since it was exported, or for a backend that is not installed.
+    """
+    manifest = read_manifest(bundle)
+    if changed := changed_files(bundle, manifest):
+        raise InputError(f"{bundle / changed[0]}: sha256 differs from the manifest's; export or copy the bundle again")
+    return load_engine(bundle, manifest, threads)
+
+
+def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) -> Engine:
+    """Load a bundle whose files are trusted already."""
+    if manifest.backend != "onnx":
+        raise InputError(f"{bundle}: made for backend {manifest.backend!r}, this version runs 'onnx'")
+    from runtime_ref.engine_onnx import OnnxEngine  # the backend's package is imported only when it is needed
+
+    return OnnxEngine(bundle, manifest, threads)

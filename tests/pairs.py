@@ -1,0 +1,171 @@
+"""Tiny seeded pairs built with the reference implementation, saved in both published dialects."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a pair; `shared` is the number of KV-shared layers."""
+
+    layer_types: tuple[str, ...]
+    shared: int
+    vocab: int = 256
+    hidden: int = 64
+    inner: int = 96
+    heads: int = 4
+    kv_heads: int = 1
+    head_dim: int = 16
+    full_head_dim: int = 32
+    window: int = 16
+    double_wide: bool = False
+    ple: int = 8
+    softcap: float | None = 30.0
+    clusters: int | None = 16
+    top_k: int = 4
+    drafter: dict[str, int] = field(default_factory=lambda: {"hidden_size": 32, "intermediate_size": 48})
+
+
+SHAPES = {
+    # E2B: one KV head, MLP doubled in the KV-shared layers, four sliding layers to a full one.
+    "e2b": Shape((SLIDING,) * 4 + (FULL,) + (SLIDING,) * 4 + (FULL,), shared=5, double_wide=True),
+    # E4B: two KV heads, no doubling, five to one.
+    "e4b": Shape((SLIDING,) * 5 + (FULL,) + (SLIDING,) * 5 + (FULL,), shared=6, kv_heads=2),
+    # Nothing a power of two, three to one, no softcap.
+    "odd": Shape(
+        (SLIDING,) * 3 + (FULL,) + (SLIDING,) * 3 + (FULL,),
+        shared=4,
+        vocab=1000,
+        hidden=60,
+        inner=100,
+        heads=6,
+        kv_heads=3,
+        head_dim=12,
+        full_head_dim=20,
+        window=7,
+        ple=6,
+        softcap=None,
+        clusters=40,
+        top_k=3,
+        drafter={"hidden_size": 36, "intermediate_size": 50},
+    ),
+    "dense": Shape((SLIDING,) * 2 + (FULL,) + (SLIDING,) * 2 + (FULL,), shared=3, clusters=None),
+}
+
+
+def target_model(shape: Shape, seed: int = 0) -> Gemma4ForCausalLM:
+    """A random target of the reference implementation, its norms and layer scalars away from 1."""
+    config = Gemma4TextConfig(
+        hidden_size_per_layer_input=shape.ple,
+        vocab_size_per_layer_input=shape.vocab,
+        num_kv_shared_layers=shape.shared,
+        use_double_wide_mlp=shape.double_wide,
+        final_logit_softcapping=shape.softcap,
+        **_text(shape, shape.layer_types, hidden_size=shape.hidden, intermediate_size=shape.inner),
+    )
+    return _randomise(Gemma4ForCausalLM(config), seed)
+
+
+def drafter_model(shape: Shape, seed: int = 1) -> Gemma4AssistantForCausalLM:
+    """A random drafter of the reference implementation, for `target_model(shape)`."""
+    layer_types = (SLIDING,) * 3 + (FULL,)
+    text = Gemma4TextConfig(
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=0,
+        num_kv_shared_layers=4,
+        **_text(shape, layer_types, **shape.drafter),
+    )
+    config = Gemma4AssistantConfig(
+        text_config=text,
+        backbone_hidden_size=shape.hidden,
+        use_ordered_embeddings=shape.clusters is not None,
+        num_centroids=shape.clusters or 2048,
+        centroid_intermediate_top_k=shape.top_k,
+    )
+    model = _randomise(Gemma4AssistantForCausalLM(config), seed)
+    if shape.clusters is not None:
+        model.masked_embedding.token_ordering.copy_(torch.randperm(shape.vocab))
+    return model
+
+
+def save_pair(shape: Shape, directory: Path) -> tuple[Path, Path]:
+    """Save target and drafter as transformers does (the text-only dialect, float32, one file)."""
+    target, drafter = directory / "target", directory / "drafter"
+    target_model(shape).save_pretrained(target)
+    drafter_model(shape).save_pretrained(drafter)
+    return target, drafter
+
+
+def to_published(source: Path, output: Path) -> Path:
+    """Rewrite a text-only target as Google publishes it: nested config and names, bfloat16 shards, other modalities."""
+    output.mkdir(parents=True)
+    text = json.loads((source / "config.json").read_text())
+    overrides = text.pop("per_layer_config")
+    text["global_head_dim"] = next(iter(overrides.values()))["head_dim"]
+    text["num_global_key_value_heads"] = None
+    text["dtype"] = "bfloat16"
+    config = {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "text_config": text,
+        "vision_config": {"model_type": "gemma4_vision", "hidden_size": 8},
+        "audio_config": {"model_type": "gemma4_audio", "hidden_size": 8},
+        "image_token_id": 200,
+        "tie_word_embeddings": True,
+    }
+    (output / "config.json").write_text(json.dumps(config))
+    (output / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106], "bos_token_id": 2}))
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor.bfloat16()
+        for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    tensors["model.vision_tower.patch_embedder.input_proj.weight"] = torch.ones(8, 8, dtype=torch.bfloat16)
+    tensors["model.audio_tower.layers.0.norm.weight"] = torch.ones(8, dtype=torch.bfloat16)
+    tensors["model.embed_vision.embedding_projection.weight"] = torch.ones(8, 8, dtype=torch.bfloat16)
+    tensors["model.embed_audio.embedding_projection.weight"] = torch.ones(8, 8, dtype=torch.bfloat16)
+    last = text["num_hidden_layers"] - 1  # published checkpoints carry K and V weights that nothing reads
+    tensors[f"model.language_model.layers.{last}.self_attn.k_proj.weight"] = torch.ones(4, 4, dtype=torch.bfloat16)
+    names = sorted(tensors)
+    index: dict[str, Any] = {"metadata": {}, "weight_map": {}}
+    for number in range(3):
+        file = f"model-{number + 1:05}-of-00003.safetensors"
+        shard = {name: tensors[name] for name in names[number::3]}
+        save_file(shard, output / file, {"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(shard, file)
+    (output / "model.safetensors.index.json").write_text(json.dumps(index))
+    return output
+
+
+def _text(shape: Shape, layer_types: tuple[str, ...], **sizes: int) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocab,
+        "num_hidden_layers": len(layer_types),
+        "layer_types": list(layer_types),
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "global_head_dim": shape.full_head_dim,
+        "sliding_window": shape.window,
+        **sizes,
+    }
+
+
+@torch.no_grad()
+def _randomise(model: torch.nn.Module, seed: int) -> Any:
+    torch.manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("layer_scalar"):
+            tensor.uniform_(0.6, 1.2)
+        elif "norm" in name:
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point() and tensor.dim() == 2:
+            tensor.normal_(std=tensor.shape[1] ** -0.5)
+    return model.eval()
