@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,8 @@ from exporter.config import DrafterConfig, TextConfig, read_json
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from runtime_ref.errors import InputError
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 # Module parameters by name, each read (and where needed converted) when it is called.
 Weights = Mapping[str, Callable[[], Tensor]]
@@ -70,7 +72,7 @@ class Checkpoint:
         for file in self.files:
             try:
                 with safe_open(file, "pt") as opened:
-                    for name in opened.keys():
+                    for name in opened.keys():  # noqa: SIM118 - not iterable itself
                         view = opened.get_slice(name)
                         self.entries[name] = TensorEntry(file, view.get_dtype(), tuple(view.get_shape()))
             except (SafetensorError, OSError) as error:
@@ -178,7 +180,7 @@ def checkpoint_json(directory: Path, name: str) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def load_module(build: Callable[[], nn.Module], weights: Weights) -> nn.Module:
+def load_module(build: Callable[[], AnyModule], weights: Weights) -> AnyModule:
     """The module that `build` makes, with its weights, ready for inference; nothing is held twice."""
     with torch.device("meta"):
         module = build()

@@ -13,10 +13,9 @@ LAYER_TYPES = ("sliding_attention", "full_attention")
 # Keys of a text config that do not change what the model computes at inference.
 IGNORED_TEXT_KEYS = frozenset(
     """_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id
-    id2label initializer_range is_encoder_decoder label2id max_position_embeddings model_type num_experts
-    moe_intermediate_size expert_intermediate_size output_attentions output_hidden_states pad_token_id problem_type
-    return_dict sliding_window_pattern top_k_experts torch_dtype transformers_version use_cache vocab_size_per_layer_input
-    _sliding_window_pattern _attn_implementation""".split()
+    expert_intermediate_size id2label initializer_range is_encoder_decoder label2id model_type moe_intermediate_size
+    num_experts output_attentions output_hidden_states pad_token_id problem_type return_dict sliding_window_pattern
+    top_k_experts torch_dtype transformers_version use_cache _sliding_window_pattern _attn_implementation""".split()
 )
 
 # Keys that are accepted with these values only: anything else is another architecture.
@@ -244,8 +243,9 @@ def parse_text_config(text: Mapping[str, Any], path: Path) -> TextConfig:
 
 
 _OPTIONAL_KEYS = frozenset(
-    """layer_types rms_norm_eps num_kv_shared_layers use_double_wide_mlp hidden_size_per_layer_input rope_parameters
-    final_logit_softcapping per_layer_config global_head_dim num_global_key_value_heads""".split()
+    """final_logit_softcapping global_head_dim hidden_size_per_layer_input layer_types max_position_embeddings
+    num_global_key_value_heads num_kv_shared_layers per_layer_config rms_norm_eps rope_parameters use_double_wide_mlp
+    vocab_size_per_layer_input""".split()
 )
 
 _DEFAULT_ROPE: Mapping[str, Mapping[str, Any]] = {
@@ -288,7 +288,8 @@ def _attention_config(
     """Sizes of one layer type: `per_layer_config` in the text-only dialect, `global_head_dim` in the published one."""
     sizes = {"head_dim": ints["head_dim"], "num_key_value_heads": ints["num_key_value_heads"]}
     if (overrides := text.get("per_layer_config")) is not None:
-        of_type = [overrides.get(str(i), {}) for i, t in enumerate(layer_types) if t == layer_type]
+        by_layer = {int(index): override for index, override in overrides.items()}  # the keys are zero-padded
+        of_type = [by_layer.get(i, {}) for i, t in enumerate(layer_types) if t == layer_type]
         if any(override != of_type[0] for override in of_type) or any(o.keys() - sizes.keys() for o in of_type):
             raise InputError(
                 f"{path}: per_layer_config must give all {layer_type} layers the same head_dim and"

@@ -1,6 +1,7 @@
 """A target and its drafter, opened and checked against each other."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from clustering.table import ClusterTable
@@ -26,9 +27,9 @@ HEADS = ("auto", "checkpoint", "dense")
 class SpecialTokens:
     """Ids that start a text, end it (any of them), and fill it up."""
 
-    bos: int | None
+    bos: int
     eos: tuple[int, ...]
-    pad: int | None
+    pad: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Pair:
     @property
     def shared_kv(self) -> dict[str, int]:
         return shared_kv(self.target, self.drafter)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of both checkpoints as float32, for a progress bar."""
+        entries = [*self.target_checkpoint.entries.values(), *self.drafter_checkpoint.entries.values()]
+        return sum(4 * prod(entry.shape) for entry in entries)
 
     def load_target(self) -> Target:
         """The target in eager torch, float32."""
@@ -96,13 +103,14 @@ def _special_tokens(directory: Path, config: TextConfig) -> SpecialTokens:
     whole = checkpoint_json(directory, "config.json")
     sources = [checkpoint_json(directory, "generation_config.json"), whole, whole.get("text_config") or {}]
 
-    def find(key: str, default: int | None) -> int | list[int] | None:
-        return next((source[key] for source in sources if source.get(key) is not None), default)
+    def find(key: str, default: int) -> list[int]:
+        """A token id, or a list of them, that must lie in the vocabulary."""
+        found = next((source[key] for source in sources if source.get(key) is not None), default)
+        ids = found if isinstance(found, list) else [found]
+        for token in ids:
+            if not isinstance(token, int) or not 0 <= token < config.vocab_size:
+                raise InputError(f"{directory}: {key} {token!r} is not in the vocabulary of {config.vocab_size} tokens")
+        return ids
 
-    eos = find("eos_token_id", 1)
-    bos, pad = find("bos_token_id", 2), find("pad_token_id", 0)
-    ends = eos if isinstance(eos, list) else [eos]
-    for token in (*ends, bos, pad):
-        if not isinstance(token, int) or not 0 <= token < config.vocab_size:
-            raise InputError(f"{directory}: special token id {token!r} is not in the vocabulary of {config.vocab_size}")
-    return SpecialTokens(bos, tuple(sorted(set(ends))), pad)
+    bos, eos, pad = find("bos_token_id", 2), find("eos_token_id", 1), find("pad_token_id", 0)
+    return SpecialTokens(bos[0], tuple(sorted(set(eos))), pad[0])

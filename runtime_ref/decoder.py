@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from runtime_ref.engine import Engine
 from runtime_ref.errors import InputError
@@ -17,7 +17,7 @@ class Options:
 
     max_new_tokens: int = 128
     num_draft_tokens: int = 0
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 def generate(engine: Engine, prompt: Sequence[int], options: Options, stats: Stats) -> Iterator[int]:

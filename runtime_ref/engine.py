@@ -20,7 +20,7 @@ class Round:
 
 
 class Engine(Protocol):
-    """A bundle, loaded. It keeps the KV cache, `position` (rows valid in it) and the state that drafting starts from."""
+    """A bundle, loaded: the KV cache, `position` (rows valid in it), and the state that drafting starts from."""
 
     manifest: Manifest
     position: int

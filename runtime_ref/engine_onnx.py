@@ -25,7 +25,7 @@ class OnnxEngine:
         self.position = 0
         self._state = np.zeros((1, manifest.hidden_size), np.float32)
         self._rows = 0
-        self._cache: dict[str, np.ndarray] = {
+        self.cache: dict[str, np.ndarray] = {
             kv.name: np.zeros((kv.num_key_value_heads, 0, kv.head_dim), np.float32) for kv in manifest.kv
         }
         self._target = _BoundGraph(bundle, manifest.graphs["target"], threads)
@@ -35,14 +35,14 @@ class OnnxEngine:
         self.position = 0
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
-            logits, ids, states = self._run_target(chunk, [len(chunk) - 1])
+            logits, ids, states = self.run_target(chunk, [len(chunk) - 1])
             self.position += len(chunk)
         self._state = states
         return choose(logits[0], ids[0], self.position, sampling)
 
     def round(self, last: int, num_draft_tokens: int, sampling: Sampling) -> Round:
         drafts = self.draft(last, num_draft_tokens)
-        logits, ids, states = self._run_target([last, *drafts], range(len(drafts) + 1))
+        logits, ids, states = self.run_target([last, *drafts], range(len(drafts) + 1))
         choices = [choose(logits[i], ids[i], self.position + 1 + i, sampling) for i in range(len(ids))]
         accepted, tokens = accept(drafts, choices)
         # Rollback is by position alone: rejected rows are masked, and overwritten by the next pass.
@@ -51,15 +51,21 @@ class OnnxEngine:
         return Round(drafts, accepted, tokens)
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
-        """Draft tokens after `last`. The position is that of `last` for every step, as the drafter was trained."""
-        token, state = np.array([last]), self._state
-        drafts = []
+        """Draft tokens after `last`, from the state before it."""
+        token, state, drafts = last, self._state, []
         for _ in range(num_draft_tokens):
-            token, state = self._drafter.run(token=token, state=state, position=np.array([self.position]))
-            drafts.append(int(token[0]))
+            token, state = self.draft_step(token, state)
+            drafts.append(token)
         return drafts
 
-    def _run_target(self, tokens: Sequence[int], rows: Sequence[int]) -> list[np.ndarray]:
+    def draft_step(self, token: int, state: np.ndarray) -> tuple[int, np.ndarray]:
+        """One draft token and its state [1, E]; the position stays that of `last`, as it was in training."""
+        position = np.array([self.position])
+        draft, next_state = self._drafter.run(token=np.array([token]), state=state, position=position)
+        return int(draft[0]), next_state
+
+    def run_target(self, tokens: Sequence[int], rows: Sequence[int]) -> list[np.ndarray]:
+        """Write the tokens' K/V from `position` on; return top logits, top ids and states of the given rows."""
         self._grow(self.position + len(tokens))
         return self._target.run(
             tokens=np.asarray(tokens, np.int64), position=np.array([self.position]), output_rows=np.asarray(rows)
@@ -72,11 +78,11 @@ class OnnxEngine:
         if rows > self.manifest.max_seq_len:
             raise ValueError(f"{rows} cache rows asked for, the bundle has {self.manifest.max_seq_len}")
         self._rows = -(-rows // CACHE_STEP) * CACHE_STEP
-        for name, old in self._cache.items():
-            self._cache[name] = np.zeros((old.shape[0], self._rows, old.shape[2]), np.float32)
-            self._cache[name][:, : old.shape[1]] = old
-        self._target.bind(self._cache)
-        self._drafter.bind(self._cache)
+        for name, old in self.cache.items():
+            self.cache[name] = np.zeros((old.shape[0], self._rows, old.shape[2]), np.float32)
+            self.cache[name][:, : old.shape[1]] = old
+        self._target.bind(self.cache)
+        self._drafter.bind(self.cache)
 
 
 class _BoundGraph:

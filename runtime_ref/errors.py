@@ -5,5 +5,5 @@ class InputError(Exception):
     """Input that cannot be used: the message names the offender, what was expected and what to do."""
 
 
-class CheckFailed(Exception):
+class CheckError(Exception):
     """A parity or integrity check ran and did not hold."""

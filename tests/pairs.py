@@ -164,8 +164,72 @@ def _randomise(model: torch.nn.Module, seed: int) -> Any:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("layer_scalar"):
             tensor.uniform_(0.6, 1.2)
+        elif "q_norm" in name or "k_norm" in name:
+            # Attention has scale 1: trained norms bring the scores down, and random ones must, or softmax turns into
+            # argmax and the network amplifies rounding tenfold, in the reference as in ours.
+            tensor.uniform_(0.5, 1.5).mul_(tensor.numel() ** -0.25)
         elif "norm" in name:
             tensor.uniform_(0.5, 1.5)
         elif tensor.is_floating_point() and tensor.dim() == 2:
             tensor.normal_(std=tensor.shape[1] ** -0.5)
     return model.eval()
+
+
+def load_reference(target: Path, drafter: Path) -> tuple[Gemma4ForCausalLM, Gemma4AssistantForCausalLM]:
+    """Both checkpoints in the reference implementation, float32, whatever their dialect."""
+    raw = json.loads((target / "config.json").read_text())
+    text = raw.get("text_config", raw)
+    model = Gemma4ForCausalLM(
+        Gemma4TextConfig(**{k: v for k, v in text.items() if k not in ("dtype", "architectures")})
+    )
+    tensors = {name: t.float() for file in target.glob("*.safetensors") for name, t in load_file(file).items()}
+    prefix = "model.language_model." if "text_config" in raw else "model."
+    shared = model.config.num_hidden_layers - model.config.num_kv_shared_layers
+    state = {
+        "model." + name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and not _unused(name, shared)
+    }
+    result = model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    assert not result.missing_keys
+    assistant = Gemma4AssistantForCausalLM.from_pretrained(drafter, dtype=torch.float32)
+    return model.eval(), assistant.eval()
+
+
+def _unused(name: str, first_shared: int) -> bool:
+    parts = name.split(".")
+    layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
+    return layer >= first_shared and parts[-2] in ("k_proj", "v_proj", "k_norm", "v_norm")
+
+
+def reference_greedy(
+    model: Gemma4ForCausalLM,
+    prompt: list[int],
+    max_new_tokens: int,
+    eos: list[int],
+    assistant: Gemma4AssistantForCausalLM | None = None,
+    num_draft_tokens: int = 4,
+) -> tuple[list[int], int]:
+    """The reference's greedy tokens and the number of passes of the target that it took after the prefill."""
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    if assistant is not None:
+        assistant.generation_config.num_assistant_tokens = num_draft_tokens
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    hook = model.model.register_forward_hook(count)
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=0,
+        assistant_model=assistant,
+    )
+    hook.remove()
+    return out[0, len(prompt) :].tolist(), passes - 1

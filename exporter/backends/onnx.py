@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
 from exporter.checkpoint import Weights
-from exporter.graphs import DrafterGraph, GraphSpec, TargetGraph, drafter_graph, example_inputs, shared_kv, target_graph
+from exporter.graphs import DrafterGraph, GraphSpec, TargetGraph, drafter_graph, example_inputs, target_graph
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target
@@ -106,9 +106,9 @@ def trace(spec: GraphSpec, build: Callable[[], nn.Module]) -> ir.Model:
         )
         assert program is not None
         model = program.model
-        for initializer in list(model.graph.initializers.values()):
+        for name, initializer in list(model.graph.initializers.items()):
             initializer.const_value = None
-            initializer.name = initializer.name.partition(".")[2]
+            initializer.name = name.partition(".")[2]  # without the wrapper that was traced
         for values, ports in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
             for value, port in zip(values, ports, strict=True):
                 value.name, value.shape = port.name, ir.Shape(port.shape)

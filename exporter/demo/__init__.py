@@ -1,0 +1,6 @@
+"""The built-in pair, a small trained Gemma 4 target and drafter (see `pair/README.md`)."""
+
+from pathlib import Path
+
+PAIR = Path(__file__).parent / "pair"
+PROMPT = "Return a copy of the"

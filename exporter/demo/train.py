@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import click
 import torch
@@ -20,11 +21,12 @@ from sklearn.cluster import KMeans
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from exporter.config import DrafterConfig, TextConfig, read_drafter_config, read_target_config
+from exporter.config import read_drafter_config, read_target_config
 from exporter.demo.corpus import documents
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target, TargetOutput, empty_kv
+from exporter.modeling.two_stage import DenseHead
 
 VOCAB, SEQUENCE, BATCH, DRAFT_STEPS = 2048, 256, 16, 4
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -130,10 +132,11 @@ def main(output: Path, target_steps: int, drafter_steps: int, threads: int) -> N
 
     drafter = Drafter(drafter_config, None, BFLOAT16)
     drafter.target_embed_tokens.weight = target.embed_tokens.weight
+    head = _dense(drafter)
     started = time.time()
     train_drafter(drafter, target, tokens, drafter_steps)
-    _round_to_bfloat16(drafter.head)
-    ordering = cluster(drafter.head.weight.detach(), drafter_config.num_centroids)
+    _round_to_bfloat16(head)
+    ordering = cluster(head.weight.detach(), drafter_config.num_centroids)
     centroids = train_centroids(drafter, target, tokens, ordering)
     print(f"drafter: {time.time() - started:.0f} s")
     _save(output / "drafter", _drafter_tensors(drafter, centroids, ordering))
@@ -179,7 +182,7 @@ def train_drafter(drafter: Drafter, target: Target, tokens: Tensor, steps: int) 
         total = torch.zeros(())
         for hidden, logits in _draft_steps(drafter, target, batch):
             wanted = logits.softmax(-1)
-            found = F.linear(hidden, drafter.head.weight)
+            found = F.linear(hidden, _dense(drafter).weight)
             total = total + F.cross_entropy(found.flatten(0, 1), wanted.flatten(0, 1))
         return total / DRAFT_STEPS
 
@@ -204,13 +207,13 @@ def train_centroids(drafter: Drafter, target: Target, tokens: Tensor, ordering: 
     cluster_of = torch.empty(VOCAB, dtype=torch.int64)
     cluster_of[ordering] = torch.arange(len(ordering))[:, None]
     scorer = nn.Linear(drafter.config.text.hidden_size, len(ordering), bias=False)
-    scorer.weight.data = drafter.head.weight.data[ordering].mean(1)
+    scorer.weight.data = _dense(drafter).weight.data[ordering].mean(1)
 
     def loss(batch: Tensor) -> Tensor:
         total = torch.zeros(())
         for hidden, _ in _draft_steps(drafter, target, batch):
             hidden = hidden.detach()
-            wanted = cluster_of[F.linear(hidden, drafter.head.weight).argmax(-1)]
+            wanted = cluster_of[F.linear(hidden, _dense(drafter).weight).argmax(-1)]
             total = total + F.cross_entropy(scorer(hidden).flatten(0, 1), wanted.flatten())
         return total / DRAFT_STEPS
 
@@ -295,10 +298,16 @@ def _held_out_loss(target: Target, tokens: Tensor) -> float:
     return F.cross_entropy(out.logits.flatten(0, 1), rows[:, 1:].flatten()).item()
 
 
+def _dense(drafter: Drafter) -> DenseHead:
+    return cast(DenseHead, drafter.head)
+
+
 def _drafter_tensors(drafter: Drafter, centroids: Tensor, ordering: Tensor) -> dict[str, Tensor]:
-    inner = {f"model.{name}": p for name, p in drafter.named_parameters() if name.startswith(("layers.", "norm."))}
+    inner: dict[str, Tensor] = {
+        f"model.{name}": p for name, p in drafter.named_parameters() if name.startswith(("layers.", "norm."))
+    }
     return inner | {
-        "model.embed_tokens.weight": drafter.head.weight,
+        "model.embed_tokens.weight": _dense(drafter).weight,
         "pre_projection.weight": drafter.pre_projection.weight,
         "post_projection.weight": drafter.post_projection.weight,
         "masked_embedding.centroids.weight": centroids,

@@ -1,5 +1,7 @@
 """The drafter: a small decoder with no KV of its own that reads the target's cache."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class Drafter(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(text, i, False, ops) for i in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.post_projection = nn.Linear(text.hidden_size, backbone, bias=False)
-        self.head: nn.Module
+        self.head: DenseHead | TwoStageHead
         if top_k_clusters is None:
             self.head = DenseHead(text.vocab_size, text.hidden_size, ops)
         else:
@@ -54,7 +56,7 @@ class Drafter(nn.Module):
         text = self.config.text
         x = torch.cat((self.target_embed_tokens(tokens), states), dim=-1)
         x = self.ops.linear(x, self.pre_projection.weight)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast(list[DecoderLayer], self.layers)):
             layer_type = text.layer_types[i]
             key, value = kv[layer_type]
             rotary = rotary_tables(text.attention(layer_type), positions)

@@ -1,6 +1,7 @@
 """The target: a Gemma 4 E2B/E4B text decoder over a KV cache that is passed in and out."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """Logits after softcap [R, V], the state after the final norm [R, E], and the updated K/V, two per storing layer."""
+    """Logits after softcap [R, V], the state after the final norm [R, E], and the updated K and V of storing layers."""
 
     logits: Tensor
     state: Tensor
@@ -50,7 +51,7 @@ class Target(nn.Module):
         positions = position + torch.arange(tokens.shape[0])
         rotary, masks = self._geometry(positions, kv)
         kv, x = list(kv), embedded
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast(list[DecoderLayer], self.layers)):
             layer_type = config.layer_types[i]
             if i == config.num_kv_layers:
                 x, per_layer = x.index_select(0, output_rows), per_layer.index_select(0, output_rows)

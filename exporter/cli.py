@@ -1,0 +1,260 @@
+"""The `gemma-mtp-export` command: reads arguments, calls the library, prints."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from exporter.bundle import BACKENDS, RECIPES, ExportOptions, check_output, export_bundle
+from exporter.console import facts_table, human_bytes, parity_table, progress_bar, stats_line
+from exporter.demo import PAIR, PROMPT
+from exporter.inspection import inspect as inspect_path
+from exporter.pair import HEADS, Pair, open_pair
+from exporter.parity import Check, run_parity
+from runtime_ref.decoder import Options
+from runtime_ref.decoder import generate as generate_tokens
+from runtime_ref.engine import Engine, open_engine
+from runtime_ref.errors import CheckError, InputError
+from runtime_ref.prompts import read_prompt_ids
+from runtime_ref.sampling import Sampling
+from runtime_ref.stats import Stats
+from runtime_ref.tokenizer import TextTokenizer
+
+err = Console(stderr=True)
+out = Console()
+
+DIRECTORY = click.Path(path_type=Path)
+
+
+class DraftTokens(click.ParamType):
+    """`auto`, read as None, or a count."""
+
+    name = "auto|K"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or value == "auto":
+            return None
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is neither 'auto' nor a count", param, ctx)
+        return int(value)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="gemma-mtp-export")
+def cli() -> None:
+    """Export Gemma 4 E2B/E4B with its MTP drafter to phones, and prove that nothing was lost."""
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+force_option = click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
+
+
+@cli.command()
+@click.option("--output", type=DIRECTORY, default=Path("demo-bundle"), help="Where the bundle goes; replaced if there.")
+@click.option("--backend", type=click.Choice(list(BACKENDS)), default="onnx")
+def demo(output: Path, backend: str) -> None:
+    """Export the built-in pair, let it speak, and check parity."""
+    pair = open_pair(PAIR / "target", PAIR / "drafter")
+    _export(pair, output, ExportOptions(backend=backend, max_seq_len=512, force=True))
+    engine, tokenizer = open_engine(output), TextTokenizer(output, open_engine(output).manifest)
+    out.print("\n[bold]The built-in pair, drafting:[/bold]")
+    _speak(engine, tokenizer, tokenizer.encode(PROMPT), Options(120, engine.manifest.default_draft_tokens))
+    out.print("\n[bold]Is the bundle faithful, and is drafting lossless?[/bold]")
+    checks = _parity(output, pair, [tokenizer.encode(PROMPT)], 64)
+    out.print(parity_table(checks))
+    out.print(f"\nThe bundle is in {output}. Next: gemma-mtp-export generate {output} --prompt 'Return the'")
+    _verdict(checks)
+
+
+@cli.command()
+@click.option("--target", type=DIRECTORY, required=True, help="Gemma 4 E2B or E4B checkpoint.")
+@click.option("--drafter", type=DIRECTORY, required=True, help="Its MTP drafter checkpoint.")
+@click.option("--output", type=DIRECTORY, required=True, help="Bundle directory to write.")
+@click.option("--backend", type=click.Choice(list(BACKENDS)), default="onnx")
+@click.option("--recipe", type=click.Choice(RECIPES), default="fp32", help="Precision of weights and activations.")
+@click.option("--max-seq-len", type=click.IntRange(2), default=4096, help="Longest prompt and answer together.")
+@click.option("--max-draft-tokens", type=click.IntRange(0, 32), default=8, help="Most drafts a round may have.")
+@click.option("--head", type=click.Choice(HEADS), default="auto", help="The drafter's output head.")
+@force_option
+@json_option
+def export(
+    target: Path,
+    drafter: Path,
+    output: Path,
+    backend: str,
+    recipe: str,
+    max_seq_len: int,
+    max_draft_tokens: int,
+    head: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Export a target and its drafter into a bundle."""
+    check_output(output, force)
+    options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force)
+    summary = _export(open_pair(target, drafter, head), output, options)
+    if as_json:
+        click.echo(json.dumps(summary))
+
+
+@cli.command()
+@click.argument("bundle", type=DIRECTORY)
+@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt-ids", type=DIRECTORY, help="JSON file: a list of token ids, or a list of such lists.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128)
+@click.option("--mode", type=click.Choice(["speculative", "plain"]), default="speculative")
+@click.option(
+    "--num-draft-tokens", type=DraftTokens(), default="auto", help="Drafts a round; auto is the bundle's own."
+)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0)
+@json_option
+def generate(
+    bundle: Path,
+    prompt: str | None,
+    prompt_ids: Path | None,
+    max_new_tokens: int,
+    mode: str,
+    num_draft_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Continue prompts with a bundle."""
+    if (prompt is None) == (prompt_ids is None):
+        raise click.UsageError("give either --prompt or --prompt-ids")
+    engine = open_engine(bundle)
+    manifest = engine.manifest
+    drafts = manifest.default_draft_tokens if num_draft_tokens is None else num_draft_tokens
+    if drafts > manifest.max_draft_tokens:
+        raise InputError(f"--num-draft-tokens is {drafts}, {bundle} was exported for up to {manifest.max_draft_tokens}")
+    options = Options(max_new_tokens, 0 if mode == "plain" else drafts, Sampling(temperature, top_p, seed))
+    has_text = prompt is not None or (bundle / "tokenizer.json").exists()
+    tokenizer = TextTokenizer(bundle, manifest) if has_text else None
+    if prompt_ids is not None:
+        prompts = read_prompt_ids(prompt_ids)
+    else:
+        assert tokenizer is not None and prompt is not None
+        if not prompt:
+            raise InputError("the prompt is empty: expected some text")
+        prompts = [tokenizer.encode(prompt)]
+    results = []
+    for ids in prompts:
+        if not as_json:
+            _speak(engine, tokenizer, ids, options)
+            continue
+        stats = Stats()
+        tokens = list(generate_tokens(engine, ids, options, stats))
+        text = tokenizer.decode(tokens) if tokenizer else None
+        results.append({"tokens": tokens, "text": text, **stats.as_dict()})
+    if as_json:
+        click.echo(json.dumps(results[0] if len(results) == 1 else results))
+
+
+@cli.command()
+@click.argument("bundle", type=DIRECTORY)
+@click.option("--target", type=DIRECTORY, help="The checkpoint it was exported from; needs --drafter.")
+@click.option("--drafter", type=DIRECTORY, help="The drafter it was exported from; needs --target.")
+@click.option("--prompt-ids", type=DIRECTORY, help="JSON file: a list of token ids, or a list of such lists.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=32)
+@json_option
+def parity(
+    bundle: Path,
+    target: Path | None,
+    drafter: Path | None,
+    prompt_ids: Path | None,
+    max_new_tokens: int,
+    as_json: bool,
+) -> None:
+    """Prove a bundle: files, weights, graphs against eager torch, plain and speculative tokens."""
+    if (target is None) != (drafter is None):
+        raise click.UsageError("give both --target and --drafter, or neither")
+    pair = None
+    if target is not None and drafter is not None:
+        pair = open_pair(target, drafter, "auto")
+    prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
+    checks = _parity(bundle, pair, prompts, max_new_tokens)
+    if as_json:
+        click.echo(json.dumps({"passed": all(c.passed for c in checks), "checks": [vars(c) for c in checks]}))
+    else:
+        out.print(parity_table(checks))
+        if pair is None:
+            err.print("Without --target and --drafter, only the files and losslessness were checked.")
+    _verdict(checks)
+
+
+@cli.command()
+@click.argument("path", type=DIRECTORY)
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what a bundle or a checkpoint holds."""
+    facts = inspect_path(path)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        out.print(facts_table(facts))
+
+
+def main() -> None:
+    """Run the command; unusable input ends in one line and exit 2, a failed check in exit 1."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped export cleans up after itself
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        sys.exit(2)
+    except InputError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except CheckError as error:
+        click.echo(f"failed: {error}", err=True)
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+def _export(pair: Pair, output: Path, options: ExportOptions) -> dict[str, Any]:
+    started = time.perf_counter()
+    total = pair.weight_bytes
+    with progress_bar(err, "export", total) as progress:
+        export_bundle(pair, output, options, progress)
+    size = sum(file.stat().st_size for file in output.iterdir())
+    seconds = time.perf_counter() - started
+    err.print(f"exported {output} ({human_bytes(size)}) in {seconds:.0f} s")
+    return {"bundle": str(output), "bytes": size, "seconds": seconds}
+
+
+def _speak(engine: Engine, tokenizer: TextTokenizer | None, prompt: list[int], options: Options) -> None:
+    """Stream one answer, as text if there is a tokenizer, else as ids."""
+    stats, count = Stats(), 0
+    stream = tokenizer.stream() if tokenizer else None
+    if tokenizer:
+        click.secho(tokenizer.decode(prompt), dim=True, nl=False)
+    for token in generate_tokens(engine, prompt, options, stats):
+        click.echo(stream.add(token) if stream else f"{token} ", nl=False)
+        count += 1
+    click.echo()
+    err.print(stats_line(stats, count), style="dim")
+
+
+def _parity(bundle: Path, pair: Pair | None, prompts: list[list[int]], max_new_tokens: int) -> list[Check]:
+    with err.status("parity") as status:
+        return run_parity(bundle, pair, prompts, max_new_tokens, lambda rung: status.update(f"parity: {rung}"))
+
+
+def _verdict(checks: list[Check]) -> None:
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise CheckError(f"parity: {len(failed)} of {len(checks)} checks, first {failed[0].rung} / {failed[0].output}")
+    err.print(f"parity: all {len(checks)} checks passed", style="green")
+
+
+if __name__ == "__main__":
+    main()

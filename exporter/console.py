@@ -1,0 +1,71 @@
+"""What people see: progress bars, tables, sizes."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from exporter.parity import Check
+from runtime_ref.stats import Stats
+
+
+def human_bytes(size: float) -> str:
+    """Decimal units, as file managers and app stores count."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar on standard error; the block calls what it yields with a step's name and its share of the total."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda step, amount: progress.update(task, advance=amount, description=f"{title}: {step}")
+
+
+def parity_table(checks: Sequence[Check]) -> Table:
+    """One row a check, the largest error beside its tolerance."""
+    table = Table("rung", "output", "", "largest error, or what was compared", title="Parity")
+    for check in checks:
+        verdict = Text("PASS", "green") if check.passed else Text("FAIL", "bold red")
+        error = "" if check.error is None else f"{check.error:.1e} (allowed {check.tolerance:.0e})"
+        table.add_row(check.rung, check.output, verdict, error or check.detail)
+    return table
+
+
+def stats_line(stats: Stats, new_tokens: int) -> str:
+    """One line under a generated text."""
+    line = f"{new_tokens} tokens ({stats.finish_reason})"
+    if stats.decode_seconds:
+        line += f", {max(new_tokens - 1, 0) / stats.decode_seconds:.1f} tokens/s"
+    if stats.acceptance_rate is not None:
+        by_position = " ".join(f"{share:.0%}" for share in stats.acceptance_by_position)
+        line += f", {stats.acceptance_rate:.0%} of drafts accepted ({by_position} by position)"
+    if stats.mean_tokens_per_round is not None:
+        line += f", {stats.mean_tokens_per_round:.2f} tokens a round"
+    return line
+
+
+def facts_table(facts: dict[str, Any]) -> Table:
+    """Nested facts as rows of a dotted name and a value; bytes in human units."""
+    table = Table("fact", "value", show_header=False)
+    for name, value in _flatten("", facts):
+        sized = name.startswith("files.") or name.endswith("_bytes")
+        table.add_row(name, human_bytes(value) if sized else str(value))
+    return table
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)
+    else:
+        yield prefix, value

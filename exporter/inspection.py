@@ -1,0 +1,83 @@
+"""What a bundle or a checkpoint holds, as plain facts."""
+
+from collections import Counter
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.checkpoint import Checkpoint, drafter_weights, read_cluster_table, target_weights
+from exporter.config import read_drafter_config, read_json, read_target_config
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import MANIFEST, changed_files, read_manifest
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Facts of a bundle or of a checkpoint directory, which is checked as an export would check it.
+
+    Raises:
+        InputError: neither a bundle nor a Gemma 4 checkpoint, or a broken one.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: not a directory; expected a bundle or a checkpoint")
+    if (path / MANIFEST).exists():
+        manifest = read_manifest(path)
+        facts = {k: manifest.raw[k] for k in ("backend", "recipe", "max_seq_len", "num_draft_tokens", "tokens")}
+        return {
+            "kind": "bundle",
+            **facts,
+            "target": _sizes(manifest.raw["target"]),
+            "drafter": _sizes(manifest.raw["drafter"]["text"]),
+            "two_stage": manifest.raw["two_stage"],
+            "kv_bytes_per_token": sum(4 * kv.num_key_value_heads * kv.head_dim for kv in manifest.kv),
+            "files": {name: file["size"] for name, file in manifest.files.items()},
+            "total_bytes": sum(file["size"] for file in manifest.files.values()),
+            "changed_files": changed_files(path, manifest),
+        }
+    if read_json(path / "config.json").get("model_type") == "gemma4_assistant":
+        return _inspect_drafter(path)
+    return _inspect_target(path)
+
+
+def _inspect_target(path: Path) -> dict[str, Any]:
+    config, checkpoint = read_target_config(path), Checkpoint(path)
+    used = target_weights(checkpoint, config)
+    return {"kind": "target", "target": _sizes(asdict(config)), **_tensors(checkpoint, len(used))}
+
+
+def _inspect_drafter(path: Path) -> dict[str, Any]:
+    config, checkpoint = read_drafter_config(path), Checkpoint(path)
+    table = read_cluster_table(checkpoint, config)
+    # Checks every name and shape; the target's embedding is not read.
+    drafter_weights(checkpoint, config, table, {"embed_tokens.weight": lambda: torch.empty(0)})
+    head = None
+    if table is not None:
+        clusters, size = table.members.shape
+        top_k = config.centroid_intermediate_top_k
+        head = {"num_clusters": clusters, "cluster_size": size, "top_k_clusters": top_k}
+    return {
+        "kind": "drafter",
+        "drafter": _sizes(asdict(config.text)),
+        "backbone_hidden_size": config.backbone_hidden_size,
+        "two_stage": head,
+        **_tensors(checkpoint, len(checkpoint.entries)),
+    }
+
+
+def _tensors(checkpoint: Checkpoint, used: int) -> dict[str, Any]:
+    entries = checkpoint.entries.values()
+    return {
+        "tensors": len(entries),
+        "tensors_used": used,
+        "parameters": sum(prod(entry.shape) for entry in entries),
+        "dtypes": dict(sorted(Counter(entry.dtype for entry in entries).items())),
+        "files": {file.name: file.stat().st_size for file in checkpoint.files},
+        "total_bytes": sum(file.stat().st_size for file in checkpoint.files),
+    }
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """A text config with its layer pattern counted instead of listed."""
+    return {**config, "layer_types": dict(Counter(config["layer_types"]))}

@@ -1,0 +1,217 @@
+"""Prove a bundle: files, weights, graphs against eager torch, then plain and speculative tokens, rung by rung."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.backends.onnx import stored_weights
+from exporter.checkpoint import Weights
+from exporter.modeling.drafter import Drafter
+from exporter.modeling.target import Target, empty_kv
+from exporter.pair import Pair
+from runtime_ref.decoder import Options, check_prompt, generate
+from runtime_ref.engine import load_engine
+from runtime_ref.engine_onnx import OnnxEngine
+from runtime_ref.manifest import Manifest, changed_files, read_manifest
+from runtime_ref.sampling import Sampling
+from runtime_ref.stats import Stats
+
+# Largest error allowed, relative to the largest magnitude of the eager output (or 1), and why.
+TOLERANCES: Mapping[str, tuple[float, str]] = {
+    "fp32": (1e-4, "same weights, same formulas: only the order of float32 sums differs"),
+}
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the parity table. `error` and `tolerance` are None where the check is exact."""
+
+    rung: str
+    output: str
+    passed: bool
+    error: float | None = None
+    tolerance: float | None = None
+    detail: str = ""
+
+
+def run_parity(
+    bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, note: Note = lambda _: None
+) -> list[Check]:
+    """Climb every rung there is input for; all failures are collected.
+
+    Args:
+        pair: the checkpoints the bundle was made from; without them only integrity and losslessness can be checked.
+        prompts: token ids; empty for seeded random ones.
+        note: told what is being checked.
+    """
+    manifest = read_manifest(bundle)
+    note("files")
+    changed = changed_files(bundle, manifest)
+    listed = f"changed: {', '.join(changed)}" if changed else f"{len(manifest.files)} files match the manifest"
+    checks = [Check("files", "sha256", not changed, detail=listed)]
+    prompts = prompts or default_prompts(manifest)
+    for prompt in prompts:
+        check_prompt(manifest, prompt)
+    # A changed file was reported above; the rungs below then show what the change does.
+    engine = load_engine(bundle, manifest, threads=1)
+    assert isinstance(engine, OnnxEngine)
+    if pair is not None:
+        checks += _check_source(manifest, pair)
+        note("weights")
+        checks += [_check_weights(bundle, manifest, "target", pair.target_weights)]
+        checks += [_check_weights(bundle, manifest, "drafter", pair.drafter_weights)]
+        note("eager")
+        with torch.no_grad():
+            target, drafter = pair.load_target(), pair.load_drafter()
+            eager_tokens = [_greedy(target, manifest, prompt, max_new_tokens) for prompt in prompts]
+            checks += _check_graphs(engine, target, drafter, pair, prompts, eager_tokens)
+    note("plain")
+    plain = [_tokens(engine, prompt, max_new_tokens, 0)[0] for prompt in prompts]
+    if pair is not None:
+        wanted = [_settle_tie(target, manifest, *texts) for texts in zip(prompts, eager_tokens, plain, strict=True)]
+        checks.append(_check_tokens("plain", "tokens = eager", plain, wanted))
+    note("speculative")
+    for sampling, label in ((Sampling(), "greedy"), (Sampling(1.0, 0.95, seed=1), "sampled")):
+        wanted = plain if label == "greedy" else [_tokens(engine, p, max_new_tokens, 0, sampling)[0] for p in prompts]
+        runs = [_tokens(engine, p, max_new_tokens, manifest.default_draft_tokens, sampling) for p in prompts]
+        drafted, accepted = sum(s.drafted for _, s in runs), sum(s.accepted for _, s in runs)
+        detail = f"accepted {accepted} of {drafted} drafts"
+        checks.append(_check_tokens("speculative", f"{label} tokens = plain", [t for t, _ in runs], wanted, detail))
+    return checks
+
+
+def default_prompts(manifest: Manifest) -> list[list[int]]:
+    """Seeded random prompts: one token, a few, and one that crosses the sliding window if the context allows."""
+    generator = np.random.default_rng(0)
+    crossing = min(manifest.raw["target"]["sliding_window"] + 9, manifest.max_seq_len // 2)
+    return [generator.integers(0, manifest.vocab_size, size).tolist() for size in (1, 7, crossing)]
+
+
+def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
+    """Whether the checkpoints are the ones that the bundle was exported from, by their digests."""
+    for kind, checkpoint in (("target", pair.target_checkpoint), ("drafter", pair.drafter_checkpoint)):
+        same = checkpoint.sha256() == manifest.raw["source"][kind]
+        detail = "" if same else f"{checkpoint.directory} is not the checkpoint that was exported"
+        yield Check("source", f"{kind} checkpoint", same, detail=detail)
+
+
+def _check_weights(bundle: Path, manifest: Manifest, graph: str, weights: Weights) -> Check:
+    """Every stored weight against the checkpoint's, bit by bit: nothing else sees a row no prompt touches."""
+    stored = stored_weights(bundle / manifest.graphs[graph].file)
+    differing = sorted(weights.keys() ^ stored.keys())
+    for name in weights.keys() & stored.keys():
+        if not np.array_equal(weights[name]().numpy(), stored[name].numpy()):
+            differing.append(name)
+    detail = f"{len(differing)} differ: {', '.join(differing[:3])}" if differing else f"{len(stored)} tensors equal"
+    return Check("weights", f"{graph} weights", not differing, detail=detail)
+
+
+def _check_graphs(
+    engine: OnnxEngine,
+    target: Target,
+    drafter: Drafter,
+    pair: Pair,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+) -> list[Check]:
+    """Largest error of each graph output over all prompts: a prefill, a verify pass, and a round of draft steps."""
+    worst: dict[str, float] = {}
+    drafts_equal = True
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        text, steps = [*prompt, *continuation], engine.manifest.default_draft_tokens
+        verify = text[len(prompt) : len(prompt) + steps + 1]
+        kv = empty_kv(pair.target, len(text))
+        engine.position = 0
+        # Prefill asks for the last row alone, verify for every row: together they cover both uses of the graph.
+        for tokens, rows in ((prompt, [len(prompt) - 1]), (verify, range(len(verify)))):
+            start = torch.tensor([engine.position])
+            eager = target(torch.tensor(tokens), start, torch.tensor(list(rows)), kv)
+            kv = eager.kv
+            logits, ids, states = engine.run_target(tokens, rows)
+            best = eager.logits.topk(ids.shape[1]).values
+            at_ids = eager.logits.gather(1, torch.from_numpy(ids))
+            for name, found, wanted in (
+                ("top logits", logits, best),
+                ("logits at top ids", logits, at_ids),
+                ("state", states, eager.state),
+            ):
+                worst[name] = max(worst.get(name, 0.0), _error(found, wanted))
+            engine.position += len(tokens)
+        for buffer, wanted in zip(engine.manifest.kv, kv, strict=True):
+            found = engine.cache[buffer.name][:, : engine.position]
+            part = f"KV cache, {buffer.layer_type.removesuffix('_attention')} layers"
+            worst[part] = max(worst.get(part, 0.0), _error(found, wanted[:, : engine.position]))
+        shared = {kind: (kv[2 * i], kv[2 * i + 1]) for kind, i in pair.shared_kv.items()}
+        token, state, position = torch.tensor(verify[-1:]), eager.state[-1:], torch.tensor([engine.position])
+        for _ in range(steps):  # each from the eager state, so that steps are judged one by one
+            found_token, found_state = engine.draft_step(int(token), state.numpy())
+            token, state = drafter(token, state, position, shared)
+            worst["draft state"] = max(worst.get("draft state", 0.0), _error(found_state, state))
+            drafts_equal &= found_token == int(token)
+    tolerance, _ = TOLERANCES[engine.manifest.recipe]
+    checks = [
+        Check("graphs", name, error <= tolerance, error=error, tolerance=tolerance) for name, error in worst.items()
+    ]
+    return [*checks, Check("graphs", "draft tokens", drafts_equal, detail="exact" if drafts_equal else "differ")]
+
+
+def _error(found: np.ndarray, wanted: Tensor) -> float:
+    scale = max(1.0, float(wanted.abs().max()))
+    return float((torch.from_numpy(found) - wanted).abs().max()) / scale
+
+
+def _greedy(target: Target, manifest: Manifest, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    """Greedy tokens of the eager target, stopped where a runtime stops."""
+    budget = min(max_new_tokens, manifest.max_seq_len - len(prompt))
+    kv = empty_kv(target.config, len(prompt) + budget)
+    tokens, new, position = list(prompt), [], 0
+    while True:
+        out = target(torch.tensor(tokens), torch.tensor([position]), torch.tensor([len(tokens) - 1]), kv)
+        kv, position = out.kv, position + len(tokens)
+        tokens = [int(out.logits[0].argmax())]
+        new += tokens
+        if len(new) == budget or tokens[0] in manifest.eos:
+            return new
+
+
+@torch.no_grad()
+def _settle_tie(
+    target: Target, manifest: Manifest, prompt: Sequence[int], eager: list[int], plain: list[int]
+) -> list[int]:
+    """Eager tokens, or plain ones where both first part at two logits closer than the tolerance: either is right."""
+    at = first_difference(eager, plain)
+    if at >= min(len(eager), len(plain)):
+        return eager
+    tokens = torch.tensor([*prompt, *eager[:at]])
+    out = target(tokens, torch.tensor([0]), torch.tensor([len(tokens) - 1]), empty_kv(target.config, len(tokens)))
+    margin = abs(float(out.logits[0, eager[at]] - out.logits[0, plain[at]]))
+    tolerance, _ = TOLERANCES[manifest.recipe]
+    return plain if margin <= tolerance * max(1.0, float(out.logits.abs().max())) else eager
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """Index at which two token lists part; the shorter's length if one continues the other."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _tokens(
+    engine: OnnxEngine, prompt: Sequence[int], max_new_tokens: int, drafts: int, sampling: Sampling = Sampling()
+) -> tuple[list[int], Stats]:
+    stats = Stats()
+    return list(generate(engine, prompt, Options(max_new_tokens, drafts, sampling), stats)), stats
+
+
+def _check_tokens(rung: str, output: str, found: list[list[int]], wanted: list[list[int]], detail: str = "") -> Check:
+    """Token for token; a difference is reported at its first place."""
+    for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        if ours != theirs:
+            at = first_difference(ours, theirs)
+            return Check(rung, output, False, detail=f"prompt {number} differs from new token {at} on")
+    total = sum(map(len, wanted))
+    return Check(rung, output, True, detail=f"{total} tokens equal" + (f", {detail}" if detail else ""))

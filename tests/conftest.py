@@ -1,0 +1,46 @@
+"""Pairs and bundles that many tests share, made once a session."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter.bundle import ExportOptions, export_bundle
+from exporter.demo import PAIR
+from exporter.pair import open_pair
+from tests.pairs import SHAPES, save_pair
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+torch.set_grad_enabled(False)
+
+Directories = tuple[Path, Path]
+
+
+@pytest.fixture(scope="session")
+def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Directories]:
+    """Target and drafter directory of a shape; `demo` is the built-in pair."""
+
+    @functools.cache
+    def make(name: str) -> Directories:
+        if name == "demo":
+            return PAIR / "target", PAIR / "drafter"
+        return save_pair(SHAPES[name], tmp_path_factory.mktemp(name))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle(pair_dirs: Callable[[str], Directories], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of a shape; tests that change one work on a copy."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        output = tmp_path_factory.mktemp("bundles") / name
+        export_bundle(open_pair(*pair_dirs(name)), output, ExportOptions(max_seq_len=300))
+        return output
+
+    return make

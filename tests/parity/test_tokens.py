@@ -1,0 +1,47 @@
+"""The whole chain against transformers: an exported bundle's tokens are the reference's, in no more passes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime_ref.decoder import Options, generate
+from runtime_ref.engine import open_engine
+from runtime_ref.stats import Stats
+from tests.pairs import SHAPES, load_reference, reference_greedy
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_tokens_equal_reference(
+    name: str, bundle: Callable[[str], Path], pair_dirs: Callable[[str], tuple[Path, Path]]
+) -> None:
+    """Prompts of one token, a few, across the window and across a prefill chunk."""
+    reference, _ = load_reference(*pair_dirs(name))
+    engine = open_engine(bundle(name), threads=1)
+    for length in (1, 5, 40, 200):
+        prompt = [(7 * i * i + 11 * i + 5) % SHAPES[name].vocab for i in range(length)]
+        wanted, _ = reference_greedy(reference, prompt, 24, [1])
+        for drafts in (0, 4):
+            found = list(generate(engine, prompt, Options(24, drafts), Stats()))
+            assert found == wanted, f"prompt of {length}, {drafts} drafts"
+
+
+def test_built_in_pair_equals_reference_in_no_more_passes(
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], tuple[Path, Path]]
+) -> None:
+    """On a pair that accepts drafts: same tokens as assisted generation at K = 4, in at most one pass more."""
+    target_dir, drafter_dir = pair_dirs("demo")
+    reference, assistant = load_reference(target_dir, drafter_dir)
+    engine = open_engine(bundle("demo"), threads=1)
+    eos = json.loads((target_dir / "generation_config.json").read_text())["eos_token_id"]
+    accepted = 0
+    for length in (1, 8, 90):
+        prompt = [2, *((300 + 37 * i) % 2048 for i in range(1, length))]
+        wanted, passes = reference_greedy(reference, prompt, 60, eos, assistant, 4)
+        stats = Stats()
+        assert list(generate(engine, prompt, Options(60, 4), stats)) == wanted
+        assert list(generate(engine, prompt, Options(60, 0), Stats())) == wanted
+        assert stats.rounds <= passes + 1
+        accepted += stats.accepted
+    assert accepted > 0, "nothing was accepted: the comparison of passes says nothing"
