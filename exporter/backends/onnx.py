@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import onnxscript.optimizer
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
@@ -26,6 +26,14 @@ from exporter.pair import Pair
 OPSET = 24  # the first with TensorScatter, which writes the cache in place
 ALIGNMENT = 4096  # a page, so that a table is mapped without its neighbours
 _SMALL = 16 * ALIGNMENT  # below this, padding to pages would cost more than it gives
+
+# After constant folding; onnxscript's full optimizer finds the same and takes fifty times as long.
+TIDY = (
+    passes.RemoveUnusedNodesPass(),
+    passes.CommonSubexpressionEliminationPass(),
+    passes.RemoveUnusedNodesPass(),
+    passes.ClearMetadataAndDocStringPass(),  # traces carry paths of the machine that exported
+)
 
 Progress = Callable[[str, int], None]
 
@@ -112,9 +120,9 @@ def trace(spec: GraphSpec, build: Callable[[], nn.Module]) -> ir.Model:
         for values, ports in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
             for value, port in zip(values, ports, strict=True):
                 value.name, value.shape = port.name, ir.Shape(port.shape)
-        onnxscript.optimizer.optimize(model)
-    # Traces carry paths of the machine that exported.
-    ClearMetadataAndDocStringPass()(model)
+        onnxscript.optimizer.fold_constants(model)
+    for tidy in TIDY:
+        tidy(model)
     return model
 
 

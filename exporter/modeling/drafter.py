@@ -70,7 +70,7 @@ class Drafter(nn.Module):
 
         The reference measures the window from the newest cache row and includes both ends: window + 1 keys.
         """
-        behind = positions[:, None] - torch.arange(rows)
+        behind = positions.unsqueeze(1) - torch.arange(rows)
         visible = behind >= 1
         if layer_type == "sliding_attention":
             visible &= behind <= self.config.text.sliding_window + 1

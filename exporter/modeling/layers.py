@@ -62,7 +62,7 @@ def rotary_tables(config: AttentionConfig, positions: Tensor) -> tuple[Tensor, T
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, 2 * rotated, 2, dtype=torch.float32) / dim)
     if config.rope_type == "proportional":
         frequencies = F.pad(frequencies, (0, dim // 2 - rotated)) / config.rope_factor
-    angles = positions.to(torch.float32)[:, None] * frequencies
+    angles = positions.to(torch.float32).unsqueeze(1) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -72,7 +72,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
 def additive_mask(visible: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     kv_heads = key.shape[0]
     folded = query.reshape(tokens, kv_heads, heads // kv_heads, dim).permute(1, 0, 2, 3).reshape(kv_heads, -1, dim)
     scores = folded @ key.transpose(1, 2)  # [N, T*H/N, S]
-    scores = scores.reshape(kv_heads, tokens, heads // kv_heads, -1) + mask[:, None]
+    scores = scores.reshape(kv_heads, tokens, heads // kv_heads, -1) + mask.unsqueeze(1)
     weights = scores.softmax(-1).reshape(kv_heads, tokens * (heads // kv_heads), -1)
     mixed = weights @ value
     return mixed.reshape(kv_heads, tokens, heads // kv_heads, dim).permute(1, 0, 2, 3).reshape(tokens, heads * dim)

@@ -63,7 +63,7 @@ class Target(nn.Module):
                 kv[2 * i] = self.ops.write_rows(kv[2 * i], key, position)
                 kv[2 * i + 1] = self.ops.write_rows(kv[2 * i + 1], value, position)
             key, value = kv[2 * source], kv[2 * source + 1]
-            x = layer(x, normed, rotary[layer_type], masks[layer_type], key, value, per_layer[:, i])
+            x = layer(x, normed, rotary[layer_type], masks[layer_type], key, value, per_layer.select(1, i))
         if config.num_kv_layers == config.num_hidden_layers:
             x = x.index_select(0, output_rows)
         state = self.norm(x)
@@ -84,7 +84,7 @@ class Target(nn.Module):
         """Rotary tables and causal masks by layer type, for query positions [T] over the cache."""
         config = self.config
         rotary, masks = {}, {}
-        behind = positions[:, None] - torch.arange(kv[0].shape[1])  # how far each key lies behind its query
+        behind = positions.unsqueeze(1) - torch.arange(kv[0].shape[1])  # how far each key lies behind its query
         visible = {"full_attention": behind >= 0}
         visible["sliding_attention"] = visible["full_attention"] & (behind < config.sliding_window)
         for layer_type in sorted(set(config.layer_types)):

@@ -40,7 +40,7 @@ class TwoStageHead(nn.Module):
         tokens, size = hidden.shape
         kept = self.ops.linear(hidden, self.centroids).topk(self.top_k, dim=-1).indices  # [T, k]
         rows = self.clusters[kept].reshape(tokens, -1, size)  # [T, k*V/C, E]
-        logits = (rows @ hidden[:, :, None]).squeeze(-1)
+        logits = (rows @ hidden.unsqueeze(2)).squeeze(-1)
         ids = self.token_ids[kept].reshape(tokens, -1)
         best = logits.amax(-1, keepdim=True)
         return torch.where(logits == best, ids, self.vocab_size).amin(-1)

@@ -1,0 +1,93 @@
+"""Speculative equals plain on real bundles, whatever is drafted: the first promise."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime_ref.decoder import Options, generate
+from runtime_ref.engine_onnx import CACHE_STEP, PREFILL_CHUNK, OnnxEngine
+from runtime_ref.manifest import read_manifest
+from runtime_ref.sampling import Sampling
+from runtime_ref.stats import Stats
+from tests.pairs import SHAPES
+
+GREEDY, SAMPLED = Sampling(), Sampling(0.8, 0.95, seed=11)
+
+
+class ScriptedEngine(OnnxEngine):
+    """Drafts a known continuation, wrong with a given chance, so that every pattern of acceptance occurs."""
+
+    answer: tuple[int, ...] = ()
+    prompt_length = 0
+    mistakes = 0.0
+
+    def draft(self, last: int, num_draft_tokens: int) -> list[int]:
+        at = self.position + 1 - self.prompt_length
+        right = (*self.answer, *([0] * num_draft_tokens))[at : at + num_draft_tokens]
+        return [(t + 1) % self.manifest.vocab_size if random.random() < self.mistakes else t for t in right]
+
+
+@pytest.fixture(params=SHAPES)
+def engine(request: pytest.FixtureRequest, bundle: Callable[[str], Path]) -> ScriptedEngine:
+    path = bundle(request.param)
+    return ScriptedEngine(path, replace(read_manifest(path), eos=frozenset()), threads=1)
+
+
+def prompt_of(engine: OnnxEngine, length: int) -> list[int]:
+    return np.random.default_rng(length).integers(0, engine.manifest.vocab_size, length).tolist()
+
+
+def run(engine: OnnxEngine, prompt: list[int], options: Options) -> tuple[list[int], Stats]:
+    stats = Stats()
+    return list(generate(engine, prompt, options, stats)), stats
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("length", [1, 5, PREFILL_CHUNK + 1])
+@pytest.mark.parametrize("mistakes", [0.0, 0.3, 1.0], ids=["all", "mixed", "none"])
+def test_speculative_equals_plain(engine: ScriptedEngine, sampling: Sampling, length: int, mistakes: float) -> None:
+    """Accept-all, mixed and accept-none, past the window, across a growth of the cache for the long prompt."""
+    random.seed(length)
+    prompt = prompt_of(engine, length)
+    budget = 40 if length < PREFILL_CHUNK else CACHE_STEP + 10 - length
+    plain, _ = run(engine, prompt, Options(budget, 0, sampling))
+    engine.answer, engine.prompt_length, engine.mistakes = tuple(plain), len(prompt), mistakes
+    for drafts in (1, 4, 8):
+        found, stats = run(engine, prompt, Options(budget, drafts, sampling))
+        assert found == plain, f"{drafts} drafts"
+        assert stats.acceptance_rate == {0.0: 1.0, 1.0: 0.0}.get(mistakes, pytest.approx(0.5, abs=0.45))
+
+
+def test_end_tokens_stop_inside_a_draft(engine: ScriptedEngine) -> None:
+    prompt = prompt_of(engine, 6)
+    plain, _ = run(engine, prompt, Options(30, 0))
+    engine.answer, engine.prompt_length = tuple(plain), len(prompt)
+    for end in sorted(set(plain)):
+        engine.manifest = replace(engine.manifest, eos=frozenset({end}))
+        found, stats = run(engine, prompt, Options(30, 4))
+        assert found == plain[: plain.index(end) + 1]
+        assert stats.finish_reason == "eos"
+        assert stats.accepted <= len(found)
+
+
+def test_up_to_max_seq_len(engine: ScriptedEngine) -> None:
+    room = engine.manifest.max_seq_len
+    for length in (room - 40, room - 1):
+        prompt = prompt_of(engine, length)
+        plain, plain_stats = run(engine, prompt, Options(99, 0))
+        engine.answer, engine.prompt_length = tuple(plain), len(prompt)
+        found, stats = run(engine, prompt, Options(99, 8))
+        assert found == plain
+        assert len(plain) == room - length
+        assert stats.finish_reason == plain_stats.finish_reason == "max_seq_len"
+
+
+def test_an_engine_can_be_used_again(engine: ScriptedEngine) -> None:
+    """A shorter text after a longer one is not disturbed by the rows that are left in the cache."""
+    first, _ = run(engine, prompt_of(engine, 3), Options(10, 0))
+    run(engine, prompt_of(engine, 120), Options(30, 0))
+    assert run(engine, prompt_of(engine, 3), Options(10, 0))[0] == first
