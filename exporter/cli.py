@@ -20,6 +20,7 @@ from runtime_ref.decoder import Options
 from runtime_ref.decoder import generate as generate_tokens
 from runtime_ref.engine import Engine, open_engine
 from runtime_ref.errors import CheckError, InputError
+from runtime_ref.manifest import read_manifest
 from runtime_ref.prompts import read_prompt_ids
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
@@ -178,7 +179,8 @@ def parity(
         raise click.UsageError("give both --target and --drafter, or neither")
     pair = None
     if target is not None and drafter is not None:
-        pair = open_pair(target, drafter, "auto")
+        clustered = read_manifest(bundle).raw["two_stage"] is not None
+        pair = open_pair(target, drafter, "auto" if clustered else "dense")
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     checks = _parity(bundle, pair, prompts, max_new_tokens)
     if as_json:

@@ -1,7 +1,8 @@
 """Prove a bundle: files, weights, graphs against eager torch, then plain and speculative tokens, rung by rung."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from exporter.pair import Pair
 from runtime_ref.decoder import Options, check_prompt, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.engine_onnx import OnnxEngine
+from runtime_ref.errors import InputError
 from runtime_ref.manifest import Manifest, changed_files, read_manifest
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
@@ -62,6 +64,7 @@ def run_parity(
     engine = load_engine(bundle, manifest, threads=1)
     assert isinstance(engine, OnnxEngine)
     if pair is not None:
+        _refuse_other_shapes(bundle, manifest, pair)
         checks += _check_source(manifest, pair)
         note("weights")
         checks += [_check_weights(bundle, manifest, "target", pair.target_weights)]
@@ -91,6 +94,19 @@ def default_prompts(manifest: Manifest) -> list[list[int]]:
     generator = np.random.default_rng(0)
     crossing = min(manifest.raw["target"]["sliding_window"] + 9, manifest.max_seq_len // 2)
     return [generator.integers(0, manifest.vocab_size, size).tolist() for size in (1, 7, crossing)]
+
+
+def _refuse_other_shapes(bundle: Path, manifest: Manifest, pair: Pair) -> None:
+    """Refuse checkpoints that cannot be the ones the bundle was exported from: nothing could be compared."""
+    for kind, config in (("target", pair.target), ("drafter", pair.drafter)):
+        ours = json.loads(json.dumps(asdict(config)))
+        theirs = manifest.raw[kind]
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise InputError(
+                    f"{bundle}: was exported from another {kind}: {key} is {theirs.get(key)}, the checkpoint has"
+                    f" {ours.get(key)}; pass the checkpoints it was made from"
+                )
 
 
 def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:

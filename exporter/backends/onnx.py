@@ -147,7 +147,7 @@ def _write_weights(
                 name=name,
                 base_dir=file.parent,
             )
-            array.tofile(stream)
+            stream.write(array.data)  # tofile would hide why a write failed
             progress(name, array.nbytes)
     return stored
 

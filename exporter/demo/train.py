@@ -28,7 +28,8 @@ from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target, TargetOutput, empty_kv
 from exporter.modeling.two_stage import DenseHead
 
-VOCAB, SEQUENCE, BATCH, DRAFT_STEPS = 2048, 256, 16, 4
+VOCAB, SEQUENCE, DRAFT_STEPS = 2048, 256, 4
+TARGET_BATCH, DRAFTER_BATCH = 16, 8
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 # Weights stay in float32; products of bfloat16 train in about two thirds of the time on a CPU that has them.
@@ -170,7 +171,7 @@ def train_target(target: Target, tokens: Tensor, steps: int) -> None:
         out = _run_target(target, batch[:, :-1])
         return F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
 
-    _optimise("target", target, loss, _batches(tokens, SEQUENCE + 1), steps, 3e-3)
+    _optimise("target", target, loss, _batches(tokens, TARGET_BATCH, SEQUENCE + 1), steps, 3e-3)
 
 
 def train_drafter(drafter: Drafter, target: Target, tokens: Tensor, steps: int) -> None:
@@ -186,7 +187,7 @@ def train_drafter(drafter: Drafter, target: Target, tokens: Tensor, steps: int) 
             total = total + F.cross_entropy(found.flatten(0, 1), wanted.flatten(0, 1))
         return total / DRAFT_STEPS
 
-    _optimise("drafter", drafter, loss, _batches(tokens, SEQUENCE), steps, 3e-3)
+    _optimise("drafter", drafter, loss, _batches(tokens, DRAFTER_BATCH, SEQUENCE), steps, 3e-3)
 
 
 def cluster(embedding: Tensor, clusters: int) -> Tensor:
@@ -217,7 +218,7 @@ def train_centroids(drafter: Drafter, target: Target, tokens: Tensor, ordering: 
             total = total + F.cross_entropy(scorer(hidden).flatten(0, 1), wanted.flatten())
         return total / DRAFT_STEPS
 
-    _optimise("centroids", scorer, loss, _batches(tokens, SEQUENCE), steps, 1e-2)
+    _optimise("centroids", scorer, loss, _batches(tokens, DRAFTER_BATCH, SEQUENCE), steps, 1e-2)
     return scorer.weight.detach()
 
 
@@ -284,10 +285,10 @@ def _pack(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     return torch.tensor(ids)
 
 
-def _batches(tokens: Tensor, length: int) -> Iterator[Tensor]:
+def _batches(tokens: Tensor, size: int, length: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(1)
     while True:
-        starts = torch.randint(len(tokens) - length, (BATCH, 1), generator=generator)
+        starts = torch.randint(len(tokens) - length, (size, 1), generator=generator)
         yield tokens[starts + torch.arange(length)]
 
 

@@ -1,0 +1,155 @@
+"""The bundle as a whole: reproducible, all or nothing, guarded against change."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporter.bundle import ExportOptions, check_output, export_bundle
+from exporter.pair import open_pair
+from exporter.parity import run_parity
+from runtime_ref.engine import open_engine
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import MANIFEST, read_manifest
+
+Directories = tuple[Path, Path]
+SCRIPT = """
+import os, resource, signal, sys
+from pathlib import Path
+from exporter import cli
+how, target, drafter, output = sys.argv[1:]
+if how == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+else:
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
+    real = cli.export_bundle
+    cli.export_bundle = lambda pair, out, options, progress: real(pair, out, options, stop)
+sys.argv = ["x", "export", "--target", target, "--drafter", drafter, "--output", output]
+cli.main()
+"""
+
+
+@pytest.fixture
+def copy(bundle: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle("dense"), tmp_path / "copy"))
+
+
+def test_second_export_is_byte_identical(
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
+) -> None:
+    export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "again", ExportOptions(max_seq_len=300))
+    first, again = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (bundle("dense"), tmp_path / "again"))
+    assert first == again
+
+
+@pytest.mark.parametrize("how", ["full", "kill", "stop"])
+def test_broken_export_leaves_no_bundle(how: str, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    """A full disk, a kill and a polite stop in the middle of writing weights."""
+    output = tmp_path / "bundle"
+    command = [sys.executable, "-c", SCRIPT, how, *map(str, pair_dirs("dense")), str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not output.exists()
+    assert not list(tmp_path.rglob(MANIFEST))
+    if how == "kill":
+        assert result.returncode == -signal.SIGKILL
+        return
+    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in result.stderr
+    assert result.returncode == {"full": 2, "stop": 143}[how]
+    if how == "full":
+        assert "export failed while writing (File too large); free some space" in result.stderr.splitlines()[-1]
+
+
+def test_existing_output_is_kept(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"exists already; choose another --output, or pass --force"):
+        check_output(bundle("dense"), force=False)
+    check_output(bundle("dense"), force=True)
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"is not a bundle, so --force will not replace it"):
+        check_output(tmp_path, force=True)
+    with pytest.raises(InputError, match=r"is not a bundle"):
+        check_output(tmp_path / "notes.txt", force=True)
+
+
+def test_context_longer_than_the_target_knows(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--max-seq-len is 200000, the target knows 131072 positions"):
+        export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions(max_seq_len=200_000))
+
+
+def test_tampered_bundle_is_refused(copy: Path) -> None:
+    content = bytearray((copy / "target.weights").read_bytes())
+    content[-5] ^= 1
+    (copy / "target.weights").write_bytes(content)
+    with pytest.raises(InputError, match=r"target.weights: sha256 differs"):
+        open_engine(copy)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda b: (b / "drafter.onnx").unlink(), r"drafter.onnx: named in manifest.json but absent"),
+        (lambda b: (b / "drafter.onnx").write_bytes(b"x"), r"drafter.onnx: is 1 bytes, manifest.json says"),
+        (lambda b: (b / MANIFEST).unlink(), r"not a bundle, manifest.json is missing"),
+        (lambda b: (b / MANIFEST).write_text("{"), r"cannot be read as JSON"),
+        (lambda b: edit_manifest(b, format_version=2), r"format_version is 2, this version reads 1"),
+        (lambda b: edit_manifest(b, graphs=None), r"incomplete or malformed"),
+        (lambda b: edit_manifest(b, files={"../x": {"size": 1}}), r"a file outside the bundle"),
+    ],
+    ids=["missing file", "short file", "no manifest", "bad JSON", "newer format", "malformed", "path outside"],
+)
+def test_incomplete_bundle_is_refused(break_it: Callable[[Path], object], message: str, copy: Path) -> None:
+    read_manifest(copy)  # sound before
+    break_it(copy)
+    with pytest.raises(InputError, match=message):
+        read_manifest(copy)
+
+
+def edit_manifest(bundle: Path, **changes: object) -> None:
+    path = bundle / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_parity_passes_and_names_what_it_compared(
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories]
+) -> None:
+    checks = run_parity(bundle("e4b"), open_pair(*pair_dirs("e4b")), [], 12)
+    assert [check for check in checks if not check.passed] == []
+    assert {"files", "source", "weights", "graphs", "plain", "speculative"} == {check.rung for check in checks}
+    assert all(0 < c.error <= c.tolerance for c in checks if c.error is not None and c.tolerance is not None)
+
+
+@pytest.mark.parametrize("weights", ["target.weights", "drafter.weights"])
+@pytest.mark.parametrize("cover_up", [False, True], ids=["plain", "with a new digest"])
+def test_parity_sees_one_changed_weight(
+    weights: str, cover_up: bool, copy: Path, pair_dirs: Callable[[str], Directories]
+) -> None:
+    """The lowest bit of one weight, even if the manifest is made to agree."""
+    content = bytearray((copy / weights).read_bytes())
+    content[-4] ^= 1
+    (copy / weights).write_bytes(content)
+    if cover_up:
+        import hashlib
+
+        files = read_manifest(copy).raw["files"]
+        files[weights]["sha256"] = hashlib.sha256(content).hexdigest()
+        edit_manifest(copy, files=files)
+    failed = {check.rung for check in run_parity(copy, open_pair(*pair_dirs("dense")), [[5]], 2) if not check.passed}
+    assert "weights" in failed
+    assert ("files" in failed) != cover_up
+
+
+def test_parity_sees_another_checkpoint(
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(pair_dirs("dense")[0], tmp_path / "target"))
+    content = bytearray((target / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (target / "model.safetensors").write_bytes(content)
+    checks = run_parity(bundle("dense"), open_pair(target, pair_dirs("dense")[1]), [[5]], 2)
+    assert {"source", "weights"} <= {check.rung for check in checks if not check.passed}

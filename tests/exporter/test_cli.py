@@ -1,0 +1,156 @@
+"""The command line as programs use it: JSON, exit codes, one line for bad input."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporter import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gemma-mtp-export", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Callable[[object], Path]:
+    def write(value: object) -> Path:
+        path = tmp_path / "ids.json"
+        path.write_text(json.dumps(value))
+        return path
+
+    return write
+
+
+def test_generate_json(run: Run, bundle: Callable[[str], Path], ids: Callable[[object], Path]) -> None:
+    fields = {
+        *("tokens", "text", "finish_reason", "rounds", "drafted", "accepted", "acceptance_rate"),
+        *("acceptance_by_position", "mean_tokens_per_round", "prefill_seconds", "decode_seconds"),
+    }
+    path = ids([[3, 4, 5], [7]])
+    common = ["generate", bundle("dense"), "--prompt-ids", path, "--max-new-tokens", 9, "--json"]
+    code, out, _ = run(*common)
+    speculative = json.loads(out)
+    assert (code, len(speculative)) == (0, 2)
+    assert all(result.keys() == fields and result["text"] is None for result in speculative)
+    plain = json.loads(run(*common, "--mode", "plain")[1])
+    assert [r["tokens"] for r in plain] == [r["tokens"] for r in speculative]
+    assert all(r["drafted"] == 0 and r["acceptance_rate"] is None for r in plain)
+    one = json.loads(run(*common[:3], ids([3, 4, 5]), *common[4:], "--num-draft-tokens", 2)[1])
+    assert one["tokens"] == plain[0]["tokens"]
+
+
+def test_generate_text(run: Run, bundle: Callable[[str], Path]) -> None:
+    code, out, err = run("generate", bundle("demo"), "--prompt", "Return the", "--max-new-tokens", 20)
+    assert code == 0
+    assert out.startswith("Return the")
+    assert "tokens/s" in err
+    assert "Traceback" not in err
+    code, out, _ = run("generate", bundle("demo"), "--prompt", "Return the", "--max-new-tokens", 20, "--json")
+    answer = json.loads(out)
+    assert len(answer["tokens"]) <= 20
+    assert answer["text"]
+
+
+def test_sampled_text_depends_on_the_seed_alone(run: Run, bundle: Callable[[str], Path]) -> None:
+    def sample(*more: object) -> list[int]:
+        common = (
+            "generate",
+            bundle("demo"),
+            "--prompt",
+            "Return",
+            "--max-new-tokens",
+            24,
+            "--temperature",
+            1,
+            "--json",
+        )
+        return json.loads(run(*common, *more)[1])["tokens"]
+
+    assert sample("--seed", 1) == sample("--seed", 1, "--mode", "plain")
+    assert sample("--seed", 1) != sample("--seed", 2)
+
+
+def test_parity_exit_codes(
+    run: Run,
+    bundle: Callable[[str], Path],
+    pair_dirs: Callable[[str], tuple[Path, Path]],
+    ids: Callable[[object], Path],
+) -> None:
+    target, drafter = pair_dirs("dense")
+    common = ("--prompt-ids", ids([5, 6]), "--max-new-tokens", 4)
+    code, out, _ = run("parity", bundle("dense"), "--target", target, "--drafter", drafter, *common, "--json")
+    assert (code, json.loads(out)["passed"]) == (0, True)
+    other = pair_dirs("e2b")
+    code, out, err = run("parity", bundle("dense"), "--target", other[0], "--drafter", other[1], *common)
+    assert code == 2
+    assert "was exported from another target: " in err
+
+
+@pytest.mark.parametrize("kind", ["bundle", "target", "drafter"])
+def test_inspect(
+    kind: str, run: Run, bundle: Callable[[str], Path], pair_dirs: Callable[[str], tuple[Path, Path]]
+) -> None:
+    path = {"bundle": bundle("e2b"), **dict(zip(("target", "drafter"), pair_dirs("e2b"), strict=True))}[kind]
+    code, out, _ = run("inspect", path, "--json")
+    facts = json.loads(out)
+    assert (code, facts["kind"]) == (0, kind)
+    assert facts["total_bytes"] == sum(facts["files"].values())
+    assert run("inspect", path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "{dense}"], "give either --prompt or --prompt-ids"),
+        (["generate", "{dense}", "--prompt", "hi"], "has no tokenizer.json; pass --prompt-ids"),
+        (["generate", "{demo}", "--prompt", ""], "the prompt is empty"),
+        (["generate", "{dense}", "--prompt-ids", "{ids:[]}"], "a prompt is empty"),
+        (["generate", "{dense}", "--prompt-ids", "{ids:[256]}"], "token id 256, expected 0 to 255"),
+        (["generate", "{dense}", "--prompt-ids", "{ids:long}"], "the prompt has 300 tokens"),
+        (["generate", "{dense}", "--prompt-ids", "{ids:words}"], "expected a JSON list of token ids"),
+        (["generate", "{dense}", "--prompt-ids", "nowhere.json"], "nowhere.json: cannot be read as JSON"),
+        (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "9"], "was exported for up to 8"),
+        (
+            ["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "x"],
+            "neither 'auto' nor a count",
+        ),
+        (["generate", "nowhere", "--prompt", "hi"], "nowhere: not a bundle"),
+        (["inspect", "nowhere"], "nowhere: not a directory"),
+        (["parity", "{dense}", "--target", "x"], "give both --target and --drafter"),
+        (["export", "--target", "a", "--drafter", "b", "--output", "{dense}"], "exists already"),
+        (["export", "--target", "a", "--drafter", "b", "--output", "c"], "a/config.json: not found"),
+        (["export", "--target", "a"], "Missing option '--drafter'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, run: Run, bundle: Callable[[str], Path], ids: Callable[[object], Path]
+) -> None:
+    values = {"[]": [], "[256]": [256], "[5]": [5], "long": [5] * 300, "words": ["a", "b"]}
+
+    def fill(argument: str) -> object:
+        if argument.startswith("{ids:"):
+            return ids(values[argument[5:-1]])
+        return bundle(argument[1:-1]) if argument.startswith("{") else argument
+
+    code, out, err = run(*map(fill, arguments))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1

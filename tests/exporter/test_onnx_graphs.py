@@ -1,0 +1,142 @@
+"""What the exported graphs look like: in place, sparse, weights outside, nothing of the exporting machine inside."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from exporter.backends.onnx import stored_weights
+from exporter.config import TextConfig
+from exporter.pair import open_pair
+from runtime_ref.engine import load_engine
+from runtime_ref.engine_onnx import OnnxEngine
+from runtime_ref.manifest import read_manifest
+from runtime_ref.two_stage import two_stage_token
+from tests.pairs import SHAPES
+
+
+def engine_of(bundle: Path) -> OnnxEngine:
+    engine = load_engine(bundle, read_manifest(bundle), threads=1)
+    assert isinstance(engine, OnnxEngine)
+    return engine
+
+
+def test_cache_is_written_in_place(bundle: Callable[[str], Path]) -> None:
+    """A pass writes the rows from `position` on, and touches no other."""
+    engine = engine_of(bundle("e4b"))
+    engine.position = 0
+    engine.run_target([3, 4, 5], [2])
+    for buffer in engine.cache.values():
+        assert np.abs(buffer[:, :3]).min() > 0
+        buffer[:, 3:] = 9.0
+    before = {name: buffer.copy() for name, buffer in engine.cache.items()}
+    engine.position = 3
+    engine.run_target([6, 7], [0, 1])
+    for name, buffer in engine.cache.items():
+        untouched = [row for row in range(buffer.shape[1]) if row not in (3, 4)]
+        assert np.array_equal(buffer[:, untouched], before[name][:, untouched])
+        assert not (buffer[:, 3:5] == 9.0).any()
+
+
+def test_kv_shared_layers_run_on_the_output_rows_alone(bundle: Callable[[str], Path]) -> None:
+    model = ir.load(bundle("e2b") / "target.onnx")
+    rows = {}
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.name is not None and value.name.endswith("self_attn.q_proj.weight"):
+                rows[int(value.name.split(".")[1])] = str(node.inputs[0].shape[0])
+    storing = len(SHAPES["e2b"].layer_types) - SHAPES["e2b"].shared
+    assert rows == {i: "num_tokens" if i < storing else "num_outputs" for i in range(len(rows))}
+
+
+def test_drafter_head_stays_sparse(bundle: Callable[[str], Path]) -> None:
+    """No tensor in the drafter has a dimension of V but the target's embedding; the table has one row a cluster."""
+    shape = SHAPES["odd"]
+    model = ir.load(bundle("odd") / "drafter.onnx")
+    values = [value for node in model.graph for value in node.outputs] + list(model.graph.initializers.values())
+    assert all(value.shape is not None for value in values if value.name in model.graph.initializers)
+    of_size_v = {v.name for v in values if v.shape is not None and shape.vocab in v.shape.dims}
+    assert of_size_v == {"target_embed_tokens.weight"}
+    clusters = model.graph.initializers["head.clusters"]
+    size = shape.vocab // (shape.clusters or 1)
+    assert list(clusters.shape or []) == [shape.clusters, size * shape.drafter["hidden_size"]]
+
+
+def test_embedding_is_stored_once(bundle: Callable[[str], Path]) -> None:
+    target, drafter = (stored_weights(bundle("e2b") / f"{name}.onnx") for name in ("target", "drafter"))
+    ours, theirs = target["embed_tokens.weight"], drafter["target_embed_tokens.weight"]
+    assert isinstance(ours, ir.ExternalTensor)
+    assert isinstance(theirs, ir.ExternalTensor)
+    assert (ours.location, ours.offset, ours.length) == (theirs.location, theirs.offset, theirs.length)
+
+
+@pytest.mark.parametrize("name", ["target", "drafter"])
+def test_graph_files_hold_structure_only(name: str, bundle: Callable[[str], Path]) -> None:
+    content = (bundle("e2b") / f"{name}.onnx").read_bytes()
+    assert len(content) < 200_000
+    for trace in (b"/modeling/", b"site-packages", str(Path.home()).encode(), b".py"):
+        assert trace not in content
+
+
+def test_two_stage_graph_follows_the_definition() -> None:
+    """The head alone, exported like the bundle's, against numpy: random states, tied tokens, tied centroids."""
+    hidden, vocab, clusters, top_k = 8, 60, 12, 3
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randint(-2, 3, (vocab, hidden), generator=generator).float()  # small integers tie often
+    members = torch.randperm(vocab, generator=generator).reshape(clusters, -1)
+    centroids = torch.randint(-2, 3, (clusters, hidden), generator=generator).float()
+    states = torch.randint(-2, 3, (200, hidden), generator=generator).float().numpy()
+    table = embedding[members].reshape(clusters, -1)
+    session = ort.InferenceSession(
+        head_model(hidden, vocab, top_k, centroids, table, members), providers=["CPUExecutionProvider"]
+    )
+    ties = 0
+    for state in states:
+        wanted = two_stage_token(state, centroids.numpy(), table.numpy(), members.numpy(), top_k)
+        found = session.run(None, {"hidden": state[None]})[0]
+        assert found.tolist() == [wanted]
+        scores = np.sort(centroids.numpy() @ state)[::-1]
+        ties += int(scores[top_k - 1] == scores[top_k])
+    assert ties > 20, "too few ties between a kept and a dropped cluster to mean anything"
+
+
+def head_model(
+    hidden: int, vocab: int, top_k: int, centroids: torch.Tensor, table: torch.Tensor, members: torch.Tensor
+) -> bytes:
+    from exporter.backends.onnx import OPS, OPSET
+    from exporter.modeling.two_stage import TwoStageHead
+
+    head = TwoStageHead(vocab, hidden, len(centroids), top_k, OPS).eval()
+    head.load_state_dict({"centroids": centroids, "clusters": table, "token_ids": members})
+    program = torch.onnx.export(
+        head, (torch.zeros(1, hidden),), input_names=["hidden"], dynamo=True, opset_version=OPSET
+    )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def test_kv_sources() -> None:
+    """E2B's drafter reads layers 13 and 14, E4B's 22 and 23."""
+    for shared, layers, per_group, sources in ((20, 35, 4, (13, 14)), (18, 42, 5, (22, 23))):
+        pattern = (("sliding_attention",) * per_group + ("full_attention",)) * 7
+        config = TextConfig(
+            **{**open_like(), "layer_types": pattern, "num_hidden_layers": layers, "num_kv_shared_layers": shared}
+        )
+        assert (config.kv_source("sliding_attention"), config.kv_source("full_attention")) == sources
+
+
+def open_like() -> dict:
+    return dict.fromkeys(TextConfig.__dataclass_fields__)
+
+
+def test_eager_and_bundle_share_one_definition(
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], tuple[Path, Path]]
+) -> None:
+    """Stored weights carry the module's own parameter names, so nothing stands between model and graph."""
+    pair = open_pair(*pair_dirs("e2b"))
+    assert stored_weights(bundle("e2b") / "target.onnx").keys() == pair.target_weights.keys()
+    assert stored_weights(bundle("e2b") / "drafter.onnx").keys() == pair.drafter_weights.keys()
