@@ -22,10 +22,15 @@ from runtime_ref.manifest import Manifest, changed_files, read_manifest
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
-# Largest error allowed, relative to the largest magnitude of the eager output (or 1), and why.
+# Largest error allowed against the same model in float64, relative to the largest magnitude of that output (or 1).
 TOLERANCES: Mapping[str, tuple[float, str]] = {
     "fp32": (1e-4, "same weights, same formulas: only the order of float32 sums differs"),
 }
+
+# A deep or badly conditioned model amplifies float32 rounding past any fixed bound, in eager torch as in a bundle. So a
+# bundle may also be this many times as far from float64 as eager float32 is; on a random pair of E4B's depth it was
+# 1.0 to 1.5 times as far.
+EAGER_FACTOR = 4
 
 Note = Callable[[str], None]
 
@@ -136,50 +141,62 @@ def _check_graphs(
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
 ) -> list[Check]:
-    """Largest error of each graph output over all prompts: a prefill, a verify pass, and a round of draft steps."""
-    worst: dict[str, float] = {}
+    """Errors of each graph output over all prompts: a prefill, a verify pass, and a round of draft steps."""
+    exact_target, exact_drafter = pair.load_target().double(), pair.load_drafter().double()
+    errors: dict[str, list[tuple[float, float]]] = {}
     drafts_equal = True
+
+    def compare(name: str, found: np.ndarray, eager: Tensor, exact: Tensor) -> None:
+        errors.setdefault(name, []).append((_error(torch.from_numpy(found), exact), _error(eager, exact)))
+
     for prompt, continuation in zip(prompts, continuations, strict=True):
-        text, steps = [*prompt, *continuation], engine.manifest.default_draft_tokens
-        verify = text[len(prompt) : len(prompt) + steps + 1]
-        kv = empty_kv(pair.target, len(text))
+        steps = engine.manifest.default_draft_tokens
+        verify = continuation[: steps + 1]
+        kv = empty_kv(pair.target, len(prompt) + len(verify))
+        exact_kv = [part.double() for part in kv]
         engine.position = 0
         # Prefill asks for the last row alone, verify for every row: together they cover both uses of the graph.
-        for tokens, rows in ((prompt, [len(prompt) - 1]), (verify, range(len(verify)))):
-            start = torch.tensor([engine.position])
-            eager = target(torch.tensor(tokens), start, torch.tensor(list(rows)), kv)
-            kv = eager.kv
+        for tokens, rows in ((prompt, [len(prompt) - 1]), (verify, list(range(len(verify))))):
+            inputs = torch.tensor(tokens), torch.tensor([engine.position]), torch.tensor(rows)
+            eager, exact = target(*inputs, kv), exact_target(*inputs, exact_kv)
+            kv, exact_kv = eager.kv, exact.kv
             logits, ids, states = engine.run_target(tokens, rows)
-            best = eager.logits.topk(ids.shape[1]).values
-            at_ids = eager.logits.gather(1, torch.from_numpy(ids))
-            for name, found, wanted in (
-                ("top logits", logits, best),
-                ("logits at top ids", logits, at_ids),
-                ("state", states, eager.state),
-            ):
-                worst[name] = max(worst.get(name, 0.0), _error(found, wanted))
+            k, at = ids.shape[1], torch.from_numpy(ids)
+            compare("top logits", logits, eager.logits.topk(k).values, exact.logits.topk(k).values)
+            compare("logits at top ids", logits, eager.logits.gather(1, at), exact.logits.gather(1, at))
+            compare("state", states, eager.state, exact.state)
             engine.position += len(tokens)
-        for buffer, wanted in zip(engine.manifest.kv, kv, strict=True):
-            found = engine.cache[buffer.name][:, : engine.position]
-            part = f"KV cache, {buffer.layer_type.removesuffix('_attention')} layers"
-            worst[part] = max(worst.get(part, 0.0), _error(found, wanted[:, : engine.position]))
+        for buffer, part, exact_part in zip(engine.manifest.kv, kv, exact_kv, strict=True):
+            name = f"KV cache, {buffer.layer_type.removesuffix('_attention')} layers"
+            compare(name, engine.cache[buffer.name][:, : engine.position], part, exact_part)
         shared = {kind: (kv[2 * i], kv[2 * i + 1]) for kind, i in pair.shared_kv.items()}
+        exact_shared = {kind: (exact_kv[2 * i], exact_kv[2 * i + 1]) for kind, i in pair.shared_kv.items()}
         token, state, position = torch.tensor(verify[-1:]), eager.state[-1:], torch.tensor([engine.position])
         for _ in range(steps):  # each from the eager state, so that steps are judged one by one
             found_token, found_state = engine.draft_step(int(token), state.numpy())
+            _, exact_state = exact_drafter(token, state.double(), position, exact_shared)
             token, state = drafter(token, state, position, shared)
-            worst["draft state"] = max(worst.get("draft state", 0.0), _error(found_state, state))
+            compare("draft state", found_state, state, exact_state)
             drafts_equal &= found_token == int(token)
-    tolerance, _ = TOLERANCES[engine.manifest.recipe]
-    checks = [
-        Check("graphs", name, error <= tolerance, error=error, tolerance=tolerance) for name, error in worst.items()
+    return [
+        *(_check_error(engine.manifest, name, pairs) for name, pairs in errors.items()),
+        Check(
+            "graphs", "draft tokens", drafts_equal, detail="equal eager's" if drafts_equal else "differ from eager's"
+        ),
     ]
-    return [*checks, Check("graphs", "draft tokens", drafts_equal, detail="exact" if drafts_equal else "differ")]
 
 
-def _error(found: np.ndarray, wanted: Tensor) -> float:
-    scale = max(1.0, float(wanted.abs().max()))
-    return float((torch.from_numpy(found) - wanted).abs().max()) / scale
+def _check_error(manifest: Manifest, output: str, errors: Sequence[tuple[float, float]]) -> Check:
+    """Judge the largest error of an output against the tolerance, or against what eager torch itself reaches."""
+    found, eager = (max(column) for column in zip(*errors, strict=True))
+    tolerance, _ = TOLERANCES[manifest.recipe]
+    allowed = max(tolerance, EAGER_FACTOR * eager)
+    return Check("graphs", output, found <= allowed, error=found, tolerance=allowed)
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    scale = max(1.0, float(exact.abs().max()))
+    return float((found.double() - exact).abs().max()) / scale
 
 
 def _greedy(target: Target, manifest: Manifest, prompt: Sequence[int], max_new_tokens: int) -> list[int]:

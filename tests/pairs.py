@@ -109,7 +109,7 @@ def to_published(source: Path, output: Path) -> Path:
     output.mkdir(parents=True)
     text = json.loads((source / "config.json").read_text())
     overrides = text.pop("per_layer_config")
-    text["global_head_dim"] = next(iter(overrides.values()))["head_dim"]
+    text["global_head_dim"] = next((layer["head_dim"] for layer in overrides.values()), text["head_dim"])
     text["num_global_key_value_heads"] = None
     text["dtype"] = "bfloat16"
     config = {

@@ -79,8 +79,8 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         r"made for another target: vocab_size is 255, the target needs 256",
     ),
     "end token": (
-        lambda t, d: (t / "generation_config.json").write_text('{"eos_token_id": [1, 999]}'),
-        r"eos_token_id 999 is not in the vocabulary",
+        lambda t, d: (t / "generation_config.json").write_text('{"eos_token_id": [1, "</s>"]}'),
+        r"eos_token_id is '</s>', expected a token id",
     ),
     "more clusters kept than there are": (
         lambda t, d: edit_config(d, centroid_intermediate_top_k=17),
