@@ -12,7 +12,7 @@ from rich.console import Console
 
 from exporter.bundle import BACKENDS, RECIPES, ExportOptions, check_output, export_bundle
 from exporter.console import facts_table, human_bytes, parity_table, progress_bar, stats_line
-from exporter.demo import PAIR, PROMPT
+from exporter.demo import PAIR, PROMPTS
 from exporter.inspection import inspect as inspect_path
 from exporter.pair import HEADS, Pair, open_pair
 from exporter.parity import Check, run_parity
@@ -62,13 +62,16 @@ def demo(output: Path, backend: str) -> None:
     """Export the built-in pair, let it speak, and check parity."""
     pair = open_pair(PAIR / "target", PAIR / "drafter")
     _export(pair, output, ExportOptions(backend=backend, max_seq_len=512, force=True))
-    engine, tokenizer = open_engine(output), TextTokenizer(output, open_engine(output).manifest)
-    out.print("\n[bold]The built-in pair, drafting:[/bold]")
-    _speak(engine, tokenizer, tokenizer.encode(PROMPT), Options(120, engine.manifest.default_draft_tokens))
-    out.print("\n[bold]Is the bundle faithful, and is drafting lossless?[/bold]")
-    checks = _parity(output, pair, [tokenizer.encode(PROMPT)], 64)
+    engine = open_engine(output)
+    tokenizer = TextTokenizer(output, engine.manifest)
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+    for prompt in prompts:
+        click.echo()
+        _speak(engine, tokenizer, prompt, Options(96, engine.manifest.default_draft_tokens))
+    click.echo()
+    checks = _parity(output, pair, prompts, 64)
     out.print(parity_table(checks))
-    out.print(f"\nThe bundle is in {output}. Next: gemma-mtp-export generate {output} --prompt 'Return the'")
+    out.print(f"The bundle is in {output}. Next: gemma-mtp-export generate {output} --prompt 'Return the'")
     _verdict(checks)
 
 

@@ -33,7 +33,7 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
 
 def parity_table(checks: Sequence[Check]) -> Table:
     """One row a check, the largest error beside its tolerance."""
-    table = Table("rung", "output", "", "largest error, or what was compared", title="Parity")
+    table = Table("rung", "output", "", "found", title="Parity")
     for check in checks:
         verdict = Text("PASS", "green") if check.passed else Text("FAIL", "bold red")
         error = "" if check.error is None else f"{check.error:.1e} (allowed {check.tolerance:.0e})"

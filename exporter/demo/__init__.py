@@ -3,4 +3,4 @@
 from pathlib import Path
 
 PAIR = Path(__file__).parent / "pair"
-PROMPT = "Return a copy of the"
+PROMPTS = ("Return a copy of the", "read(self, size=-1)\n", "The class")

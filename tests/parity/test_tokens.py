@@ -1,14 +1,15 @@
 """The whole chain against transformers: an exported bundle's tokens are the reference's, in no more passes."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import open_engine
 from runtime_ref.stats import Stats
+from runtime_ref.tokenizer import TextTokenizer
 from tests.pairs import SHAPES, load_reference, reference_greedy
 
 
@@ -30,18 +31,23 @@ def test_tokens_equal_reference(
 def test_built_in_pair_equals_reference_in_no_more_passes(
     bundle: Callable[[str], Path], pair_dirs: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    """On a pair that accepts drafts: same tokens as assisted generation at K = 4, in at most one pass more."""
+    """On a pair that accepts drafts: same tokens as assisted generation at K = 4, in no more passes over all prompts.
+
+    Prompt by prompt the passes differ by a few either way: after a rejection the reference drafts with a rejected row
+    in view and we do not. Past the sliding window, where it keeps all of them in view, we need fewer.
+    """
     target_dir, drafter_dir = pair_dirs("demo")
     reference, assistant = load_reference(target_dir, drafter_dir)
     engine = open_engine(bundle("demo"), threads=1)
-    eos = json.loads((target_dir / "generation_config.json").read_text())["eos_token_id"]
-    accepted = 0
-    for length in (1, 8, 90):
-        prompt = [2, *((300 + 37 * i) % 2048 for i in range(1, length))]
-        wanted, passes = reference_greedy(reference, prompt, 60, eos, assistant, 4)
+    tokenizer = TextTokenizer(bundle("demo"), engine.manifest)
+    text = " ".join(topics["assert"].split()) + " " + " ".join(topics["del"].split())
+    rounds = passes = accepted = 0
+    for length in (1, 6, 20, 90, 130, 180):
+        prompt = tokenizer.encode(text)[:length]
+        wanted, needed = reference_greedy(reference, prompt, 60, sorted(engine.manifest.eos), assistant, 4)
         stats = Stats()
         assert list(generate(engine, prompt, Options(60, 4), stats)) == wanted
         assert list(generate(engine, prompt, Options(60, 0), Stats())) == wanted
-        assert stats.rounds <= passes + 1
-        accepted += stats.accepted
-    assert accepted > 0, "nothing was accepted: the comparison of passes says nothing"
+        rounds, passes, accepted = rounds + stats.rounds, passes + needed, accepted + stats.accepted
+    assert accepted > passes / 2, "too little was accepted for the comparison of passes to say much"
+    assert rounds <= passes + 1
