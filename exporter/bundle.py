@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from exporter.backends import onnx
-from exporter.graphs import GraphSpec, kv_ports
+from exporter.graphs import drafter_graph, kv_ports, target_graph
 from exporter.pair import Pair
 from runtime_ref.errors import InputError
-from runtime_ref.manifest import FORMAT_VERSION, MANIFEST
+from runtime_ref.json_file import read_json
+from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, Progress
 
 # Files a bundle takes over from the target checkpoint if it has them.
 TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
@@ -28,43 +29,48 @@ RECIPES = ("fp32",)
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the user chose; `default_draft_tokens` is what a runtime drafts unless it is told otherwise."""
+    """What the user chose. No `max_seq_len` means 4096, or all the positions a target knows if they are fewer."""
 
     backend: str = "onnx"
     recipe: str = "fp32"
-    max_seq_len: int = 4096
+    max_seq_len: int | None = None
     max_draft_tokens: int = 8
     force: bool = False
 
-    @property
-    def default_draft_tokens(self) -> int:
-        return min(4, self.max_draft_tokens)
 
-
-def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: onnx.Progress = lambda *_: None) -> None:
+def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Progress = lambda *_: None) -> None:
     """Export a pair. The same pair and tool give the same bytes.
 
     Raises:
         InputError: the output exists, cannot be written, or a weight is not finite; nothing is left behind.
     """
-    if options.max_seq_len > pair.target.max_position_embeddings:
-        raise InputError(
-            f"--max-seq-len is {options.max_seq_len}, the target knows {pair.target.max_position_embeddings} positions"
-        )
+    known = pair.target.max_position_embeddings
+    max_seq_len = min(4096, known) if options.max_seq_len is None else options.max_seq_len
+    if max_seq_len > known:
+        raise InputError(f"--max-seq-len is {max_seq_len}, the target knows {known} positions; ask for at most that")
     with _replacing(output, options.force) as directory:
-        graphs = BACKENDS[options.backend].export_graphs(directory, pair, progress)
+        backend = BACKENDS[options.backend]
+        backend.export_graphs(directory, pair, progress)
         for name in TEXT_FILES:
-            if (source := pair.target_checkpoint.directory / name).exists():
+            if (source := pair.target_checkpoint.directory / name).is_file():
                 shutil.copyfile(source, directory / name)
-        manifest = _manifest(directory, pair, options, graphs)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "tool_version": version("gemma-mtp-export"),
+            "backend": backend.runtime(),
+            "recipe": options.recipe,
+            "max_seq_len": max_seq_len,
+            "num_draft_tokens": {"default": min(4, options.max_draft_tokens), "max": options.max_draft_tokens},
+            **describe(pair),
+            "source": {"target": pair.target_checkpoint.sha256(), "drafter": pair.drafter_checkpoint.sha256()},
+            "files": {file.name: _facts(file) for file in sorted(directory.iterdir())},
+        }
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _manifest(
-    directory: Path, pair: Pair, options: ExportOptions, graphs: dict[str, tuple[str, GraphSpec]]
-) -> dict[str, Any]:
-    """The document that FORMAT.md specifies."""
-    target, drafter, table = pair.target, pair.drafter, pair.table
+def describe(pair: Pair) -> dict[str, Any]:
+    """The part of a manifest that the checkpoints alone decide, as FORMAT.md specifies it."""
+    target, table = pair.target, pair.table
     buffers = []
     for port in kv_ports(target):
         layer = int(port.name.rpartition("_")[2])
@@ -79,15 +85,9 @@ def _manifest(
             }
         )
     return {
-        "format_version": FORMAT_VERSION,
-        "tool_version": version("gemma-mtp-export"),
-        "backend": BACKENDS[options.backend].runtime(),
-        "recipe": options.recipe,
-        "max_seq_len": options.max_seq_len,
-        "num_draft_tokens": {"default": options.default_draft_tokens, "max": options.max_draft_tokens},
         "tokens": asdict(pair.tokens),
         "target": asdict(target),
-        "drafter": asdict(drafter),
+        "drafter": asdict(pair.drafter),
         "two_stage": table
         and {
             "num_clusters": table.members.shape[0],
@@ -101,15 +101,9 @@ def _manifest(
             "buffers": buffers,
         },
         "graphs": {
-            name: {
-                "file": file,
-                "inputs": [asdict(port) for port in spec.inputs],
-                "outputs": [asdict(port) for port in spec.outputs],
-            }
-            for name, (file, spec) in graphs.items()
+            spec.name: {"file": f"{spec.name}.onnx", **asdict(spec)}
+            for spec in (target_graph(target), drafter_graph(target, pair.drafter))
         },
-        "source": {"target": pair.target_checkpoint.sha256(), "drafter": pair.drafter_checkpoint.sha256()},
-        "files": {file.name: _facts(file) for file in sorted(directory.iterdir())},
     }
 
 
@@ -125,6 +119,7 @@ def _replacing(output: Path, force: bool) -> Iterator[Path]:
     The manifest is written last, so a killed export leaves nothing that looks like a bundle.
     """
     check_output(output, force)
+    output = output.resolve()  # through a link, what it points to is replaced
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
@@ -136,8 +131,12 @@ def _replacing(output: Path, force: bool) -> Iterator[Path]:
         if output.exists():
             replaced = partial.with_name(partial.name + "-old")
             output.rename(replaced)
-            partial.rename(output)
-            shutil.rmtree(replaced)
+            try:
+                partial.rename(output)
+            except BaseException:
+                replaced.rename(output)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             partial.rename(output)
     except OSError as error:
@@ -154,9 +153,24 @@ def check_output(output: Path, force: bool) -> None:
     Raises:
         InputError: it exists, and is not to be or must not be replaced.
     """
-    if not output.exists() and not output.is_symlink():
-        return
+    try:
+        if not output.exists() and not output.is_symlink():
+            return
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
     if not force:
         raise InputError(f"{output}: exists already; choose another --output, or pass --force to replace it")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).exists()):
-        raise InputError(f"{output}: is not a bundle, so --force will not replace it; choose another --output")
+    if not output.is_dir() or not _only_a_bundle(output):
+        raise InputError(f"{output}: is not a bundle, so it will not be replaced; choose another --output")
+
+
+def _only_a_bundle(directory: Path) -> bool:
+    """Whether a directory is empty, or holds one of our manifests and nothing but what that names."""
+    found = {path.name for path in directory.iterdir()}
+    if MANIFEST not in found:
+        return not found
+    try:
+        manifest = read_json(directory / MANIFEST, "a manifest")
+        return bool(manifest["format_version"] and manifest["backend"]) and found <= {MANIFEST, *manifest["files"]}
+    except (InputError, KeyError, TypeError):
+        return False

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from clustering.table import ClusterTable
-from exporter.config import DrafterConfig, TextConfig, read_json
+from exporter.config import DrafterConfig, TextConfig, read_object
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from runtime_ref.errors import InputError
@@ -113,7 +113,7 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
     """
     names = checkpoint.entries.keys()
     prefix = next((p for p in TARGET_PREFIXES if f"{p}embed_tokens.weight" in names), TARGET_PREFIXES[0])
-    shapes = _parameter_shapes(lambda: Target(config))
+    shapes = parameter_shapes(lambda: Target(config))
     ignored = _shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
     ignored |= {name for name in names for pattern in IGNORED_TARGET if fnmatch.fnmatchcase(name, pattern)}
     mapped = {name: prefix + name for name in shapes}
@@ -129,7 +129,7 @@ def drafter_weights(
     Raises:
         InputError: a tensor is missing, unknown, of the wrong shape or quantized.
     """
-    shapes = _parameter_shapes(lambda: Drafter(config, None))
+    shapes = parameter_shapes(lambda: Drafter(config, None))
     mapped = {"head.weight": DRAFTER_EMBEDDING}
     for ours, stored in DRAFTER_NAMES.items():
         stem = ours.removesuffix("{}")
@@ -160,10 +160,10 @@ def read_cluster_table(checkpoint: Checkpoint, config: DrafterConfig) -> Cluster
         CENTROIDS: (config.num_centroids, config.text.hidden_size),
         TOKEN_ORDERING: (config.text.vocab_size,),
     }
-    for name, shape in expected.items():
+    for name, dtypes in ((CENTROIDS, FLOAT_DTYPES), (TOKEN_ORDERING, ("I64", "I32"))):
         if name not in entries:
             raise InputError(f"{checkpoint.directory}: tensor {name} is missing, but its partner is there")
-        _check_shape(entries[name], name, shape)
+        _check_entry(entries[name], name, expected[name], dtypes)
     table = ClusterTable(checkpoint.load(CENTROIDS).numpy(), checkpoint.load(TOKEN_ORDERING).long().numpy())
     table.check(str(entries[TOKEN_ORDERING].file))
     if config.centroid_intermediate_top_k > config.num_centroids:
@@ -177,7 +177,7 @@ def read_cluster_table(checkpoint: Checkpoint, config: DrafterConfig) -> Cluster
 def checkpoint_json(directory: Path, name: str) -> dict[str, Any]:
     """An optional JSON file of a checkpoint, empty if it is not there."""
     path = directory / name
-    return read_json(path) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def load_module(build: Callable[[], AnyModule], weights: Weights) -> AnyModule:
@@ -190,7 +190,8 @@ def load_module(build: Callable[[], AnyModule], weights: Weights) -> AnyModule:
     return module.eval()
 
 
-def _parameter_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter, by name, of the module that `build` makes; nothing is allocated."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in build().named_parameters()}
 
@@ -203,20 +204,20 @@ def _select(
         entry = checkpoint.entries.get(stored)
         if entry is None:
             raise InputError(f"{checkpoint.directory}: tensor {stored} is missing; restore the checkpoint")
-        _check_shape(entry, stored, shapes[name])
-        if entry.dtype not in FLOAT_DTYPES:
-            raise InputError(
-                f"{entry.file}: tensor {stored} is {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)};"
-                " pass an unquantized checkpoint"
-            )
+        _check_entry(entry, stored, shapes[name], FLOAT_DTYPES)
     return {name: functools.partial(checkpoint.load, stored) for name, stored in names.items()}
 
 
-def _check_shape(entry: TensorEntry, name: str, shape: tuple[int, ...]) -> None:
+def _check_entry(entry: TensorEntry, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     if entry.shape != shape:
         raise InputError(
             f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)};"
             " the weights and the config belong to different models"
+        )
+    if entry.dtype not in dtypes:
+        raise InputError(
+            f"{entry.file}: tensor {name} is {entry.dtype}, expected one of {', '.join(dtypes)}; pass an unquantized"
+            " checkpoint"
         )
 
 
@@ -245,9 +246,11 @@ def _weight_map(directory: Path) -> dict[str, str]:
                 f"{pickled[0]}: pickled weights are refused, because loading them runs code; convert to safetensors"
             )
         raise InputError(f"{directory}: neither model.safetensors nor {index.name} is there; download the weights")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map is missing or empty; download the index again")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: weight_map must give each tensor a file name; download the index again")
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(f"{index}: names {name!r}, expected a safetensors file in the same directory")

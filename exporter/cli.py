@@ -26,8 +26,9 @@ from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 from runtime_ref.tokenizer import TextTokenizer
 
-err = Console(stderr=True)
-out = Console()
+# No markup: paths and token texts may have brackets.
+err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+out = Console(markup=False, highlight=False)
 
 DIRECTORY = click.Path(path_type=Path)
 
@@ -40,7 +41,7 @@ class DraftTokens(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
         if value is None or value == "auto":
             return None
-        if not str(value).isdecimal():
+        if not str(value).isdecimal() or len(str(value)) > 9:
             self.fail(f"{value!r} is neither 'auto' nor a count", param, ctx)
         return int(value)
 
@@ -62,7 +63,7 @@ def demo(output: Path, backend: str) -> None:
     """Export the built-in pair, let it speak, and check parity."""
     pair = open_pair(PAIR / "target", PAIR / "drafter")
     _export(pair, output, ExportOptions(backend=backend, max_seq_len=512, force=True))
-    engine = open_engine(output)
+    engine = _open(output)
     tokenizer = TextTokenizer(output, engine.manifest)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     for prompt in prompts:
@@ -81,7 +82,7 @@ def demo(output: Path, backend: str) -> None:
 @click.option("--output", type=DIRECTORY, required=True, help="Bundle directory to write.")
 @click.option("--backend", type=click.Choice(list(BACKENDS)), default="onnx")
 @click.option("--recipe", type=click.Choice(RECIPES), default="fp32", help="Precision of weights and activations.")
-@click.option("--max-seq-len", type=click.IntRange(2), default=4096, help="Longest prompt and answer together.")
+@click.option("--max-seq-len", type=click.IntRange(2), help="Longest prompt and answer together.  [default: 4096]")
 @click.option("--max-draft-tokens", type=click.IntRange(0, 32), default=8, help="Most drafts a round may have.")
 @click.option("--head", type=click.Choice(HEADS), default="auto", help="The drafter's output head.")
 @force_option
@@ -92,7 +93,7 @@ def export(
     output: Path,
     backend: str,
     recipe: str,
-    max_seq_len: int,
+    max_seq_len: int | None,
     max_draft_tokens: int,
     head: str,
     force: bool,
@@ -134,7 +135,7 @@ def generate(
     """Continue prompts with a bundle."""
     if (prompt is None) == (prompt_ids is None):
         raise click.UsageError("give either --prompt or --prompt-ids")
-    engine = open_engine(bundle)
+    engine = _open(bundle)
     manifest = engine.manifest
     drafts = manifest.default_draft_tokens if num_draft_tokens is None else num_draft_tokens
     if drafts > manifest.max_draft_tokens:
@@ -212,17 +213,28 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped export cleans up after itself
     try:
         cli.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()}", err=True)
         sys.exit(2)
     except InputError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'output'}: {error.strerror or error}", err=True)
+        sys.exit(2)
     except CheckError as error:
         click.echo(f"failed: {error}", err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+
+
+def _open(bundle: Path) -> Engine:
+    with progress_bar(err, "checking files", sum(size for size, _ in read_manifest(bundle).files.values())) as progress:
+        return open_engine(bundle, progress=progress)
 
 
 def _export(pair: Pair, output: Path, options: ExportOptions) -> dict[str, Any]:
@@ -245,7 +257,7 @@ def _speak(engine: Engine, tokenizer: TextTokenizer | None, prompt: list[int], o
     for token in generate_tokens(engine, prompt, options, stats):
         click.echo(stream.add(token) if stream else f"{token} ", nl=False)
         count += 1
-    click.echo()
+    click.echo(stream.flush() if stream else "")
     err.print(stats_line(stats, count), style="dim")
 
 

@@ -1,12 +1,12 @@
 """Frozen model configurations, read from either dialect of a Hugging Face config.json."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime_ref.errors import InputError
+from runtime_ref.json_file import read_json
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
@@ -101,16 +101,13 @@ class DrafterConfig:
     centroid_intermediate_top_k: int
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object, or say in one line why that cannot be done."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found; expected a Hugging Face checkpoint directory with this file") from None
-    except NotADirectoryError:
-        raise InputError(f"{path.parent}: is a file; expected a Hugging Face checkpoint directory") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); restore the file") from error
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON object of a checkpoint.
+
+    Raises:
+        InputError: no such file, not JSON, or not an object.
+    """
+    value = read_json(path, "a Hugging Face checkpoint directory with this file")
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -123,7 +120,7 @@ def read_target_config(directory: Path) -> TextConfig:
         InputError: no such file, another `model_type`, or a value this exporter cannot honour.
     """
     path = directory / "config.json"
-    raw = read_json(path)
+    raw = read_object(path)
     model_type = raw.get("model_type")
     if model_type == "gemma4":
         text = _text_section(raw, path)
@@ -138,7 +135,12 @@ def read_target_config(directory: Path) -> TextConfig:
             f"{path}: hidden_size_per_layer_input is 0, but E2B and E4B targets have per-layer embeddings;"
             " pass an E2B or E4B checkpoint"
         )
-    if not 0 <= config.num_kv_shared_layers < config.num_hidden_layers:
+    if config.vocab_size_per_layer_input < config.vocab_size:
+        raise InputError(
+            f"{path}: vocab_size_per_layer_input is {config.vocab_size_per_layer_input}, less than vocab_size"
+            f" ({config.vocab_size}): some tokens would have no per-layer embedding; correct the file"
+        )
+    if config.num_kv_shared_layers >= config.num_hidden_layers:
         raise InputError(
             f"{path}: num_kv_shared_layers is {config.num_kv_shared_layers}, expected 0 to"
             f" {config.num_hidden_layers - 1}; a target stores the K/V of at least one layer"
@@ -156,7 +158,7 @@ def read_drafter_config(directory: Path) -> DrafterConfig:
         InputError: no such file, another `model_type`, or a value this exporter cannot honour.
     """
     path = directory / "config.json"
-    raw = read_json(path)
+    raw = read_object(path)
     model_type = raw.get("model_type")
     if model_type != "gemma4_assistant":
         hint = "; this is a target, pass it as --target" if model_type in ("gemma4", "gemma4_text") else ""
@@ -181,7 +183,7 @@ def check_pair(target: TextConfig, drafter: DrafterConfig, drafter_dir: Path) ->
     """Refuse a drafter that was made for another target.
 
     Raises:
-        InputError: hidden size, vocabulary, layer types, KV heads, head sizes or window disagree.
+        InputError: hidden size, vocabulary, layer types, KV heads or head sizes disagree.
     """
     text = drafter.text
     facts = [
@@ -232,13 +234,13 @@ def parse_text_config(text: Mapping[str, Any], path: Path) -> TextConfig:
         sliding_attention=sliding,
         full_attention=full,
         sliding_window=ints["sliding_window"],
-        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-        num_kv_shared_layers=int(text.get("num_kv_shared_layers") or 0),
+        rms_norm_eps=_positive_float(text, "rms_norm_eps", path, 1e-6),
+        num_kv_shared_layers=_int(text, "num_kv_shared_layers", path, 0),
         use_double_wide_mlp=bool(text.get("use_double_wide_mlp")),
-        hidden_size_per_layer_input=int(text.get("hidden_size_per_layer_input", 256) or 0),
-        vocab_size_per_layer_input=int(text.get("vocab_size_per_layer_input") or ints["vocab_size"]),
-        final_logit_softcapping=None if softcap is None else float(softcap),
-        max_position_embeddings=int(text.get("max_position_embeddings", 131072)),
+        hidden_size_per_layer_input=_int(text, "hidden_size_per_layer_input", path, 256),
+        vocab_size_per_layer_input=_int(text, "vocab_size_per_layer_input", path, 0) or ints["vocab_size"],
+        final_logit_softcapping=None if softcap is None else _positive_float(text, "final_logit_softcapping", path),
+        max_position_embeddings=_positive_int(text, "max_position_embeddings", path, 131072),
     )
 
 
@@ -263,23 +265,44 @@ def _text_section(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     return text
 
 
-def _positive_int(raw: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
-    value = raw.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{path}: {key} is {value!r}, expected a positive integer")
+def _int(raw: Mapping[str, Any], key: str, path: Path, default: int, least: int = 0) -> int:
+    found = raw.get(key)
+    value = default if found is None else found
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+        kind = "a positive integer" if least else "an integer that is not negative"
+        raise InputError(f"{path}: {key} is {found!r}, expected {kind}; correct the file")
+    return value
+
+
+def _positive_int(raw: Mapping[str, Any], key: str, path: Path, default: int = 0) -> int:
+    return _int(raw, key, path, default, least=1)
+
+
+def _positive_float(raw: Mapping[str, Any], key: str, path: Path, default: float | None = None) -> float:
+    found = raw.get(key)
+    value = default if found is None else found
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise InputError(f"{path}: {key} is {found!r}, expected a positive number; correct the file")
+    return float(value)
+
+
+def _object(raw: Mapping[str, Any], key: str, path: Path, default: Mapping[str, Any]) -> Mapping[str, Any]:
+    value = raw.get(key) or default
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {key} is {value!r}, expected an object; correct the file")
     return value
 
 
 def _layer_types(text: Mapping[str, Any], num_layers: int, path: Path) -> tuple[str, ...]:
     # The default pattern and the forced last layer are those of transformers' Gemma4TextConfig.
     found = text.get("layer_types") or [LAYER_TYPES[(i + 1) % 6 == 0] for i in range(num_layers)]
-    layer_types = (*found[:-1], "full_attention")
-    if len(layer_types) != num_layers or not set(layer_types) <= set(LAYER_TYPES):
+    known = isinstance(found, list) and all(isinstance(kind, str) and kind in LAYER_TYPES for kind in found)
+    if not known or len(found) != num_layers:
         raise InputError(
-            f"{path}: layer_types has {len(layer_types)} entries of {sorted(set(layer_types))}, expected"
-            f" {num_layers} of {list(LAYER_TYPES)}"
+            f"{path}: layer_types is {found!r}, expected a list of num_hidden_layers ({num_layers}) entries of"
+            f" {' and '.join(LAYER_TYPES)}; correct the file"
         )
-    return layer_types
+    return (*found[:-1], "full_attention")
 
 
 def _attention_config(
@@ -287,31 +310,47 @@ def _attention_config(
 ) -> AttentionConfig:
     """Sizes of one layer type: `per_layer_config` in the text-only dialect, `global_head_dim` in the published one."""
     sizes = {"head_dim": ints["head_dim"], "num_key_value_heads": ints["num_key_value_heads"]}
-    if (overrides := text.get("per_layer_config")) is not None:
-        by_layer = {int(index): override for index, override in overrides.items()}  # the keys are zero-padded
-        of_type = [by_layer.get(i, {}) for i, t in enumerate(layer_types) if t == layer_type]
-        if any(override != of_type[0] for override in of_type) or any(o.keys() - sizes.keys() for o in of_type):
-            raise InputError(
-                f"{path}: per_layer_config must give all {layer_type} layers the same head_dim and"
-                " num_key_value_heads, and nothing else"
-            )
-        sizes.update(*of_type[:1])
+    if "per_layer_config" in text:
+        sizes |= _layer_overrides(text, layer_types, layer_type, path)
     elif layer_type == "full_attention":
         # num_global_key_value_heads counts only with attention_k_eq_v, which is refused above.
         sizes["head_dim"] = _positive_int(text, "global_head_dim", path, 512)
     if ints["num_attention_heads"] % sizes["num_key_value_heads"]:
         raise InputError(
             f"{path}: num_attention_heads ({ints['num_attention_heads']}) is not a multiple of"
-            f" num_key_value_heads ({sizes['num_key_value_heads']})"
+            f" num_key_value_heads ({sizes['num_key_value_heads']}); correct the file"
         )
-    rope = (text.get("rope_parameters") or _DEFAULT_ROPE).get(layer_type) or _DEFAULT_ROPE[layer_type]
+    if sizes["head_dim"] % 2:
+        raise InputError(f"{path}: head_dim of {layer_type} is {sizes['head_dim']}, expected an even number")
+    rope = _object(_object(text, "rope_parameters", path, _DEFAULT_ROPE), layer_type, path, _DEFAULT_ROPE[layer_type])
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ("default", "proportional"):
         raise InputError(f"{path}: rope_type of {layer_type} is {rope_type!r}, expected 'default' or 'proportional'")
+    partial = _positive_float(rope, "partial_rotary_factor", path, 1.0)
+    if partial > 1:
+        raise InputError(f"{path}: partial_rotary_factor of {layer_type} is {partial}, expected at most 1")
     return AttentionConfig(
         **sizes,
-        rope_theta=float(rope["rope_theta"]),
+        rope_theta=_positive_float(rope, "rope_theta", path),
         rope_type=rope_type,
-        partial_rotary_factor=float(rope.get("partial_rotary_factor", 1.0)),
-        rope_factor=float(rope.get("factor", 1.0)),
+        partial_rotary_factor=partial,
+        rope_factor=_positive_float(rope, "factor", path, 1.0),
     )
+
+
+def _layer_overrides(
+    text: Mapping[str, Any], layer_types: tuple[str, ...], layer_type: str, path: Path
+) -> dict[str, int]:
+    """Head sizes that `per_layer_config` gives the layers of one type, all alike; keys are zero-padded."""
+    overrides = _object(text, "per_layer_config", path, {})
+    if not all(key.isdecimal() and isinstance(value, dict) for key, value in overrides.items()):
+        raise InputError(f"{path}: per_layer_config is {overrides!r}, expected objects by layer number")
+    by_layer = {int(key): value for key, value in overrides.items()}
+    of_type = [by_layer.get(i, {}) for i, kind in enumerate(layer_types) if kind == layer_type]
+    first = of_type[0] if of_type else {}
+    if any(other != first for other in of_type) or first.keys() - {"head_dim", "num_key_value_heads"}:
+        raise InputError(
+            f"{path}: per_layer_config must give all {layer_type} layers the same head_dim and num_key_value_heads,"
+            " and nothing else"
+        )
+    return {key: _positive_int(first, key, path) for key in first}

@@ -26,7 +26,7 @@ def human_bytes(size: float) -> str:
 def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[[str, int], None]]:
     """A bar on standard error; the block calls what it yields with a step's name and its share of the total."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda step, amount: progress.update(task, advance=amount, description=f"{title}: {step}")
 

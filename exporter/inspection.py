@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from exporter.checkpoint import Checkpoint, drafter_weights, read_cluster_table, target_weights
-from exporter.config import read_drafter_config, read_json, read_target_config
+from exporter.config import read_drafter_config, read_object, read_target_config
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, changed_files, read_manifest
 
@@ -32,11 +32,11 @@ def inspect(path: Path) -> dict[str, Any]:
             "drafter": _sizes(manifest.raw["drafter"]["text"]),
             "two_stage": manifest.raw["two_stage"],
             "kv_bytes_per_token": sum(4 * kv.num_key_value_heads * kv.head_dim for kv in manifest.kv),
-            "files": {name: file["size"] for name, file in manifest.files.items()},
-            "total_bytes": sum(file["size"] for file in manifest.files.values()),
+            "files": {name: size for name, (size, _) in manifest.files.items()},
+            "total_bytes": sum(size for size, _ in manifest.files.values()),
             "changed_files": changed_files(path, manifest),
         }
-    if read_json(path / "config.json").get("model_type") == "gemma4_assistant":
+    if read_object(path / "config.json").get("model_type") == "gemma4_assistant":
         return _inspect_drafter(path)
     return _inspect_target(path)
 
@@ -51,7 +51,7 @@ def _inspect_drafter(path: Path) -> dict[str, Any]:
     config, checkpoint = read_drafter_config(path), Checkpoint(path)
     table = read_cluster_table(checkpoint, config)
     # Checks every name and shape; the target's embedding is not read.
-    drafter_weights(checkpoint, config, table, {"embed_tokens.weight": lambda: torch.empty(0)})
+    used = drafter_weights(checkpoint, config, None, {"embed_tokens.weight": lambda: torch.empty(0)})
     head = None
     if table is not None:
         clusters, size = table.members.shape
@@ -62,7 +62,7 @@ def _inspect_drafter(path: Path) -> dict[str, Any]:
         "drafter": _sizes(asdict(config.text)),
         "backbone_hidden_size": config.backbone_hidden_size,
         "two_stage": head,
-        **_tensors(checkpoint, len(checkpoint.entries)),
+        **_tensors(checkpoint, len(used) - 1 + (0 if table is None else 2)),
     }
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from clustering.table import ClusterTable
 from exporter.checkpoint import (
@@ -11,6 +12,7 @@ from exporter.checkpoint import (
     checkpoint_json,
     drafter_weights,
     load_module,
+    parameter_shapes,
     read_cluster_table,
     target_weights,
 )
@@ -55,9 +57,11 @@ class Pair:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of both checkpoints as float32, for a progress bar."""
-        entries = [*self.target_checkpoint.entries.values(), *self.drafter_checkpoint.entries.values()]
-        return sum(4 * prod(entry.shape) for entry in entries)
+        """Size of what an export stores, as float32, for a progress bar."""
+        shapes = parameter_shapes(lambda: Target(self.target)) | {
+            f"drafter.{name}": shape for name, shape in parameter_shapes(lambda: Drafter(self.drafter, None)).items()
+        }
+        return sum(4 * prod(shape) for name, shape in shapes.items() if "target_embed_tokens" not in name)
 
     def load_target(self) -> Target:
         """The target in eager torch, float32."""
@@ -106,7 +110,7 @@ def _special_tokens(directory: Path) -> SpecialTokens:
     def find(key: str, default: int) -> list[int]:
         """A token id, or a list of them; one beyond the vocabulary just never occurs, as in cut-down models."""
         found = next((source[key] for source in sources if source.get(key) is not None), default)
-        ids = found if isinstance(found, list) else [found]
+        ids: list[Any] = found if isinstance(found, list) and found else [found]
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
                 raise InputError(f"{directory}: {key} is {token!r}, expected a token id or a list of them")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from exporter.backends.onnx import stored_weights
+from exporter.bundle import describe
 from exporter.checkpoint import Weights
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target, empty_kv
@@ -58,40 +59,59 @@ def run_parity(
         note: told what is being checked.
     """
     manifest = read_manifest(bundle)
+    if manifest.recipe not in TOLERANCES:
+        raise InputError(f"{bundle}: recipe {manifest.recipe!r} is unknown; expected one of {', '.join(TOLERANCES)}")
+    prompts = prompts or default_prompts(manifest)
+    for prompt in prompts:
+        check_prompt(manifest, prompt)
+    if pair is not None:
+        _refuse_other_shapes(bundle, manifest, pair)
     note("files")
     changed = changed_files(bundle, manifest)
     listed = f"changed: {', '.join(changed)}" if changed else f"{len(manifest.files)} files match the manifest"
     checks = [Check("files", "sha256", not changed, detail=listed)]
-    prompts = prompts or default_prompts(manifest)
-    for prompt in prompts:
-        check_prompt(manifest, prompt)
-    # A changed file was reported above; the rungs below then show what the change does.
+    try:
+        # The rungs below run a changed bundle as well: they show what the change does.
+        checks += _climb(bundle, manifest, pair, prompts, max_new_tokens, note)
+    except InputError as error:
+        checks.append(Check("bundle", "loads and runs", False, detail=str(error)))
+    return checks
+
+
+def _climb(
+    bundle: Path,
+    manifest: Manifest,
+    pair: Pair | None,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    note: Note,
+) -> Iterator[Check]:
+    """Checks of each rung above the files, as they are done."""
     engine = load_engine(bundle, manifest, threads=1)
     assert isinstance(engine, OnnxEngine)
+    wanted: list[list[int]] | None = None
     if pair is not None:
-        _refuse_other_shapes(bundle, manifest, pair)
-        checks += _check_source(manifest, pair)
+        yield from _check_source(manifest, pair)
         note("weights")
-        checks += [_check_weights(bundle, manifest, "target", pair.target_weights)]
-        checks += [_check_weights(bundle, manifest, "drafter", pair.drafter_weights)]
+        yield _check_weights(bundle, manifest, "target", pair.target_weights)
+        yield _check_weights(bundle, manifest, "drafter", pair.drafter_weights)
         note("eager")
         with torch.no_grad():
             target, drafter = pair.load_target(), pair.load_drafter()
-            eager_tokens = [_greedy(target, manifest, prompt, max_new_tokens) for prompt in prompts]
-            checks += _check_graphs(engine, target, drafter, pair, prompts, eager_tokens)
+            wanted = [_greedy(target, manifest, prompt, max_new_tokens) for prompt in prompts]
+            yield from _check_graphs(engine, target, drafter, pair, prompts, wanted)
     note("plain")
     plain = [_tokens(engine, prompt, max_new_tokens, 0)[0] for prompt in prompts]
-    if pair is not None:
-        wanted = [_settle_tie(target, manifest, *texts) for texts in zip(prompts, eager_tokens, plain, strict=True)]
-        checks.append(_check_tokens("plain", "tokens = eager", plain, wanted))
+    if wanted is not None:
+        settled = [_settle_tie(target, manifest, *texts) for texts in zip(prompts, wanted, plain, strict=True)]
+        yield _check_tokens("plain", "tokens = eager", plain, settled)
     note("speculative")
     for sampling, label in ((Sampling(), "greedy"), (Sampling(1.0, 0.95, seed=1), "sampled")):
-        wanted = plain if label == "greedy" else [_tokens(engine, p, max_new_tokens, 0, sampling)[0] for p in prompts]
+        alone = plain if label == "greedy" else [_tokens(engine, p, max_new_tokens, 0, sampling)[0] for p in prompts]
         runs = [_tokens(engine, p, max_new_tokens, manifest.default_draft_tokens, sampling) for p in prompts]
         drafted, accepted = sum(s.drafted for _, s in runs), sum(s.accepted for _, s in runs)
         detail = f"accepted {accepted} of {drafted} drafts"
-        checks.append(_check_tokens("speculative", f"{label} tokens = plain", [t for t, _ in runs], wanted, detail))
-    return checks
+        yield _check_tokens("speculative", f"{label} tokens = plain", [t for t, _ in runs], alone, detail)
 
 
 def default_prompts(manifest: Manifest) -> list[list[int]]:
@@ -115,11 +135,17 @@ def _refuse_other_shapes(bundle: Path, manifest: Manifest, pair: Pair) -> None:
 
 
 def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
-    """Whether the checkpoints are the ones that the bundle was exported from, by their digests."""
+    """Whether these are the checkpoints that were exported, and the manifest says of them what it should."""
     for kind, checkpoint in (("target", pair.target_checkpoint), ("drafter", pair.drafter_checkpoint)):
         same = checkpoint.sha256() == manifest.raw["source"][kind]
-        detail = "" if same else f"{checkpoint.directory} is not the checkpoint that was exported"
+        detail = "the one that was exported" if same else f"{checkpoint.directory} is not the one that was exported"
         yield Check("source", f"{kind} checkpoint", same, detail=detail)
+    expected = json.loads(json.dumps(describe(pair)))
+    differing = [key for key, value in expected.items() if manifest.raw.get(key) != value]
+    if manifest.max_seq_len > pair.target.max_position_embeddings:
+        differing.append("max_seq_len")
+    detail = f"differs: {', '.join(differing)}" if differing else "fits the checkpoints"
+    yield Check("source", "manifest", not differing, detail=detail)
 
 
 def _check_weights(bundle: Path, manifest: Manifest, graph: str, weights: Weights) -> Check:
@@ -127,7 +153,9 @@ def _check_weights(bundle: Path, manifest: Manifest, graph: str, weights: Weight
     stored = stored_weights(bundle / manifest.graphs[graph].file)
     differing = sorted(weights.keys() ^ stored.keys())
     for name in weights.keys() & stored.keys():
-        if not np.array_equal(weights[name]().numpy(), stored[name].numpy()):
+        ours, theirs = weights[name]().contiguous().numpy(), stored[name].numpy()
+        # Bytes, because 0 equals -0.
+        if (ours.dtype, ours.shape, ours.tobytes()) != (theirs.dtype, theirs.shape, theirs.tobytes()):
             differing.append(name)
     detail = f"{len(differing)} differ: {', '.join(differing[:3])}" if differing else f"{len(stored)} tensors equal"
     return Check("weights", f"{graph} weights", not differing, detail=detail)
@@ -150,7 +178,7 @@ def _check_graphs(
         errors.setdefault(name, []).append((_error(torch.from_numpy(found), exact), _error(eager, exact)))
 
     for prompt, continuation in zip(prompts, continuations, strict=True):
-        steps = engine.manifest.default_draft_tokens
+        steps = max(1, engine.manifest.default_draft_tokens)
         verify = continuation[: steps + 1]
         kv = empty_kv(pair.target, len(prompt) + len(verify))
         exact_kv = [part.double() for part in kv]
@@ -171,7 +199,8 @@ def _check_graphs(
             compare(name, engine.cache[buffer.name][:, : engine.position], part, exact_part)
         shared = {kind: (kv[2 * i], kv[2 * i + 1]) for kind, i in pair.shared_kv.items()}
         exact_shared = {kind: (exact_kv[2 * i], exact_kv[2 * i + 1]) for kind, i in pair.shared_kv.items()}
-        token, state, position = torch.tensor(verify[-1:]), eager.state[-1:], torch.tensor([engine.position])
+        token, state = eager.logits[-1:].argmax(-1), eager.state[-1:]
+        position = torch.tensor([engine.position])
         for _ in range(steps):  # each from the eager state, so that steps are judged one by one
             found_token, found_state = engine.draft_step(int(token), state.numpy())
             _, exact_state = exact_drafter(token, state.double(), position, exact_shared)
@@ -188,9 +217,11 @@ def _check_graphs(
 
 def _check_error(manifest: Manifest, output: str, errors: Sequence[tuple[float, float]]) -> Check:
     """Judge the largest error of an output against the tolerance, or against what eager torch itself reaches."""
-    found, eager = (max(column) for column in zip(*errors, strict=True))
+    found, eager = (float(np.max(column)) for column in zip(*errors, strict=True))  # unlike max, keeps NaN
     tolerance, _ = TOLERANCES[manifest.recipe]
     allowed = max(tolerance, EAGER_FACTOR * eager)
+    if not np.isfinite([found, eager]).all():
+        return Check("graphs", output, False, detail="not finite")
     return Check("graphs", output, found <= allowed, error=found, tolerance=allowed)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from runtime_ref.errors import InputError
-from runtime_ref.manifest import Manifest, changed_files, read_manifest
+from runtime_ref.manifest import Manifest, Progress, changed_files, read_manifest
 from runtime_ref.sampling import Sampling
 
 
@@ -37,18 +37,19 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(bundle: Path, threads: int | None = None) -> Engine:
+def open_engine(bundle: Path, threads: int | None = None, progress: Progress = lambda *_: None) -> Engine:
     """Load a bundle after checking every file against the manifest.
 
     Args:
         bundle: directory written by `export`.
         threads: threads inside an operation; None lets the backend choose.
+        progress: told of the files as they are checked.
 
     Raises:
         InputError: not a bundle, incomplete, changed since it was exported, or for a backend that is not installed.
     """
     manifest = read_manifest(bundle)
-    if changed := changed_files(bundle, manifest):
+    if changed := changed_files(bundle, manifest, progress):
         raise InputError(f"{bundle / changed[0]}: sha256 differs from the manifest's; export or copy the bundle again")
     return load_engine(bundle, manifest, threads)
 

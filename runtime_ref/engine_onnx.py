@@ -89,6 +89,7 @@ class _BoundGraph:
     """A session whose cache inputs and outputs are bound to the same memory, so that writing happens in place."""
 
     def __init__(self, bundle: Path, graph: Graph, threads: int | None) -> None:
+        self._file = bundle / graph.file
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -96,7 +97,7 @@ class _BoundGraph:
         # A spinning thread pool starves whatever shares the machine, or the phone.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = ort.InferenceSession(bundle / graph.file, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(self._file, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no base class
             reason = str(error).splitlines()[0]
             raise InputError(
@@ -110,25 +111,27 @@ class _BoundGraph:
         """Bind the cache buffers that this graph names, each to its input and, if there is one, its output."""
         self._binding = self._session.io_binding()
         self._cache = dict(cache)  # holds the memory that the binding points into
-        for port in self._graph.inputs:
-            if (array := cache.get(port["name"])) is not None:
-                self._binding.bind_input(port["name"], "cpu", 0, np.float32, array.shape, array.ctypes.data)
-        for port in self._graph.outputs:
-            if (array := cache.get(port["name"].removesuffix("_out"))) is not None:
-                self._binding.bind_output(port["name"], "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        for name in self._graph.inputs:
+            if (array := cache.get(name)) is not None:
+                self._binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        for name in self._graph.outputs:
+            if (array := cache.get(name.removesuffix("_out"))) is not None:
+                self._binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
-        """Outputs that are not cache buffers, in the graph's order."""
-        for name, array in inputs.items():
-            self._binding.bind_cpu_input(name, array)
-        fresh = [port["name"] for port in self._graph.outputs if port["name"].removesuffix("_out") not in self._cache]
-        for name in fresh:
-            self._binding.bind_output(name, "cpu")  # anew: a bound output keeps the shape of its first run
-        self._session.run_with_iobinding(self._binding)
-        outputs = dict(zip(self._binding_names(), self._binding.get_outputs(), strict=True))
-        return [outputs[name].numpy() for name in fresh]
+        """Outputs that are not cache buffers, in the graph's order.
 
-    def _binding_names(self) -> list[str]:
-        """Outputs in the order they were first bound in: the cache, then the rest."""
-        names = [port["name"] for port in self._graph.outputs]
-        return sorted(names, key=lambda name: name.removesuffix("_out") not in self._cache)
+        Raises:
+            InputError: the graph cannot run, which no sound bundle's does.
+        """
+        fresh = [name for name in self._graph.outputs if name.removesuffix("_out") not in self._cache]
+        try:
+            for name, array in inputs.items():
+                self._binding.bind_cpu_input(name, array)
+            for name in fresh:
+                self._binding.bind_output(name, "cpu")  # anew: a bound output keeps the shape of its first run
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            raise InputError(f"{self._file}: cannot run ({str(error).splitlines()[0]}); export it again") from error
+        # Outputs come in the order in which they were first bound: the cache, then the rest.
+        return [value.numpy() for value in self._binding.get_outputs()[-len(fresh) :]]

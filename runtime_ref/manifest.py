@@ -1,16 +1,19 @@
 """The bundle's manifest: the one contract between exporting and running. FORMAT.md specifies it in prose."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime_ref.errors import InputError
+from runtime_ref.json_file import read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+
+# Told what is being worked on and how many bytes of it were done.
+Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,16 @@ class KVBuffer:
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph file and the names, dtypes and shapes of its inputs and outputs."""
+    """A graph file and the names of its inputs and outputs, in order."""
 
     file: str
-    inputs: tuple[Mapping[str, Any], ...]
-    outputs: tuple[Mapping[str, Any], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a runtime needs to run a bundle; `raw` is the whole document."""
+    """What a runtime needs to run a bundle; `files` are sizes and digests by name, `raw` is the whole document."""
 
     backend: str
     recipe: str
@@ -44,11 +47,11 @@ class Manifest:
     max_seq_len: int
     default_draft_tokens: int
     max_draft_tokens: int
-    bos: int | None
+    bos: int
     eos: frozenset[int]
     kv: tuple[KVBuffer, ...]
     graphs: Mapping[str, Graph]
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, tuple[int, str]]
     raw: Mapping[str, Any]
 
 
@@ -59,60 +62,83 @@ def read_manifest(bundle: Path) -> Manifest:
         InputError: not a bundle, a newer format, a broken manifest, or an incomplete bundle.
     """
     path = bundle / MANIFEST
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{bundle}: not a bundle, {MANIFEST} is missing; expected the output of `export`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); export the bundle again") from error
+    if not path.exists():
+        raise InputError(f"{bundle}: not a bundle, {MANIFEST} is missing; expected the output of `export`")
+    raw = read_json(path, "the manifest of a bundle; export it again")
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: format_version is {version!r}, this version reads {FORMAT_VERSION}; export it again")
     try:
         manifest = _parse(raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: incomplete or malformed at {error}; export the bundle again") from error
-    for name, facts in manifest.files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{path}: names {name!r}, a file outside the bundle; export the bundle again")
+        _check(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: incomplete or malformed ({reason}); export the bundle again") from error
+    for name, (size, _) in manifest.files.items():
         file = bundle / name
         if not file.is_file():
             raise InputError(f"{file}: named in {MANIFEST} but absent; the bundle is incomplete, copy it again")
-        if (size := file.stat().st_size) != facts["size"]:
-            raise InputError(f"{file}: is {size} bytes, {MANIFEST} says {facts['size']}; copy the bundle again")
+        if (found := file.stat().st_size) != size:
+            raise InputError(f"{file}: is {found} bytes, {MANIFEST} says {size}; copy the bundle again")
+    for file in sorted(bundle.glob("*.weights")):
+        if file.name not in manifest.files:
+            raise InputError(f"{file}: not named in {MANIFEST}, so it cannot be checked; export the bundle again")
     return manifest
 
 
-def changed_files(bundle: Path, manifest: Manifest, progress: Callable[[int], None] = lambda _: None) -> list[str]:
-    """Names of the files whose sha256 is not the manifest's; `progress` is called with the bytes read."""
+def changed_files(bundle: Path, manifest: Manifest, progress: Progress = lambda *_: None) -> list[str]:
+    """Names of the files whose sha256 is not the manifest's."""
     changed = []
-    for name, facts in manifest.files.items():
+    for name, (_, sha256) in manifest.files.items():
         digest = hashlib.sha256()
         with (bundle / name).open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
-                progress(len(block))
-        if digest.hexdigest() != facts["sha256"]:
+                progress(name, len(block))
+        if digest.hexdigest() != sha256:
             changed.append(name)
     return changed
 
 
 def _parse(raw: Mapping[str, Any]) -> Manifest:
+    fields = ("name", "layer", "layer_type", "num_key_value_heads", "head_dim")
     return Manifest(
         backend=raw["backend"]["name"],
         recipe=raw["recipe"],
-        vocab_size=raw["target"]["vocab_size"],
-        hidden_size=raw["target"]["hidden_size"],
+        vocab_size=int(raw["target"]["vocab_size"]),
+        hidden_size=int(raw["target"]["hidden_size"]),
         max_seq_len=int(raw["max_seq_len"]),
         default_draft_tokens=int(raw["num_draft_tokens"]["default"]),
         max_draft_tokens=int(raw["num_draft_tokens"]["max"]),
-        bos=raw["tokens"]["bos"],
-        eos=frozenset(raw["tokens"]["eos"]),
-        kv=tuple(KVBuffer(**buffer) for buffer in raw["kv"]["buffers"]),
+        bos=int(raw["tokens"]["bos"]),
+        eos=frozenset(int(token) for token in raw["tokens"]["eos"]),
+        kv=tuple(KVBuffer(**{key: buffer[key] for key in fields}) for buffer in raw["kv"]["buffers"]),
         graphs={
-            name: Graph(graph["file"], tuple(graph["inputs"]), tuple(graph["outputs"]))
+            name: Graph(graph["file"], *(tuple(port["name"] for port in graph[way]) for way in ("inputs", "outputs")))
             for name, graph in raw["graphs"].items()
         },
-        files=raw["files"],
+        files={name: (int(facts["size"]), str(facts["sha256"])) for name, facts in raw["files"].items()},
         raw=raw,
     )
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError where the parts of a manifest do not fit each other."""
+    if not 0 <= manifest.default_draft_tokens <= manifest.max_draft_tokens:
+        raise ValueError("num_draft_tokens: default must be between 0 and max")
+    if min(manifest.max_seq_len, manifest.vocab_size, manifest.hidden_size) < 1:
+        raise ValueError("max_seq_len, vocab_size and hidden_size must be positive")
+    for name in ("target", "drafter", "two_stage", "kv", "source"):
+        if name not in manifest.raw:
+            raise ValueError(f"{name} is missing")
+    for name in manifest.files:
+        if Path(name).name != name:
+            raise ValueError(f"files names {name!r}, outside the bundle")
+    for name in ("target", "drafter"):
+        if manifest.graphs[name].file not in manifest.files:
+            raise ValueError(f"the file of graph {name} is not in files")
+    buffers = {kv.name for kv in manifest.kv}
+    if not buffers or not buffers <= set(manifest.graphs["target"].inputs):
+        raise ValueError("kv.buffers are not inputs of graph target")
+    if min(min(kv.num_key_value_heads, kv.head_dim) for kv in manifest.kv) < 1:
+        raise ValueError("kv.buffers must have positive sizes")

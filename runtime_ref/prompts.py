@@ -1,9 +1,9 @@
 """Prompts as token ids, from a JSON file."""
 
-import json
 from pathlib import Path
 
 from runtime_ref.errors import InputError
+from runtime_ref.json_file import read_json
 
 
 def read_prompt_ids(path: Path) -> list[list[int]]:
@@ -12,10 +12,7 @@ def read_prompt_ids(path: Path) -> list[list[int]]:
     Raises:
         InputError: no such file, not JSON, or anything else in it.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); expected a list of token ids") from error
+    value = read_json(path, "a list of token ids, or a list of such lists")
     prompts = value if isinstance(value, list) and value and all(isinstance(v, list) for v in value) else [value]
     for prompt in prompts:
         if not isinstance(prompt, list) or not all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime_ref.errors import InputError
+
 GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -15,6 +17,12 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}, expected 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top-p is {self.top_p}, expected more than 0 and at most 1")
 
 
 def uniform(seed: int, position: int) -> float:
@@ -37,8 +45,9 @@ def choose(logits: np.ndarray, ids: np.ndarray, position: int, sampling: Samplin
     """
     if sampling.temperature == 0.0:
         return int(ids[0])
-    scaled = logits.astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled[0])
+    behind = logits.astype(np.float64) - float(logits[0])
+    with np.errstate(over="ignore"):  # a tiny temperature sends everything but the first to minus infinity
+        weights = np.exp(behind / sampling.temperature)
     cumulative = np.cumsum(weights / weights.sum())
     kept = cumulative[: int(np.searchsorted(cumulative, sampling.top_p)) + 1]
     chosen = int(np.searchsorted(kept / kept[-1], uniform(sampling.seed, position), side="right"))

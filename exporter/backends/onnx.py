@@ -22,6 +22,7 @@ from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target
 from exporter.pair import Pair
+from runtime_ref.manifest import Progress
 
 OPSET = 24  # the first with TensorScatter, which writes the cache in place
 ALIGNMENT = 4096  # a page, so that a table is mapped without its neighbours
@@ -34,8 +35,6 @@ TIDY = (
     passes.RemoveUnusedNodesPass(),
     passes.ClearMetadataAndDocStringPass(),  # traces carry paths of the machine that exported
 )
-
-Progress = Callable[[str, int], None]
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -57,34 +56,25 @@ def runtime() -> dict[str, Any]:
     return {"name": "onnx", "opset": OPSET, "onnxruntime": onnxruntime.__version__}
 
 
-def export_graphs(directory: Path, pair: Pair, progress: Progress) -> dict[str, tuple[str, GraphSpec]]:
-    """Write both graphs and their weights into a directory.
-
-    Args:
-        progress: called with what was written and its bytes.
-
-    Returns:
-        File and spec of each graph, by the graph's name.
-    """
+def export_graphs(directory: Path, pair: Pair, progress: Progress) -> None:
+    """Write both graphs, `NAME.onnx`, and their weights, `NAME.weights`, into a directory."""
+    progress("tracing", 0)
     target, drafter = target_graph(pair.target), drafter_graph(pair.target, pair.drafter)
     models = {
-        target: trace(target, lambda: TargetGraph(Target(pair.target, OPS))),
-        drafter: trace(drafter, lambda: DrafterGraph(Drafter(pair.drafter, pair.top_k_clusters, OPS), pair.shared_kv)),
+        "target": trace(target, lambda: TargetGraph(Target(pair.target, OPS))),
+        "drafter": trace(
+            drafter, lambda: DrafterGraph(Drafter(pair.drafter, pair.top_k_clusters, OPS), pair.shared_kv)
+        ),
     }
     weights = {"target": _write_weights(directory / "target.weights", pair.target_weights, {}, progress)}
     # Both graphs look tokens up in one table; it lies in the target's file.
     known = {"target_embed_tokens.weight": weights["target"]["embed_tokens.weight"]}
     weights["drafter"] = _write_weights(directory / "drafter.weights", pair.drafter_weights, known, progress)
-    files = {}
-    for spec, model in models.items():
-        for name, initializer in model.graph.initializers.items():
+    for name, model in models.items():
+        for parameter, initializer in model.graph.initializers.items():
             if initializer.const_value is None:
-                initializer.const_value = weights[spec.name][name]
-        file = directory / f"{spec.name}.onnx"
-        ir.save(model, file)
-        progress(file.name, 0)
-        files[spec.name] = (file.name, spec)
-    return files
+                initializer.const_value = weights[name][parameter]
+        ir.save(model, directory / f"{name}.onnx")
 
 
 def stored_weights(file: Path) -> dict[str, ir.TensorProtocol]:

@@ -147,7 +147,7 @@ class DecoderLayer(nn.Module):
         hidden, eps, ple = config.hidden_size, config.rms_norm_eps, config.hidden_size_per_layer_input
         self.ops = ops
         self.self_attn = Attention(config, layer, stores_kv, ops)
-        self.mlp = MLP(hidden, config.mlp_size(layer) if ple else config.intermediate_size, ops)
+        self.mlp = MLP(hidden, config.mlp_size(layer), ops)
         self.input_layernorm = RMSNorm(hidden, eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.pre_feedforward_layernorm = RMSNorm(hidden, eps)

@@ -24,7 +24,8 @@ class TwoStageHead(nn.Module):
 
     `clusters` holds one row a cluster, the embeddings of its V/C tokens laid end to end, so that the second stage is
     `top_k` contiguous reads. Follows transformers 5.22.2, `Gemma4AssistantMaskedEmbedder`, without its scatter into V
-    logits; `runtime_ref.two_stage` is the definition, ties included.
+    logits. `runtime_ref.two_stage` is the definition; between tied centroids it and the exported graph keep the lowest
+    cluster, eager torch may keep another.
     """
 
     def __init__(self, vocab_size: int, hidden: int, num_clusters: int, top_k: int, ops: Ops) -> None:

@@ -16,6 +16,7 @@ from tests.pairs import to_published
 
 Directories = tuple[Path, Path]
 EMBEDDING = "model.embed_tokens.weight"
+CENTROIDS = "masked_embedding.centroids.weight"
 ORDERING = "masked_embedding.token_ordering"
 
 
@@ -65,7 +66,36 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         r"hidden_size is None, expected a positive integer",
     ),
     "mixture of experts": (lambda t, d: edit_config(t, enable_moe_block=True), r"enable_moe_block is True, only False"),
-    "layer count": (lambda t, d: edit_config(t, num_hidden_layers=11), r"layer_types has 10 entries .* expected 11"),
+    "layer types of another kind": (lambda t, d: edit_config(t, layer_types=[[1]]), r"layer_types is \[\[1\]\]"),
+    "epsilon is text": (lambda t, d: edit_config(t, rms_norm_eps="x"), r"rms_norm_eps is 'x', expected a positive"),
+    "softcap is zero": (lambda t, d: edit_config(t, final_logit_softcapping=0), r"final_logit_softcapping is 0"),
+    "huge size": (lambda t, d: edit_config(t, hidden_size=10**30), r"hidden_size is 1000.*expected a positive integer"),
+    "fraction of a layer": (lambda t, d: edit_config(t, num_kv_shared_layers=3.7), r"num_kv_shared_layers is 3.7"),
+    "rope is a list": (
+        lambda t, d: edit_config(t, rope_parameters=[1]),
+        r"rope_parameters is \[1\], expected an object",
+    ),
+    "rope of a type is a number": (
+        lambda t, d: edit_config(t, rope_parameters={"full_attention": 5}),
+        r"full_attention is 5, expected an object",
+    ),
+    "per-layer sizes by name": (
+        lambda t, d: edit_config(t, per_layer_config={"a": {}}),
+        r"per_layer_config is .* expected objects by layer number",
+    ),
+    "per-layer embedding too small": (
+        lambda t, d: edit_config(t, vocab_size_per_layer_input=200),
+        r"vocab_size_per_layer_input is 200, less than vocab_size",
+    ),
+    "nested too deep": (lambda t, d: (t / "config.json").write_text("[" * 100_000), r"cannot be read as JSON"),
+    "no end token": (
+        lambda t, d: (t / "generation_config.json").write_text('{"eos_token_id": []}'),
+        r"eos_token_id is \[\], expected a token id",
+    ),
+    "layer count": (
+        lambda t, d: edit_config(t, num_hidden_layers=11),
+        r"layer_types is .* expected a list of num_hidden_layers \(11\) entries",
+    ),
     "other hidden size": (
         lambda t, d: edit_config(d, backbone_hidden_size=65),
         r"made for another target: backbone_hidden_size is 65, the target needs 64",
@@ -116,6 +146,10 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda t, d: edit_tensors(d, lambda x: x[ORDERING].__setitem__(0, int(x[ORDERING][1]))),
         r"token_ordering is not a permutation of 0..255",
     ),
+    "quantized centroids": (
+        lambda t, d: edit_tensors(d, lambda x: x.update({CENTROIDS: x[CENTROIDS].to(torch.int8)})),
+        r"tensor masked_embedding.centroids.weight is I8",
+    ),
     "half a cluster table": (
         lambda t, d: edit_tensors(d, lambda x: x.pop(ORDERING)),
         r"tensor masked_embedding.token_ordering is missing",
@@ -157,6 +191,14 @@ def test_index_cannot_lead_outside(pair: Directories, tmp_path: Path) -> None:
     path = published / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"x": "../target/model.safetensors"}}))
     with pytest.raises(InputError, match=r"expected a safetensors file in the same directory"):
+        open_pair(published, pair[1])
+
+
+@pytest.mark.parametrize("weight_map", [{"a": 5}, ["x"], None, {}])
+def test_index_of_another_kind(weight_map: object, pair: Directories, tmp_path: Path) -> None:
+    published = to_published(pair[0], tmp_path / "published")
+    (published / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=r"weight_map"):
         open_pair(published, pair[1])
 
 

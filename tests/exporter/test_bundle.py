@@ -1,15 +1,19 @@
 """The bundle as a whole: reproducible, all or nothing, guarded against change."""
 
+import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from exporter.backends.onnx import stored_weights
 from exporter.bundle import ExportOptions, check_output, export_bundle
 from exporter.pair import open_pair
 from exporter.parity import run_parity
@@ -43,9 +47,16 @@ def copy(bundle: Callable[[str], Path], tmp_path: Path) -> Path:
 def test_second_export_is_byte_identical(
     bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
 ) -> None:
-    export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "again", ExportOptions(max_seq_len=300))
+    """In another process, with another hash seed, and through the command line."""
+    target, drafter = map(str, pair_dirs("dense"))
+    command = [sys.executable, "-m", "exporter.cli", "export", "--target", target, "--drafter", drafter]
+    command += ["--output", str(tmp_path / "again"), "--max-seq-len", "300", "--json"]
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
     first, again = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (bundle("dense"), tmp_path / "again"))
     assert first == again
+    assert json.loads(result.stdout)["bytes"] == sum(map(len, again.values()))
 
 
 @pytest.mark.parametrize("how", ["full", "kill", "stop"])
@@ -71,10 +82,38 @@ def test_existing_output_is_kept(bundle: Callable[[str], Path], tmp_path: Path) 
         check_output(bundle("dense"), force=False)
     check_output(bundle("dense"), force=True)
     (tmp_path / "notes.txt").write_text("precious")
-    with pytest.raises(InputError, match=r"is not a bundle, so --force will not replace it"):
-        check_output(tmp_path, force=True)
-    with pytest.raises(InputError, match=r"is not a bundle"):
-        check_output(tmp_path / "notes.txt", force=True)
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(InputError, match=r"is not a bundle, so it will not be replaced"):
+            check_output(path, force=True)
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "a web page"}', "[", None])
+def test_only_our_own_bundles_are_replaced(manifest: str | None, copy: Path) -> None:
+    """Others use the name manifest.json too, and a bundle may have become somebody's working directory."""
+    if manifest is None:
+        (copy / "notes.txt").write_text("precious")
+    else:
+        (copy / MANIFEST).write_text(manifest)
+    with pytest.raises(InputError, match=r"is not a bundle, so it will not be replaced"):
+        check_output(copy, force=True)
+
+
+def test_a_link_is_followed(copy: Path, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(copy)
+    before = (copy / MANIFEST).stat().st_ino
+    export_bundle(open_pair(*pair_dirs("dense")), link, ExportOptions(force=True))
+    assert link.is_symlink()
+    assert (copy / MANIFEST).stat().st_ino != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
+    assert read_manifest(copy).max_seq_len == 4096
+
+
+def test_default_context_is_what_the_target_knows(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    pair = open_pair(*pair_dirs("dense"))
+    short = replace(pair, target=replace(pair.target, max_position_embeddings=1000))
+    export_bundle(short, tmp_path / "b", ExportOptions())
+    assert read_manifest(tmp_path / "b").max_seq_len == 1000
 
 
 def test_context_longer_than_the_target_knows(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
@@ -99,15 +138,32 @@ def test_tampered_bundle_is_refused(copy: Path) -> None:
         (lambda b: (b / MANIFEST).write_text("{"), r"cannot be read as JSON"),
         (lambda b: edit_manifest(b, format_version=2), r"format_version is 2, this version reads 1"),
         (lambda b: edit_manifest(b, graphs=None), r"incomplete or malformed"),
-        (lambda b: edit_manifest(b, files={"../x": {"size": 1}}), r"a file outside the bundle"),
+        (lambda b: edit_manifest(b, files={"../x": {"size": 1, "sha256": ""}}), r"'../x', outside the bundle"),
+        (lambda b: edit_manifest(b, files={}), r"file of graph target is not in files"),
+        (lambda b: edit_manifest(b, files=[]), r"incomplete or malformed"),
+        (lambda b: edit_manifest(b, max_seq_len=float("inf")), r"incomplete or malformed"),
+        (lambda b: edit_manifest(b, num_draft_tokens={"default": 9, "max": 8}), r"default must be between 0 and max"),
+        (lambda b: edit_manifest(b, kv={"buffers": []}), r"kv.buffers are not inputs"),
+        (lambda b: edit_manifest(b, tokens={"bos": "x", "eos": 1}), r"incomplete or malformed"),
+        (lambda b: (b / "extra.weights").write_text(""), r"extra.weights: not named in manifest.json"),
     ],
-    ids=["missing file", "short file", "no manifest", "bad JSON", "newer format", "malformed", "path outside"],
+    ids=[
+        *("missing file", "short file", "no manifest", "bad JSON", "newer format", "malformed", "path outside"),
+        *("no files", "files is a list", "endless", "more drafts than allowed", "no cache", "odd tokens", "extra file"),
+    ],
 )
 def test_incomplete_bundle_is_refused(break_it: Callable[[Path], object], message: str, copy: Path) -> None:
     read_manifest(copy)  # sound before
     break_it(copy)
     with pytest.raises(InputError, match=message):
         read_manifest(copy)
+
+
+def test_unknown_manifest_keys_are_ignored(copy: Path) -> None:
+    kv = read_manifest(copy).raw["kv"]
+    kv["buffers"][0]["news"] = 1
+    edit_manifest(copy, news=1, kv=kv)
+    read_manifest(copy)
 
 
 def edit_manifest(bundle: Path, **changes: object) -> None:
@@ -134,14 +190,51 @@ def test_parity_sees_one_changed_weight(
     content[-4] ^= 1
     (copy / weights).write_bytes(content)
     if cover_up:
-        import hashlib
-
         files = read_manifest(copy).raw["files"]
         files[weights]["sha256"] = hashlib.sha256(content).hexdigest()
         edit_manifest(copy, files=files)
     failed = {check.rung for check in run_parity(copy, open_pair(*pair_dirs("dense")), [[5]], 2) if not check.passed}
     assert "weights" in failed
     assert ("files" in failed) != cover_up
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tokens": {"bos": 2, "eos": [7], "pad": 0}}, {"max_seq_len": 10**7}, {"two_stage": {"num_clusters": 1}}],
+)
+def test_parity_sees_a_changed_manifest(
+    changes: dict[str, object], copy: Path, pair_dirs: Callable[[str], Directories]
+) -> None:
+    """A phone acts on these, and no digest covers them."""
+    edit_manifest(copy, **changes)
+    checks = run_parity(copy, open_pair(*pair_dirs("dense")), [[5]], 2)
+    failed = [check for check in checks if not check.passed]
+    assert [(check.rung, check.output) for check in failed] == [("source", "manifest")]
+    assert next(iter(changes)) in failed[0].detail
+
+
+def test_parity_reports_a_bundle_that_cannot_run(
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
+) -> None:
+    """Cluster members beyond the vocabulary make the drafter fail in mid-run: a failed check, not a crash."""
+    broken = Path(shutil.copytree(bundle("e2b"), tmp_path / "broken"))
+    entry = stored_weights(broken / "drafter.onnx")["head.token_ids"]
+    content = bytearray((broken / "drafter.weights").read_bytes())
+    content[entry.offset : entry.offset + entry.length] = b"\x00\x01\x00\x00\x00\x00\x00\x00" * (entry.length // 8)
+    (broken / "drafter.weights").write_bytes(content)
+    failed = {check.rung for check in run_parity(broken, open_pair(*pair_dirs("e2b")), [[5]], 4) if not check.passed}
+    assert {"files", "weights", "bundle"} <= failed
+
+
+def test_parity_sees_what_is_not_finite(copy: Path, pair_dirs: Callable[[str], Directories]) -> None:
+    """NaN in the embedding of a token that the second prompt alone has."""
+    entry = stored_weights(copy / "target.onnx")["embed_tokens_per_layer.weight"]
+    row = entry.offset + 77 * entry.length // entry.shape[0]
+    content = bytearray((copy / "target.weights").read_bytes())
+    content[row : row + 4] = b"\x00\x00\xc0\x7f"
+    (copy / "target.weights").write_bytes(content)
+    checks = run_parity(copy, open_pair(*pair_dirs("dense")), [[5], [5, 77]], 2)
+    assert "not finite" in {check.detail for check in checks if check.rung == "graphs" and not check.passed}
 
 
 def test_parity_sees_another_checkpoint(

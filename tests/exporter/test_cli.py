@@ -124,7 +124,7 @@ def test_inspect(
         (["generate", "{dense}", "--prompt-ids", "{ids:[256]}"], "token id 256, expected 0 to 255"),
         (["generate", "{dense}", "--prompt-ids", "{ids:long}"], "the prompt has 300 tokens"),
         (["generate", "{dense}", "--prompt-ids", "{ids:words}"], "expected a JSON list of token ids"),
-        (["generate", "{dense}", "--prompt-ids", "nowhere.json"], "nowhere.json: cannot be read as JSON"),
+        (["generate", "{dense}", "--prompt-ids", "nowhere.json"], "nowhere.json: not found; expected a list of token ids"),
         (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "9"], "was exported for up to 8"),
         (
             ["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "x"],
@@ -136,6 +136,11 @@ def test_inspect(
         (["export", "--target", "a", "--drafter", "b", "--output", "{dense}"], "exists already"),
         (["export", "--target", "a", "--drafter", "b", "--output", "c"], "a/config.json: not found"),
         (["export", "--target", "a"], "Missing option '--drafter'"),
+        (["export", "--target", "a", "--drafter", "b", "--output", "x" * 300], "File name too long"),
+        (["inspect", "x" * 300], "File name too long"),
+        (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "9" * 5000], "nor a count"),
+        (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--temperature", "nan"], "temperature is nan"),
+        (["generate", "{demo}", "--prompt", "a\udcffb"], "the prompt is not valid UTF-8"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -11,7 +11,7 @@ import pytest
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine_onnx import CACHE_STEP, PREFILL_CHUNK, OnnxEngine
 from runtime_ref.manifest import read_manifest
-from runtime_ref.sampling import Sampling
+from runtime_ref.sampling import Sampling, choose
 from runtime_ref.stats import Stats
 from tests.pairs import SHAPES
 
@@ -91,3 +91,16 @@ def test_an_engine_can_be_used_again(engine: ScriptedEngine) -> None:
     first, _ = run(engine, prompt_of(engine, 3), Options(10, 0))
     run(engine, prompt_of(engine, 120), Options(30, 0))
     assert run(engine, prompt_of(engine, 3), Options(10, 0))[0] == first
+
+
+def test_noise_of_a_sampled_token_is_that_of_its_index(bundle: Callable[[str], Path]) -> None:
+    """FORMAT.md: the token at index p of the whole text is chosen with the noise of p, prompt included."""
+    path = bundle("dense")
+    engine = OnnxEngine(path, replace(read_manifest(path), eos=frozenset()), threads=1)
+    text = prompt_of(engine, 5)
+    found, _ = run(engine, text, Options(12, 3, SAMPLED))
+    for token in found:
+        engine.position = 0
+        logits, ids, _ = engine.run_target(text, [len(text) - 1])
+        assert token == choose(logits[0], ids[0], len(text), SAMPLED)
+        text.append(token)

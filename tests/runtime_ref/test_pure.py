@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime_ref.acceptance import accept
+from runtime_ref.errors import InputError
 from runtime_ref.sampling import Sampling, choose, uniform
 from runtime_ref.two_stage import two_stage_token
 
@@ -22,13 +23,21 @@ def test_noise_belongs_to_the_position() -> None:
     assert all(0 <= value < 1 for value in values)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1e-6), Sampling(1.0, top_p=1e-9, seed=5)])
-def test_greedy_takes_the_first_of_equal_logits(sampling: Sampling) -> None:
-    ids = np.array([9, 4, 7])
-    if sampling.temperature == 1e-6:
-        assert choose(np.array([2.0, 1.0, 0.0], np.float32), ids, 3, sampling) == 9
-    else:
-        assert choose(np.array([2.0, 2.0, 0.0], np.float32), ids, 3, sampling) == 9
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_p=1e-9, seed=5)], ids=["greedy", "tiny top-p"])
+def test_the_first_of_equal_logits_wins(sampling: Sampling) -> None:
+    logits, ids = np.array([2.0, 2.0, 0.0], np.float32), np.array([9, 4, 7])
+    assert {choose(logits, ids, position, sampling) for position in range(50)} == {9}
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits, ids = np.array([2.0, 1.999, 0.0], np.float32), np.array([9, 4, 7])
+    assert {choose(logits, ids, position, Sampling(1e-320)) for position in range(50)} == {9}
+
+
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (float("nan"), 1.0), (float("inf"), 1.0), (1.0, 0.0), (1.0, 1.1)])
+def test_impossible_sampling_is_refused(values: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match=r"expected"):
+        Sampling(*values)
 
 
 def test_sampling_follows_the_distribution() -> None:
