@@ -3,4 +3,4 @@
 from pathlib import Path
 
 PAIR = Path(__file__).parent / "pair"
-PROMPTS = ("Return a copy of the", "read(self, size=-1)\n", "The class")
+PROMPTS = ("write(self, data)\n", "Return the exception", "Raise an exception if")

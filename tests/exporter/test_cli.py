@@ -124,7 +124,10 @@ def test_inspect(
         (["generate", "{dense}", "--prompt-ids", "{ids:[256]}"], "token id 256, expected 0 to 255"),
         (["generate", "{dense}", "--prompt-ids", "{ids:long}"], "the prompt has 300 tokens"),
         (["generate", "{dense}", "--prompt-ids", "{ids:words}"], "expected a JSON list of token ids"),
-        (["generate", "{dense}", "--prompt-ids", "nowhere.json"], "nowhere.json: not found; expected a list of token ids"),
+        (
+            ["generate", "{dense}", "--prompt-ids", "nowhere.json"],
+            "nowhere.json: not found; expected a list of token ids",
+        ),
         (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "9"], "was exported for up to 8"),
         (
             ["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "x"],
