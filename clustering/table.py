@@ -30,6 +30,11 @@ class ClusterTable:
                 f"{source}: token_ordering is not a permutation of 0..{tokens - 1}; restore the drafter checkpoint"
             )
 
+    def facts(self, top_k: int) -> dict[str, int]:
+        """What a manifest says of a two-stage head that keeps the best `top_k` of these clusters."""
+        clusters, size = self.members.shape
+        return {"num_clusters": clusters, "cluster_size": size, "top_k_clusters": top_k}
+
     @property
     def members(self) -> np.ndarray:
         """Token ids by cluster, [C, V/C] int64."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from exporter.graphs import drafter_graph, kv_ports, target_graph
 from exporter.pair import Pair
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
-from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, Progress
+from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, Progress, file_sha256
 
 # Files a bundle takes over from the target checkpoint if it has them.
 TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
@@ -63,7 +62,10 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             "num_draft_tokens": {"default": min(4, options.max_draft_tokens), "max": options.max_draft_tokens},
             **describe(pair),
             "source": {"target": pair.target_checkpoint.sha256(), "drafter": pair.drafter_checkpoint.sha256()},
-            "files": {file.name: _facts(file) for file in sorted(directory.iterdir())},
+            "files": {
+                file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
+                for file in sorted(directory.iterdir())
+            },
         }
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -88,12 +90,7 @@ def describe(pair: Pair) -> dict[str, Any]:
         "tokens": asdict(pair.tokens),
         "target": asdict(target),
         "drafter": asdict(pair.drafter),
-        "two_stage": table
-        and {
-            "num_clusters": table.members.shape[0],
-            "cluster_size": table.members.shape[1],
-            "top_k_clusters": pair.top_k_clusters,
-        },
+        "two_stage": table and table.facts(pair.drafter.centroid_intermediate_top_k),
         "kv": {
             "dtype": "float32",
             "layout": ["num_key_value_heads", "cache_rows", "head_dim"],
@@ -105,11 +102,6 @@ def describe(pair: Pair) -> dict[str, Any]:
             for spec in (target_graph(target), drafter_graph(target, pair.drafter))
         },
     }
-
-
-def _facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import fnmatch
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from exporter.config import DrafterConfig, TextConfig, read_object
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from runtime_ref.errors import InputError
+from runtime_ref.manifest import file_sha256
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -98,11 +98,7 @@ class Checkpoint:
 
     def sha256(self) -> dict[str, str]:
         """Digest of every weight file, by file name."""
-        digests = {}
-        for file in self.files:
-            with file.open("rb") as stream:
-                digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return digests
+        return {file.name: file_sha256(file) for file in self.files}
 
 
 def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:

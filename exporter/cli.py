@@ -53,7 +53,6 @@ def cli() -> None:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-force_option = click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 
 
 @cli.command()
@@ -85,7 +84,7 @@ def demo(output: Path, backend: str) -> None:
 @click.option("--max-seq-len", type=click.IntRange(2), help="Longest prompt and answer together.  [default: 4096]")
 @click.option("--max-draft-tokens", type=click.IntRange(0, 32), default=8, help="Most drafts a round may have.")
 @click.option("--head", type=click.Choice(HEADS), default="auto", help="The drafter's output head.")
-@force_option
+@click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
 def export(
     target: Path,

@@ -113,8 +113,6 @@ class DrafterGraph(nn.Module):
 def example_inputs(spec: GraphSpec, sizes: dict[str, int]) -> tuple[Tensor, ...]:
     """Zero tensors of the spec's shapes, for tracing."""
     return tuple(
-        torch.zeros(
-            [sizes.get(d, 1) if isinstance(d, str) else d for d in port.shape], dtype=getattr(torch, port.dtype)
-        )
+        torch.zeros([sizes[d] if isinstance(d, str) else d for d in port.shape], dtype=getattr(torch, port.dtype))
         for port in spec.inputs
     )

@@ -52,16 +52,11 @@ def _inspect_drafter(path: Path) -> dict[str, Any]:
     table = read_cluster_table(checkpoint, config)
     # Checks every name and shape; the target's embedding is not read.
     used = drafter_weights(checkpoint, config, None, {"embed_tokens.weight": lambda: torch.empty(0)})
-    head = None
-    if table is not None:
-        clusters, size = table.members.shape
-        top_k = config.centroid_intermediate_top_k
-        head = {"num_clusters": clusters, "cluster_size": size, "top_k_clusters": top_k}
     return {
         "kind": "drafter",
         "drafter": _sizes(asdict(config.text)),
         "backbone_hidden_size": config.backbone_hidden_size,
-        "two_stage": head,
+        "two_stage": table and table.facts(config.centroid_intermediate_top_k),
         **_tensors(checkpoint, len(used) - 1 + (0 if table is None else 2)),
     }
 

@@ -58,10 +58,10 @@ class Pair:
     @property
     def weight_bytes(self) -> int:
         """Size of what an export stores, as float32, for a progress bar."""
-        shapes = parameter_shapes(lambda: Target(self.target)) | {
-            f"drafter.{name}": shape for name, shape in parameter_shapes(lambda: Drafter(self.drafter, None)).items()
-        }
-        return sum(4 * prod(shape) for name, shape in shapes.items() if "target_embed_tokens" not in name)
+        target = parameter_shapes(lambda: Target(self.target))
+        drafter = parameter_shapes(lambda: Drafter(self.drafter, None))
+        del drafter["target_embed_tokens.weight"]  # stored with the target
+        return sum(4 * prod(shape) for shape in (*target.values(), *drafter.values()))
 
     def load_target(self) -> Target:
         """The target in eager torch, float32."""

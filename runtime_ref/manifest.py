@@ -88,16 +88,17 @@ def read_manifest(bundle: Path) -> Manifest:
 
 def changed_files(bundle: Path, manifest: Manifest, progress: Progress = lambda *_: None) -> list[str]:
     """Names of the files whose sha256 is not the manifest's."""
-    changed = []
-    for name, (_, sha256) in manifest.files.items():
-        digest = hashlib.sha256()
-        with (bundle / name).open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-                progress(name, len(block))
-        if digest.hexdigest() != sha256:
-            changed.append(name)
-    return changed
+    return [name for name, (_, sha256) in manifest.files.items() if file_sha256(bundle / name, progress) != sha256]
+
+
+def file_sha256(file: Path, progress: Progress = lambda *_: None) -> str:
+    """Hex sha256 of a file, read block by block."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+            progress(file.name, len(block))
+    return digest.hexdigest()
 
 
 def _parse(raw: Mapping[str, Any]) -> Manifest:
