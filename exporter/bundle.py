@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from exporter.backends import onnx
-from exporter.graphs import drafter_graph, kv_ports, target_graph
+from exporter.backends import load_backend
+from exporter.graphs import kv_ports, size_limits
 from exporter.pair import Pair
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
@@ -22,7 +22,6 @@ from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, Progress, file_sha256
 # Files a bundle takes over from the target checkpoint if it has them.
 TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
 
-BACKENDS = {"onnx": onnx}
 RECIPES = ("fp32",)
 
 
@@ -48,19 +47,21 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     if max_seq_len > known:
         raise InputError(f"--max-seq-len is {max_seq_len}, the target knows {known} positions; ask for at most that")
     with _replacing(output, options.force) as directory:
-        backend = BACKENDS[options.backend]
-        backend.export_graphs(directory, pair, progress)
+        backend = load_backend(options.backend)
+        limits = size_limits(max_seq_len, options.max_draft_tokens)
+        facts = backend.export_graphs(directory, pair, limits, progress)
         for name in TEXT_FILES:
             if (source := pair.target_checkpoint.directory / name).is_file():
                 shutil.copyfile(source, directory / name)
         manifest = {
             "format_version": FORMAT_VERSION,
             "tool_version": version("gemma-mtp-export"),
-            "backend": backend.runtime(),
+            "backend": {**backend.runtime(), **facts},
             "recipe": options.recipe,
             "max_seq_len": max_seq_len,
             "num_draft_tokens": {"default": min(4, options.max_draft_tokens), "max": options.max_draft_tokens},
-            **describe(pair),
+            "limits": limits,
+            **describe(pair, options.backend),
             "source": {"target": pair.target_checkpoint.sha256(), "drafter": pair.drafter_checkpoint.sha256()},
             "files": {
                 file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
@@ -70,8 +71,8 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def describe(pair: Pair) -> dict[str, Any]:
-    """The part of a manifest that the checkpoints alone decide, as FORMAT.md specifies it."""
+def describe(pair: Pair, backend: str) -> dict[str, Any]:
+    """The part of a manifest that checkpoints and backend decide, as FORMAT.md specifies it."""
     target, table = pair.target, pair.table
     buffers = []
     for port in kv_ports(target):
@@ -98,8 +99,8 @@ def describe(pair: Pair) -> dict[str, Any]:
             "buffers": buffers,
         },
         "graphs": {
-            spec.name: {"file": f"{spec.name}.onnx", **asdict(spec)}
-            for spec in (target_graph(target), drafter_graph(target, pair.drafter))
+            name: {"file": file, **asdict(spec)}
+            for name, (file, spec) in load_backend(backend).graph_specs(pair).items()
         },
     }
 

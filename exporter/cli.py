@@ -10,7 +10,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from exporter.bundle import BACKENDS, RECIPES, ExportOptions, check_output, export_bundle
+from exporter.backends import BACKENDS
+from exporter.bundle import RECIPES, ExportOptions, check_output, export_bundle
 from exporter.console import facts_table, human_bytes, parity_table, progress_bar, stats_line
 from exporter.demo import PAIR, PROMPTS
 from exporter.inspection import inspect as inspect_path
@@ -57,7 +58,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON doc
 
 @cli.command()
 @click.option("--output", type=DIRECTORY, default=Path("demo-bundle"), help="Where the bundle goes; replaced if there.")
-@click.option("--backend", type=click.Choice(list(BACKENDS)), default="onnx")
+@click.option("--backend", type=click.Choice(BACKENDS), default="onnx")
 def demo(output: Path, backend: str) -> None:
     """Export the built-in pair, let it speak, and check parity."""
     pair = open_pair(PAIR / "target", PAIR / "drafter")
@@ -79,7 +80,7 @@ def demo(output: Path, backend: str) -> None:
 @click.option("--target", type=DIRECTORY, required=True, help="Gemma 4 E2B or E4B checkpoint.")
 @click.option("--drafter", type=DIRECTORY, required=True, help="Its MTP drafter checkpoint.")
 @click.option("--output", type=DIRECTORY, required=True, help="Bundle directory to write.")
-@click.option("--backend", type=click.Choice(list(BACKENDS)), default="onnx")
+@click.option("--backend", type=click.Choice(BACKENDS), default="onnx")
 @click.option("--recipe", type=click.Choice(RECIPES), default="fp32", help="Precision of weights and activations.")
 @click.option("--max-seq-len", type=click.IntRange(2), help="Longest prompt and answer together.  [default: 4096]")
 @click.option("--max-draft-tokens", type=click.IntRange(0, 32), default=8, help="Most drafts a round may have.")

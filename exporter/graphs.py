@@ -1,15 +1,19 @@
 """The graphs of a bundle: their inputs and outputs, named once, and the modules that are traced for them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from exporter.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
+from runtime_ref.graph_engine import CACHE_STEP
 
 TOP_LOGITS = 64  # choices the target returns for each position, the most that sampling may use
+PREFILL_CHUNK = 128  # most tokens a pass: bounds the attention scores, which grow with tokens times cache rows
 
 
 @dataclass(frozen=True)
@@ -82,17 +86,35 @@ def drafter_graph(target: TextConfig, drafter: DrafterConfig) -> GraphSpec:
     )
 
 
-class TargetGraph(nn.Module):
-    """The target with its choices reduced to the largest logits, in the order of `target_graph`."""
+def without_cache_outputs(spec: GraphSpec) -> GraphSpec:
+    """The spec for a backend that writes into the cache inputs themselves."""
+    inputs = {port.name for port in spec.inputs}
+    return replace(spec, outputs=tuple(p for p in spec.outputs if p.name.removesuffix("_out") not in inputs))
 
-    def __init__(self, target: Target) -> None:
+
+def size_limits(max_seq_len: int, max_draft_tokens: int) -> dict[str, int]:
+    """The largest size of each dimension that varies, for one call of a graph."""
+    return {
+        "num_tokens": PREFILL_CHUNK,
+        "num_outputs": max(2, max_draft_tokens + 1),  # torch.export takes a size that can only be 1 for a constant
+        "cache_rows": -(-max_seq_len // CACHE_STEP) * CACHE_STEP,
+    }
+
+
+class TargetGraph(nn.Module):
+    """The target with its choices reduced to the largest logits, in the order of `target_graph`.
+
+    Without `cache_outputs` the operations passed in must write into the cache they are given.
+    """
+
+    def __init__(self, target: Target, cache_outputs: bool = True) -> None:
         super().__init__()
-        self.target = target
+        self.target, self.cache_outputs = target, cache_outputs
 
     def forward(self, tokens: Tensor, position: Tensor, output_rows: Tensor, kv: list[Tensor]) -> list[Tensor]:
         out = self.target(tokens, position, output_rows, kv)
-        logits, ids = out.logits.topk(min(TOP_LOGITS, out.logits.shape[1]))
-        return [logits, ids, out.state, *out.kv]
+        logits, ids = self.target.ops.top_k(out.logits, min(TOP_LOGITS, out.logits.shape[1]))
+        return [logits, ids, out.state, *(out.kv if self.cache_outputs else ())]
 
 
 class DrafterGraph(nn.Module):
@@ -110,9 +132,19 @@ class DrafterGraph(nn.Module):
         return draft, state
 
 
-def example_inputs(spec: GraphSpec, sizes: dict[str, int]) -> tuple[Tensor, ...]:
-    """Zero tensors of the spec's shapes, for tracing."""
-    return tuple(
+def trace_arguments(spec: GraphSpec, limits: Mapping[str, int]) -> tuple[tuple, tuple]:
+    """Zero tensors of the spec's shapes, and which of their dimensions vary, as `torch.export` takes both.
+
+    The cache buffers come last, as one list.
+    """
+    names = sorted({d for port in spec.inputs for d in port.shape if isinstance(d, str)})
+    # Sizes must differ and exceed 1: torch.export takes equal ones for one dimension, and 1 for a constant.
+    sizes = {name: 3 + i for i, name in enumerate(names)}
+    dims = {name: Dim(name, min=1, max=limits[name]) for name in names}
+    shapes = [{i: dims[d] for i, d in enumerate(port.shape) if isinstance(d, str)} for port in spec.inputs]
+    inputs = [
         torch.zeros([sizes[d] if isinstance(d, str) else d for d in port.shape], dtype=getattr(torch, port.dtype))
         for port in spec.inputs
-    )
+    ]
+    kv_at = next(i for i, port in enumerate(spec.inputs) if port.name.startswith("key_"))
+    return (*inputs[:kv_at], inputs[kv_at:]), (*shapes[:kv_at], shapes[kv_at:])

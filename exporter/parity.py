@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.backends.onnx import stored_weights
+from exporter.backends import load_backend
 from exporter.bundle import describe
 from exporter.checkpoint import Weights
 from exporter.modeling.drafter import Drafter
@@ -17,8 +17,8 @@ from exporter.modeling.target import Target, empty_kv
 from exporter.pair import Pair
 from runtime_ref.decoder import Options, check_prompt, generate
 from runtime_ref.engine import load_engine
-from runtime_ref.engine_onnx import OnnxEngine
 from runtime_ref.errors import InputError
+from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import Manifest, changed_files, read_manifest
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
@@ -88,7 +88,6 @@ def _climb(
 ) -> Iterator[Check]:
     """Checks of each rung above the files, as they are done."""
     engine = load_engine(bundle, manifest, threads=1)
-    assert isinstance(engine, OnnxEngine)
     wanted: list[list[int]] | None = None
     if pair is not None:
         yield from _check_source(manifest, pair)
@@ -140,7 +139,7 @@ def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
         same = checkpoint.sha256() == manifest.raw["source"][kind]
         detail = "the one that was exported" if same else f"{checkpoint.directory} is not the one that was exported"
         yield Check("source", f"{kind} checkpoint", same, detail=detail)
-    expected = json.loads(json.dumps(describe(pair)))
+    expected = json.loads(json.dumps(describe(pair, manifest.backend)))
     differing = [key for key, value in expected.items() if manifest.raw.get(key) != value]
     if manifest.max_seq_len > pair.target.max_position_embeddings:
         differing.append("max_seq_len")
@@ -150,19 +149,13 @@ def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
 
 def _check_weights(bundle: Path, manifest: Manifest, graph: str, weights: Weights) -> Check:
     """Every stored weight against the checkpoint's, bit by bit: nothing else sees a row no prompt touches."""
-    stored = stored_weights(bundle / manifest.graphs[graph].file)
-    differing = sorted(weights.keys() ^ stored.keys())
-    for name in weights.keys() & stored.keys():
-        ours, theirs = weights[name]().contiguous().numpy(), stored[name].numpy()
-        # Bytes, because 0 equals -0.
-        if (ours.dtype, ours.shape, ours.tobytes()) != (theirs.dtype, theirs.shape, theirs.tobytes()):
-            differing.append(name)
-    detail = f"{len(differing)} differ: {', '.join(differing[:3])}" if differing else f"{len(stored)} tensors equal"
+    differing = load_backend(manifest.backend).differing_weights(bundle / manifest.graphs[graph].file, weights)
+    detail = f"{len(differing)} differ: {', '.join(differing[:3])}" if differing else f"{len(weights)} tensors equal"
     return Check("weights", f"{graph} weights", not differing, detail=detail)
 
 
 def _check_graphs(
-    engine: OnnxEngine,
+    engine: GraphEngine,
     target: Target,
     drafter: Drafter,
     pair: Pair,
@@ -265,7 +258,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _tokens(
-    engine: OnnxEngine, prompt: Sequence[int], max_new_tokens: int, drafts: int, sampling: Sampling = Sampling()
+    engine: GraphEngine, prompt: Sequence[int], max_new_tokens: int, drafts: int, sampling: Sampling = Sampling()
 ) -> tuple[list[int], Stats]:
     stats = Stats()
     return list(generate(engine, prompt, Options(max_new_tokens, drafts, sampling), stats)), stats

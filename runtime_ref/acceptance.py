@@ -1,6 +1,16 @@
 """Which drafts a verify pass accepts."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did: the drafts proposed, how many were accepted, and the tokens it adds to the text."""
+
+    drafts: list[int]
+    accepted: int
+    tokens: list[int]
 
 
 def accept(drafts: Sequence[int], choices: Sequence[int]) -> tuple[int, list[int]]:

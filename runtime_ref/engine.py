@@ -1,22 +1,18 @@
 """What the decoding loop asks of a backend, and how a bundle's engine is opened."""
 
+import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
+from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import Manifest, Progress, changed_files, read_manifest
 from runtime_ref.sampling import Sampling
 
-
-@dataclass(frozen=True)
-class Round:
-    """What one round did: the drafts proposed, how many were accepted, and the tokens it adds to the text."""
-
-    drafts: list[int]
-    accepted: int
-    tokens: list[int]
+# Backend -> the module with its `load_graphs`; imported only when a bundle asks for it.
+GRAPH_MODULES = {"onnx": "runtime_ref.graphs_onnx", "executorch": "runtime_ref.graphs_executorch"}
 
 
 class Engine(Protocol):
@@ -37,7 +33,7 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(bundle: Path, threads: int | None = None, progress: Progress = lambda *_: None) -> Engine:
+def open_engine(bundle: Path, threads: int | None = None, progress: Progress = lambda *_: None) -> GraphEngine:
     """Load a bundle after checking every file against the manifest.
 
     Args:
@@ -54,10 +50,14 @@ def open_engine(bundle: Path, threads: int | None = None, progress: Progress = l
     return load_engine(bundle, manifest, threads)
 
 
-def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) -> Engine:
+def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) -> GraphEngine:
     """Load a bundle whose files are trusted already."""
-    if manifest.backend != "onnx":
-        raise InputError(f"{bundle}: made for backend {manifest.backend!r}, this version runs 'onnx'")
-    from runtime_ref.engine_onnx import OnnxEngine  # the backend's package is imported only when it is needed
-
-    return OnnxEngine(bundle, manifest, threads)
+    if manifest.backend not in GRAPH_MODULES:
+        raise InputError(
+            f"{bundle}: made for backend {manifest.backend!r}, this version runs {' and '.join(GRAPH_MODULES)}"
+        )
+    try:
+        module = importlib.import_module(GRAPH_MODULES[manifest.backend])
+    except ModuleNotFoundError as error:
+        raise InputError(f"{bundle}: needs the package {error.name}, which is not installed; install it") from error
+    return GraphEngine(manifest, module.load_graphs(bundle, manifest, threads))

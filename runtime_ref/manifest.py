@@ -38,7 +38,11 @@ class Graph:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a runtime needs to run a bundle; `files` are sizes and digests by name, `raw` is the whole document."""
+    """What a runtime needs to run a bundle.
+
+    `limits` are the largest sizes of the dimensions that vary, `files` sizes and digests by name, `raw` the whole
+    document.
+    """
 
     backend: str
     recipe: str
@@ -47,6 +51,7 @@ class Manifest:
     max_seq_len: int
     default_draft_tokens: int
     max_draft_tokens: int
+    limits: Mapping[str, int]
     bos: int
     eos: frozenset[int]
     kv: tuple[KVBuffer, ...]
@@ -111,6 +116,7 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         max_seq_len=int(raw["max_seq_len"]),
         default_draft_tokens=int(raw["num_draft_tokens"]["default"]),
         max_draft_tokens=int(raw["num_draft_tokens"]["max"]),
+        limits={name: int(size) for name, size in raw["limits"].items()},
         bos=int(raw["tokens"]["bos"]),
         eos=frozenset(int(token) for token in raw["tokens"]["eos"]),
         kv=tuple(KVBuffer(**{key: buffer[key] for key in fields}) for buffer in raw["kv"]["buffers"]),
@@ -129,6 +135,13 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("num_draft_tokens: default must be between 0 and max")
     if min(manifest.max_seq_len, manifest.vocab_size, manifest.hidden_size) < 1:
         raise ValueError("max_seq_len, vocab_size and hidden_size must be positive")
+    if min(manifest.limits[name] for name in ("num_tokens", "num_outputs", "cache_rows")) < 1:
+        raise ValueError("limits must be positive")
+    if (
+        manifest.limits["cache_rows"] < manifest.max_seq_len
+        or manifest.limits["num_outputs"] <= manifest.max_draft_tokens
+    ):
+        raise ValueError("limits leave no room for max_seq_len or num_draft_tokens")
     for name in ("target", "drafter", "two_stage", "kv", "source"):
         if name not in manifest.raw:
             raise ValueError(f"{name} is missing")

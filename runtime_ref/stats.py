@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime_ref.engine import Round
+from runtime_ref.acceptance import Round
 
 
 @dataclass

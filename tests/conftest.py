@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from exporter.backends import BACKENDS
 from exporter.bundle import ExportOptions, export_bundle
 from exporter.demo import PAIR
 from exporter.pair import open_pair
@@ -34,13 +35,19 @@ def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Direc
 
 
 @pytest.fixture(scope="session")
-def bundle(pair_dirs: Callable[[str], Directories], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The bundle of a shape; tests that change one work on a copy."""
+def bundle(pair_dirs: Callable[[str], Directories], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The bundle of a shape and backend; tests that change one work on a copy."""
 
     @functools.cache
-    def make(name: str) -> Path:
-        output = tmp_path_factory.mktemp("bundles") / name
-        export_bundle(open_pair(*pair_dirs(name)), output, ExportOptions(max_seq_len=300))
+    def make(name: str, backend: str = "onnx") -> Path:
+        output = tmp_path_factory.mktemp("bundles") / f"{name}-{backend}"
+        export_bundle(open_pair(*pair_dirs(name)), output, ExportOptions(backend, max_seq_len=300))
         return output
 
     return make
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn."""
+    return request.param

@@ -35,13 +35,13 @@ class Shape:
 
 
 SHAPES = {
-    # E2B: one KV head, MLP doubled in the KV-shared layers, four sliding layers to a full one.
-    "e2b": Shape((SLIDING,) * 4 + (FULL,) + (SLIDING,) * 4 + (FULL,), shared=5, double_wide=True),
+    # E2B with fewer layers: one KV head, MLP doubled in the KV-shared layers, four sliding layers to a full one.
+    "e2b": Shape((SLIDING,) * 4 + (FULL,) + (SLIDING, FULL), shared=2, double_wide=True),
     # E4B: two KV heads, no doubling, five to one.
-    "e4b": Shape((SLIDING,) * 5 + (FULL,) + (SLIDING,) * 5 + (FULL,), shared=6, kv_heads=2),
-    # Nothing a power of two, three to one, no softcap.
+    "e4b": Shape((SLIDING,) * 5 + (FULL,) + (SLIDING, FULL), shared=2, kv_heads=2),
+    # Nothing a power of two, more layers shared than stored, no softcap.
     "odd": Shape(
-        (SLIDING,) * 3 + (FULL,) + (SLIDING,) * 3 + (FULL,),
+        (SLIDING, FULL) * 3,
         shared=4,
         vocab=1000,
         hidden=60,

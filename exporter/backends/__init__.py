@@ -1,0 +1,40 @@
+"""The runtimes that a bundle can be made for. Each module has the functions of `Backend`."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from exporter.checkpoint import Weights
+from exporter.graphs import GraphSpec
+from exporter.pair import Pair
+from runtime_ref.manifest import Progress
+
+BACKENDS = ("onnx", "executorch")
+
+
+class Backend(Protocol):
+    """What a backend's module offers."""
+
+    def runtime(self) -> dict[str, Any]:
+        """What the manifest says of the backend."""
+        ...
+
+    def graph_specs(self, pair: Pair) -> dict[str, tuple[str, GraphSpec]]:
+        """File, and inputs and outputs, of each graph."""
+        ...
+
+    def export_graphs(
+        self, directory: Path, pair: Pair, limits: Mapping[str, int], progress: Progress
+    ) -> dict[str, Any]:
+        """Write graphs and weights; returns further facts for the manifest's `backend`."""
+        ...
+
+    def differing_weights(self, file: Path, weights: Weights) -> list[str]:
+        """Names of weights that a graph's file does not hold bit for bit."""
+        ...
+
+
+def load_backend(name: str) -> Backend:
+    """A backend's module; it is imported only when it is asked for, because it takes seconds."""
+    return cast(Backend, importlib.import_module(f"exporter.backends.{name}"))

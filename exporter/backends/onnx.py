@@ -1,9 +1,6 @@
 """ONNX Runtime: trace each graph without weights, then attach them from files laid out for memory mapping."""
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +11,10 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.export import Dim
 
+from exporter.backends.quiet import quiet
 from exporter.checkpoint import Weights
-from exporter.graphs import DrafterGraph, GraphSpec, TargetGraph, drafter_graph, example_inputs, target_graph
+from exporter.graphs import DrafterGraph, GraphSpec, TargetGraph, drafter_graph, target_graph, trace_arguments
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target
@@ -48,7 +45,7 @@ def _write_rows(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic("TensorScatter", (cache, rows, start), dtype=cache.dtype, shape=cache.shape)
 
 
-OPS = Ops(linear=_linear, write_rows=_write_rows)
+OPS = Ops(linear=_linear, tied_logits=_linear, write_rows=_write_rows)
 
 
 def runtime() -> dict[str, Any]:
@@ -56,14 +53,21 @@ def runtime() -> dict[str, Any]:
     return {"name": "onnx", "opset": OPSET, "onnxruntime": onnxruntime.__version__}
 
 
-def export_graphs(directory: Path, pair: Pair, progress: Progress) -> None:
-    """Write both graphs, `NAME.onnx`, and their weights, `NAME.weights`, into a directory."""
+def graph_specs(pair: Pair) -> dict[str, tuple[str, GraphSpec]]:
+    """File, and inputs and outputs, of each graph."""
+    return {
+        s.name: (f"{s.name}.onnx", s) for s in (target_graph(pair.target), drafter_graph(pair.target, pair.drafter))
+    }
+
+
+def export_graphs(directory: Path, pair: Pair, limits: Mapping[str, int], progress: Progress) -> dict[str, Any]:
+    """Write both graphs, `NAME.onnx`, and their weights, `NAME.weights`, into a directory; returns no further facts."""
     progress("tracing", 0)
-    target, drafter = target_graph(pair.target), drafter_graph(pair.target, pair.drafter)
+    (_, target), (_, drafter) = graph_specs(pair).values()
     models = {
-        "target": trace(target, lambda: TargetGraph(Target(pair.target, OPS))),
+        "target": trace(target, limits, lambda: TargetGraph(Target(pair.target, OPS))),
         "drafter": trace(
-            drafter, lambda: DrafterGraph(Drafter(pair.drafter, pair.top_k_clusters, OPS), pair.shared_kv)
+            drafter, limits, lambda: DrafterGraph(Drafter(pair.drafter, pair.top_k_clusters, OPS), pair.shared_kv)
         ),
     }
     weights = {"target": _write_weights(directory / "target.weights", pair.target_weights, {}, progress)}
@@ -75,6 +79,7 @@ def export_graphs(directory: Path, pair: Pair, progress: Progress) -> None:
             if initializer.const_value is None:
                 initializer.const_value = weights[name][parameter]
         ir.save(model, directory / f"{name}.onnx")
+    return {}
 
 
 def stored_weights(file: Path) -> dict[str, ir.TensorProtocol]:
@@ -83,20 +88,26 @@ def stored_weights(file: Path) -> dict[str, ir.TensorProtocol]:
     return {name: v.const_value for name, v in initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
 
 
-def trace(spec: GraphSpec, build: Callable[[], nn.Module]) -> ir.Model:
+def differing_weights(file: Path, weights: Weights) -> list[str]:
+    """Names of weights that the graph does not hold bit for bit, or should not hold."""
+    stored = stored_weights(file)
+    differing = weights.keys() ^ stored.keys()
+    for name in weights.keys() & stored.keys():
+        ours, theirs = weights[name]().contiguous().numpy(), stored[name].numpy()
+        # Bytes, because 0 equals -0.
+        if (ours.dtype, ours.shape, ours.tobytes()) != (theirs.dtype, theirs.shape, theirs.tobytes()):
+            differing.add(name)
+    return sorted(differing)
+
+
+def trace(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[], nn.Module]) -> ir.Model:
     """Trace the module that `build` makes; the initializers that are its parameters have no values yet."""
-    symbols = sorted({d for port in spec.inputs for d in port.shape if isinstance(d, str)})
-    # Sizes must differ and exceed 1: torch.export takes equal ones for one dimension, and 1 for a constant.
-    sizes = {name: 3 + i for i, name in enumerate(symbols)}
-    dims = {name: Dim(name, min=1) for name in symbols}
-    shapes = [{i: dims[d] for i, d in enumerate(port.shape) if isinstance(d, str)} for port in spec.inputs]
-    kv_at = next(i for i, port in enumerate(spec.inputs) if port.name.startswith("key_"))
-    with _quiet(), FakeTensorMode(), torch.no_grad():
-        inputs = example_inputs(spec, sizes)
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), FakeTensorMode(), torch.no_grad():
+        inputs, shapes = trace_arguments(spec, limits)
         program = torch.onnx.export(
             build().eval(),
-            (*inputs[:kv_at], list(inputs[kv_at:])),
-            dynamic_shapes=(*shapes[:kv_at], shapes[kv_at:]),
+            inputs,
+            dynamic_shapes=shapes,
             dynamo=True,
             optimize=False,
             opset_version=OPSET,
@@ -140,19 +151,3 @@ def _write_weights(
             stream.write(array.data)  # tofile would hide why a write failed
             progress(name, array.nbytes)
     return stored
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes on optional packages and missing values off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

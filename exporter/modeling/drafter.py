@@ -24,7 +24,7 @@ class Drafter(nn.Module):
         self.target_embed_tokens = ScaledEmbedding(text.vocab_size, backbone, backbone**0.5)
         self.pre_projection = nn.Linear(2 * backbone, text.hidden_size, bias=False)
         self.layers = nn.ModuleList(DecoderLayer(text, i, False, ops) for i in range(text.num_hidden_layers))
-        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, ops)
         self.post_projection = nn.Linear(text.hidden_size, backbone, bias=False)
         self.head: DenseHead | TwoStageHead
         if top_k_clusters is None:
@@ -74,4 +74,5 @@ class Drafter(nn.Module):
         visible = behind >= 1
         if layer_type == "sliding_attention":
             visible &= behind <= self.config.text.sliding_window + 1
-        return additive_mask(visible)
+        heads = self.config.text.num_attention_heads // self.config.text.attention(layer_type).num_key_value_heads
+        return additive_mask(visible, heads)

@@ -19,26 +19,52 @@ def write_rows(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
     return cache.index_copy(1, position + torch.arange(rows.shape[1]), rows)
 
 
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Root mean square norm over the last dimension (Zhang & Sennrich 2019)."""
+    if weight is None:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation (Hendrycks & Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """The halves of the last dimension swapped, the second one negated."""
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
 @dataclass(frozen=True)
 class Ops:
-    """The operations a backend replaces while it traces the model; the defaults are plain torch."""
+    """The operations a backend replaces while it traces the model; the defaults are plain torch.
+
+    `tied_logits` takes states and an embedding that also serves as look-up table. `top_k` returns the largest values
+    of the last dimension in falling order and their indices, of equal values the lower index first; torch itself may
+    keep another.
+    """
 
     linear: Callable[[Tensor, Tensor], Tensor] = F.linear
+    tied_logits: Callable[[Tensor, Tensor], Tensor] = F.linear
     write_rows: Callable[[Tensor, Tensor, Tensor], Tensor] = write_rows
+    rms_norm: Callable[[Tensor, Tensor | None, float], Tensor] = rms_norm
+    gelu: Callable[[Tensor], Tensor] = gelu
+    rotate_half: Callable[[Tensor], Tensor] = rotate_half
+    top_k: Callable[[Tensor, int], tuple[Tensor, Tensor]] = torch.topk
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension, its weight optional (Zhang & Sennrich 2019)."""
+    """Root mean square norm with the checkpoint's weight, if it has one."""
 
-    def __init__(self, size: int, eps: float, with_scale: bool = True) -> None:
+    def __init__(self, size: int, eps: float, ops: Ops, with_scale: bool = True) -> None:
         super().__init__()
-        self.size, self.eps = size, eps
+        self.size, self.eps, self.ops = size, eps, ops
         self.weight = nn.Parameter(torch.ones(size)) if with_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None:
-            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return F.rms_norm(x, (self.size,), self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
 
 class ScaledEmbedding(nn.Module):
@@ -54,7 +80,7 @@ class ScaledEmbedding(nn.Module):
 
 
 def rotary_tables(config: AttentionConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each [T, D], for positions [T] (RoPE, Su et al. 2021; `proportional` as in transformers)."""
+    """Cosine and sine, each [T, 1, D], for positions [T] (RoPE, Su et al. 2021; `proportional` as in transformers)."""
     dim = config.head_dim
     rotated = dim // 2
     if config.rope_type == "proportional":
@@ -63,36 +89,29 @@ def rotary_tables(config: AttentionConfig, positions: Tensor) -> tuple[Tensor, T
     if config.rope_type == "proportional":
         frequencies = F.pad(frequencies, (0, dim // 2 - rotated)) / config.rope_factor
     angles = positions.to(torch.float32).unsqueeze(1) * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary tables to x [T, H, D]."""
-    cos, sin = rotary
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
-
-
-def additive_mask(visible: Tensor) -> Tensor:
-    """0 where a key is visible, the lowest float where it is not."""
-    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+def additive_mask(visible: Tensor, heads: int) -> Tensor:
+    """0 where a key is visible, the lowest float where it is not: [T, S] to [T*heads, S], each row `heads` times."""
+    mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    return mask.index_select(0, torch.arange(visible.shape[0] * heads) // heads)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of queries [T, H, D] over K and V [N, S, D] under a mask [T, S]; returns [T, H*D]. The scale is 1.
+    """Attention of queries [T, H, D] over K and V [N, S, D] under a mask [T*H/N, S]; returns [T, H*D]. The scale is 1.
 
-    The heads that share a KV head are folded into rows, so that K and V are read once per KV head, not per head.
+    The heads that share a KV head are folded into rows, so that K and V are read once per KV head, not per head. Every
+    reshape has one unknown dimension: backends fuse those and no others.
     """
-    tokens, heads, dim = query.shape
-    kv_heads = key.shape[0]
-    folded = query.reshape(tokens, kv_heads, heads // kv_heads, dim).permute(1, 0, 2, 3).reshape(kv_heads, -1, dim)
-    scores = folded @ key.transpose(1, 2)  # [N, T*H/N, S]
-    scores = scores.reshape(kv_heads, tokens, heads // kv_heads, -1) + mask.unsqueeze(1)
-    weights = scores.softmax(-1).reshape(kv_heads, tokens * (heads // kv_heads), -1)
-    mixed = weights @ value
-    return mixed.reshape(kv_heads, tokens, heads // kv_heads, dim).permute(1, 0, 2, 3).reshape(tokens, heads * dim)
+    (_, heads, dim), kv_heads = query.shape, key.shape[0]
+    folded = (
+        query.reshape(-1, kv_heads, heads // kv_heads, dim).permute(1, 0, 2, 3).contiguous().view(kv_heads, -1, dim)
+    )
+    weights = (torch.bmm(folded, key.transpose(1, 2)) + mask).softmax(-1)
+    mixed = torch.bmm(weights, value).reshape(kv_heads, -1, heads // kv_heads, dim)
+    return mixed.permute(1, 0, 2, 3).contiguous().view(-1, heads * dim)
 
 
 class Attention(nn.Module):
@@ -104,24 +123,29 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.dim = config.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
         self.ops = ops
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.dim, bias=False)
-        self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(self.dim, config.rms_norm_eps, ops)
         self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=False)
         if stores_kv:
             self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.dim, bias=False)
             self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.dim, bias=False)
-            self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
-            self.v_norm = RMSNorm(self.dim, config.rms_norm_eps, with_scale=False)
+            self.k_norm = RMSNorm(self.dim, config.rms_norm_eps, ops)
+            self.v_norm = RMSNorm(self.dim, config.rms_norm_eps, ops, with_scale=False)
 
     def new_kv(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """K and V rows, each [N, T, D], of the layer's normed input x [T, E]."""
         key = self.ops.linear(x, self.k_proj.weight).reshape(-1, self.kv_heads, self.dim)
         value = self.ops.linear(x, self.v_proj.weight).reshape(-1, self.kv_heads, self.dim)
-        return rotate(self.k_norm(key), rotary).transpose(0, 1), self.v_norm(value).transpose(0, 1)
+        return self.rotate(self.k_norm(key), rotary).transpose(0, 1), self.v_norm(value).transpose(0, 1)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = self.ops.linear(x, self.q_proj.weight).reshape(-1, self.heads, self.dim)
-        query = rotate(self.q_norm(query), rotary)
+        query = self.rotate(self.q_norm(query), rotary)
         return self.ops.linear(attend(query, key, value, mask), self.o_proj.weight)
+
+    def rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Apply rotary tables to x [T, H, D]."""
+        cos, sin = rotary
+        return x * cos + self.ops.rotate_half(x) * sin
 
 
 class MLP(nn.Module):
@@ -135,7 +159,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.gelu(self.ops.linear(x, self.gate_proj.weight), approximate="tanh")
+        gate = self.ops.gelu(self.ops.linear(x, self.gate_proj.weight))
         return self.ops.linear(gate * self.ops.linear(x, self.up_proj.weight), self.down_proj.weight)
 
 
@@ -148,15 +172,15 @@ class DecoderLayer(nn.Module):
         self.ops = ops
         self.self_attn = Attention(config, layer, stores_kv, ops)
         self.mlp = MLP(hidden, config.mlp_size(layer), ops)
-        self.input_layernorm = RMSNorm(hidden, eps)
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
-        self.post_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.input_layernorm = RMSNorm(hidden, eps, ops)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, ops)
+        self.pre_feedforward_layernorm = RMSNorm(hidden, eps, ops)
+        self.post_feedforward_layernorm = RMSNorm(hidden, eps, ops)
         self.layer_scalar = nn.Parameter(torch.ones(1))
         if ple:
             self.per_layer_input_gate = nn.Linear(hidden, ple, bias=False)
             self.per_layer_projection = nn.Linear(ple, hidden, bias=False)
-            self.post_per_layer_input_norm = RMSNorm(hidden, eps)
+            self.post_per_layer_input_norm = RMSNorm(hidden, eps, ops)
 
     def forward(
         self,
@@ -173,7 +197,7 @@ class DecoderLayer(nn.Module):
         x = x + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         if per_layer_input is not None:
-            gate = F.gelu(self.ops.linear(x, self.per_layer_input_gate.weight), approximate="tanh")
+            gate = self.ops.gelu(self.ops.linear(x, self.per_layer_input_gate.weight))
             projected = self.ops.linear(gate * per_layer_input, self.per_layer_projection.weight)
             x = x + self.post_per_layer_input_norm(projected)
         return x * self.layer_scalar

@@ -32,9 +32,9 @@ class Target(nn.Module):
         self.embed_tokens = ScaledEmbedding(config.vocab_size, hidden, hidden**0.5)
         self.embed_tokens_per_layer = ScaledEmbedding(config.vocab_size_per_layer_input, layers * ple, ple**0.5)
         self.per_layer_model_projection = nn.Linear(hidden, layers * ple, bias=False)
-        self.per_layer_projection_norm = RMSNorm(ple, config.rms_norm_eps)
+        self.per_layer_projection_norm = RMSNorm(ple, config.rms_norm_eps, ops)
         self.layers = nn.ModuleList(DecoderLayer(config, i, i < config.num_kv_layers, ops) for i in range(layers))
-        self.norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.norm = RMSNorm(hidden, config.rms_norm_eps, ops)
 
     def forward(self, tokens: Tensor, position: Tensor, output_rows: Tensor, kv: list[Tensor]) -> TargetOutput:
         """Run T tokens and return the logits and states of R of them.
@@ -67,7 +67,7 @@ class Target(nn.Module):
         if config.num_kv_layers == config.num_hidden_layers:
             x = x.index_select(0, output_rows)
         state = self.norm(x)
-        logits = self.ops.linear(state, self.embed_tokens.weight)
+        logits = self.ops.tied_logits(state, self.embed_tokens.weight)
         if (cap := config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         return TargetOutput(logits, state, kv)
@@ -88,8 +88,10 @@ class Target(nn.Module):
         visible = {"full_attention": behind >= 0}
         visible["sliding_attention"] = visible["full_attention"] & (behind < config.sliding_window)
         for layer_type in sorted(set(config.layer_types)):
-            rotary[layer_type] = rotary_tables(config.attention(layer_type), positions)
-            masks[layer_type] = additive_mask(visible[layer_type])
+            sizes = config.attention(layer_type)
+            rotary[layer_type] = rotary_tables(sizes, positions)
+            heads = config.num_attention_heads // sizes.num_key_value_heads
+            masks[layer_type] = additive_mask(visible[layer_type], heads)
         return rotary, masks
 
 

@@ -39,9 +39,9 @@ class TwoStageHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Token ids [T] int64 for hidden states [T, E]; the lowest id on a tie."""
         tokens, size = hidden.shape
-        kept = self.ops.linear(hidden, self.centroids).topk(self.top_k, dim=-1).indices  # [T, k]
+        _, kept = self.ops.top_k(self.ops.linear(hidden, self.centroids), self.top_k)  # [T, k]
         rows = self.clusters[kept].reshape(tokens, -1, size)  # [T, k*V/C, E]
-        logits = (rows @ hidden.unsqueeze(2)).squeeze(-1)
+        logits = torch.bmm(rows, hidden.unsqueeze(2)).squeeze(-1)
         ids = self.token_ids[kept].reshape(tokens, -1)
         best = logits.amax(-1, keepdim=True)
         return torch.where(logits == best, ids, self.vocab_size).amin(-1)

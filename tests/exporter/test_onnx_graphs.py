@@ -12,34 +12,8 @@ import torch
 from exporter.backends.onnx import stored_weights
 from exporter.config import TextConfig
 from exporter.pair import open_pair
-from runtime_ref.engine import load_engine
-from runtime_ref.engine_onnx import OnnxEngine
-from runtime_ref.manifest import read_manifest
 from runtime_ref.two_stage import two_stage_token
 from tests.pairs import SHAPES
-
-
-def engine_of(bundle: Path) -> OnnxEngine:
-    engine = load_engine(bundle, read_manifest(bundle), threads=1)
-    assert isinstance(engine, OnnxEngine)
-    return engine
-
-
-def test_cache_is_written_in_place(bundle: Callable[[str], Path]) -> None:
-    """A pass writes the rows from `position` on, and touches no other."""
-    engine = engine_of(bundle("e4b"))
-    engine.position = 0
-    engine.run_target([3, 4, 5], [2])
-    for buffer in engine.cache.values():
-        assert np.abs(buffer[:, :3]).min() > 0
-        buffer[:, 3:] = 9.0
-    before = {name: buffer.copy() for name, buffer in engine.cache.items()}
-    engine.position = 3
-    engine.run_target([6, 7], [0, 1])
-    for name, buffer in engine.cache.items():
-        untouched = [row for row in range(buffer.shape[1]) if row not in (3, 4)]
-        assert np.array_equal(buffer[:, untouched], before[name][:, untouched])
-        assert not (buffer[:, 3:5] == 9.0).any()
 
 
 def test_kv_shared_layers_run_on_the_output_rows_alone(bundle: Callable[[str], Path]) -> None:

@@ -15,11 +15,11 @@ from tests.pairs import SHAPES, load_reference, reference_greedy
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_tokens_equal_reference(
-    name: str, bundle: Callable[[str], Path], pair_dirs: Callable[[str], tuple[Path, Path]]
+    name: str, backend: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], tuple[Path, Path]]
 ) -> None:
     """Prompts of one token, a few, across the window and across a prefill chunk."""
     reference, _ = load_reference(*pair_dirs(name))
-    engine = open_engine(bundle(name), threads=1)
+    engine = open_engine(bundle(name, backend), threads=1)
     for length in (1, 5, 40, 200):
         prompt = [(7 * i * i + 11 * i + 5) % SHAPES[name].vocab for i in range(length)]
         wanted, _ = reference_greedy(reference, prompt, 24, [1])
@@ -29,7 +29,7 @@ def test_tokens_equal_reference(
 
 
 def test_built_in_pair_equals_reference_in_no_more_passes(
-    bundle: Callable[[str], Path], pair_dirs: Callable[[str], tuple[Path, Path]]
+    backend: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], tuple[Path, Path]]
 ) -> None:
     """On a pair that accepts drafts: same tokens as assisted generation at K = 4, in no more passes over all prompts.
 
@@ -38,8 +38,8 @@ def test_built_in_pair_equals_reference_in_no_more_passes(
     """
     target_dir, drafter_dir = pair_dirs("demo")
     reference, assistant = load_reference(target_dir, drafter_dir)
-    engine = open_engine(bundle("demo"), threads=1)
-    tokenizer = TextTokenizer(bundle("demo"), engine.manifest)
+    engine = open_engine(bundle("demo", backend), threads=1)
+    tokenizer = TextTokenizer(bundle("demo", backend), engine.manifest)
     text = " ".join(topics["assert"].split()) + " " + " ".join(topics["del"].split())
     rounds = passes = accepted = 0
     for length in (1, 6, 20, 90, 130, 180):

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime_ref.acceptance import accept
+from runtime_ref.acceptance import Round, accept
 from runtime_ref.decoder import Options, generate
-from runtime_ref.engine import Round
 from runtime_ref.errors import InputError
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from exporter.graphs import PREFILL_CHUNK
 from runtime_ref.decoder import Options, generate
-from runtime_ref.engine_onnx import CACHE_STEP, PREFILL_CHUNK, OnnxEngine
+from runtime_ref.engine import load_engine
+from runtime_ref.graph_engine import CACHE_STEP, GraphEngine
 from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling, choose
 from runtime_ref.stats import Stats
@@ -18,7 +20,7 @@ from tests.pairs import SHAPES
 GREEDY, SAMPLED = Sampling(), Sampling(0.8, 0.95, seed=11)
 
 
-class ScriptedEngine(OnnxEngine):
+class ScriptedEngine(GraphEngine):
     """Drafts a known continuation, wrong with a given chance, so that every pattern of acceptance occurs."""
 
     answer: tuple[int, ...] = ()
@@ -32,16 +34,20 @@ class ScriptedEngine(OnnxEngine):
 
 
 @pytest.fixture(params=SHAPES)
-def engine(request: pytest.FixtureRequest, bundle: Callable[[str], Path]) -> ScriptedEngine:
-    path = bundle(request.param)
-    return ScriptedEngine(path, replace(read_manifest(path), eos=frozenset()), threads=1)
+def engine(request: pytest.FixtureRequest, backend: str, bundle: Callable[..., Path]) -> ScriptedEngine:
+    return scripted(bundle(request.param, backend))
 
 
-def prompt_of(engine: OnnxEngine, length: int) -> list[int]:
+def scripted(path: Path) -> ScriptedEngine:
+    loaded = load_engine(path, replace(read_manifest(path), eos=frozenset()), threads=1)
+    return ScriptedEngine(loaded.manifest, loaded.graphs)
+
+
+def prompt_of(engine: GraphEngine, length: int) -> list[int]:
     return np.random.default_rng(length).integers(0, engine.manifest.vocab_size, length).tolist()
 
 
-def run(engine: OnnxEngine, prompt: list[int], options: Options) -> tuple[list[int], Stats]:
+def run(engine: GraphEngine, prompt: list[int], options: Options) -> tuple[list[int], Stats]:
     stats = Stats()
     return list(generate(engine, prompt, options, stats)), stats
 
@@ -93,10 +99,9 @@ def test_an_engine_can_be_used_again(engine: ScriptedEngine) -> None:
     assert run(engine, prompt_of(engine, 3), Options(10, 0))[0] == first
 
 
-def test_noise_of_a_sampled_token_is_that_of_its_index(bundle: Callable[[str], Path]) -> None:
+def test_noise_of_a_sampled_token_is_that_of_its_index(backend: str, bundle: Callable[..., Path]) -> None:
     """FORMAT.md: the token at index p of the whole text is chosen with the noise of p, prompt included."""
-    path = bundle("dense")
-    engine = OnnxEngine(path, replace(read_manifest(path), eos=frozenset()), threads=1)
+    engine = scripted(bundle("dense", backend))
     text = prompt_of(engine, 5)
     found, _ = run(engine, text, Options(12, 3, SAMPLED))
     for token in found:

@@ -1,0 +1,91 @@
+"""The model's operations in the forms that XNNPACK takes, or that read and write memory where it lies."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exporter.modeling.layers import Ops, RMSNorm
+
+
+class Constants(nn.Module):
+    """Buffers that some operations multiply by: XNNPACK takes as weights only what a program holds as constants."""
+
+    def ops(self) -> Ops:
+        """Operations to build a module with; `register` it before it is traced."""
+        return Ops(
+            tied_logits=_tied_logits,
+            write_rows=_write_rows,
+            rms_norm=self._rms_norm,
+            gelu=gelu,
+            rotate_half=self._rotate_half,
+            top_k=top_k,
+        )
+
+    def register(self, module: nn.Module) -> None:
+        """Make the buffers that a module's operations need part of it."""
+        for size in {norm.size for norm in module.modules() if isinstance(norm, RMSNorm)}:
+            self.register_buffer(f"mean_{size}", torch.full((1, size), 1 / size))
+        self.register_buffer("turn", torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
+        module.add_module("constants", self)
+
+    def _rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """XNNPACK has no mean over one dimension, but linear layers, whose weights may all be 1/size."""
+        mean = F.linear(x * x, self.get_buffer(f"mean_{x.shape[-1]}"))
+        x = x * torch.rsqrt(mean + eps)
+        return x if weight is None else x * weight
+
+    def _rotate_half(self, x: Tensor) -> Tensor:
+        """XNNPACK slices only what has static shapes; a 2x2 matrix turns the halves as well, and exactly."""
+        _, heads, dim = x.shape
+        pairs = x.reshape(-1, 2, dim // 2).transpose(1, 2)
+        return F.linear(pairs, self.get_buffer("turn")).transpose(1, 2).contiguous().view(-1, heads, dim)
+
+
+def _tied_logits(states: Tensor, table: Tensor) -> Tensor:
+    """A linear layer would pack its weight: a second copy of the table. A bmm reads it where look-ups do."""
+    return torch.bmm(table.view(1, *table.shape), states.t().unsqueeze(0)).squeeze(0).t()
+
+
+def _write_rows(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
+    return torch.ops.aten.index_put_(cache, [None, position + torch.arange(rows.shape[1])], rows)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """tanh-GELU in its other form, x * sigmoid(2u): XNNPACK would make erf-GELU of the operation."""
+    slope = 2 * math.sqrt(2 / math.pi)
+    return x * torch.sigmoid(x * (x * x * (0.044715 * slope) + slope))
+
+
+_BLOCK = 128
+
+
+def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`Ops.top_k` of values [T, V], V up to 2^18: ExecuTorch's own keeps any of equal values.
+
+    The k best blocks of 128 hold the k best values, so that only they are sorted.
+    """
+    size = values.shape[1]
+    blocks = -(-size // _BLOCK)
+    if blocks <= k:
+        return _ordered_top_k(values, torch.arange(size).expand_as(values), k)
+    if size % _BLOCK:
+        values = F.pad(
+            values, (0, blocks * _BLOCK - size), value=torch.finfo(values.dtype).min
+        )  # a program cannot hold -inf
+    by_block = values.reshape(-1, blocks, _BLOCK)
+    best = by_block.amax(-1)
+    _, kept = _ordered_top_k(best, torch.arange(blocks).expand_as(best), k)
+    kept = kept.unsqueeze(2)
+    ids = kept * _BLOCK + torch.arange(_BLOCK)
+    return _ordered_top_k(
+        by_block.gather(1, kept.expand_as(ids)).reshape(-1, k * _BLOCK), ids.reshape(-1, k * _BLOCK), k
+    )
+
+
+def _ordered_top_k(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Largest values and their ids; in float64 there is room to lower each by a share too small to pass another."""
+    exact = values.double()
+    at = (exact - (exact.abs() + 1e-45) * (ids * 2.0**-43)).topk(k).indices
+    return values.gather(1, at), ids.gather(1, at)

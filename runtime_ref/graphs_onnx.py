@@ -1,0 +1,73 @@
+"""Graphs on ONNX Runtime."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from runtime_ref.errors import InputError
+from runtime_ref.graph_engine import BoundGraph
+from runtime_ref.manifest import Graph, Manifest
+
+
+def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[str, BoundGraph]:
+    """Load the graphs of a bundle of backend `onnx`; `threads` are those inside an operation.
+
+    Raises:
+        InputError: ONNX Runtime cannot load them.
+    """
+    return {name: OnnxGraph(bundle, graph, threads) for name, graph in manifest.graphs.items()}
+
+
+class OnnxGraph:
+    """A session whose cache inputs and outputs are bound to the same memory, so that writing happens in place."""
+
+    def __init__(self, bundle: Path, graph: Graph, threads: int | None) -> None:
+        self._file = bundle / graph.file
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        # A spinning thread pool starves whatever shares the machine, or the phone.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(self._file, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{bundle / graph.file}: ONNX Runtime {ort.__version__} cannot load it ({reason})"
+            ) from error
+        self._graph = graph
+        self._binding: Any = self._session.io_binding()
+        self._cache: dict[str, np.ndarray] = {}
+
+    def bind(self, cache: Mapping[str, np.ndarray]) -> None:
+        """Bind the cache buffers that this graph names, each to its input and, if there is one, its output."""
+        self._binding = self._session.io_binding()
+        self._cache = dict(cache)  # holds the memory that the binding points into
+        for name in self._graph.inputs:
+            if (array := cache.get(name)) is not None:
+                self._binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        for name in self._graph.outputs:
+            if (array := cache.get(name.removesuffix("_out"))) is not None:
+                self._binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+
+    def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
+        """Outputs that are not cache buffers, in the graph's order.
+
+        Raises:
+            InputError: the graph cannot run, which no sound bundle's does.
+        """
+        fresh = [name for name in self._graph.outputs if name.removesuffix("_out") not in self._cache]
+        try:
+            for name, array in inputs.items():
+                self._binding.bind_cpu_input(name, array)
+            for name in fresh:
+                self._binding.bind_output(name, "cpu")  # anew: a bound output keeps the shape of its first run
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime's own exceptions share no base class
+            raise InputError(f"{self._file}: cannot run ({str(error).splitlines()[0]}); export it again") from error
+        # Outputs come in the order in which they were first bound: the cache, then the rest.
+        return [value.numpy() for value in self._binding.get_outputs()[-len(fresh) :]]

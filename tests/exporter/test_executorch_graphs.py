@@ -1,0 +1,121 @@
+"""What the exported program looks like: one copy of the weights, the cache outside, the arithmetic with XNNPACK."""
+
+import json
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from executorch.exir._serialize._program import deserialize_pte_binary
+from executorch.runtime import Runtime
+from torch import nn
+from torch.export import export
+
+from exporter.backends.executorch import lower
+from exporter.backends.executorch_ops import gelu, top_k
+from exporter.bundle import ExportOptions, export_bundle
+from exporter.checkpoint import parameter_shapes
+from exporter.modeling.drafter import Drafter
+from exporter.modeling.target import Target
+from exporter.pair import open_pair
+
+Pairs = Callable[[str], tuple[Path, Path]]
+
+
+def test_weights_are_stored_once(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:
+    """Constants take the bytes of the weights and a little more; the tied embedding and the cache are not in there."""
+    pair = open_pair(*pair_dirs("demo"))
+    shapes = parameter_shapes(lambda: Target(pair.target)) | {
+        f"drafter.{name}": shape for name, shape in parameter_shapes(lambda: Drafter(pair.drafter, 8)).items()
+    }
+    del shapes["drafter.target_embed_tokens.weight"]
+    # Token ids of the two-stage head are int64.
+    weights = sum((8 if name.endswith("token_ids") else 4) * prod(shape) for name, shape in shapes.items())
+    file = bundle("demo", "executorch") / "model.pte"
+    program = deserialize_pte_binary(file.read_bytes())
+    assert program.named_data is not None
+    blobs = [b.storage for b in program.program.constant_buffer] + program.named_data.buffers
+    large = [blob for blob in blobs if len(blob) >= 4096]
+    assert len(set(large)) == len(large), "a weight is stored twice"
+    assert weights <= sum(map(len, blobs)) < 1.001 * weights
+    assert file.stat().st_size < 1.02 * weights
+
+
+def test_cache_is_no_part_of_the_program(bundle: Callable[..., Path]) -> None:
+    """Methods take the cache as inputs that no memory is planned for, and return nothing of it."""
+    manifest = json.loads((bundle("demo", "executorch") / "manifest.json").read_text())
+    program = Runtime.get().load_program(bundle("demo", "executorch") / "model.pte")
+    for name, graph in manifest["graphs"].items():
+        method = program.metadata(name)
+        assert method.num_inputs() == len(graph["inputs"])
+        assert method.num_outputs() == len(graph["outputs"])
+        planned = [method.input_tensor_meta(i).is_memory_planned() for i in range(method.num_inputs())]
+        assert not any(planned)
+        assert not any(port["name"].endswith("_out") for port in graph["outputs"])
+
+
+def test_xnnpack_does_the_arithmetic(bundle: Callable[..., Path]) -> None:
+    """One delegate for each storing layer and one for all KV-shared ones; look-ups, masks and choices stay portable."""
+    manifest = json.loads((bundle("demo", "executorch") / "manifest.json").read_text())
+    target, drafter = (manifest["backend"]["delegation"][name] for name in ("target", "drafter"))
+    storing = len(manifest["kv"]["buffers"]) // 2
+    assert target["delegates"] <= storing + 6
+    assert drafter["delegates"] <= 4
+    for method, ops, weights in ((target, 0.88, 0.83), (drafter, 0.76, 0.55)):
+        assert method["delegated_ops"] / (method["delegated_ops"] + method["portable_ops"]) >= ops
+        taken, left = method["delegated_weight_bytes"], method["portable_weight_bytes"]
+        assert taken / (taken + left) >= weights
+        arithmetic = {"bmm", "mm", "addmm", "linear", "_softmax", "gelu", "tanh", "sigmoid", "rsqrt", "mean"}
+        assert not arithmetic & method["portable_ops_by_name"].keys()
+
+
+def test_the_same_pair_gives_the_same_bytes(bundle: Callable[..., Path], pair_dirs: Pairs, tmp_path: Path) -> None:
+    export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "again", ExportOptions("executorch", max_seq_len=300))
+    for file in bundle("dense", "executorch").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+class Function(nn.Module):
+    """A function as a module, so that it can be traced."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: torch.Tensor) -> object:
+        return self.function(*inputs)
+
+
+def lowered(module: nn.Module, *examples: torch.Tensor) -> Callable[..., list[torch.Tensor]]:
+    """The module as a program that the stock runtime has loaded."""
+    program = Runtime.get().load_program(lower({"forward": export(module.eval(), examples, strict=False)}).buffer)
+    method = program.load_method("forward")
+    assert method is not None
+    return lambda *inputs: (program, list(method.execute(inputs)))[1]
+
+
+def test_gelu_is_tanh_gelu() -> None:
+    """XNNPACK's own lowering of it is erf-GELU, 4.7e-4 away."""
+    x = torch.linspace(-12, 12, 1024).reshape(8, 128)
+    wanted = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    (found,) = lowered(Function(gelu), x)(x)
+    assert (found.double() - wanted).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize(("size", "k"), [(70, 64), (1000, 3), (2048, 8)], ids=["one block", "padded", "blocks"])
+def test_top_k_keeps_the_lower_of_equal_values(size: int, k: int) -> None:
+    """Small integers tie often, within and between blocks; rows of one value only tie everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-2, 3, (40, size), generator=generator).float()
+    rows[::5] = torch.randn((8, size), generator=generator)
+    rows[1], rows[2], rows[3] = 30.0, -30.0, 0.0
+    rows[4] = -rows[0].abs() * 1e-6
+    rows[6] = torch.nextafter(torch.tensor(30.0), torch.tensor(0.0))
+    rows[6, 9] = 30.0
+    values, ids = lowered(Function(lambda x: top_k(x, k)), rows)(rows)
+    for row, value, found in zip(rows.numpy(), values.numpy(), ids.numpy(), strict=True):
+        wanted = np.lexsort((np.arange(size), -row))[:k]
+        assert found.tolist() == wanted.tolist()
+        assert np.array_equal(value, row[wanted])
