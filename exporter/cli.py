@@ -1,6 +1,7 @@
 """The `gemma-mtp-export` command: reads arguments, calls the library, prints."""
 
 import json
+import resource
 import signal
 import sys
 import time
@@ -244,8 +245,9 @@ def _export(pair: Pair, output: Path, options: ExportOptions) -> dict[str, Any]:
         export_bundle(pair, output, options, progress)
     size = sum(file.stat().st_size for file in output.iterdir())
     seconds = time.perf_counter() - started
-    err.print(f"exported {output} ({human_bytes(size)}) in {seconds:.0f} s")
-    return {"bundle": str(output), "bytes": size, "seconds": seconds}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    err.print(f"exported {output} ({human_bytes(size)}) in {seconds:.0f} s, peak memory {human_bytes(peak)}")
+    return {"bundle": str(output), "bytes": size, "seconds": seconds, "peak_bytes": peak}
 
 
 def _speak(engine: Engine, tokenizer: TextTokenizer | None, prompt: list[int], options: Options) -> None:

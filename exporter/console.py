@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from exporter.parity import Check
@@ -56,7 +56,7 @@ def stats_line(stats: Stats, new_tokens: int) -> str:
 
 def facts_table(facts: dict[str, Any]) -> Table:
     """Nested facts as rows of a dotted name and a value; bytes in human units."""
-    table = Table("fact", "value", show_header=False)
+    table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False)
     for name, value in _flatten("", facts):
         sized = name.startswith("files.") or name.endswith("_bytes")
         table.add_row(name, human_bytes(value) if sized else str(value))
@@ -64,7 +64,9 @@ def facts_table(facts: dict[str, Any]) -> Table:
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
+    if prefix.endswith("_by_name"):
+        yield prefix, ", ".join(f"{key} {count}" for key, count in value.items())
+    elif isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)
     else:

@@ -24,9 +24,10 @@ def inspect(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a directory; expected a bundle or a checkpoint")
     if (path / MANIFEST).exists():
         manifest = read_manifest(path)
-        facts = {k: manifest.raw[k] for k in ("backend", "recipe", "max_seq_len", "num_draft_tokens", "tokens")}
+        facts = {k: manifest.raw[k] for k in ("recipe", "max_seq_len", "num_draft_tokens", "tokens")}
         return {
             "kind": "bundle",
+            "backend": _with_shares(manifest.raw["backend"]),
             **facts,
             "target": _sizes(manifest.raw["target"]),
             "drafter": _sizes(manifest.raw["drafter"]["text"]),
@@ -39,6 +40,24 @@ def inspect(path: Path) -> dict[str, Any]:
     if read_object(path / "config.json").get("model_type") == "gemma4_assistant":
         return _inspect_drafter(path)
     return _inspect_target(path)
+
+
+def _with_shares(backend: dict[str, Any]) -> dict[str, Any]:
+    """A backend's facts, and of each graph that it delegates the share that it took."""
+    if "delegation" not in backend:
+        return backend
+    shares = {
+        name: {
+            **{
+                f"delegated_{part}_share": round(facts[f"delegated_{part}"] / total, 3)
+                for part in ("ops", "weight_bytes")
+                if (total := facts[f"delegated_{part}"] + facts[f"portable_{part}"])
+            },
+            **facts,
+        }
+        for name, facts in backend["delegation"].items()
+    }
+    return {**backend, "delegation": shares}
 
 
 def _inspect_target(path: Path) -> dict[str, Any]:

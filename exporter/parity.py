@@ -177,7 +177,9 @@ def _check_graphs(
         exact_kv = [part.double() for part in kv]
         engine.position = 0
         # Prefill asks for the last row alone, verify for every row: together they cover both uses of the graph.
-        for tokens, rows in ((prompt, [len(prompt) - 1]), (verify, list(range(len(verify))))):
+        chunk = engine.manifest.limits["num_tokens"]
+        prefill = [prompt[start : start + chunk] for start in range(0, len(prompt), chunk)]
+        for tokens, rows in [(part, [len(part) - 1]) for part in prefill] + [(verify, list(range(len(verify))))]:
             inputs = torch.tensor(tokens), torch.tensor([engine.position]), torch.tensor(rows)
             eager, exact = target(*inputs, kv), exact_target(*inputs, exact_kv)
             kv, exact_kv = eager.kv, exact.kv

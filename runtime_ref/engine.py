@@ -9,6 +9,7 @@ from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import Manifest, Progress, changed_files, read_manifest
+from runtime_ref.quiet import EXECUTORCH, quiet
 from runtime_ref.sampling import Sampling
 
 # Backend -> the module with its `load_graphs`; imported only when a bundle asks for it.
@@ -57,7 +58,8 @@ def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) ->
             f"{bundle}: made for backend {manifest.backend!r}, this version runs {' and '.join(GRAPH_MODULES)}"
         )
     try:
-        module = importlib.import_module(GRAPH_MODULES[manifest.backend])
+        with quiet(*EXECUTORCH):
+            module = importlib.import_module(GRAPH_MODULES[manifest.backend])
     except ModuleNotFoundError as error:
         raise InputError(f"{bundle}: needs the package {error.name}, which is not installed; install it") from error
     return GraphEngine(manifest, module.load_graphs(bundle, manifest, threads))

@@ -1,7 +1,6 @@
 """Graphs on ExecuTorch: methods of one program, which take the cache by pointer and write into it."""
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,17 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch  # noqa: TID251 - what ExecuTorch's Python runtime takes and gives
+from executorch.extension.pybindings import portable_lib
+from executorch.runtime import Runtime
 
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import BoundGraph
 from runtime_ref.manifest import Graph, Manifest
-
-for _name in ("torchao", "torch.utils._pytree"):  # they tell of optional parts while ExecuTorch is imported
-    logging.getLogger(_name).setLevel(logging.ERROR)
-
-import torch  # noqa: E402, TID251 - what ExecuTorch's Python runtime takes and gives
-from executorch.extension.pybindings import portable_lib  # noqa: E402
-from executorch.runtime import Runtime  # noqa: E402
 
 
 def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[str, BoundGraph]:

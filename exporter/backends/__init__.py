@@ -9,6 +9,7 @@ from exporter.checkpoint import Weights
 from exporter.graphs import GraphSpec
 from exporter.pair import Pair
 from runtime_ref.manifest import Progress
+from runtime_ref.quiet import EXECUTORCH, quiet
 
 BACKENDS = ("onnx", "executorch")
 
@@ -37,4 +38,5 @@ class Backend(Protocol):
 
 def load_backend(name: str) -> Backend:
     """A backend's module; it is imported only when it is asked for, because it takes seconds."""
-    return cast(Backend, importlib.import_module(f"exporter.backends.{name}"))
+    with quiet(*EXECUTORCH):
+        return cast(Backend, importlib.import_module(f"exporter.backends.{name}"))

@@ -27,7 +27,6 @@ from torch.export import ExportedProgram, export
 from torch.export.graph_signature import OutputKind
 
 from exporter.backends.executorch_ops import Constants
-from exporter.backends.quiet import quiet
 from exporter.checkpoint import Weights, load_module
 from exporter.graphs import (
     DrafterGraph,
@@ -43,9 +42,9 @@ from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target
 from exporter.pair import Pair
 from runtime_ref.manifest import Progress
+from runtime_ref.quiet import EXECUTORCH, quiet
 
 PROGRAM = "model.pte"
-_NOISY = ("torchao", "torch.utils._pytree", "executorch")
 
 
 def runtime() -> dict[str, Any]:
@@ -74,7 +73,7 @@ def export_graphs(directory: Path, pair: Pair, limits: Mapping[str, int], progre
         module = load_module(lambda: Drafter(pair.drafter, pair.top_k_clusters, ops), drafter_weights)
         return DrafterGraph(module, pair.shared_kv)
 
-    with quiet(*_NOISY), torch.no_grad():
+    with quiet(*EXECUTORCH), torch.no_grad():
         programs = {}
         for (name, (_, spec)), build in zip(graph_specs(pair).items(), (target, drafter), strict=True):
             progress(f"tracing {name}", 0)
@@ -111,7 +110,7 @@ def lower(programs: dict[str, ExportedProgram]) -> ExecutorchProgramManager:
 
 def differing_weights(file: Path, weights: Weights) -> list[str]:
     """Names of weights that the program does not hold bit for bit. It stores them by content, without their names."""
-    with quiet(*_NOISY):
+    with quiet(*EXECUTORCH):
         program = deserialize_pte_binary(file.read_bytes())
     blobs = [buffer.storage for buffer in program.program.constant_buffer]
     blobs += program.named_data.buffers if program.named_data else []

@@ -12,7 +12,6 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from exporter.backends.quiet import quiet
 from exporter.checkpoint import Weights
 from exporter.graphs import DrafterGraph, GraphSpec, TargetGraph, drafter_graph, target_graph, trace_arguments
 from exporter.modeling.drafter import Drafter
@@ -20,6 +19,7 @@ from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target
 from exporter.pair import Pair
 from runtime_ref.manifest import Progress
+from runtime_ref.quiet import quiet
 
 OPSET = 24  # the first with TensorScatter, which writes the cache in place
 ALIGNMENT = 4096  # a page, so that a table is mapped without its neighbours

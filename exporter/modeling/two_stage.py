@@ -40,8 +40,9 @@ class TwoStageHead(nn.Module):
         """Token ids [T] int64 for hidden states [T, E]; the lowest id on a tie."""
         tokens, size = hidden.shape
         _, kept = self.ops.top_k(self.ops.linear(hidden, self.centroids), self.top_k)  # [T, k]
-        rows = self.clusters[kept].reshape(tokens, -1, size)  # [T, k*V/C, E]
+        kept = kept.reshape(-1)
+        rows = self.clusters.index_select(0, kept).reshape(tokens, -1, size)  # [T, k*V/C, E]
         logits = torch.bmm(rows, hidden.unsqueeze(2)).squeeze(-1)
-        ids = self.token_ids[kept].reshape(tokens, -1)
+        ids = self.token_ids.index_select(0, kept).reshape(tokens, -1)
         best = logits.amax(-1, keepdim=True)
         return torch.where(logits == best, ids, self.vocab_size).amin(-1)

@@ -1,9 +1,12 @@
-"""Keep the notes of exporters off the user's terminal."""
+"""Keep the notes of other packages off the user's terminal."""
 
 import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+
+# ExecuTorch brings these along, and they tell of optional parts that are not there.
+EXECUTORCH = ("torchao", "torch.utils._pytree", "executorch")
 
 
 @contextlib.contextmanager
