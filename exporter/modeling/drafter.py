@@ -56,12 +56,10 @@ class Drafter(nn.Module):
         text = self.config.text
         x = torch.cat((self.target_embed_tokens(tokens), states), dim=-1)
         x = self.ops.linear(x, self.pre_projection.weight)
-        for i, layer in enumerate(cast(list[DecoderLayer], self.layers)):
-            layer_type = text.layer_types[i]
-            key, value = kv[layer_type]
-            rotary = rotary_tables(text.attention(layer_type), positions)
-            mask = self._mask(layer_type, positions, key.shape[1])
-            x = layer(x, layer.input_layernorm(x), rotary, mask, key, value)
+        rotary = {kind: rotary_tables(text.attention(kind), positions) for kind in kv}
+        masks = {kind: self._mask(kind, positions, key.shape[1]) for kind, (key, _) in kv.items()}
+        for layer, kind in zip(cast(list[DecoderLayer], self.layers), text.layer_types, strict=True):
+            x = layer(x, layer.input_layernorm(x), rotary[kind], masks[kind], *kv[kind])
         hidden = self.norm(x)
         return hidden, self.ops.linear(hidden, self.post_projection.weight)
 

@@ -11,15 +11,14 @@ import torch
 from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.runtime import Runtime
 from torch import nn
-from torch.export import export
 
-from exporter.backends.executorch import lower
 from exporter.backends.executorch_ops import gelu, top_k
 from exporter.bundle import ExportOptions, export_bundle
 from exporter.checkpoint import parameter_shapes
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from exporter.pair import open_pair
+from tests.exporter.programs import lowered
 
 Pairs = Callable[[str], tuple[Path, Path]]
 
@@ -86,14 +85,6 @@ class Function(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> object:
         return self.function(*inputs)
-
-
-def lowered(module: nn.Module, *examples: torch.Tensor) -> Callable[..., list[torch.Tensor]]:
-    """The module as a program that the stock runtime has loaded."""
-    program = Runtime.get().load_program(lower({"forward": export(module.eval(), examples, strict=False)}).buffer)
-    method = program.load_method("forward")
-    assert method is not None
-    return lambda *inputs: (program, list(method.execute(inputs)))[1]
 
 
 def test_gelu_is_tanh_gelu() -> None:

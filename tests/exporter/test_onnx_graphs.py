@@ -3,16 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
-import torch
 
 from exporter.backends.onnx import stored_weights
 from exporter.config import TextConfig
 from exporter.pair import open_pair
-from runtime_ref.two_stage import two_stage_token
 from tests.pairs import SHAPES
 
 
@@ -54,43 +50,6 @@ def test_graph_files_hold_structure_only(name: str, bundle: Callable[[str], Path
     assert len(content) < 200_000
     for trace in (b"/modeling/", b"site-packages", str(Path.home()).encode(), b".py"):
         assert trace not in content
-
-
-def test_two_stage_graph_follows_the_definition() -> None:
-    """The head alone, exported like the bundle's, against numpy: random states, tied tokens, tied centroids."""
-    hidden, vocab, clusters, top_k = 8, 60, 12, 3
-    generator = torch.Generator().manual_seed(0)
-    embedding = torch.randint(-2, 3, (vocab, hidden), generator=generator).float()  # small integers tie often
-    members = torch.randperm(vocab, generator=generator).reshape(clusters, -1)
-    centroids = torch.randint(-2, 3, (clusters, hidden), generator=generator).float()
-    states = torch.randint(-2, 3, (200, hidden), generator=generator).float().numpy()
-    table = embedding[members].reshape(clusters, -1)
-    session = ort.InferenceSession(
-        head_model(hidden, vocab, top_k, centroids, table, members), providers=["CPUExecutionProvider"]
-    )
-    ties = 0
-    for state in states:
-        wanted = two_stage_token(state, centroids.numpy(), table.numpy(), members.numpy(), top_k)
-        found = session.run(None, {"hidden": state[None]})[0]
-        assert found.tolist() == [wanted]
-        scores = np.sort(centroids.numpy() @ state)[::-1]
-        ties += int(scores[top_k - 1] == scores[top_k])
-    assert ties > 20, "too few ties between a kept and a dropped cluster to mean anything"
-
-
-def head_model(
-    hidden: int, vocab: int, top_k: int, centroids: torch.Tensor, table: torch.Tensor, members: torch.Tensor
-) -> bytes:
-    from exporter.backends.onnx import OPS, OPSET
-    from exporter.modeling.two_stage import TwoStageHead
-
-    head = TwoStageHead(vocab, hidden, len(centroids), top_k, OPS).eval()
-    head.load_state_dict({"centroids": centroids, "clusters": table, "token_ids": members})
-    program = torch.onnx.export(
-        head, (torch.zeros(1, hidden),), input_names=["hidden"], dynamo=True, opset_version=OPSET
-    )
-    assert program is not None
-    return program.model_proto.SerializeToString()
 
 
 def test_kv_sources() -> None:

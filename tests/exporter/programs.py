@@ -1,0 +1,35 @@
+"""Small modules as each backend's runtime runs them, without the rest of a bundle."""
+
+from collections.abc import Callable
+
+import onnxruntime as ort
+import torch
+from executorch.runtime import Runtime
+from torch import Tensor, nn
+from torch.export import export
+
+from exporter.backends.executorch import lower
+from exporter.backends.onnx import OPSET
+
+Run = Callable[..., list[Tensor]]
+
+
+def lowered(module: nn.Module, *examples: Tensor) -> Run:
+    """The module on ExecuTorch."""
+    program = Runtime.get().load_program(lower({"forward": export(module.eval(), examples, strict=False)}).buffer)
+    method = program.load_method("forward")
+    assert method is not None
+    return lambda *inputs: (program, list(method.execute(inputs)))[1]  # the program must outlive its method
+
+
+def converted(module: nn.Module, *examples: Tensor) -> Run:
+    """The module on ONNX Runtime."""
+    program = torch.onnx.export(module.eval(), examples, dynamo=True, opset_version=OPSET, verbose=False)
+    assert program is not None
+    model = program.model_proto.SerializeToString()
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    names = [port.name for port in session.get_inputs()]
+    return lambda *inputs: [
+        torch.from_numpy(array)
+        for array in session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+    ]
