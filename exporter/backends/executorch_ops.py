@@ -62,30 +62,26 @@ _BLOCK = 128
 
 
 def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`Ops.top_k` of values [T, V], V up to 2^18: ExecuTorch's own keeps any of equal values.
+    """`Ops.top_k` of values [T, V], V up to 2^24: ExecuTorch's own keeps any of equal values.
 
     The k best blocks of 128 hold the k best values, so that only they are sorted.
     """
-    size = values.shape[1]
+    rows, size = values.shape
     blocks = -(-size // _BLOCK)
     if blocks <= k:
         return _ordered_top_k(values, torch.arange(size).expand_as(values), k)
-    if size % _BLOCK:
-        values = F.pad(
-            values, (0, blocks * _BLOCK - size), value=torch.finfo(values.dtype).min
-        )  # a program cannot hold -inf
-    by_block = values.reshape(-1, blocks, _BLOCK)
-    best = by_block.amax(-1)
+    if size % _BLOCK:  # a program cannot hold -inf
+        values = F.pad(values, (0, blocks * _BLOCK - size), value=torch.finfo(values.dtype).min)
+    by_block = values.reshape(-1, _BLOCK)
+    best = by_block.amax(-1).reshape(-1, blocks)
     _, kept = _ordered_top_k(best, torch.arange(blocks).expand_as(best), k)
-    kept = kept.unsqueeze(2)
-    ids = kept * _BLOCK + torch.arange(_BLOCK)
-    return _ordered_top_k(
-        by_block.gather(1, kept.expand_as(ids)).reshape(-1, k * _BLOCK), ids.reshape(-1, k * _BLOCK), k
-    )
+    at = (torch.arange(rows).unsqueeze(1) * blocks + kept).reshape(-1)  # whole rows are copied fast, single values not
+    ids = kept.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK)
+    return _ordered_top_k(by_block.index_select(0, at).reshape(-1, k * _BLOCK), ids.reshape(-1, k * _BLOCK), k)
 
 
 def _ordered_top_k(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Largest values and their ids; in float64 there is room to lower each by a share too small to pass another."""
+    """Largest values and their ids. Equal ones are set apart in float64, by less than the next float32 is away."""
     exact = values.double()
-    at = (exact - (exact.abs() + 1e-45) * (ids * 2.0**-43)).topk(k).indices
+    at = (exact - (exact.abs() + 1e-45) * (ids * 2.0**-50)).topk(k).indices
     return values.gather(1, at), ids.gather(1, at)
