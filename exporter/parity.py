@@ -12,6 +12,7 @@ from torch import Tensor
 from exporter.backends import load_backend
 from exporter.bundle import describe
 from exporter.checkpoint import Weights
+from exporter.graphs import size_limits
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target, empty_kv
 from exporter.pair import Pair
@@ -140,6 +141,7 @@ def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
         detail = "the one that was exported" if same else f"{checkpoint.directory} is not the one that was exported"
         yield Check("source", f"{kind} checkpoint", same, detail=detail)
     expected = json.loads(json.dumps(describe(pair, manifest.backend)))
+    expected["limits"] = size_limits(manifest.max_seq_len, manifest.max_draft_tokens)
     differing = [key for key, value in expected.items() if manifest.raw.get(key) != value]
     if manifest.max_seq_len > pair.target.max_position_embeddings:
         differing.append("max_seq_len")

@@ -15,6 +15,7 @@ import pytest
 
 from exporter.backends.onnx import stored_weights
 from exporter.bundle import ExportOptions, check_output, export_bundle
+from exporter.graphs import size_limits
 from exporter.pair import open_pair
 from exporter.parity import run_parity
 from runtime_ref.engine import open_engine
@@ -144,12 +145,16 @@ def test_tampered_bundle_is_refused(copy: Path) -> None:
         (lambda b: edit_manifest(b, max_seq_len=float("inf")), r"incomplete or malformed"),
         (lambda b: edit_manifest(b, num_draft_tokens={"default": 9, "max": 8}), r"default must be between 0 and max"),
         (lambda b: edit_manifest(b, kv={"buffers": []}), r"kv.buffers are not inputs"),
+        (lambda b: edit_manifest(b, limits={"num_tokens": 9}), r"incomplete or malformed"),
+        (lambda b: edit_manifest(b, limits=size_limits(200, 8)), r"limits leave no room"),
+        (lambda b: edit_manifest(b, limits=size_limits(300, 2)), r"limits leave no room"),
         (lambda b: edit_manifest(b, tokens={"bos": "x", "eos": 1}), r"incomplete or malformed"),
         (lambda b: (b / "extra.weights").write_text(""), r"extra.weights: not named in manifest.json"),
     ],
     ids=[
         *("missing file", "short file", "no manifest", "bad JSON", "newer format", "malformed", "path outside"),
-        *("no files", "files is a list", "endless", "more drafts than allowed", "no cache", "odd tokens", "extra file"),
+        *("no files", "files is a list", "endless", "more drafts than allowed", "no cache"),
+        *("half the limits", "few cache rows", "few outputs", "odd tokens", "extra file"),
     ],
 )
 def test_incomplete_bundle_is_refused(break_it: Callable[[Path], object], message: str, copy: Path) -> None:
@@ -172,9 +177,11 @@ def edit_manifest(bundle: Path, **changes: object) -> None:
 
 
 def test_parity_passes_and_names_what_it_compared(
-    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories]
+    backend: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], Directories]
 ) -> None:
-    checks = run_parity(bundle("e4b"), open_pair(*pair_dirs("e4b")), [], 12)
+    """The last prompt is longer than a prefill chunk."""
+    prompts = [[5], list(range(3, 40)), list(range(3, 250))]
+    checks = run_parity(bundle("e4b", backend), open_pair(*pair_dirs("e4b")), prompts, 12)
     assert [check for check in checks if not check.passed] == []
     assert {"files", "source", "weights", "graphs", "plain", "speculative"} == {check.rung for check in checks}
     assert all(0 < c.error <= c.tolerance for c in checks if c.error is not None and c.tolerance is not None)
@@ -200,7 +207,12 @@ def test_parity_sees_one_changed_weight(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tokens": {"bos": 2, "eos": [7], "pad": 0}}, {"max_seq_len": 10**7}, {"two_stage": {"num_clusters": 1}}],
+    [
+        {"tokens": {"bos": 2, "eos": [7], "pad": 0}},
+        {"max_seq_len": 10**7, "limits": size_limits(10**7, 8)},
+        {"limits": size_limits(300, 8) | {"num_tokens": 4096}},
+        {"two_stage": {"num_clusters": 1}},
+    ],
 )
 def test_parity_sees_a_changed_manifest(
     changes: dict[str, object], copy: Path, pair_dirs: Callable[[str], Directories]

@@ -55,13 +55,13 @@ def test_generate_json(run: Run, bundle: Callable[[str], Path], ids: Callable[[o
     assert one["tokens"] == plain[0]["tokens"]
 
 
-def test_generate_text(run: Run, bundle: Callable[[str], Path]) -> None:
-    code, out, err = run("generate", bundle("demo"), "--prompt", "Return the", "--max-new-tokens", 20)
+def test_generate_text(run: Run, backend: str, bundle: Callable[..., Path]) -> None:
+    code, out, err = run("generate", bundle("demo", backend), "--prompt", "Return the", "--max-new-tokens", 20)
     assert code == 0
     assert out.startswith("Return the")
     assert "tokens/s" in err
     assert "Traceback" not in err
-    code, out, _ = run("generate", bundle("demo"), "--prompt", "Return the", "--max-new-tokens", 20, "--json")
+    code, out, _ = run("generate", bundle("demo", backend), "--prompt", "Return the", "--max-new-tokens", 20, "--json")
     answer = json.loads(out)
     assert len(answer["tokens"]) <= 20
     assert answer["text"]
@@ -100,6 +100,17 @@ def test_parity_exit_codes(
     code, out, err = run("parity", bundle("dense"), "--target", other[0], "--drafter", other[1], *common)
     assert code == 2
     assert "was exported from another target: " in err
+
+
+def test_inspect_shows_what_was_delegated(run: Run, bundle: Callable[..., Path]) -> None:
+    path = bundle("demo", "executorch")
+    target = json.loads(run("inspect", path, "--json")[1])["backend"]["delegation"]["target"]
+    assert target["delegated_ops_share"] == pytest.approx(
+        target["delegated_ops"] / (target["delegated_ops"] + target["portable_ops"]), abs=1e-3
+    )
+    assert 0.5 < target["delegated_weight_bytes_share"] < 1
+    _, out, _ = run("inspect", path)
+    assert "index_put_ 10" in out
 
 
 @pytest.mark.parametrize("kind", ["bundle", "target", "drafter"])

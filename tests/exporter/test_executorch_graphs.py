@@ -1,6 +1,7 @@
 """What the exported program looks like: one copy of the weights, the cache outside, the arithmetic with XNNPACK."""
 
 import json
+import shutil
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -18,6 +19,10 @@ from exporter.checkpoint import parameter_shapes
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from exporter.pair import open_pair
+from exporter.parity import run_parity
+from runtime_ref.engine import load_engine
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import read_manifest
 from tests.exporter.programs import lowered
 
 Pairs = Callable[[str], tuple[Path, Path]]
@@ -74,6 +79,28 @@ def test_the_same_pair_gives_the_same_bytes(bundle: Callable[..., Path], pair_di
     export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "again", ExportOptions("executorch", max_seq_len=300))
     for file in bundle("dense", "executorch").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_parity_sees_one_changed_weight(bundle: Callable[..., Path], pair_dirs: Pairs, tmp_path: Path) -> None:
+    """The lowest bit of one weight that the prompt does not touch."""
+    broken = Path(shutil.copytree(bundle("dense", "executorch"), tmp_path / "broken"))
+    pair = open_pair(*pair_dirs("dense"))
+    table = pair.target_weights["embed_tokens_per_layer.weight"]().numpy().tobytes()
+    content = bytearray((broken / "model.pte").read_bytes())
+    content[content.index(table) + len(table) // 2] ^= 1
+    (broken / "model.pte").write_bytes(content)
+    failed = [check for check in run_parity(broken, pair, [[5]], 2) if not check.passed]
+    assert [check.rung for check in failed] == ["files", "weights"]
+    assert "embed_tokens_per_layer.weight" in failed[1].detail
+
+
+def test_a_program_that_cannot_be_loaded_is_one_line(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(bundle("dense", "executorch"), tmp_path / "broken"))
+    content = bytearray((broken / "model.pte").read_bytes())
+    content[:64] = bytes(64)
+    (broken / "model.pte").write_bytes(content)
+    with pytest.raises(InputError, match=r"model.pte: ExecuTorch cannot load it \([^\n]*\); export it again$"):
+        load_engine(broken, read_manifest(broken))
 
 
 class Function(nn.Module):
