@@ -71,6 +71,7 @@ def demo(output: Path, backend: str) -> None:
         click.echo()
         _speak(engine, tokenizer, prompt, Options(96, engine.manifest.default_draft_tokens))
     click.echo()
+    del engine  # parity opens its own, with one thread, and ExecuTorch has one pool a process
     checks = _parity(output, pair, prompts, 64)
     out.print(parity_table(checks))
     out.print(f"The bundle is in {output}. Next: gemma-mtp-export generate {output} --prompt 'Return the'")

@@ -139,7 +139,7 @@ def trace_arguments(spec: GraphSpec, limits: Mapping[str, int]) -> tuple[tuple, 
     """
     names = sorted({d for port in spec.inputs for d in port.shape if isinstance(d, str)})
     # Sizes must differ and exceed 1: torch.export takes equal ones for one dimension, and 1 for a constant.
-    sizes = {name: 3 + i for i, name in enumerate(names)}
+    sizes = {name: 2 + i for i, name in enumerate(sorted(names, key=lambda name: limits[name]))}
     dims = {name: Dim(name, min=1, max=limits[name]) for name in names}
     shapes = [{i: dims[d] for i, d in enumerate(port.shape) if isinstance(d, str)} for port in spec.inputs]
     inputs = [

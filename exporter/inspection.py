@@ -27,7 +27,7 @@ def inspect(path: Path) -> dict[str, Any]:
         facts = {k: manifest.raw[k] for k in ("recipe", "max_seq_len", "num_draft_tokens", "tokens")}
         return {
             "kind": "bundle",
-            "backend": _with_shares(manifest.raw["backend"]),
+            "backend": _with_shares(path, manifest.raw["backend"]),
             **facts,
             "target": _sizes(manifest.raw["target"]),
             "drafter": _sizes(manifest.raw["drafter"]["text"]),
@@ -42,22 +42,22 @@ def inspect(path: Path) -> dict[str, Any]:
     return _inspect_target(path)
 
 
-def _with_shares(backend: dict[str, Any]) -> dict[str, Any]:
+def _with_shares(path: Path, backend: dict[str, Any]) -> dict[str, Any]:
     """A backend's facts, and of each graph that it delegates the share that it took."""
     if "delegation" not in backend:
         return backend
-    shares = {
-        name: {
-            **{
-                f"delegated_{part}_share": round(facts[f"delegated_{part}"] / total, 3)
-                for part in ("ops", "weight_bytes")
-                if (total := facts[f"delegated_{part}"] + facts[f"portable_{part}"])
-            },
-            **facts,
-        }
-        for name, facts in backend["delegation"].items()
-    }
-    return {**backend, "delegation": shares}
+    graphs = {}
+    try:
+        for name, facts in backend["delegation"].items():
+            shares = {}
+            for part in ("ops", "weight_bytes"):
+                taken = facts[f"delegated_{part}"]
+                shares[f"delegated_{part}_share"] = round(taken / (taken + facts[f"portable_{part}"]), 3)
+            graphs[name] = {**shares, **facts}
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path / MANIFEST}: backend.delegation is malformed ({reason}); export again") from error
+    return {**backend, "delegation": graphs}
 
 
 def _inspect_target(path: Path) -> dict[str, Any]:

@@ -52,7 +52,13 @@ def open_engine(bundle: Path, threads: int | None = None, progress: Progress = l
 
 
 def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) -> GraphEngine:
-    """Load a bundle whose files are trusted already."""
+    """Load a bundle whose files are trusted already.
+
+    Raises:
+        InputError: for a backend that is not installed, or its runtime refuses the graphs.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}, expected at least 1")
     if manifest.backend not in GRAPH_MODULES:
         raise InputError(
             f"{bundle}: made for backend {manifest.backend!r}, this version runs {' and '.join(GRAPH_MODULES)}"
@@ -60,6 +66,6 @@ def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) ->
     try:
         with quiet(*EXECUTORCH):
             module = importlib.import_module(GRAPH_MODULES[manifest.backend])
-    except ModuleNotFoundError as error:
-        raise InputError(f"{bundle}: needs the package {error.name}, which is not installed; install it") from error
+    except ImportError as error:
+        raise InputError(f"{bundle}: the runtime of its backend cannot be imported ({error}); install it") from error
     return GraphEngine(manifest, module.load_graphs(bundle, manifest, threads))

@@ -83,7 +83,7 @@ class GraphEngine:
             return
         if rows > self.manifest.max_seq_len:
             raise ValueError(f"{rows} cache rows asked for, the bundle has {self.manifest.max_seq_len}")
-        self._rows = -(-rows // CACHE_STEP) * CACHE_STEP
+        self._rows = min(-(-rows // CACHE_STEP) * CACHE_STEP, self.manifest.limits["cache_rows"])
         for name, old in self.cache.items():
             self.cache[name] = np.zeros((old.shape[0], self._rows, old.shape[2]), np.float32)
             self.cache[name][:, : old.shape[1]] = old

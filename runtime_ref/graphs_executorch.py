@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,24 @@ def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[s
             for each fast core.
 
     Raises:
-        InputError: ExecuTorch cannot load them.
+        InputError: ExecuTorch cannot load them, or another bundle is loaded with another number of threads.
     """
     with _native_notes_hidden():
-        if threads is not None and threads != portable_lib._threadpool_get_thread_count():
+        current = portable_lib._threadpool_get_thread_count()
+        if threads is not None and threads != current:
+            if _loaded:  # they point to the pool, which would be gone
+                raise InputError(
+                    f"{bundle}: asked for {threads} threads while another bundle is loaded with {current}; ExecuTorch"
+                    " has one pool a process, so ask for the same or let go of the other engine first"
+                )
             portable_lib._unsafe_reset_threadpool(threads)
         programs = {file: _load(bundle / file) for file in {graph.file for graph in manifest.graphs.values()}}
         return {
             name: ExecuTorchGraph(bundle, name, graph, programs[graph.file]) for name, graph in manifest.graphs.items()
         }
+
+
+_loaded: "weakref.WeakSet[ExecuTorchGraph]" = weakref.WeakSet()
 
 
 class ExecuTorchGraph:
@@ -47,6 +56,7 @@ class ExecuTorchGraph:
         except (RuntimeError, KeyError) as error:
             raise InputError(f"{self._file}: ExecuTorch cannot load its method {name} ({_line(error)})") from error
         self._cache: list[torch.Tensor] = []
+        _loaded.add(self)
 
     def bind(self, cache: Mapping[str, np.ndarray]) -> None:
         self._cache = [torch.from_numpy(cache[name]) for name in self._graph.inputs if name in cache]
@@ -73,14 +83,18 @@ def _load(file: Path) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def _native_notes_hidden() -> Iterator[None]:
     """ExecuTorch writes notes on the machine straight to file descriptor 2 while it starts; nothing turns them off."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed: nobody would see them
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
         yield

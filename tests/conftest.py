@@ -2,16 +2,17 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 
 from exporter.backends import BACKENDS
-from exporter.bundle import ExportOptions, export_bundle
 from exporter.demo import PAIR
-from exporter.pair import open_pair
+from tests.exports import export
 from tests.pairs import SHAPES, save_pair
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,16 +36,27 @@ def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Direc
 
 
 @pytest.fixture(scope="session")
-def bundle(pair_dirs: Callable[[str], Directories], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The bundle of a shape and backend; tests that change one work on a copy."""
+def bundle(
+    request: pytest.FixtureRequest,
+    pair_dirs: Callable[[str], Directories],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Path]]:
+    """The bundle of a shape and backend; tests that change one work on a copy.
 
-    @functools.cache
-    def make(name: str, backend: str = "onnx") -> Path:
-        output = tmp_path_factory.mktemp("bundles") / f"{name}-{backend}"
-        export_bundle(open_pair(*pair_dirs(name)), output, ExportOptions(backend, max_seq_len=300))
-        return output
+    Lowering to ExecuTorch takes a minute each, so a whole run makes all of those at once, in processes of their own.
+    """
+    directory = tmp_path_factory.mktemp("bundles")
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
 
-    return make
+        @functools.cache
+        def start(name: str, backend: str) -> Future[Path]:
+            return pool.submit(export, *pair_dirs(name), directory / f"{name}-{backend}", backend)
+
+        if len(request.session.items) > 200:
+            for name in ("e4b", "demo", *SHAPES):
+                start(name, "executorch")
+        yield lambda name, backend="onnx": start(name, backend).result()
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(params=BACKENDS)

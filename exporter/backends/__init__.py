@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 from exporter.checkpoint import Weights
 from exporter.graphs import GraphSpec
 from exporter.pair import Pair
+from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 from runtime_ref.quiet import EXECUTORCH, quiet
 
@@ -37,6 +38,13 @@ class Backend(Protocol):
 
 
 def load_backend(name: str) -> Backend:
-    """A backend's module; it is imported only when it is asked for, because it takes seconds."""
+    """A backend's module; it is imported only when it is asked for, because it takes seconds.
+
+    Raises:
+        InputError: a package that it needs cannot be imported.
+    """
     with quiet(*EXECUTORCH):
-        return cast(Backend, importlib.import_module(f"exporter.backends.{name}"))
+        try:
+            return cast(Backend, importlib.import_module(f"exporter.backends.{name}"))
+        except ImportError as error:
+            raise InputError(f"--backend {name}: cannot be imported ({error}); install this package again") from error

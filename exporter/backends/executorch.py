@@ -153,9 +153,13 @@ def _write_in_place(edge: EdgeProgramManager) -> None:
     for name in edge.methods:
         program = edge.exported_program(name)
         graph, specs = program.graph_module.graph, program.graph_signature.output_specs
-        for node in graph.nodes:
-            if node.target is exir_ops.edge.aten.index_put.default and node.args[0].op == "placeholder":
-                node.target = exir_ops.edge.aten.index_put_.default
+        writes = [n for n in graph.nodes if n.target is exir_ops.edge.aten.index_put.default]
+        mutated = sum(spec.kind is OutputKind.USER_INPUT_MUTATION for spec in specs)
+        assert len(writes) == mutated and all(n.args[0].op == "placeholder" for n in writes), (
+            "a write is not to an input"
+        )
+        for node in writes:
+            node.target = exir_ops.edge.aten.index_put_.default
         output = graph.output_node()
         kept = [i for i, spec in enumerate(specs) if spec.kind is OutputKind.USER_OUTPUT]
         output.args = (tuple(output.args[0][i] for i in kept),)

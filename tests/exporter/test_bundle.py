@@ -18,9 +18,11 @@ from exporter.bundle import ExportOptions, check_output, export_bundle
 from exporter.graphs import size_limits
 from exporter.pair import open_pair
 from exporter.parity import run_parity
+from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import open_engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, read_manifest
+from runtime_ref.stats import Stats
 
 Directories = tuple[Path, Path]
 SCRIPT = """
@@ -115,6 +117,16 @@ def test_default_context_is_what_the_target_knows(pair_dirs: Callable[[str], Dir
     short = replace(pair, target=replace(pair.target, max_position_embeddings=1000))
     export_bundle(short, tmp_path / "b", ExportOptions())
     assert read_manifest(tmp_path / "b").max_seq_len == 1000
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 32])
+def test_few_and_many_drafts(drafts: int, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    """The dimension of a pass's outputs may be as small as two."""
+    options = ExportOptions(max_seq_len=64, max_draft_tokens=drafts)
+    export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "bundle", options)
+    engine = open_engine(tmp_path / "bundle")
+    plain, found = (list(generate(engine, [5, 6], Options(40, n), Stats())) for n in (0, drafts))
+    assert found == plain
 
 
 def test_context_longer_than_the_target_knows(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_cache_is_no_part_of_the_program(bundle: Callable[..., Path]) -> None:
 
 
 def test_xnnpack_does_the_arithmetic(bundle: Callable[..., Path]) -> None:
-    """One delegate for each storing layer and one for all KV-shared ones; look-ups, masks and choices stay portable."""
+    """A delegate for each storing layer, one for all KV-shared ones, a few around; look-ups and masks stay portable."""
     manifest = json.loads((bundle("demo", "executorch") / "manifest.json").read_text())
     target, drafter = (manifest["backend"]["delegation"][name] for name in ("target", "drafter"))
     storing = len(manifest["kv"]["buffers"]) // 2
