@@ -154,10 +154,9 @@ def _write_in_place(edge: EdgeProgramManager) -> None:
         program = edge.exported_program(name)
         graph, specs = program.graph_module.graph, program.graph_signature.output_specs
         writes = [n for n in graph.nodes if n.target is exir_ops.edge.aten.index_put.default]
-        mutated = sum(spec.kind is OutputKind.USER_INPUT_MUTATION for spec in specs)
-        assert len(writes) == mutated and all(n.args[0].op == "placeholder" for n in writes), (
-            "a write is not to an input"
-        )
+        # Outputs that stand for anything else than these writes would be lost below.
+        assert len(writes) == sum(spec.kind is OutputKind.USER_INPUT_MUTATION for spec in specs)
+        assert all(node.args[0].op == "placeholder" for node in writes)
         for node in writes:
             node.target = exir_ops.edge.aten.index_put_.default
         output = graph.output_node()

@@ -30,7 +30,7 @@ def test_cache_is_written_in_place(backend: str, bundle: Callable[..., Path]) ->
 
 
 def test_a_row_is_computed_alike_in_every_pass(backend: str, bundle: Callable[..., Path]) -> None:
-    """Logits of a token do not depend on what is verified with it: to the last bit on ExecuTorch on x86-64, elsewhere closely."""
+    """Logits of a token do not depend on what is verified with it: on ExecuTorch on x86-64 to the last bit."""
     path = bundle("e2b", backend)
     engine = load_engine(path, read_manifest(path), threads=1)
     engine.run_target(list(range(20)), [19])
