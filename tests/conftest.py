@@ -49,13 +49,19 @@ def bundle(
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
 
         @functools.cache
-        def start(name: str, backend: str) -> Future[Path]:
-            return pool.submit(export, *pair_dirs(name), directory / f"{name}-{backend}", backend)
+        def lowered(name: str) -> Future[Path]:
+            return pool.submit(export, *pair_dirs(name), directory / f"{name}-executorch", "executorch")
+
+        @functools.cache
+        def make(name: str, backend: str) -> Path:
+            if backend == "executorch":
+                return lowered(name).result()
+            return export(*pair_dirs(name), directory / name, backend)
 
         if len(request.session.items) > 200:
-            for name in ("e4b", "demo", *SHAPES):
-                start(name, "executorch")
-        yield lambda name, backend="onnx": start(name, backend).result()
+            for name in ("dense", "e4b", "demo", *SHAPES):
+                lowered(name)
+        yield lambda name, backend="onnx": make(name, backend)
         pool.shutdown(cancel_futures=True)
 
 
