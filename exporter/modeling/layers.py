@@ -96,7 +96,7 @@ def rotary_tables(config: AttentionConfig, positions: Tensor) -> tuple[Tensor, T
 def additive_mask(visible: Tensor, heads: int) -> Tensor:
     """0 where a key is visible, the lowest float where it is not: [T, S] to [T*heads, S], each row `heads` times."""
     mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
-    return mask.index_select(0, torch.arange(visible.shape[0]).unsqueeze(1).expand(-1, heads).reshape(-1))
+    return mask.index_select(0, torch.arange(visible.shape[0] * heads) // heads)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
