@@ -11,7 +11,6 @@ from torch import Tensor
 
 from exporter.backends import load_backend
 from exporter.bundle import describe
-from exporter.checkpoint import Weights
 from exporter.graphs import size_limits
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target, empty_kv
@@ -93,8 +92,7 @@ def _climb(
     if pair is not None:
         yield from _check_source(manifest, pair)
         note("weights")
-        yield _check_weights(bundle, manifest, "target", pair.target_weights)
-        yield _check_weights(bundle, manifest, "drafter", pair.drafter_weights)
+        yield from _check_weights(bundle, manifest, pair)
         note("eager")
         with torch.no_grad():
             target, drafter = pair.load_target(), pair.load_drafter()
@@ -149,11 +147,14 @@ def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
     yield Check("source", "manifest", not differing, detail=detail)
 
 
-def _check_weights(bundle: Path, manifest: Manifest, graph: str, weights: Weights) -> Check:
+def _check_weights(bundle: Path, manifest: Manifest, pair: Pair) -> Iterator[Check]:
     """Every stored weight against the checkpoint's, bit by bit: nothing else sees a row no prompt touches."""
-    differing = load_backend(manifest.backend).differing_weights(bundle / manifest.graphs[graph].file, weights)
-    detail = f"{len(differing)} differ: {', '.join(differing[:3])}" if differing else f"{len(weights)} tensors equal"
-    return Check("weights", f"{graph} weights", not differing, detail=detail)
+    weights = {"target": pair.target_weights, "drafter": pair.drafter_weights}
+    graphs = {name: (bundle / manifest.graphs[name].file, readers) for name, readers in weights.items()}
+    for graph, differing in load_backend(manifest.backend).differing_weights(graphs).items():
+        listed = f"{len(differing)} differ: {', '.join(differing[:3])}"
+        detail = listed if differing else f"{len(weights[graph])} tensors equal"
+        yield Check("weights", f"{graph} weights", not differing, detail=detail)
 
 
 def _check_graphs(

@@ -32,8 +32,8 @@ class Backend(Protocol):
         """Write graphs and weights; returns further facts for the manifest's `backend`."""
         ...
 
-    def differing_weights(self, file: Path, weights: Weights) -> list[str]:
-        """Names of weights that a graph's file does not hold bit for bit."""
+    def differing_weights(self, graphs: Mapping[str, tuple[Path, Weights]]) -> dict[str, list[str]]:
+        """For each graph, given as its file and weights, the names of those that it does not hold bit for bit."""
         ...
 
 

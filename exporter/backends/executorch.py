@@ -108,14 +108,21 @@ def lower(programs: dict[str, ExportedProgram]) -> ExecutorchProgramManager:
     return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
 
 
-def differing_weights(file: Path, weights: Weights) -> list[str]:
-    """Names of weights that the program does not hold bit for bit. It stores them by content, without their names."""
+def differing_weights(graphs: Mapping[str, tuple[Path, Weights]]) -> dict[str, list[str]]:
+    """Names of weights that a program does not hold bit for bit. It stores them by content, without their names."""
+    stored = {file: _stored_digests(file) for file in {file for file, _ in graphs.values()}}
+    return {
+        name: [n for n, read in weights.items() if _digest(read().contiguous().numpy().tobytes()) not in stored[file]]
+        for name, (file, weights) in graphs.items()
+    }
+
+
+def _stored_digests(file: Path) -> set[bytes]:
     with quiet(*EXECUTORCH):
         program = deserialize_pte_binary(file.read_bytes())
     blobs = [buffer.storage for buffer in program.program.constant_buffer]
     blobs += program.named_data.buffers if program.named_data else []
-    stored = {_digest(blob) for blob in blobs}
-    return [name for name, read in weights.items() if _digest(read().contiguous().numpy().tobytes()) not in stored]
+    return {_digest(blob) for blob in blobs}
 
 
 def _digest(blob: bytes) -> bytes:

@@ -88,8 +88,12 @@ def stored_weights(file: Path) -> dict[str, ir.TensorProtocol]:
     return {name: v.const_value for name, v in initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
 
 
-def differing_weights(file: Path, weights: Weights) -> list[str]:
-    """Names of weights that the graph does not hold bit for bit, or should not hold."""
+def differing_weights(graphs: Mapping[str, tuple[Path, Weights]]) -> dict[str, list[str]]:
+    """Names of weights that each graph does not hold bit for bit, or should not hold."""
+    return {name: _differing(file, weights) for name, (file, weights) in graphs.items()}
+
+
+def _differing(file: Path, weights: Weights) -> list[str]:
     stored = stored_weights(file)
     differing = weights.keys() ^ stored.keys()
     for name in weights.keys() & stored.keys():
