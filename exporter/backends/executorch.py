@@ -12,7 +12,6 @@ from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.generic_node_configs import ViewCopyConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import (
-    EdgeCompileConfig,
     EdgeProgramManager,
     ExecutorchBackendConfig,
     ExecutorchProgramManager,
@@ -97,11 +96,8 @@ def trace(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[Ops], nn.
 
 def lower(programs: dict[str, ExportedProgram]) -> ExecutorchProgramManager:
     """Lower traced methods to one program that runs on the stock runtime with XNNPACK."""
-    edge = to_edge_transform_and_lower(
-        programs,
-        partitioner={name: [XnnpackPartitioner(configs=_CONFIGS)] for name in programs},
-        compile_config=EdgeCompileConfig(_check_ir_validity=False),
-    )
+    partitioners = {name: [XnnpackPartitioner(configs=_CONFIGS)] for name in programs}
+    edge = to_edge_transform_and_lower(programs, partitioner=partitioners)
     _write_in_place(edge)
     # Inputs are not planned: the runtime then takes the host's pointers, and the cache is never copied.
     planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=True)
