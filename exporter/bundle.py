@@ -22,6 +22,9 @@ from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, Progress, file_sha256
 # Files a bundle takes over from the target checkpoint if it has them.
 TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
 
+# Clusters that are in no checkpoint, so that a bundle can be checked against its checkpoints.
+CLUSTERS = "clusters.safetensors"
+
 RECIPES = ("fp32",)
 
 
@@ -53,6 +56,8 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         for name in TEXT_FILES:
             if (source := pair.target_checkpoint.directory / name).is_file():
                 shutil.copyfile(source, directory / name)
+        if pair.table and pair.two_stage and pair.clusters_origin != "checkpoint":
+            (directory / CLUSTERS).write_bytes(pair.table.to_bytes(pair.two_stage.top_k_clusters))
         manifest = {
             "format_version": FORMAT_VERSION,
             "tool_version": version("gemma-mtp-export"),
@@ -73,7 +78,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
 
 def describe(pair: Pair, backend: str) -> dict[str, Any]:
     """The part of a manifest that checkpoints and backend decide, as FORMAT.md specifies it."""
-    target, table = pair.target, pair.table
+    target = pair.target
     buffers = []
     for port in kv_ports(target):
         layer = int(port.name.rpartition("_")[2])
@@ -91,7 +96,7 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
         "tokens": asdict(pair.tokens),
         "target": asdict(target),
         "drafter": asdict(pair.drafter),
-        "two_stage": table and table.facts(pair.drafter.centroid_intermediate_top_k),
+        "two_stage": pair.two_stage and {"origin": pair.clusters_origin, **asdict(pair.two_stage)},
         "kv": {
             "dtype": "float32",
             "layout": ["num_key_value_heads", "cache_rows", "head_dim"],

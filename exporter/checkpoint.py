@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from clustering.table import ClusterTable
+from clustering.table import CENTROIDS, TOKEN_ORDERING, ClusterTable
 from exporter.config import DrafterConfig, TextConfig, read_object
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
@@ -48,7 +48,6 @@ DRAFTER_NAMES = {
     "post_projection.weight": "post_projection.weight",
 }
 DRAFTER_EMBEDDING = "model.embed_tokens.weight"
-CENTROIDS, TOKEN_ORDERING = "masked_embedding.centroids.weight", "masked_embedding.token_ordering"
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,18 @@ class Checkpoint:
             if name not in self.entries or self.entries[name].file.name != file_name:
                 raise InputError(f"{directory / file_name}: the index says that {name} is here; download both again")
 
+    def map(self, name: str) -> Tensor:
+        """One tensor as it is stored, mapped into memory: what is not touched is not read."""
+        with safe_open(self.entries[name].file, "pt") as opened:
+            return opened.get_tensor(name)
+
     def load(self, name: str) -> Tensor:
         """One tensor, floats as float32.
 
         Raises:
             InputError: it holds NaN or infinity.
         """
-        with safe_open(self.entries[name].file, "pt") as opened:
-            tensor = opened.get_tensor(name)
+        tensor = self.map(name)
         if not tensor.is_floating_point():
             return tensor
         tensor = tensor.float()
@@ -101,8 +104,10 @@ class Checkpoint:
         return {file.name: file_sha256(file) for file in self.files}
 
 
-def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
-    """Readers for every parameter of `Target`; every tensor of the checkpoint is mapped, ignored by a rule or refused.
+def target_weights(checkpoint: Checkpoint, config: TextConfig, mapped: bool = False) -> Weights:
+    """Readers for every parameter of `Target`; every tensor of the checkpoint is used, ignored by a rule or refused.
+
+    `mapped` weights are those of `Checkpoint.map`.
 
     Raises:
         InputError: a tensor is missing, unknown, of the wrong shape or quantized.
@@ -112,9 +117,9 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
     shapes = parameter_shapes(lambda: Target(config))
     ignored = _shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
     ignored |= {name for name in names for pattern in IGNORED_TARGET if fnmatch.fnmatchcase(name, pattern)}
-    mapped = {name: prefix + name for name in shapes}
-    _refuse_unknown(checkpoint, set(mapped.values()) | ignored)
-    return _select(checkpoint, mapped, shapes)
+    names_in_file = {name: prefix + name for name in shapes}
+    _refuse_unknown(checkpoint, set(names_in_file.values()) | ignored)
+    return _select(checkpoint, names_in_file, shapes, checkpoint.map if mapped else checkpoint.load)
 
 
 def drafter_weights(
@@ -126,14 +131,14 @@ def drafter_weights(
         InputError: a tensor is missing, unknown, of the wrong shape or quantized.
     """
     shapes = parameter_shapes(lambda: Drafter(config, None))
-    mapped = {"head.weight": DRAFTER_EMBEDDING}
+    names_in_file = {"head.weight": DRAFTER_EMBEDDING}
     for ours, stored in DRAFTER_NAMES.items():
         stem = ours.removesuffix("{}")
         found = [name for name in shapes if name.startswith(stem)]
-        mapped |= {name: stored.replace("{}", name.removeprefix(stem)) for name in found}
+        names_in_file |= {name: stored.replace("{}", name.removeprefix(stem)) for name in found}
     ignored = _shared_layer_tensors("model.", range(config.text.num_hidden_layers))
-    _refuse_unknown(checkpoint, {*mapped.values(), CENTROIDS, TOKEN_ORDERING, "lm_head.weight"} | ignored)
-    weights = _select(checkpoint, mapped, shapes)
+    _refuse_unknown(checkpoint, {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, "lm_head.weight"} | ignored)
+    weights = _select(checkpoint, names_in_file, shapes, checkpoint.load)
     weights["target_embed_tokens.weight"] = target["embed_tokens.weight"]
     if table is not None:
         embedding, members = weights.pop("head.weight"), torch.from_numpy(table.members)
@@ -161,7 +166,13 @@ def read_cluster_table(checkpoint: Checkpoint, config: DrafterConfig) -> Cluster
             raise InputError(f"{checkpoint.directory}: tensor {name} is missing, but its partner is there")
         _check_entry(entries[name], name, expected[name], dtypes)
     table = ClusterTable(checkpoint.load(CENTROIDS).numpy(), checkpoint.load(TOKEN_ORDERING).long().numpy())
-    table.check(str(entries[TOKEN_ORDERING].file))
+    source = str(entries[TOKEN_ORDERING].file)
+    table.check(source)
+    if config.text.vocab_size % config.num_centroids:
+        raise InputError(
+            f"{source}: {config.text.vocab_size} tokens do not split into {config.num_centroids} clusters of equal"
+            " size; check num_centroids"
+        )
     if config.centroid_intermediate_top_k > config.num_centroids:
         raise InputError(
             f"{checkpoint.directory}: centroid_intermediate_top_k is {config.centroid_intermediate_top_k}, more than"
@@ -193,7 +204,10 @@ def parameter_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...
 
 
 def _select(
-    checkpoint: Checkpoint, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
 ) -> dict[str, Callable[[], Tensor]]:
     """Readers for module parameters whose names in the checkpoint are given; shapes and dtypes must fit."""
     for name, stored in names.items():
@@ -201,7 +215,7 @@ def _select(
         if entry is None:
             raise InputError(f"{checkpoint.directory}: tensor {stored} is missing; restore the checkpoint")
         _check_entry(entry, stored, shapes[name], FLOAT_DTYPES)
-    return {name: functools.partial(checkpoint.load, stored) for name, stored in names.items()}
+    return {name: functools.partial(read, stored) for name, stored in names.items()}
 
 
 def _check_entry(entry: TensorEntry, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:

@@ -11,13 +11,21 @@ from typing import Any
 import click
 from rich.console import Console
 
+from clustering.kmeans import default_clusters
+from clustering.table import load_table
 from exporter.backends import BACKENDS
 from exporter.bundle import RECIPES, ExportOptions, check_output, export_bundle
-from exporter.console import facts_table, human_bytes, parity_table, progress_bar, stats_line
+from exporter.checkpoint import Checkpoint
+from exporter.clusters import RECALL, STEPS, Clustering, make_clusters
+from exporter.config import read_drafter_config
+from exporter.console import facts_table, human_bytes, parity_table, progress_bar, recall_table, stats_line
 from exporter.demo import PAIR, PROMPTS
+from exporter.files import check_file, write_file
 from exporter.inspection import inspect as inspect_path
-from exporter.pair import HEADS, Pair, open_pair
-from exporter.parity import Check, run_parity
+from exporter.pair import Pair, open_pair
+from exporter.parity import Check, open_source, run_parity
+from exporter.plots import check_picture, recall_picture
+from exporter.states import drafting_states, lone_states, prompt_passes, random_prompts
 from runtime_ref.decoder import Options
 from runtime_ref.decoder import generate as generate_tokens
 from runtime_ref.engine import Engine, open_engine
@@ -54,6 +62,16 @@ def cli() -> None:
     """Export Gemma 4 E2B/E4B with its MTP drafter to phones, and prove that nothing was lost."""
 
 
+clusters_option = click.option(
+    "--clusters",
+    type=click.IntRange(1),
+    help="How many to make.  [default: 2048 for Gemma's 262144 tokens]",
+)
+top_k_option = click.option(
+    "--top-k-clusters",
+    type=click.IntRange(1),
+    help="Clusters that are kept.  [default: as the checkpoint says, or by recall]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 
 
@@ -86,7 +104,15 @@ def demo(output: Path, backend: str) -> None:
 @click.option("--recipe", type=click.Choice(RECIPES), default="fp32", help="Precision of weights and activations.")
 @click.option("--max-seq-len", type=click.IntRange(2), help="Longest prompt and answer together.  [default: 4096]")
 @click.option("--max-draft-tokens", type=click.IntRange(0, 32), default=8, help="Most drafts a round may have.")
-@click.option("--head", type=click.Choice(HEADS), default="auto", help="The drafter's output head.")
+@click.option(
+    "--head",
+    type=click.Choice(["auto", "checkpoint", "kmeans", "dense"]),
+    default="auto",
+    help="The drafter's output head: the checkpoint's clusters, new ones or none; auto: the checkpoint's, if any.",
+)
+@clusters_option
+@top_k_option
+@click.option("--cluster-table", type=DIRECTORY, help="For --head kmeans: what `cluster --output` wrote.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
 @json_option
 def export(
@@ -98,15 +124,86 @@ def export(
     max_seq_len: int | None,
     max_draft_tokens: int,
     head: str,
+    clusters: int | None,
+    top_k_clusters: int | None,
+    cluster_table: Path | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Export a target and its drafter into a bundle."""
+    if head != "kmeans" and (clusters is not None or cluster_table is not None):
+        raise click.UsageError("--clusters and --cluster-table go with --head kmeans")
+    if clusters is not None and cluster_table is not None:
+        raise click.UsageError("--cluster-table has its clusters already; leave --clusters out")
     check_output(output, force)
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force)
-    summary = _export(open_pair(target, drafter, head), output, options)
+    if head == "kmeans":
+        pair = open_pair(target, drafter, "dense")
+        if cluster_table is not None:
+            table, top_k = load_table(cluster_table, pair.drafter.text.vocab_size, pair.drafter.text.hidden_size)
+        else:
+            clustering = _cluster(pair, drafter, [], clusters, RECALL, top_k_clusters, 0)
+            table, top_k = clustering.table, clustering.top_k
+        pair = pair.with_clusters(table, top_k if top_k_clusters is None else top_k_clusters, "kmeans")
+    else:
+        pair = open_pair(target, drafter, head, top_k_clusters)
+    summary = _export(pair, output, options)
     if as_json:
         click.echo(json.dumps(summary))
+
+
+@cli.command()
+@click.option("--drafter", type=DIRECTORY, required=True, help="MTP drafter checkpoint.")
+@click.option("--target", type=DIRECTORY, help="Its target: recall is then measured on states of real drafting.")
+@click.option("--prompt-ids", type=DIRECTORY, help="JSON file of token ids to draft on, else random ones.")
+@clusters_option
+@click.option(
+    "--recall", type=click.FloatRange(0, 1, min_open=True), default=RECALL, help="Keep as few clusters as reach this."
+)
+@top_k_option
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the k-means.")
+@click.option("--output", type=DIRECTORY, help="Write the clusters to this safetensors file, for export.")
+@click.option("--report", type=DIRECTORY, help="Write a picture of recall against work to this file.")
+@click.option("--force", is_flag=True, help="Replace files that are there already.")
+@json_option
+def cluster(
+    drafter: Path,
+    target: Path | None,
+    prompt_ids: Path | None,
+    clusters: int | None,
+    recall: float,
+    top_k_clusters: int | None,
+    seed: int,
+    output: Path | None,
+    report: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Cluster a drafter's vocabulary, and show how many of its best tokens survive at what cost."""
+    if prompt_ids is not None and target is None:
+        raise click.UsageError("--prompt-ids needs --target, which reads them")
+    for file in (output, report):
+        if file is not None:
+            check_file(file, force)
+    if report is not None:
+        check_picture(report)
+    started = time.perf_counter()
+    pair = None if target is None else open_pair(target, drafter, "dense")
+    prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
+    clustering = _cluster(pair, drafter, prompts, clusters, recall, top_k_clusters, seed)
+    states = "the drafter alone on random input" if pair is None else "drafting on the prompts"
+    states = "drafting on random prompts" if pair is not None and not prompts else states
+    seconds, peak = time.perf_counter() - started, _peak_bytes()
+    if output is not None:
+        write_file(output, clustering.table.to_bytes(clustering.top_k))
+    if report is not None:
+        write_file(report, recall_picture(clustering, states, report))
+    facts = {**clustering.facts(), "states": states, "seconds": seconds, "peak_bytes": peak}
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        out.print(recall_table(facts))
+    err.print(f"clustered in {seconds:.0f} s, peak memory {human_bytes(peak)}")
 
 
 @cli.command()
@@ -185,8 +282,7 @@ def parity(
         raise click.UsageError("give both --target and --drafter, or neither")
     pair = None
     if target is not None and drafter is not None:
-        clustered = read_manifest(bundle).raw["two_stage"] is not None
-        pair = open_pair(target, drafter, "auto" if clustered else "dense")
+        pair = open_source(bundle, target, drafter)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     checks = _parity(bundle, pair, prompts, max_new_tokens)
     if as_json:
@@ -246,9 +342,38 @@ def _export(pair: Pair, output: Path, options: ExportOptions) -> dict[str, Any]:
         export_bundle(pair, output, options, progress)
     size = sum(file.stat().st_size for file in output.iterdir())
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = _peak_bytes()
     err.print(f"exported {output} ({human_bytes(size)}) in {seconds:.0f} s, peak memory {human_bytes(peak)}")
     return {"bundle": str(output), "bytes": size, "seconds": seconds, "peak_bytes": peak}
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _cluster(
+    pair: Pair | None,
+    drafter_dir: Path,
+    prompts: list[list[int]],
+    clusters: int | None,
+    recall: float,
+    top_k: int | None,
+    seed: int,
+) -> Clustering:
+    """Clusters for a pair's drafter, judged while it drafts on prompts (random ones if there are none), or for a
+    drafter alone.
+    """
+    config, checkpoint = read_drafter_config(drafter_dir), Checkpoint(drafter_dir)
+    vocab_size = config.text.vocab_size
+    prompts = prompts or random_prompts(vocab_size)
+    passes = 0 if pair is None else prompt_passes(prompts)
+    with progress_bar(err, "clusters", passes + STEPS) as progress:
+        if pair is None:
+            states = lone_states(checkpoint, config)
+        else:
+            states = drafting_states(pair, prompts, lambda: progress("drafting", 1))
+        count = default_clusters(vocab_size) if clusters is None else clusters
+        return make_clusters(checkpoint, config, states.numpy(), count, recall, top_k, seed, progress)
 
 
 def _speak(engine: Engine, tokenizer: TextTokenizer | None, prompt: list[int], options: Options) -> None:

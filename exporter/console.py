@@ -41,6 +41,27 @@ def parity_table(checks: Sequence[Check]) -> Table:
     return table
 
 
+def recall_table(facts: dict[str, Any]) -> Table:
+    """Recall by clusters kept, the chosen row marked; `facts` are those of `exporter.clusters.Clustering`."""
+    sizes = f"{facts['num_clusters']} clusters of {facts['cluster_size']} tokens"
+    table = Table(title=f"Two-stage logits: {sizes}, {facts['num_states']} states, {facts['states']}")
+    headings = "clusters kept", "tokens scored", "of the dense head's work", "best tokens that survive"
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    if facts["checkpoint_clusters"] is not None:
+        table.add_column(
+            f"in the checkpoint's {facts['checkpoint_clusters']} clusters, as many tokens", justify="right"
+        )
+    for row in facts["curve"]:
+        chosen = row["top_k_clusters"] == facts["top_k_clusters"]
+        cells = [f"{row['top_k_clusters']}", f"{row['tokens_scored']}", f"{row['share_of_dense_head']:.1%}"]
+        shares = (row[name] for name in ("recall", "checkpoint_recall") if name in row)
+        cells += ["" if share is None else f"{share:.1%}" for share in shares]
+        cells[0] = f"chosen {cells[0]}" if chosen else cells[0]
+        table.add_row(*cells, style="bold green" if chosen else None)
+    return table
+
+
 def stats_line(stats: Stats, new_tokens: int) -> str:
     """One line under a generated text."""
     line = f"{new_tokens} tokens ({stats.finish_reason})"

@@ -75,7 +75,7 @@ def _inspect_drafter(path: Path) -> dict[str, Any]:
         "kind": "drafter",
         "drafter": _sizes(asdict(config.text)),
         "backbone_hidden_size": config.backbone_hidden_size,
-        "two_stage": table and table.facts(config.centroid_intermediate_top_k),
+        "two_stage": table and asdict(table.sizes(config.centroid_intermediate_top_k)),
         **_tensors(checkpoint, len(used) - 1 + (0 if table is None else 2)),
     }
 

@@ -1,11 +1,11 @@
 """A target and its drafter, opened and checked against each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from clustering.table import ClusterTable
+from clustering.table import ClusterTable, TwoStageSizes
 from exporter.checkpoint import (
     Checkpoint,
     Weights,
@@ -22,8 +22,6 @@ from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from runtime_ref.errors import InputError
 
-HEADS = ("auto", "checkpoint", "dense")
-
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -36,20 +34,18 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class Pair:
-    """Configs and weight readers of a pair; `table` is None where the drafter's head is dense."""
+    """Configs and weight readers of a pair, and the clusters of its two-stage head, if it has not a dense one."""
 
     target: TextConfig
     drafter: DrafterConfig
-    table: ClusterTable | None
     target_weights: Weights
     drafter_weights: Weights
     tokens: SpecialTokens
     target_checkpoint: Checkpoint
     drafter_checkpoint: Checkpoint
-
-    @property
-    def top_k_clusters(self) -> int | None:
-        return None if self.table is None else self.drafter.centroid_intermediate_top_k
+    table: ClusterTable | None = None
+    two_stage: TwoStageSizes | None = None
+    clusters_origin: str = ""
 
     @property
     def shared_kv(self) -> dict[str, int]:
@@ -69,14 +65,33 @@ class Pair:
 
     def load_drafter(self) -> Drafter:
         """The drafter in eager torch, float32."""
-        return load_module(lambda: Drafter(self.drafter, self.top_k_clusters), self.drafter_weights)
+        return load_module(lambda: Drafter(self.drafter, self.two_stage), self.drafter_weights)
+
+    @property
+    def dense(self) -> "Pair":
+        """The same pair with a dense head."""
+        weights = drafter_weights(self.drafter_checkpoint, self.drafter, None, self.target_weights)
+        return replace(self, table=None, two_stage=None, clusters_origin="", drafter_weights=weights)
+
+    def with_clusters(self, table: ClusterTable, top_k: int, origin: str) -> "Pair":
+        """The same pair with a two-stage head of these clusters, of which the best `top_k` are kept.
+
+        Raises:
+            InputError: more clusters are to be kept than there are.
+        """
+        clusters = len(table.centroids)
+        if not 0 < top_k <= clusters:
+            raise InputError(f"--top-k-clusters is {top_k}, expected 1 to {clusters}, the clusters there are")
+        weights = drafter_weights(self.drafter_checkpoint, self.drafter, table, self.target_weights)
+        return replace(self, table=table, two_stage=table.sizes(top_k), clusters_origin=origin, drafter_weights=weights)
 
 
-def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto") -> Pair:
+def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: int | None = None) -> Pair:
     """Open both checkpoints; nothing but names, shapes and the cluster table is read yet.
 
     Args:
         head: `auto` takes the drafter's clusters if it has any, `checkpoint` demands them, `dense` ignores them.
+        top_k: how many of those clusters to keep; None for as many as config.json says.
 
     Raises:
         InputError: either checkpoint is unusable, or the drafter was made for another target.
@@ -87,19 +102,21 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto") -> Pair:
     table = read_cluster_table(drafter_checkpoint, drafter)
     if head == "checkpoint" and table is None:
         raise InputError(f"{drafter_dir}: has no clusters (masked_embedding.*), but --head checkpoint asks for them")
-    if head == "dense":
-        table = None
     weights = target_weights(target_checkpoint, target)
-    return Pair(
+    pair = Pair(
         target=target,
         drafter=drafter,
-        table=table,
         target_weights=weights,
-        drafter_weights=drafter_weights(drafter_checkpoint, drafter, table, weights),
+        drafter_weights=drafter_weights(drafter_checkpoint, drafter, None, weights),
         tokens=_special_tokens(target_dir),
         target_checkpoint=target_checkpoint,
         drafter_checkpoint=drafter_checkpoint,
     )
+    if head != "dense" and table is not None:
+        return pair.with_clusters(table, drafter.centroid_intermediate_top_k if top_k is None else top_k, "checkpoint")
+    if top_k is not None:
+        raise InputError(f"--top-k-clusters is {top_k}, but the head is dense; pass --head kmeans to make clusters")
+    return pair
 
 
 def _special_tokens(directory: Path) -> SpecialTokens:

@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clustering.table import load_table
 from exporter.backends import load_backend
-from exporter.bundle import describe
+from exporter.bundle import CLUSTERS, describe
 from exporter.graphs import size_limits
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target, empty_kv
-from exporter.pair import Pair
+from exporter.pair import Pair, open_pair
 from runtime_ref.decoder import Options, check_prompt, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
-from runtime_ref.manifest import Manifest, changed_files, read_manifest
+from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifest
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
@@ -46,6 +47,28 @@ class Check:
     error: float | None = None
     tolerance: float | None = None
     detail: str = ""
+
+
+def open_source(bundle: Path, target_dir: Path, drafter_dir: Path) -> Pair:
+    """The checkpoints that a bundle was made from, with the head that it was made with.
+
+    Raises:
+        InputError: bundle or checkpoints cannot be read.
+    """
+    two_stage = read_manifest(bundle).raw["two_stage"]
+    if two_stage is None:
+        return open_pair(target_dir, drafter_dir, "dense")
+    try:
+        origin, top_k = two_stage["origin"], int(two_stage["top_k_clusters"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{bundle / MANIFEST}: two_stage is malformed ({reason}); export again") from error
+    if origin == "checkpoint":
+        return open_pair(target_dir, drafter_dir, "checkpoint", top_k)
+    pair = open_pair(target_dir, drafter_dir, "dense")
+    text = pair.drafter.text
+    table, _ = load_table(bundle / CLUSTERS, text.vocab_size, text.hidden_size)
+    return pair.with_clusters(table, top_k, origin)
 
 
 def run_parity(
@@ -98,6 +121,13 @@ def _climb(
             target, drafter = pair.load_target(), pair.load_drafter()
             wanted = [_greedy(target, manifest, prompt, max_new_tokens) for prompt in prompts]
             yield from _check_graphs(engine, target, drafter, pair, prompts, wanted)
+    dense = ""
+    if pair is not None and pair.two_stage is not None:
+        note("dense head")
+        with_dense = GraphEngine(manifest, {**engine.graphs, "drafter": _EagerDrafter(pair.dense)})
+        runs = [_tokens(with_dense, p, max_new_tokens, manifest.default_draft_tokens) for p in prompts]
+        dense = f" ({sum(s.accepted for _, s in runs)} of {sum(s.drafted for _, s in runs)} with a dense head)"
+        engine = GraphEngine(manifest, engine.graphs)  # the graphs go back to a cache of this one's own
     note("plain")
     plain = [_tokens(engine, prompt, max_new_tokens, 0)[0] for prompt in prompts]
     if wanted is not None:
@@ -108,8 +138,25 @@ def _climb(
         alone = plain if label == "greedy" else [_tokens(engine, p, max_new_tokens, 0, sampling)[0] for p in prompts]
         runs = [_tokens(engine, p, max_new_tokens, manifest.default_draft_tokens, sampling) for p in prompts]
         drafted, accepted = sum(s.drafted for _, s in runs), sum(s.accepted for _, s in runs)
-        detail = f"accepted {accepted} of {drafted} drafts"
+        detail = f"accepted {accepted} of {drafted} drafts" + (dense if label == "greedy" else "")
         yield _check_tokens("speculative", f"{label} tokens = plain", [t for t, _ in runs], alone, detail)
+
+
+class _EagerDrafter:
+    """A drafter in eager torch, in the place of a bundle's drafter graph."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.drafter, self.layers = pair.load_drafter(), pair.shared_kv
+        self.kv: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def bind(self, cache: Mapping[str, np.ndarray]) -> None:
+        for kind, i in self.layers.items():
+            self.kv[kind] = (torch.from_numpy(cache[f"key_{i}"]), torch.from_numpy(cache[f"value_{i}"]))
+
+    @torch.no_grad()
+    def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
+        draft, state = self.drafter(*(torch.from_numpy(array) for array in inputs.values()), self.kv)
+        return [draft.numpy(), state.numpy()]
 
 
 def default_prompts(manifest: Manifest) -> list[list[int]]:

@@ -69,7 +69,7 @@ def export_graphs(directory: Path, pair: Pair, limits: Mapping[str, int], progre
         return TargetGraph(load_module(lambda: Target(pair.target, ops), weights), cache_outputs=False)
 
     def drafter(ops: Ops) -> nn.Module:
-        module = load_module(lambda: Drafter(pair.drafter, pair.top_k_clusters, ops), drafter_weights)
+        module = load_module(lambda: Drafter(pair.drafter, pair.two_stage, ops), drafter_weights)
         return DrafterGraph(module, pair.shared_kv)
 
     with quiet(*EXECUTORCH), torch.no_grad():

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.ao.quantization.fx._decomposed  # defines dequantize_per_tensor
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ class Constants(nn.Module):
             gelu=gelu,
             rotate_half=self._rotate_half,
             top_k=top_k,
+            from_int8=_from_int8,
         )
 
     def register(self, module: nn.Module) -> None:
@@ -46,6 +48,11 @@ class Constants(nn.Module):
 def _tied_logits(states: Tensor, table: Tensor) -> Tensor:
     """A linear layer would pack its weight: a second copy of the table. A bmm reads it where look-ups do."""
     return torch.bmm(table.view(1, *table.shape), states.t().unsqueeze(0)).squeeze(0).t()
+
+
+def _from_int8(values: Tensor) -> Tensor:
+    """XNNPACK converts numbers that are quantized, if only with a scale of 1; a plain cast stays portable and slow."""
+    return torch.ops.quantized_decomposed.dequantize_per_tensor(values, 1.0, 0, -128, 127, torch.int8)
 
 
 def _write_rows(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def export_graphs(directory: Path, pair: Pair, limits: Mapping[str, int], progre
     models = {
         "target": trace(target, limits, lambda: TargetGraph(Target(pair.target, OPS))),
         "drafter": trace(
-            drafter, limits, lambda: DrafterGraph(Drafter(pair.drafter, pair.top_k_clusters, OPS), pair.shared_kv)
+            drafter, limits, lambda: DrafterGraph(Drafter(pair.drafter, pair.two_stage, OPS), pair.shared_kv)
         ),
     }
     weights = {"target": _write_weights(directory / "target.weights", pair.target_weights, {}, progress)}

@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from clustering.table import TwoStageSizes
 from exporter.config import DrafterConfig
 from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
 from exporter.modeling.two_stage import DenseHead, TwoStageHead
@@ -16,21 +17,21 @@ class Drafter(nn.Module):
     Follows transformers 5.22.2, `Gemma4AssistantForCausalLM` and `SinglePositionMultiTokenCandidateGenerator`.
     """
 
-    def __init__(self, config: DrafterConfig, top_k_clusters: int | None, ops: Ops = Ops()) -> None:
-        """`top_k_clusters` None builds a dense head; `target_embed_tokens` is the target's own table."""
+    def __init__(self, config: DrafterConfig, two_stage: TwoStageSizes | None, ops: Ops = Ops()) -> None:
+        """`two_stage` None builds a dense head; `target_embed_tokens` is the target's own table."""
         super().__init__()
         text, backbone = config.text, config.backbone_hidden_size
         self.config, self.ops = config, ops
-        self.target_embed_tokens = ScaledEmbedding(text.vocab_size, backbone, backbone**0.5)
+        self.target_embed_tokens = ScaledEmbedding(text.vocab_size, backbone, backbone**0.5, ops)
         self.pre_projection = nn.Linear(2 * backbone, text.hidden_size, bias=False)
         self.layers = nn.ModuleList(DecoderLayer(text, i, False, ops) for i in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, ops)
         self.post_projection = nn.Linear(text.hidden_size, backbone, bias=False)
         self.head: DenseHead | TwoStageHead
-        if top_k_clusters is None:
+        if two_stage is None:
             self.head = DenseHead(text.vocab_size, text.hidden_size, ops)
         else:
-            self.head = TwoStageHead(text.vocab_size, text.hidden_size, config.num_centroids, top_k_clusters, ops)
+            self.head = TwoStageHead(text.vocab_size, text.hidden_size, two_stage, ops)
 
     def forward(
         self, tokens: Tensor, states: Tensor, positions: Tensor, kv: dict[str, tuple[Tensor, Tensor]]

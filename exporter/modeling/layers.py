@@ -46,6 +46,7 @@ class Ops:
     keep another.
     """
 
+    embedding: Callable[[Tensor, Tensor], Tensor] = F.embedding
     linear: Callable[[Tensor, Tensor], Tensor] = F.linear
     tied_logits: Callable[[Tensor, Tensor], Tensor] = F.linear
     write_rows: Callable[[Tensor, Tensor, Tensor], Tensor] = write_rows
@@ -53,6 +54,7 @@ class Ops:
     gelu: Callable[[Tensor], Tensor] = gelu
     rotate_half: Callable[[Tensor], Tensor] = rotate_half
     top_k: Callable[[Tensor, int], tuple[Tensor, Tensor]] = torch.topk
+    from_int8: Callable[[Tensor], Tensor] = torch.Tensor.float
 
 
 class RMSNorm(nn.Module):
@@ -70,13 +72,13 @@ class RMSNorm(nn.Module):
 class ScaledEmbedding(nn.Module):
     """Embedding rows times sqrt(row size), as Gemma feeds them to the decoder."""
 
-    def __init__(self, rows: int, size: int, scale: float) -> None:
+    def __init__(self, rows: int, size: int, scale: float, ops: Ops) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.ops = scale, ops
         self.weight = nn.Parameter(torch.empty(rows, size))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight) * self.scale
+        return self.ops.embedding(ids, self.weight) * self.scale
 
 
 def rotary_tables(config: AttentionConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

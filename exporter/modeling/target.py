@@ -29,8 +29,8 @@ class Target(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         hidden, ple, layers = config.hidden_size, config.hidden_size_per_layer_input, config.num_hidden_layers
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, hidden, hidden**0.5)
-        self.embed_tokens_per_layer = ScaledEmbedding(config.vocab_size_per_layer_input, layers * ple, ple**0.5)
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, hidden, hidden**0.5, ops)
+        self.embed_tokens_per_layer = ScaledEmbedding(config.vocab_size_per_layer_input, layers * ple, ple**0.5, ops)
         self.per_layer_model_projection = nn.Linear(hidden, layers * ple, bias=False)
         self.per_layer_projection_norm = RMSNorm(ple, config.rms_norm_eps, ops)
         self.layers = nn.ModuleList(DecoderLayer(config, i, i < config.num_kv_layers, ops) for i in range(layers))

@@ -32,7 +32,8 @@ def test_weights_are_stored_once(bundle: Callable[..., Path], pair_dirs: Pairs) 
     """Constants take the bytes of the weights and a little more; the tied embedding and the cache are not in there."""
     pair = open_pair(*pair_dirs("demo"))
     shapes = parameter_shapes(lambda: Target(pair.target)) | {
-        f"drafter.{name}": shape for name, shape in parameter_shapes(lambda: Drafter(pair.drafter, 8)).items()
+        f"drafter.{name}": shape
+        for name, shape in parameter_shapes(lambda: Drafter(pair.drafter, pair.two_stage)).items()
     }
     del shapes["drafter.target_embed_tokens.weight"]
     # Token ids of the two-stage head are int64.
