@@ -4,8 +4,6 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.exceptions import ConvergenceWarning
 
 from runtime_ref.errors import InputError
 
@@ -24,7 +22,7 @@ def equal_clusters(
 ) -> np.ndarray:
     """Order tokens by cluster, V/C to each as `ClusterTable` has them, so that the rows of a cluster lie close.
 
-    Rows that are all alike, thousands of unused tokens in some checkpoints, fill clusters of their own.
+    Rows that are all alike, thousands of unused tokens in some checkpoints, fill clusters nearly of their own.
 
     Args:
         rows: [V, E] float32, finite.
@@ -42,6 +40,10 @@ def equal_clusters(
     if not np.isfinite(rows).all():
         bad = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
         raise InputError(f"the embedding of token {bad} holds NaN or infinity; restore the drafter checkpoint")
+    # Importing it takes a second, which other commands need not wait.
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     means = MiniBatchKMeans(
         num_clusters,
         init="random",

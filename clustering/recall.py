@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import numpy as np
-from sklearn.linear_model import RidgeCV
 
 PENALTIES = (0.1, 0.3, 1, 3, 10, 100)  # relative to the states' mean square
 _BLOCK = 1 << 25  # logits computed at once
@@ -36,6 +35,8 @@ def fit_centroids(states: np.ndarray, best: np.ndarray, means: np.ndarray) -> np
     means miss, over states [N, E] that the drafter produces and their best logits [N, C]. The penalty is chosen by
     leave-one-out error, up to one that leaves the means as they are.
     """
+    from sklearn.linear_model import RidgeCV  # takes a second to import
+
     states = states.astype(np.float64)
     mean_square = float((states * states).sum()) / states.shape[1]
     ridge = RidgeCV([share * mean_square for share in PENALTIES], fit_intercept=False)

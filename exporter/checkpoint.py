@@ -144,7 +144,7 @@ def drafter_weights(
         embedding, members = weights.pop("head.weight"), torch.from_numpy(table.members)
         weights["head.centroids"] = lambda: torch.from_numpy(table.centroids)
         weights["head.clusters"] = lambda: embedding()[members.flatten()].reshape(len(members), -1)
-        weights["head.token_ids"] = lambda: members
+        weights["head.token_ids"] = members.float
     return weights
 
 

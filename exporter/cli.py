@@ -5,19 +5,17 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from clustering.kmeans import default_clusters
 from clustering.table import load_table
 from exporter.backends import BACKENDS
 from exporter.bundle import RECIPES, ExportOptions, check_output, export_bundle
-from exporter.checkpoint import Checkpoint
-from exporter.clusters import RECALL, STEPS, Clustering, make_clusters
-from exporter.config import read_drafter_config
+from exporter.clusters import Clustering, ClusterOptions, cluster_steps, make_clusters
 from exporter.console import facts_table, human_bytes, parity_table, progress_bar, recall_table, stats_line
 from exporter.demo import PAIR, PROMPTS
 from exporter.files import check_file, write_file
@@ -25,7 +23,6 @@ from exporter.inspection import inspect as inspect_path
 from exporter.pair import Pair, open_pair
 from exporter.parity import Check, open_source, run_parity
 from exporter.plots import check_picture, recall_picture
-from exporter.states import drafting_states, lone_states, prompt_passes, random_prompts
 from runtime_ref.decoder import Options
 from runtime_ref.decoder import generate as generate_tokens
 from runtime_ref.engine import Engine, open_engine
@@ -142,7 +139,7 @@ def export(
         if cluster_table is not None:
             table, top_k = load_table(cluster_table, pair.drafter.text.vocab_size, pair.drafter.text.hidden_size)
         else:
-            clustering = _cluster(pair, drafter, [], clusters, RECALL, top_k_clusters, 0)
+            clustering = _cluster(drafter, pair, ClusterOptions(clusters, top_k_clusters))
             table, top_k = clustering.table, clustering.top_k
         pair = pair.with_clusters(table, top_k if top_k_clusters is None else top_k_clusters, "kmeans")
     else:
@@ -158,7 +155,10 @@ def export(
 @click.option("--prompt-ids", type=DIRECTORY, help="JSON file of token ids to draft on, else random ones.")
 @clusters_option
 @click.option(
-    "--recall", type=click.FloatRange(0, 1, min_open=True), default=RECALL, help="Keep as few clusters as reach this."
+    "--recall",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=ClusterOptions.recall,
+    help="Keep as few clusters as reach this.",
 )
 @top_k_option
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the k-means.")
@@ -190,20 +190,17 @@ def cluster(
     started = time.perf_counter()
     pair = None if target is None else open_pair(target, drafter, "dense")
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
-    clustering = _cluster(pair, drafter, prompts, clusters, recall, top_k_clusters, seed)
-    states = "the drafter alone on random input" if pair is None else "drafting on the prompts"
-    states = "drafting on random prompts" if pair is not None and not prompts else states
-    seconds, peak = time.perf_counter() - started, _peak_bytes()
+    clustering = _cluster(drafter, pair, ClusterOptions(clusters, top_k_clusters, recall, seed), prompts)
+    facts = {**clustering.facts(), "seconds": time.perf_counter() - started, "peak_bytes": _peak_bytes()}
     if output is not None:
         write_file(output, clustering.table.to_bytes(clustering.top_k))
     if report is not None:
-        write_file(report, recall_picture(clustering, states, report))
-    facts = {**clustering.facts(), "states": states, "seconds": seconds, "peak_bytes": peak}
+        write_file(report, recall_picture(clustering, report))
     if as_json:
         click.echo(json.dumps(facts))
     else:
         out.print(recall_table(facts))
-    err.print(f"clustered in {seconds:.0f} s, peak memory {human_bytes(peak)}")
+    err.print(f"clustered in {facts['seconds']:.0f} s, peak memory {human_bytes(facts['peak_bytes'])}")
 
 
 @cli.command()
@@ -352,28 +349,10 @@ def _peak_bytes() -> int:
 
 
 def _cluster(
-    pair: Pair | None,
-    drafter_dir: Path,
-    prompts: list[list[int]],
-    clusters: int | None,
-    recall: float,
-    top_k: int | None,
-    seed: int,
+    drafter: Path, pair: Pair | None, options: ClusterOptions, prompts: Sequence[Sequence[int]] = ()
 ) -> Clustering:
-    """Clusters for a pair's drafter, judged while it drafts on prompts (random ones if there are none), or for a
-    drafter alone.
-    """
-    config, checkpoint = read_drafter_config(drafter_dir), Checkpoint(drafter_dir)
-    vocab_size = config.text.vocab_size
-    prompts = prompts or random_prompts(vocab_size)
-    passes = 0 if pair is None else prompt_passes(prompts)
-    with progress_bar(err, "clusters", passes + STEPS) as progress:
-        if pair is None:
-            states = lone_states(checkpoint, config)
-        else:
-            states = drafting_states(pair, prompts, lambda: progress("drafting", 1))
-        count = default_clusters(vocab_size) if clusters is None else clusters
-        return make_clusters(checkpoint, config, states.numpy(), count, recall, top_k, seed, progress)
+    with progress_bar(err, "clusters", cluster_steps(pair, prompts)) as progress:
+        return make_clusters(drafter, pair, options, prompts, progress)
 
 
 def _speak(engine: Engine, tokenizer: TextTokenizer | None, prompt: list[int], options: Options) -> None:

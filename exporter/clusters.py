@@ -1,37 +1,53 @@
 """Make the clusters of a drafter's two-stage head, and say how often its first stage keeps the best token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clustering.kmeans import ITERATIONS, equal_clusters
+from clustering.kmeans import ITERATIONS, default_clusters, equal_clusters
 from clustering.recall import best_logits, cluster_ranks, fit_centroids, recall_curve
 from clustering.table import ClusterTable
 from exporter.checkpoint import DRAFTER_EMBEDDING, Checkpoint, read_cluster_table
-from exporter.config import DrafterConfig
+from exporter.config import read_drafter_config
+from exporter.pair import Pair
+from exporter.states import drafting_states, lone_states, prompt_passes, random_prompts
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 
-RECALL = 0.99  # that a default number of clusters must reach
 MIN_STATES = 1024  # half of them judge: with fewer, one in a hundred is a matter of luck
 MAX_STATES = 16384
 
-# Steps that `make_clusters` reports.
-STEPS = 1 + ITERATIONS + 16
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """What the user chose.
+
+    No `num_clusters` means the default for the vocabulary; no `top_k` means as few as keep the best token of a share
+    `recall` of the states.
+    """
+
+    num_clusters: int | None = None
+    top_k: int | None = None
+    recall: float = 0.99
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Clustering:
     """Clusters, how many of them to keep, and the recall [C] of keeping 1, 2, .. C, on states nothing was fitted on.
 
-    `checkpoint_recall` is that of the clusters which the drafter's checkpoint has, on the same states.
+    `states` says where those came from, and `checkpoint_recall` is that of the clusters which the drafter's checkpoint
+    has, on the same states.
     """
 
     table: ClusterTable
     top_k: int
     recall: np.ndarray
     num_states: int
+    states: str
     checkpoint_recall: np.ndarray | None
 
     def facts(self) -> dict[str, Any]:
@@ -54,53 +70,72 @@ class Clustering:
             "recall": float(self.recall[self.top_k - 1]),
             "checkpoint_clusters": None if theirs is None else len(theirs),
             "num_states": self.num_states,
+            "states": self.states,
             "curve": curve,
         }
 
 
+def cluster_steps(pair: Pair | None, prompts: Sequence[Sequence[int]]) -> int:
+    """How many steps `make_clusters` reports."""
+    passes = 0 if pair is None else prompt_passes(prompts or random_prompts(pair.target.vocab_size))
+    return passes + 1 + ITERATIONS + 16
+
+
 def make_clusters(
-    checkpoint: Checkpoint,
-    config: DrafterConfig,
-    states: np.ndarray,
-    num_clusters: int,
-    recall: float = RECALL,
-    top_k: int | None = None,
-    seed: int = 0,
+    drafter_dir: Path,
+    pair: Pair | None,
+    options: ClusterOptions = ClusterOptions(),
+    prompts: Sequence[Sequence[int]] = (),
     progress: Progress = lambda *_: None,
 ) -> Clustering:
-    """Cluster a drafter's output embedding.
+    """Cluster a drafter's output embedding. Of the states, the first half fits centroids and the second judges them.
 
     Args:
-        states: [N, E] float32, of the drafter before its head. Centroids are fitted on the first half; the second
-            half, of other tokens, judges them.
-        num_clusters: C, at most V.
-        recall: share of states whose best token must survive, where `top_k` does not say how many clusters to keep.
-        progress: told of `STEPS` steps.
+        drafter_dir: its checkpoint.
+        pair: the same drafter with its target, to judge by states of real drafting; without it the drafter runs alone.
+        prompts: token ids to draft on with the target, random ones if there are none.
+        progress: told of `cluster_steps` steps.
 
     Raises:
-        InputError: too few states, or more clusters than tokens.
+        InputError: an unusable checkpoint, too few states, or more clusters than tokens.
     """
+    config, checkpoint = read_drafter_config(drafter_dir), Checkpoint(drafter_dir)
+    vocab_size = config.text.vocab_size
+    clusters = default_clusters(vocab_size) if options.num_clusters is None else options.num_clusters
+    if not 0 < clusters <= vocab_size:
+        raise InputError(f"--clusters is {clusters}, expected 1 to {vocab_size}, the size of the vocabulary")
+    if options.top_k is not None and not 0 < options.top_k <= clusters:
+        raise InputError(f"--top-k-clusters is {options.top_k}, expected 1 to {clusters}, the clusters there are")
+    theirs = read_cluster_table(checkpoint, config)
+    rows = checkpoint.load(DRAFTER_EMBEDDING).numpy()
+    if pair is None:
+        states, source = lone_states(checkpoint, config).numpy(), "the drafter alone on random input"
+    else:
+        source = "drafting on the prompts" if prompts else "drafting on random prompts"
+        prompts = prompts or random_prompts(vocab_size)
+        states = drafting_states(pair.dense, prompts, lambda: progress("drafting", 1)).numpy()
     if len(states) < MIN_STATES:
         raise InputError(
             f"the prompts give {len(states)} states to fit and judge clusters by, expected {MIN_STATES} or more; give"
             " longer prompts, four states come of each token"
         )
+    if not np.isfinite(states).all():
+        raise InputError(f"{drafter_dir}: its states are not finite while it drafts; restore both checkpoints")
     states = states[np.linspace(0, len(states) - 1, min(len(states), MAX_STATES)).astype(np.int64)]
     half = len(states) // 2
-    rows = checkpoint.load(DRAFTER_EMBEDDING).numpy()
-    ordering = equal_clusters(rows, num_clusters, seed, lambda: progress("k-means", 1))
-    means = np.stack([rows[tokens].mean(0) for tokens in np.array_split(ordering, num_clusters)])
+    ordering = equal_clusters(rows, clusters, options.seed, lambda: progress("k-means", 1))
+    means = np.stack([rows[tokens].mean(0) for tokens in np.array_split(ordering, clusters)])
     members = ClusterTable(means, ordering).members
     best = best_logits(states, rows, members, lambda: progress("recall", 1))
     table = ClusterTable(fit_centroids(states[:half], best[:half], means), ordering)
-    curve = recall_curve(cluster_ranks(states[half:], best[half:], table.centroids), num_clusters)
-    theirs = read_cluster_table(checkpoint, config)
+    curve = recall_curve(cluster_ranks(states[half:], best[half:], table.centroids), clusters)
     if theirs is not None:
         ranks = cluster_ranks(states[half:], best_logits(states[half:], rows, theirs.members), theirs.centroids)
     return Clustering(
         table=table,
-        top_k=int(np.searchsorted(curve, recall)) + 1 if top_k is None else top_k,
+        top_k=int(np.searchsorted(curve, options.recall)) + 1 if options.top_k is None else options.top_k,
         recall=curve,
         num_states=len(states) - half,
+        states=source,
         checkpoint_recall=None if theirs is None else recall_curve(ranks, len(theirs.centroids)),
     )

@@ -4,7 +4,6 @@ import io
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from exporter.clusters import Clustering
 from runtime_ref.errors import InputError
@@ -18,8 +17,10 @@ def check_picture(file: Path) -> None:
         raise InputError(f"{file}: a picture's name ends in one of {', '.join(FORMATS)}; choose another --report")
 
 
-def recall_picture(clustering: Clustering, states: str, file: Path) -> bytes:
+def recall_picture(clustering: Clustering, file: Path) -> bytes:
     """Recall against work, in the format of the file's name: the chosen point, and the checkpoint's own clusters."""
+    from matplotlib.figure import Figure  # takes a second to import
+
     tokens = len(clustering.table.token_ordering)
 
     def work(clusters: int) -> np.ndarray:
@@ -51,7 +52,7 @@ def recall_picture(clustering: Clustering, states: str, file: Path) -> bytes:
     axes.yaxis.set_major_formatter("{x:g} %")
     axes.set_xlabel("multiplications, as a share of the dense head's (1, 2, 3 .. clusters kept)")
     axes.set_ylabel("drafts whose best token survives")
-    axes.set_title(f"Two-stage logits: {clustering.num_states} states, {states}")
+    axes.set_title(f"Two-stage logits: {clustering.num_states} states, {clustering.states}")
     axes.grid(color="0.9")
     axes.legend(loc="lower right", frameon=False)
     stream = io.BytesIO()

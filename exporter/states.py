@@ -33,7 +33,7 @@ def prompt_passes(prompts: Sequence[Sequence[int]]) -> int:
 
 @torch.no_grad()
 def drafting_states(pair: Pair, prompts: Sequence[Sequence[int]], progress: Callable[[], None]) -> Tensor:
-    """States of draft steps after every token of the prompts, for a pair whose head is dense.
+    """States of draft steps after every token of the prompts, for a pair with a dense head.
 
     The target's weights stay in their file: a matrix is widened to float32 while it is used, so that a target of any
     size needs little memory.

@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import threadpoolctl
 import torch
 
 from exporter.backends import BACKENDS
@@ -17,6 +18,7 @@ from tests.pairs import SHAPES, save_pair
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+threadpoolctl.threadpool_limits(1)
 torch.set_grad_enabled(False)
 
 Directories = tuple[Path, Path]
@@ -43,23 +45,30 @@ def bundle(
 ) -> Iterator[Callable[..., Path]]:
     """The bundle of a shape and backend; tests that change one work on a copy.
 
+    `kmeans` is the shape `dense` with clusters of its own, in a number that does not divide its vocabulary.
+
     Lowering to ExecuTorch takes a minute each, so a whole run makes all of those at once, in processes of their own.
     """
     directory = tmp_path_factory.mktemp("bundles")
+
+    def arguments(name: str, backend: str) -> tuple[Path, Path, Path, str, int | None]:
+        shape, clusters = ("dense", 48) if name == "kmeans" else (name, None)
+        return *pair_dirs(shape), directory / f"{name}-{backend}", backend, clusters
+
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
 
         @functools.cache
         def lowered(name: str) -> Future[Path]:
-            return pool.submit(export, *pair_dirs(name), directory / f"{name}-executorch", "executorch")
+            return pool.submit(export, *arguments(name, "executorch"))
 
         @functools.cache
         def make(name: str, backend: str) -> Path:
             if backend == "executorch":
                 return lowered(name).result()
-            return export(*pair_dirs(name), directory / name, backend)
+            return export(*arguments(name, backend))
 
         if len(request.session.items) > 200:
-            for name in ("dense", "e4b", "demo", *SHAPES):
+            for name in ("dense", "e4b", "demo", "kmeans", *SHAPES):
                 lowered(name)
         yield lambda name, backend="onnx": make(name, backend)
         pool.shutdown(cancel_futures=True)

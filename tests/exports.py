@@ -2,14 +2,21 @@
 
 from pathlib import Path
 
+import threadpoolctl
 import torch
 
 from exporter.bundle import ExportOptions, export_bundle
+from exporter.clusters import ClusterOptions, make_clusters
 from exporter.pair import open_pair
 
 
-def export(target: Path, drafter: Path, output: Path, backend: str) -> Path:
-    """Write a bundle with the context that the tests expect, and return where it is."""
+def export(target: Path, drafter: Path, output: Path, backend: str, clusters: int | None = None) -> Path:
+    """Write a bundle with the context that the tests expect, and return where it is; `clusters` asks for new ones."""
     torch.set_num_threads(1)
-    export_bundle(open_pair(target, drafter), output, ExportOptions(backend, max_seq_len=300))
+    threadpoolctl.threadpool_limits(1)
+    pair = open_pair(target, drafter)
+    if clusters is not None:
+        made = make_clusters(drafter, pair, ClusterOptions(clusters))
+        pair = pair.with_clusters(made.table, made.top_k, "kmeans")
+    export_bundle(pair, output, ExportOptions(backend, max_seq_len=300))
     return output

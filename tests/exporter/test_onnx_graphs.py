@@ -24,7 +24,7 @@ def test_kv_shared_layers_run_on_the_output_rows_alone(bundle: Callable[[str], P
 
 
 def test_drafter_head_stays_sparse(bundle: Callable[[str], Path]) -> None:
-    """No tensor in the drafter has a dimension of V but the target's embedding; the table has one row a cluster."""
+    """No tensor of the drafter is of size V but the target's embedding; the table has one row a cluster."""
     shape = SHAPES["odd"]
     model = ir.load(bundle("odd") / "drafter.onnx")
     values = [value for node in model.graph for value in node.outputs] + list(model.graph.initializers.values())

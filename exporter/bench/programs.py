@@ -1,6 +1,8 @@
 """Small modules as each backend's runtime runs them, without the rest of a bundle."""
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import onnxruntime as ort
 import torch
@@ -10,24 +12,29 @@ from torch.export import export
 
 from exporter.backends.executorch import lower
 from exporter.backends.onnx import OPSET
+from runtime_ref.quiet import EXECUTORCH, quiet
 
 Run = Callable[..., list[Tensor]]
 
 
 def lowered(module: nn.Module, *examples: Tensor) -> Run:
     """The module on ExecuTorch."""
-    program = Runtime.get().load_program(lower({"forward": export(module.eval(), examples, strict=False)}).buffer)
-    method = program.load_method("forward")
+    with quiet(*EXECUTORCH):
+        program = Runtime.get().load_program(lower({"forward": export(module.eval(), examples, strict=False)}).buffer)
+        method = program.load_method("forward")
     assert method is not None
     return lambda *inputs: (program, list(method.execute(inputs)))[1]  # the program must outlive its method
 
 
 def converted(module: nn.Module, *examples: Tensor) -> Run:
-    """The module on ONNX Runtime."""
-    program = torch.onnx.export(module.eval(), examples, dynamo=True, opset_version=OPSET, verbose=False)
-    assert program is not None
-    model = program.model_proto.SerializeToString()
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    """The module on ONNX Runtime, with one thread."""
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), tempfile.TemporaryDirectory() as directory:
+        program = torch.onnx.export(module.eval(), examples, dynamo=True, opset_version=OPSET, verbose=False)
+        assert program is not None
+        program.save(Path(directory) / "model.onnx", external_data=True)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = ort.InferenceSession(Path(directory) / "model.onnx", options, providers=["CPUExecutionProvider"])
     names = [port.name for port in session.get_inputs()]
     return lambda *inputs: [
         torch.from_numpy(array)

@@ -1,0 +1,72 @@
+"""Clusters of equal size."""
+
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans
+
+from clustering.kmeans import default_clusters, equal_clusters
+from clustering.table import ClusterTable
+from runtime_ref.errors import InputError
+
+
+def rows(count: int, seed: int = 0, centers: int = 12) -> np.ndarray:
+    """Rows [count, 16] in as many heaps as there are centers."""
+    generator = np.random.default_rng(seed)
+    heaps = 4 * generator.standard_normal((centers, 16))
+    return (heaps[generator.integers(0, centers, count)] + generator.standard_normal((count, 16))).astype(np.float32)
+
+
+def spread(embedding: np.ndarray, ordering: np.ndarray, clusters: int) -> float:
+    """Mean square distance of rows from the mean of their cluster."""
+    parts = [embedding[part] for part in np.array_split(ordering, clusters)]
+    return float(np.mean(np.concatenate([((part - part.mean(0)) ** 2).sum(1) for part in parts])))
+
+
+@pytest.mark.parametrize(("tokens", "clusters"), [(512, 32), (500, 32), (33, 32), (40, 40), (7, 1), (1, 1), (3000, 7)])
+def test_each_token_is_in_one_of_equal_clusters(tokens: int, clusters: int) -> None:
+    table = ClusterTable(np.zeros((clusters, 16), np.float32), equal_clusters(rows(tokens), clusters))
+    table.check("made")
+    members = table.members
+    assert members.shape == (clusters, -(-tokens // clusters))
+    different = [len(set(cluster)) for cluster in members.tolist()]
+    assert sum(different) == tokens
+    assert max(different) - min(different) <= 1
+
+
+def test_rows_of_a_cluster_lie_close() -> None:
+    """Nearly as close as in unequal clusters of scikit-learn, where rows are in no heaps that sizes could break up."""
+    embedding = rows(2048, centers=1)
+    found = spread(embedding, equal_clusters(embedding, 64), 64)
+    free = KMeans(64, n_init=1, random_state=0).fit(embedding).inertia_ / len(embedding)
+    assert free < found < 1.1 * free
+    assert found < 0.7 * spread(embedding, np.arange(len(embedding)), 64)
+
+
+def test_depends_on_the_seed_alone() -> None:
+    embedding = rows(600)
+    assert np.array_equal(equal_clusters(embedding, 24, seed=3), equal_clusters(embedding, 24, seed=3))
+    assert not np.array_equal(equal_clusters(embedding, 24, seed=3), equal_clusters(embedding, 24, seed=4))
+
+
+@pytest.mark.parametrize("copied", [300, 1000, 1024], ids=["a third", "nearly all", "all"])
+def test_copies_of_one_row_stay_among_themselves(copied: int) -> None:
+    """Unused tokens have one embedding: it may be zero, and there may be thousands of them."""
+    embedding = rows(1024)
+    embedding[:copied] = 0
+    clusters = equal_clusters(embedding, 64).reshape(64, 16)
+    with_copies = sum((cluster < copied).any() for cluster in clusters)
+    assert with_copies <= 1.5 * copied / 16
+
+
+def test_refuses_what_cannot_be_clustered() -> None:
+    with pytest.raises(InputError, match=r"--clusters is 11, expected 1 to 10, the size of the vocabulary"):
+        equal_clusters(rows(10), 11)
+    broken = rows(10)
+    broken[7, 3] = np.nan
+    with pytest.raises(InputError, match=r"embedding of token 7 holds NaN"):
+        equal_clusters(broken, 2)
+
+
+def test_default_is_googles_number() -> None:
+    assert default_clusters(262144) == 2048
+    assert default_clusters(1) == 1
