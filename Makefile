@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test bench lint types clean
 
 demo: .venv/installed
 	$(BIN)/gemma-mtp-export demo
 
 test: .venv/installed-dev
 	$(BIN)/pytest
+
+bench: .venv/installed
+	$(BIN)/python -m exporter.bench.heads
+	$(BIN)/python -m exporter.bench.acceptance
+	$(BIN)/python -m exporter.bench.clusters
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

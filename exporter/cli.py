@@ -352,7 +352,13 @@ def _cluster(
     drafter: Path, pair: Pair | None, options: ClusterOptions, prompts: Sequence[Sequence[int]] = ()
 ) -> Clustering:
     with progress_bar(err, "clusters", cluster_steps(pair, prompts)) as progress:
-        return make_clusters(drafter, pair, options, prompts, progress)
+        clustering = make_clusters(drafter, pair, options, prompts, progress)
+    if (share := clustering.share_of_dense_head) > 0.5:
+        err.print(
+            f"warning: keeping {clustering.top_k} clusters takes {share:.0%} of a dense head's work; a dense head"
+            " (--head dense) may be faster, or ask for less with --top-k-clusters"
+        )
+    return clustering
 
 
 def _speak(engine: Engine, tokenizer: TextTokenizer | None, prompt: list[int], options: Options) -> None:

@@ -50,15 +50,27 @@ class Clustering:
     states: str
     checkpoint_recall: np.ndarray | None
 
+    @property
+    def share_of_dense_head(self) -> float:
+        """Multiplications of both stages, as a share of the dense head's."""
+        return self._share(self.top_k)
+
+    def _share(self, top_k: int) -> float:
+        return (len(self.recall) + self._scored(top_k)) / len(self.table.token_ordering)
+
+    def _scored(self, top_k: int) -> int:
+        """Tokens in so many clusters."""
+        return min(top_k * self.table.sizes(top_k).cluster_size, len(self.table.token_ordering))
+
     def facts(self) -> dict[str, Any]:
         """Everything but the table itself, for people and machines."""
         sizes, tokens = self.table.sizes(self.top_k), len(self.table.token_ordering)
         theirs = self.checkpoint_recall
         curve = []
         for k in sorted({2**i for i in range(len(self.recall).bit_length())} | {self.top_k, len(self.recall)}):
-            scored = min(k * sizes.cluster_size, tokens)
+            scored = self._scored(k)
             row = {"top_k_clusters": k, "tokens_scored": scored, "recall": float(self.recall[k - 1])}
-            row["share_of_dense_head"] = (sizes.num_clusters + scored) / tokens
+            row["share_of_dense_head"] = self._share(k)
             if theirs is not None:  # at as many tokens, if a cluster of theirs is not larger than that
                 as_many = scored * len(theirs) // tokens
                 row["checkpoint_recall"] = float(theirs[as_many - 1]) if as_many else None
@@ -107,7 +119,6 @@ def make_clusters(
     if options.top_k is not None and not 0 < options.top_k <= clusters:
         raise InputError(f"--top-k-clusters is {options.top_k}, expected 1 to {clusters}, the clusters there are")
     theirs = read_cluster_table(checkpoint, config)
-    rows = checkpoint.load(DRAFTER_EMBEDDING).numpy()
     if pair is None:
         states, source = lone_states(checkpoint, config).numpy(), "the drafter alone on random input"
     else:
@@ -123,6 +134,7 @@ def make_clusters(
         raise InputError(f"{drafter_dir}: its states are not finite while it drafts; restore both checkpoints")
     states = states[np.linspace(0, len(states) - 1, min(len(states), MAX_STATES)).astype(np.int64)]
     half = len(states) // 2
+    rows = checkpoint.load(DRAFTER_EMBEDDING).numpy()
     ordering = equal_clusters(rows, clusters, options.seed, lambda: progress("k-means", 1))
     means = np.stack([rows[tokens].mean(0) for tokens in np.array_split(ordering, clusters)])
     members = ClusterTable(means, ordering).members

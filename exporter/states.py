@@ -82,7 +82,8 @@ def lone_states(checkpoint: Checkpoint, config: DrafterConfig) -> Tensor:
     generator, width = torch.Generator().manual_seed(0), config.backbone_hidden_size
     table = torch.randn(NUM_STATES, width, generator=generator) / width**0.5
     readers = drafter_weights(checkpoint, config, None, {"embed_tokens.weight": lambda: table})
-    drafter = load_module(lambda: Drafter(config, None), readers)
+    # The head is as large as all the rest, and no state depends on it.
+    drafter = load_module(lambda: Drafter(config, None), {**readers, "head.weight": lambda: torch.empty(0)})
     text, kv = config.text, {}
     for kind in set(text.layer_types):
         sizes = text.attention(kind)
