@@ -5,11 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from runtime_ref.errors import InputError
-
 ITERATIONS = 10  # of balancing; most rows stay where they are after five
 _STAGES = 8  # of filling clusters; what is left then is mostly copies of one row, which may go anywhere
-_BLOCK = 4096  # rows scored at once, 32 MB of scores at 2048 clusters
+_SCORES = 1 << 23  # computed at once: 4096 rows at 2048 clusters, 32 MB
 
 
 def default_clusters(vocab_size: int) -> int:
@@ -25,21 +23,13 @@ def equal_clusters(
     Rows that are all alike, thousands of unused tokens in some checkpoints, fill clusters nearly of their own.
 
     Args:
-        rows: [V, E] float32, finite.
+        rows: [V, E] float32, with finite norms.
         num_clusters: C, at most V.
         progress: called after each of `1 + ITERATIONS` steps.
 
     Returns:
         Token ids [V] int64.
-
-    Raises:
-        InputError: more clusters than rows, or a row that is not finite.
     """
-    if not 0 < num_clusters <= len(rows):
-        raise InputError(f"--clusters is {num_clusters}, expected 1 to {len(rows)}, the size of the vocabulary")
-    if not np.isfinite(rows).all():
-        bad = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
-        raise InputError(f"the embedding of token {bad} holds NaN or infinity; restore the drafter checkpoint")
     # Importing it takes a second, which other commands need not wait.
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -48,7 +38,7 @@ def equal_clusters(
         num_clusters,
         init="random",
         n_init=1,
-        batch_size=4 * _BLOCK,
+        batch_size=16384,
         max_iter=5,
         random_state=seed,
         compute_labels=False,
@@ -59,10 +49,11 @@ def equal_clusters(
     progress()
     large = len(rows) % num_clusters
     room = np.full(num_clusters, len(rows) // num_clusters) + (np.arange(num_clusters) < large)
-    for _ in range(ITERATIONS):
+    ordering = _fill(rows, centers, room)
+    progress()
+    for _ in range(ITERATIONS - 1):
+        centers = np.stack([rows[tokens].mean(0) for tokens in np.array_split(ordering, num_clusters)])
         ordering = _fill(rows, centers, room)
-        clusters = np.array_split(ordering, num_clusters)
-        centers = np.stack([rows[tokens].mean(0) for tokens in clusters])
         progress()
     return ordering
 
@@ -95,8 +86,9 @@ def _nearest(rows: np.ndarray, tokens: np.ndarray, centers: np.ndarray) -> tuple
     """For each token the index of the nearest center, and how much nearer it is than the second nearest."""
     half_norms = (centers * centers).sum(1) / 2
     nearest, loss = np.empty(len(tokens), np.int64), np.empty(len(tokens), np.float32)
-    for start in range(0, len(tokens), _BLOCK):
-        block = slice(start, start + _BLOCK)
+    step = max(1, _SCORES // len(centers))
+    for start in range(0, len(tokens), step):
+        block = slice(start, start + step)
         scores = rows[tokens[block]] @ centers.T - half_norms  # the largest belongs to the smallest distance
         best = scores.argmax(1)
         at = np.arange(len(best)), best

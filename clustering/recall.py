@@ -16,12 +16,16 @@ def best_logits(
     `progress` is called 16 times or less.
     """
     best = np.empty((len(states), len(members)), np.float32)
-    step = max(1, min(-(-len(members) // 16), _BLOCK // (len(states) * members.shape[1])))
+    # A cluster may be the whole vocabulary, and there may be as many clusters as tokens.
+    tall = max(1, min(len(states), _BLOCK // members.shape[1]))
+    wide = max(1, min(-(-len(members) // 16), _BLOCK // (tall * members.shape[1])))
     reported = 0
-    for start in range(0, len(members), step):
-        part = members[start : start + step]
-        logits = states @ rows[part.reshape(-1)].T
-        best[:, start : start + step] = logits.reshape(len(states), *part.shape).max(2)
+    for start in range(0, len(members), wide):
+        part = members[start : start + wide]
+        some = rows[part.reshape(-1)].T
+        for top in range(0, len(states), tall):
+            logits = states[top : top + tall] @ some
+            best[top : top + tall, start : start + wide] = logits.reshape(-1, *part.shape).max(2)
         if 16 * (start + len(part)) // len(members) > reported:
             reported += 1
             progress()
@@ -33,7 +37,7 @@ def fit_centroids(states: np.ndarray, best: np.ndarray, means: np.ndarray) -> np
 
     A mean row scores the average token, but the first stage must find the best one. Ridge regression of what the
     means miss, over states [N, E] that the drafter produces and their best logits [N, C]. The penalty is chosen by
-    leave-one-out error, up to one that leaves the means as they are.
+    leave-one-out error, up to one that all but leaves the means as they are.
     """
     from sklearn.linear_model import RidgeCV  # takes a second to import
 

@@ -22,6 +22,21 @@ class TwoStageSizes:
     cluster_size: int
     top_k_clusters: int
 
+    @classmethod
+    def of(cls, vocab_size: int, num_clusters: int, top_k: int) -> "TwoStageSizes":
+        """Sizes for a vocabulary; where the clusters do not divide it, the larger size counts.
+
+        Raises:
+            InputError: more clusters than tokens, or more to keep than there are.
+        """
+        if not 0 < num_clusters <= vocab_size:
+            raise InputError(
+                f"{num_clusters} clusters asked for, expected 1 to {vocab_size}, the size of the vocabulary"
+            )
+        if not 0 < top_k <= num_clusters:
+            raise InputError(f"{top_k} clusters are to be kept, expected 1 to {num_clusters}, the clusters there are")
+        return cls(num_clusters, -(-vocab_size // num_clusters), top_k)
+
 
 @dataclass(frozen=True)
 class ClusterTable:
@@ -51,8 +66,7 @@ class ClusterTable:
 
     def sizes(self, top_k: int) -> TwoStageSizes:
         """Sizes of a two-stage head that keeps the best `top_k` of these clusters."""
-        clusters = len(self.centroids)
-        return TwoStageSizes(clusters, -(-len(self.token_ordering) // clusters), top_k)
+        return TwoStageSizes.of(len(self.token_ordering), len(self.centroids), top_k)
 
     @property
     def members(self) -> np.ndarray:
@@ -79,7 +93,7 @@ def load_table(file: Path, vocab_size: int, hidden_size: int) -> tuple[ClusterTa
         with safe_open(file, "numpy") as opened:
             metadata = opened.metadata() or {}
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not iterable itself
-    except (SafetensorError, OSError, TypeError) as error:
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last for dtypes numpy has not
         raise InputError(f"{file}: not a readable cluster table ({error}); make one with `cluster --output`") from error
     for name, columns, kind in ((CENTROIDS, (hidden_size,), "f"), (TOKEN_ORDERING, (), "i")):
         if name not in found:
@@ -89,7 +103,8 @@ def load_table(file: Path, vocab_size: int, hidden_size: int) -> tuple[ClusterTa
                 f"{file}: tensor {name} is {found[name].dtype} {list(found[name].shape)}, the drafter's hidden size is"
                 f" {hidden_size}; make a table for this drafter"
             )
-    table = ClusterTable(found[CENTROIDS].astype(np.float32), found[TOKEN_ORDERING].astype(np.int64))
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite then, and refused below
+        table = ClusterTable(found[CENTROIDS].astype(np.float32), found[TOKEN_ORDERING].astype(np.int64))
     if len(table.token_ordering) != vocab_size:
         raise InputError(
             f"{file}: orders {len(table.token_ordering)} tokens, the drafter has {vocab_size}; make a table for this"
@@ -97,6 +112,6 @@ def load_table(file: Path, vocab_size: int, hidden_size: int) -> tuple[ClusterTa
         )
     table.check(str(file))
     top_k = metadata.get(TOP_K, "")
-    if not top_k.isdecimal():
+    if not top_k.isdecimal() or len(top_k) > 9:
         raise InputError(f"{file}: the metadata has no {TOP_K}; make a table with `cluster --output`")
     return table, int(top_k)

@@ -45,10 +45,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     Raises:
         InputError: the output exists, cannot be written, or a weight is not finite; nothing is left behind.
     """
-    known = pair.target.max_position_embeddings
-    max_seq_len = min(4096, known) if options.max_seq_len is None else options.max_seq_len
-    if max_seq_len > known:
-        raise InputError(f"--max-seq-len is {max_seq_len}, the target knows {known} positions; ask for at most that")
+    max_seq_len = sequence_limit(pair, options)
     with _replacing(output, options.force) as directory:
         backend = load_backend(options.backend)
         limits = size_limits(max_seq_len, options.max_draft_tokens)
@@ -74,6 +71,22 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             },
         }
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def sequence_limit(pair: Pair, options: ExportOptions) -> int:
+    """Most tokens of prompt and answer together.
+
+    Raises:
+        InputError: the target knows fewer positions.
+    """
+    known = pair.target.max_position_embeddings
+    if options.max_seq_len is None:
+        return min(4096, known)
+    if options.max_seq_len > known:
+        raise InputError(
+            f"--max-seq-len is {options.max_seq_len}, the target knows {known} positions; ask for at most that"
+        )
+    return options.max_seq_len
 
 
 def describe(pair: Pair, backend: str) -> dict[str, Any]:

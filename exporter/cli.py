@@ -14,7 +14,7 @@ from rich.console import Console
 
 from clustering.table import load_table
 from exporter.backends import BACKENDS
-from exporter.bundle import RECIPES, ExportOptions, check_output, export_bundle
+from exporter.bundle import RECIPES, ExportOptions, check_output, export_bundle, sequence_limit
 from exporter.clusters import Clustering, ClusterOptions, cluster_steps, make_clusters
 from exporter.console import facts_table, human_bytes, parity_table, progress_bar, recall_table, stats_line
 from exporter.demo import PAIR, PROMPTS
@@ -136,6 +136,7 @@ def export(
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force)
     if head == "kmeans":
         pair = open_pair(target, drafter, "dense")
+        sequence_limit(pair, options)  # before minutes of clustering
         if cluster_table is not None:
             table, top_k = load_table(cluster_table, pair.drafter.text.vocab_size, pair.drafter.text.hidden_size)
         else:
@@ -157,8 +158,7 @@ def export(
 @click.option(
     "--recall",
     type=click.FloatRange(0, 1, min_open=True),
-    default=ClusterOptions.recall,
-    help="Keep as few clusters as reach this.",
+    help=f"Keep as few clusters as reach this.  [default: {ClusterOptions.recall}]",
 )
 @top_k_option
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the k-means.")
@@ -171,7 +171,7 @@ def cluster(
     target: Path | None,
     prompt_ids: Path | None,
     clusters: int | None,
-    recall: float,
+    recall: float | None,
     top_k_clusters: int | None,
     seed: int,
     output: Path | None,
@@ -182,15 +182,20 @@ def cluster(
     """Cluster a drafter's vocabulary, and show how many of its best tokens survive at what cost."""
     if prompt_ids is not None and target is None:
         raise click.UsageError("--prompt-ids needs --target, which reads them")
-    for file in (output, report):
-        if file is not None:
-            check_file(file, force)
+    if top_k_clusters is not None and recall is not None:
+        raise click.UsageError("give either --recall or --top-k-clusters: each says how many clusters to keep")
+    files = [file for file in (output, report) if file is not None]
+    for file in files:
+        check_file(file, force)
+    if len({file.resolve() for file in files}) < len(files):
+        raise click.UsageError("--output and --report name the same file")
     if report is not None:
         check_picture(report)
     started = time.perf_counter()
     pair = None if target is None else open_pair(target, drafter, "dense")
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
-    clustering = _cluster(drafter, pair, ClusterOptions(clusters, top_k_clusters, recall, seed), prompts)
+    options = ClusterOptions(clusters, top_k_clusters, ClusterOptions.recall if recall is None else recall, seed)
+    clustering = _cluster(drafter, pair, options, prompts)
     facts = {**clustering.facts(), "seconds": time.perf_counter() - started, "peak_bytes": _peak_bytes()}
     if output is not None:
         write_file(output, clustering.table.to_bytes(clustering.top_k))
@@ -355,8 +360,8 @@ def _cluster(
         clustering = make_clusters(drafter, pair, options, prompts, progress)
     if (share := clustering.share_of_dense_head) > 0.5:
         err.print(
-            f"warning: keeping {clustering.top_k} clusters takes {share:.0%} of a dense head's work; a dense head"
-            " (--head dense) may be faster, or ask for less with --top-k-clusters"
+            f"warning: {clustering.top_k} of {len(clustering.recall)} clusters kept takes {share:.0%} of a dense head's"
+            " work, so a dense head may be faster; try another number of clusters, or keep fewer"
         )
     return clustering
 

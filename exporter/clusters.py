@@ -9,7 +9,7 @@ import numpy as np
 
 from clustering.kmeans import ITERATIONS, default_clusters, equal_clusters
 from clustering.recall import best_logits, cluster_ranks, fit_centroids, recall_curve
-from clustering.table import ClusterTable
+from clustering.table import ClusterTable, TwoStageSizes
 from exporter.checkpoint import DRAFTER_EMBEDDING, Checkpoint, read_cluster_table
 from exporter.config import read_drafter_config
 from exporter.pair import Pair
@@ -56,11 +56,7 @@ class Clustering:
         return self._share(self.top_k)
 
     def _share(self, top_k: int) -> float:
-        return (len(self.recall) + self._scored(top_k)) / len(self.table.token_ordering)
-
-    def _scored(self, top_k: int) -> int:
-        """Tokens in so many clusters."""
-        return min(top_k * self.table.sizes(top_k).cluster_size, len(self.table.token_ordering))
+        return float(work(len(self.table.token_ordering), len(self.recall))[top_k - 1])
 
     def facts(self) -> dict[str, Any]:
         """Everything but the table itself, for people and machines."""
@@ -68,7 +64,7 @@ class Clustering:
         theirs = self.checkpoint_recall
         curve = []
         for k in sorted({2**i for i in range(len(self.recall).bit_length())} | {self.top_k, len(self.recall)}):
-            scored = self._scored(k)
+            scored = min(k * sizes.cluster_size, tokens)
             row = {"top_k_clusters": k, "tokens_scored": scored, "recall": float(self.recall[k - 1])}
             row["share_of_dense_head"] = self._share(k)
             if theirs is not None:  # at as many tokens, if a cluster of theirs is not larger than that
@@ -85,6 +81,12 @@ class Clustering:
             "states": self.states,
             "curve": curve,
         }
+
+
+def work(vocab_size: int, num_clusters: int) -> np.ndarray:
+    """Multiplications of both stages that keep 1, 2, .. C clusters, as a share of the dense head's, [C] float64."""
+    size = TwoStageSizes.of(vocab_size, num_clusters, 1).cluster_size
+    return (num_clusters + size * np.arange(1, num_clusters + 1)) / vocab_size
 
 
 def cluster_steps(pair: Pair | None, prompts: Sequence[Sequence[int]]) -> int:
@@ -114,27 +116,30 @@ def make_clusters(
     config, checkpoint = read_drafter_config(drafter_dir), Checkpoint(drafter_dir)
     vocab_size = config.text.vocab_size
     clusters = default_clusters(vocab_size) if options.num_clusters is None else options.num_clusters
-    if not 0 < clusters <= vocab_size:
-        raise InputError(f"--clusters is {clusters}, expected 1 to {vocab_size}, the size of the vocabulary")
-    if options.top_k is not None and not 0 < options.top_k <= clusters:
-        raise InputError(f"--top-k-clusters is {options.top_k}, expected 1 to {clusters}, the clusters there are")
+    TwoStageSizes.of(vocab_size, clusters, 1 if options.top_k is None else options.top_k)  # refuses what cannot be
     theirs = read_cluster_table(checkpoint, config)
     if pair is None:
         states, source = lone_states(checkpoint, config).numpy(), "the drafter alone on random input"
     else:
+        _check_prompts(prompts, pair)
         source = "drafting on the prompts" if prompts else "drafting on random prompts"
         prompts = prompts or random_prompts(vocab_size)
         states = drafting_states(pair.dense, prompts, lambda: progress("drafting", 1)).numpy()
-    if len(states) < MIN_STATES:
-        raise InputError(
-            f"the prompts give {len(states)} states to fit and judge clusters by, expected {MIN_STATES} or more; give"
-            " longer prompts, four states come of each token"
-        )
     if not np.isfinite(states).all():
         raise InputError(f"{drafter_dir}: its states are not finite while it drafts; restore both checkpoints")
+    if (different := len(np.unique(states, axis=0))) < MIN_STATES:
+        raise InputError(
+            f"{drafter_dir}: drafting gives {different} different states to fit and judge clusters by, expected"
+            f" {MIN_STATES} or more; give longer prompts, four states come of each token"
+        )
     states = states[np.linspace(0, len(states) - 1, min(len(states), MAX_STATES)).astype(np.int64)]
     half = len(states) // 2
     rows = checkpoint.load(DRAFTER_EMBEDDING).numpy()
+    if not np.isfinite(norms := np.einsum("ve,ve->v", rows, rows)).all():
+        token = int(np.isfinite(norms).argmin())
+        raise InputError(
+            f"{drafter_dir}: the embedding of token {token} is too large to square; restore the checkpoint"
+        )
     ordering = equal_clusters(rows, clusters, options.seed, lambda: progress("k-means", 1))
     means = np.stack([rows[tokens].mean(0) for tokens in np.array_split(ordering, clusters)])
     members = ClusterTable(means, ordering).members
@@ -151,3 +156,13 @@ def make_clusters(
         states=source,
         checkpoint_recall=None if theirs is None else recall_curve(ranks, len(theirs.centroids)),
     )
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], pair: Pair) -> None:
+    """Refuse prompts that the target cannot read."""
+    most, vocab_size = pair.target.max_position_embeddings, pair.target.vocab_size
+    for number, prompt in enumerate(prompts):
+        if len(prompt) > most:
+            raise InputError(f"prompt {number} has {len(prompt)} tokens, the target knows {most} positions; shorten it")
+        if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise InputError(f"prompt {number} has token {wrong[0]}, expected ids from 0 to {vocab_size - 1}")

@@ -79,9 +79,6 @@ class Pair:
         Raises:
             InputError: more clusters are to be kept than there are.
         """
-        clusters = len(table.centroids)
-        if not 0 < top_k <= clusters:
-            raise InputError(f"--top-k-clusters is {top_k}, expected 1 to {clusters}, the clusters there are")
         weights = drafter_weights(self.drafter_checkpoint, self.drafter, table, self.target_weights)
         return replace(self, table=table, two_stage=table.sizes(top_k), clusters_origin=origin, drafter_weights=weights)
 

@@ -60,7 +60,7 @@ def open_source(bundle: Path, target_dir: Path, drafter_dir: Path) -> Pair:
         return open_pair(target_dir, drafter_dir, "dense")
     try:
         origin, top_k = two_stage["origin"], int(two_stage["top_k_clusters"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{bundle / MANIFEST}: two_stage is malformed ({reason}); export again") from error
     if origin == "checkpoint":

@@ -3,9 +3,7 @@
 import io
 from pathlib import Path
 
-import numpy as np
-
-from exporter.clusters import Clustering
+from exporter.clusters import Clustering, work
 from runtime_ref.errors import InputError
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -22,20 +20,19 @@ def recall_picture(clustering: Clustering, file: Path) -> bytes:
     from matplotlib.figure import Figure  # takes a second to import
 
     tokens = len(clustering.table.token_ordering)
-
-    def work(clusters: int) -> np.ndarray:
-        scored = np.minimum(np.arange(1, clusters + 1) * -(-tokens // clusters), tokens)
-        return 100 * (clusters + scored) / tokens
-
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     ours, top_k = clustering.recall, clustering.top_k
-    x = work(len(ours))
+    x = 100 * work(tokens, len(ours))
     axes.plot(x, 100 * ours, color="black", label=f"these {len(ours)} clusters")
     theirs = clustering.checkpoint_recall
     if theirs is not None:
         axes.plot(
-            work(len(theirs)), 100 * theirs, color="black", linestyle=":", label=f"the checkpoint's {len(theirs)}"
+            100 * work(tokens, len(theirs)),
+            100 * theirs,
+            color="black",
+            linestyle=":",
+            label=f"the checkpoint's {len(theirs)}",
         )
     chosen = x[top_k - 1], 100 * ours[top_k - 1]
     axes.plot(*chosen, "o", color="black")

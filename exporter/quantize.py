@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def quantize_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Rows [.., E] as symmetric integers of 8 or 4 bits, and each row's scale: a number is integer * scale.
+    """Rows [.., E], E even, as symmetric integers of 8 or 4 bits, and each row's scale: a number is integer * scale.
 
     Returns:
         int8 [.., E] and float32 [..]. With 4 bits, int8 [.., E/2]: number i of a row, plus 8, in the lower half of

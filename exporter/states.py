@@ -21,7 +21,7 @@ RANDOM_PROMPTS, PROMPT_TOKENS = NUM_STATES // (DRAFT_STEPS * PREFILL_CHUNK), PRE
 
 
 def random_prompts(vocab_size: int) -> list[list[int]]:
-    """Seeded random token ids: on the built-in pair centroids fitted on them are as good as on text (see `cluster`)."""
+    """Seeded random token ids: on the built-in pair centroids fitted on them are as good as on text."""
     shape = (RANDOM_PROMPTS, PROMPT_TOKENS)
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -71,10 +71,10 @@ def drafting_states(pair: Pair, prompts: Sequence[Sequence[int]], progress: Call
 
 @torch.no_grad()
 def lone_states(checkpoint: Checkpoint, config: DrafterConfig) -> Tensor:
-    """States of first draft steps from random embeddings and states, over an empty cache: no target is needed.
+    """States of first draft steps from random embeddings and states, over one cache row of zeros: no target is needed.
 
-    Harder than real ones, because a real state says what comes next: on the built-in pair 83 % of these survive where
-    95 % of real ones do. Centroids fitted on them are nearly as good.
+    Harder than real ones, because a real state says what comes next: with 8 of 64 clusters of the built-in pair 84 % of
+    these keep their best token and 97 % of real ones. Centroids fitted on them are nearly as good.
 
     Returns:
         [NUM_STATES, E] float32.

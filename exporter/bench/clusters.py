@@ -72,6 +72,7 @@ DATA: dict[str, tuple[Callable[[], tuple[np.ndarray, np.ndarray]], int, int]] = 
     "generated, 262144 x 1024": (functools.partial(generated, hidden=1024), 2048, 32),
     "built-in pair, 2048 x 128": (built_in, 64, 8),
 }
+STANDING = ("generated, 262144 x 256", "built-in pair, 2048 x 128")  # the other one takes ten minutes
 
 
 def measure(data: str, method: str) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def measure(data: str, method: str) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--data", type=click.Choice(list(DATA)), multiple=True, default=[*DATA][::2], show_default=True)
+@click.option("--data", type=click.Choice(list(DATA)), multiple=True, default=STANDING, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(data: tuple[str, ...], as_json: bool) -> None:
     """Run both methods and print seconds, memory and recall."""

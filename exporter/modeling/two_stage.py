@@ -50,10 +50,10 @@ class TwoStageHead(nn.Module):
         kept = kept.reshape(-1)
         logits = self._logits(hidden, kept)
         ids = self.token_ids.index_select(0, kept).reshape(tokens, -1)
-        # Where a logit is the best one its id remains, elsewhere a number that no id reaches. On ExecuTorch comparing
-        # and choosing would take six times as long as this arithmetic.
+        # Where a logit is the best one its id remains, elsewhere a number that no id reaches, unless logits differ by
+        # less than 1e-32. On ExecuTorch comparing and choosing would take six times as long as this arithmetic.
         behind = logits.amax(-1, keepdim=True) - logits
-        return (behind * 1e30 + ids).amin(-1).to(torch.int64)
+        return (behind * 1e38 + ids).amin(-1).to(torch.int64)
 
     def _logits(self, hidden: Tensor, kept: Tensor) -> Tensor:
         """Logits [T, k*V/C] of the tokens of the kept clusters [T*k]."""

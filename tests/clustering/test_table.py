@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from clustering.table import CENTROIDS, TOKEN_ORDERING, ClusterTable, load_table
+from clustering.table import CENTROIDS, TOKEN_ORDERING, ClusterTable, TwoStageSizes, load_table
 from runtime_ref.errors import InputError
 
 TABLE = ClusterTable(np.arange(12, dtype=np.float32).reshape(3, 4), np.array([7, 2, 0, 1, 5, 6, 3, 4]))
@@ -33,6 +33,7 @@ BROKEN = {
     "more clusters than tokens": ({CENTROIDS: np.ones((9, 4), np.float32)}, r"9 clusters of 8 tokens"),
     "not finite": ({CENTROIDS: np.full((3, 4), np.inf, np.float32)}, r"centroids hold NaN or infinity"),
     "numbers for ids": ({TOKEN_ORDERING: np.arange(8, dtype=np.float32)}, r"token_ordering is float32"),
+    "far from finite": ({CENTROIDS: np.full((3, 4), 1e300)}, r"centroids hold NaN or infinity"),
     "no ordering": ({TOKEN_ORDERING: None}, r"token_ordering is missing"),
 }
 
@@ -57,3 +58,9 @@ def test_files_that_are_no_table(tmp_path: Path) -> None:
     save_file({CENTROIDS: TABLE.centroids, TOKEN_ORDERING: TABLE.token_ordering}, tmp_path / "bare")
     with pytest.raises(InputError, match="metadata has no centroid_intermediate_top_k"):
         load_table(tmp_path / "bare", 8, 4)
+
+
+@pytest.mark.parametrize(("clusters", "kept"), [(0, 1), (9, 1), (3, 0), (3, 4)])
+def test_sizes_that_cannot_be(clusters: int, kept: int) -> None:
+    with pytest.raises(InputError, match=r"expected 1 to"):
+        TwoStageSizes.of(8, clusters, kept)

@@ -211,16 +211,26 @@ def test_export_keeps_other_clusters_than_the_checkpoint_says(
 
 
 CLUSTER_ERRORS = {
-    "more clusters than tokens": (("cluster", "--clusters", 257), r"--clusters is 257, expected 1 to 256, the size of"),
+    "more clusters than tokens": (
+        ("cluster", "--clusters", 257),
+        r"257 clusters asked for, expected 1 to 256, the size of",
+    ),
     "more kept than there are": (
         ("cluster", "--clusters", 8, "--top-k-clusters", 9),
-        r"--top-k-clusters is 9, expected 1 to 8, the clusters there are",
+        r"9 clusters are to be kept, expected 1 to 8, the clusters there are",
     ),
     "no clusters at all": (("cluster", "--clusters", 0), r"'--clusters'"),
     "recall of nothing": (("cluster", "--recall", 0), r"'--recall'"),
     "prompts without a target": (("cluster", "--prompt-ids", "ids.json"), r"--prompt-ids needs --target"),
     "picture of no known kind": (("cluster", "--report", "recall.bmp"), r"recall.bmp: a picture's name ends in one of"),
-    "no such directory": (("cluster", "--output", "absent/table"), r"absent/table: its directory does not exist"),
+    "no such directory": (("cluster", "--output", "absent/table"), r"absent/table: its directory is not there"),
+    "two ways to choose": (("cluster", "--recall", 0.9, "--top-k-clusters", 3), r"give either --recall or"),
+    "one file for both": (("cluster", "--output", "x.png", "--report", "./x.png"), r"name the same file"),
+    "a device": (("cluster", "--output", "/dev/null", "--force"), r"/dev/null: exists and is not a file"),
+    "longer than the target knows": (
+        ("export", "--head", "kmeans", "--max-seq-len", 10**6),
+        r"--max-seq-len is 1000000, the target knows 131072 positions",
+    ),
     "clusters for another head": (("export", "--clusters", 8), r"go with --head kmeans"),
     "kept clusters of a dense head": (("export", "--top-k-clusters", 8), r"the head is dense; pass --head kmeans"),
     "no table": (

@@ -1,6 +1,7 @@
 """Clusters made for a drafter: on states that are really its own, for next to no acceptance lost."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -8,6 +9,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from clustering.recall import best_logits, cluster_ranks, recall_curve
 from exporter.bundle import ExportOptions, export_bundle
@@ -80,7 +82,7 @@ def test_recall_chooses_how_many_clusters_to_keep(pair_dirs: Pairs) -> None:
 
 
 def test_clusters_cost_next_to_no_drafts(pair_dirs: Pairs, tmp_path: Path) -> None:
-    """On the built-in pair: the same text, acceptance within two points of the dense head's, a tenth of the work."""
+    """On the built-in pair: the same text, acceptance within two points of the dense head's, a quarter of the work."""
     target, drafter = pair_dirs("demo")
     dense = open_pair(target, drafter, "dense")
     made = make_clusters(drafter, dense)
@@ -120,7 +122,41 @@ def test_parity_of_a_bundle_with_clusters_of_its_own(
     assert "clusters.safetensors" in manifest["files"]
 
 
-def test_too_little_to_judge_by(pair_dirs: Pairs) -> None:
+PROMPTS = {
+    "too short": ([[1, 2, 3]], r"drafting gives 12 different states .* expected 1024 or more; give longer prompts"),
+    "one prompt many times": ([[1, 2, 3]] * 300, r"drafting gives 12 different states"),
+    "beyond the vocabulary": ([[1, 256]], r"prompt 0 has token 256, expected ids from 0 to 255"),
+    "negative": ([[1], [2, -1]], r"prompt 1 has token -1, expected ids from 0 to 255"),
+    "no number that fits": ([[2**70]], r"prompt 0 has token 1180591620717411303424"),
+    "beyond the context": ([[1] * 200_000], r"prompt 0 has 200000 tokens, the target knows 131072 positions"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_that_nothing_can_be_judged_by(name: str, pair_dirs: Pairs) -> None:
+    prompts, message = PROMPTS[name]
     target, drafter = pair_dirs("dense")
-    with pytest.raises(InputError, match=r"give 12 states .* expected 1024 or more; give longer prompts"):
-        make_clusters(drafter, open_pair(target, drafter), prompts=[[1, 2, 3]])
+    with pytest.raises(InputError, match=message):
+        make_clusters(drafter, open_pair(target, drafter), prompts=prompts)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [(float("nan"), r"model.embed_tokens.weight holds NaN"), (1e30, r"embedding of token 7 is too large to square")],
+)
+def test_rows_that_cannot_be_clustered(row: float, message: str, pair_dirs: Pairs, tmp_path: Path) -> None:
+    drafter = Path(shutil.copytree(pair_dirs("dense")[1], tmp_path / "drafter"))
+    tensors = load_file(drafter / "model.safetensors")
+    tensors["model.embed_tokens.weight"][7] = row
+    save_file(tensors, drafter / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        make_clusters(drafter, None)
+
+
+def test_a_drafter_whose_states_are_all_zero(pair_dirs: Pairs, tmp_path: Path) -> None:
+    drafter = Path(shutil.copytree(pair_dirs("dense")[1], tmp_path / "drafter"))
+    tensors = load_file(drafter / "model.safetensors")
+    tensors["model.norm.weight"][:] = 0
+    save_file(tensors, drafter / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"drafting gives 1 different states"):
+        make_clusters(drafter, None)

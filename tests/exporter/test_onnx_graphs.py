@@ -1,10 +1,12 @@
 """What the exported graphs look like: in place, sparse, weights outside, nothing of the exporting machine inside."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import ShapeInferencePass
 
 from exporter.backends.onnx import stored_weights
 from exporter.config import TextConfig
@@ -23,17 +25,20 @@ def test_kv_shared_layers_run_on_the_output_rows_alone(bundle: Callable[[str], P
     assert rows == {i: "num_tokens" if i < storing else "num_outputs" for i in range(len(rows))}
 
 
-def test_drafter_head_stays_sparse(bundle: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("name", ["odd", "kmeans"])
+def test_drafter_head_stays_sparse(name: str, bundle: Callable[[str], Path]) -> None:
     """No tensor of the drafter is of size V but the target's embedding; the table has one row a cluster."""
-    shape = SHAPES["odd"]
-    model = ir.load(bundle("odd") / "drafter.onnx")
+    manifest = json.loads((bundle(name) / "manifest.json").read_text())
+    vocab_size, sizes = manifest["target"]["vocab_size"], manifest["two_stage"]
+    model = ir.load(bundle(name) / "drafter.onnx")
+    ShapeInferencePass()(model)
     values = [value for node in model.graph for value in node.outputs] + list(model.graph.initializers.values())
-    assert all(value.shape is not None for value in values if value.name in model.graph.initializers)
-    of_size_v = {v.name for v in values if v.shape is not None and shape.vocab in v.shape.dims}
+    assert [value.name for value in values if value.shape is None] == []
+    of_size_v = {value.name for value in values if vocab_size in value.shape.dims}
     assert of_size_v == {"target_embed_tokens.weight"}
     clusters = model.graph.initializers["head.clusters"]
-    size = shape.vocab // (shape.clusters or 1)
-    assert list(clusters.shape or []) == [shape.clusters, size * shape.drafter["hidden_size"]]
+    width = manifest["drafter"]["text"]["hidden_size"]
+    assert list(clusters.shape or []) == [sizes["num_clusters"], sizes["cluster_size"] * width]
 
 
 def test_embedding_is_stored_once(bundle: Callable[[str], Path]) -> None:
