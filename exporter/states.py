@@ -1,6 +1,5 @@
 """Hidden states of a drafter, as its head meets them: what clusters are fitted on and judged by."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,8 +45,7 @@ def drafting_states(pair: Pair, prompts: Sequence[Sequence[int]], progress: Call
         [tokens * DRAFT_STEPS, E] float32; the steps of one round lie together.
     """
     weights = target_weights(pair.target_checkpoint, pair.target, mapped=True)
-    narrow = {name: functools.partial(_wide_vector, read) for name, read in weights.items()}
-    target = load_module(lambda: Target(pair.target, NARROW), narrow)
+    target = load_module(lambda: Target(pair.target, NARROW), weights)
     readers = {**pair.drafter_weights, "target_embed_tokens.weight": lambda: target.embed_tokens.weight}
     drafter = load_module(lambda: Drafter(pair.drafter, None, NARROW), readers)
     found = []
@@ -100,13 +98,7 @@ def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(x, rows.float()) for rows in weight.split(1 << 14)], dim=-1)
 
 
-def _wide_vector(read: Callable[[], Tensor]) -> Tensor:
-    """Vectors as float32, because norms multiply by them as they are; matrices as they are stored."""
-    tensor = read()
-    return tensor.float() if tensor.dim() == 1 else tensor
-
-
-# Operations on weights as they are stored.
+# Operations on matrices as they are stored; float32 times a narrow vector is float32 anyway.
 NARROW = Ops(
     embedding=lambda ids, weight: F.embedding(ids, weight).float(), linear=_wide_linear, tied_logits=_wide_linear
 )

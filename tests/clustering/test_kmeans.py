@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from clustering.kmeans import default_clusters, equal_clusters
+from clustering.kmeans import _fill, default_clusters, equal_clusters
 from clustering.table import ClusterTable
 
 
@@ -45,6 +45,13 @@ def test_depends_on_the_seed_alone() -> None:
     embedding = rows(600)
     assert np.array_equal(equal_clusters(embedding, 24, seed=3), equal_clusters(embedding, 24, seed=3))
     assert not np.array_equal(equal_clusters(embedding, 24, seed=3), equal_clusters(embedding, 24, seed=4))
+
+
+def test_rows_that_would_lose_most_keep_their_place() -> None:
+    """Three rows are nearest to the first of two centers, which has room for two: the one in the middle goes."""
+    embedding = np.array([[2.9], [-1], [0], [9]], np.float32)
+    ordering = _fill(embedding, np.array([[0], [6]], np.float32), np.array([2, 2]))
+    assert ordering.tolist() == [1, 2, 0, 3]
 
 
 @pytest.mark.parametrize("copied", [300, 1000], ids=["a third", "nearly all"])
