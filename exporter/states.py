@@ -10,7 +10,7 @@ from exporter.checkpoint import Checkpoint, drafter_weights, load_module, target
 from exporter.config import DrafterConfig
 from exporter.graphs import PREFILL_CHUNK
 from exporter.modeling.drafter import Drafter
-from exporter.modeling.layers import Ops
+from exporter.modeling.layers import Ops, rms_norm
 from exporter.modeling.target import Target, empty_kv
 from exporter.pair import Pair
 
@@ -98,7 +98,14 @@ def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(x, rows.float()) for rows in weight.split(1 << 14)], dim=-1)
 
 
-# Operations on matrices as they are stored; float32 times a narrow vector is float32 anyway.
+def _wide_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return rms_norm(x, None if weight is None else weight.float(), eps)
+
+
+# Operations on weights as they are stored.
 NARROW = Ops(
-    embedding=lambda ids, weight: F.embedding(ids, weight).float(), linear=_wide_linear, tied_logits=_wide_linear
+    embedding=lambda ids, weight: F.embedding(ids, weight).float(),
+    linear=_wide_linear,
+    tied_logits=_wide_linear,
+    rms_norm=_wide_norm,
 )
