@@ -53,20 +53,17 @@ class Clustering:
     @property
     def share_of_dense_head(self) -> float:
         """Multiplications of both stages, as a share of the dense head's."""
-        return self._share(self.top_k)
-
-    def _share(self, top_k: int) -> float:
-        return float(work(len(self.table.token_ordering), len(self.recall))[top_k - 1])
+        return float(work(len(self.table.token_ordering), len(self.recall))[self.top_k - 1])
 
     def facts(self) -> dict[str, Any]:
         """Everything but the table itself, for people and machines."""
         sizes, tokens = self.table.sizes(self.top_k), len(self.table.token_ordering)
-        theirs = self.checkpoint_recall
+        theirs, shares = self.checkpoint_recall, work(tokens, len(self.recall))
         curve = []
         for k in sorted({2**i for i in range(len(self.recall).bit_length())} | {self.top_k, len(self.recall)}):
             scored = min(k * sizes.cluster_size, tokens)
             row = {"top_k_clusters": k, "tokens_scored": scored, "recall": float(self.recall[k - 1])}
-            row["share_of_dense_head"] = self._share(k)
+            row["share_of_dense_head"] = float(shares[k - 1])
             if theirs is not None:  # at as many tokens, if a cluster of theirs is not larger than that
                 as_many = scored * len(theirs) // tokens
                 row["checkpoint_recall"] = float(theirs[as_many - 1]) if as_many else None
@@ -91,7 +88,7 @@ def work(vocab_size: int, num_clusters: int) -> np.ndarray:
 
 def cluster_steps(pair: Pair | None, prompts: Sequence[Sequence[int]]) -> int:
     """How many steps `make_clusters` reports."""
-    passes = 0 if pair is None else prompt_passes(prompts or random_prompts(pair.target.vocab_size))
+    passes = 0 if pair is None else prompt_passes(prompts or random_prompts(pair.target))
     return passes + 1 + ITERATIONS + 16
 
 
@@ -123,7 +120,7 @@ def make_clusters(
     else:
         _check_prompts(prompts, pair)
         source = "drafting on the prompts" if prompts else "drafting on random prompts"
-        prompts = prompts or random_prompts(vocab_size)
+        prompts = prompts or random_prompts(pair.target)
         states = drafting_states(pair.dense, prompts, lambda: progress("drafting", 1)).numpy()
     if not np.isfinite(states).all():
         raise InputError(f"{drafter_dir}: its states are not finite while it drafts; restore both checkpoints")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.checkpoint import Checkpoint, drafter_weights, load_module, target_weights
-from exporter.config import DrafterConfig
+from exporter.config import DrafterConfig, TextConfig
 from exporter.graphs import PREFILL_CHUNK
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops, rms_norm
@@ -16,13 +16,12 @@ from exporter.pair import Pair
 
 DRAFT_STEPS = 4
 NUM_STATES = 8192
-RANDOM_PROMPTS, PROMPT_TOKENS = NUM_STATES // (DRAFT_STEPS * PREFILL_CHUNK), PREFILL_CHUNK
 
 
-def random_prompts(vocab_size: int) -> list[list[int]]:
+def random_prompts(target: TextConfig) -> list[list[int]]:
     """Seeded random token ids: on the built-in pair centroids fitted on them are as good as on text."""
-    shape = (RANDOM_PROMPTS, PROMPT_TOKENS)
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
+    shape = NUM_STATES // (DRAFT_STEPS * PREFILL_CHUNK), min(PREFILL_CHUNK, target.max_position_embeddings)
+    return torch.randint(target.vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def prompt_passes(prompts: Sequence[Sequence[int]]) -> int:

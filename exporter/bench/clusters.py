@@ -47,7 +47,7 @@ def generated(vocab_size: int = 262144, hidden: int = 256) -> tuple[np.ndarray, 
 def built_in() -> tuple[np.ndarray, np.ndarray]:
     """The drafter's rows, and its states while it drafts on random prompts, in their order."""
     pair = open_pair(PAIR / "target", PAIR / "drafter", "dense")
-    states = drafting_states(pair, random_prompts(pair.target.vocab_size), lambda: None)
+    states = drafting_states(pair, random_prompts(pair.target), lambda: None)
     return pair.drafter_weights["head.weight"]().numpy(), states.numpy()
 
 
