@@ -1,7 +1,6 @@
 """The `gemma-mtp-export` command: reads arguments, calls the library, prints."""
 
 import json
-import resource
 import signal
 import sys
 import time
@@ -16,7 +15,7 @@ from clustering.table import load_table
 from exporter.backends import BACKENDS
 from exporter.bundle import RECIPES, ExportOptions, check_output, export_bundle, sequence_limit
 from exporter.clusters import Clustering, ClusterOptions, cluster_steps, make_clusters
-from exporter.console import facts_table, human_bytes, parity_table, progress_bar, recall_table, stats_line
+from exporter.console import facts_table, human_bytes, parity_table, peak_bytes, progress_bar, recall_table, stats_line
 from exporter.demo import PAIR, PROMPTS
 from exporter.files import check_file, write_file
 from exporter.inspection import inspect as inspect_path
@@ -196,7 +195,7 @@ def cluster(
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     options = ClusterOptions(clusters, top_k_clusters, ClusterOptions.recall if recall is None else recall, seed)
     clustering = _cluster(drafter, pair, options, prompts)
-    facts = {**clustering.facts(), "seconds": time.perf_counter() - started, "peak_bytes": _peak_bytes()}
+    facts = {**clustering.facts(), "seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
     if output is not None:
         write_file(output, clustering.table.to_bytes(clustering.top_k))
     if report is not None:
@@ -344,13 +343,9 @@ def _export(pair: Pair, output: Path, options: ExportOptions) -> dict[str, Any]:
         export_bundle(pair, output, options, progress)
     size = sum(file.stat().st_size for file in output.iterdir())
     seconds = time.perf_counter() - started
-    peak = _peak_bytes()
+    peak = peak_bytes()
     err.print(f"exported {output} ({human_bytes(size)}) in {seconds:.0f} s, peak memory {human_bytes(peak)}")
     return {"bundle": str(output), "bytes": size, "seconds": seconds, "peak_bytes": peak}
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cluster(

@@ -8,7 +8,6 @@ compare quality.
 
 import functools
 import json
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ from sklearn.cluster import KMeans
 from clustering.kmeans import equal_clusters
 from clustering.recall import best_logits, cluster_ranks, fit_centroids
 from exporter.bench import machine
+from exporter.console import peak_bytes
 from exporter.demo import PAIR
 from exporter.pair import open_pair
 from exporter.states import drafting_states, random_prompts
@@ -82,7 +82,7 @@ def measure(data: str, method: str) -> dict[str, Any]:
     started = time.perf_counter()
     parts = METHODS[method](rows, clusters)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     means = np.stack([rows[part].mean(0) for part in parts])
     best = np.concatenate([best_logits(states, rows, part[None]) for part in parts], axis=1)
     half = len(states) // 2
