@@ -1,18 +1,14 @@
 """Write a bundle: graphs, weights, tokenizer and manifest, all of it or nothing."""
 
-import contextlib
-import errno
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from exporter.backends import load_backend
+from exporter.files import check_directory, replacing
 from exporter.graphs import kv_ports, size_limits
 from exporter.pair import Pair
 from runtime_ref.errors import InputError
@@ -46,7 +42,8 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         InputError: the output exists, cannot be written, or a weight is not finite; nothing is left behind.
     """
     max_seq_len = sequence_limit(pair, options)
-    with _replacing(output, options.force) as directory:
+    check_output(output, options.force)
+    with replacing(output) as directory:
         backend = load_backend(options.backend)
         limits = size_limits(max_seq_len, options.max_draft_tokens)
         facts = backend.export_graphs(directory, pair, limits, progress)
@@ -123,56 +120,13 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _replacing(output: Path, force: bool) -> Iterator[Path]:
-    """A fresh directory beside `output` that takes its place if the block succeeds, and vanishes if it does not.
-
-    The manifest is written last, so a killed export leaves nothing that looks like a bundle.
-    """
-    check_output(output, force)
-    output = output.resolve()  # through a link, what it points to is replaced
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if output.exists():
-            replaced = partial.with_name(partial.name + "-old")
-            output.rename(replaced)
-            try:
-                partial.rename(output)
-            except BaseException:
-                replaced.rename(output)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            partial.rename(output)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else "check the directory"
-        raise InputError(f"{output}: export failed while writing ({reason}); {hint} and try again") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def check_output(output: Path, force: bool) -> None:
     """Refuse an output that exists, before any work is done; `force` replaces a bundle, never anything else.
 
     Raises:
         InputError: it exists, and is not to be or must not be replaced.
     """
-    try:
-        if not output.exists() and not output.is_symlink():
-            return
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
-    if not force:
-        raise InputError(f"{output}: exists already; choose another --output, or pass --force to replace it")
-    if not output.is_dir() or not _only_a_bundle(output):
-        raise InputError(f"{output}: is not a bundle, so it will not be replaced; choose another --output")
+    check_directory(output, force, _only_a_bundle, "a bundle")
 
 
 def _only_a_bundle(directory: Path) -> bool:

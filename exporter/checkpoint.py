@@ -131,11 +131,7 @@ def drafter_weights(
         InputError: a tensor is missing, unknown, of the wrong shape or quantized.
     """
     shapes = parameter_shapes(lambda: Drafter(config, None))
-    names_in_file = {"head.weight": DRAFTER_EMBEDDING}
-    for ours, stored in DRAFTER_NAMES.items():
-        stem = ours.removesuffix("{}")
-        found = [name for name in shapes if name.startswith(stem)]
-        names_in_file |= {name: stored.replace("{}", name.removeprefix(stem)) for name in found}
+    names_in_file = drafter_names(shapes)
     ignored = _shared_layer_tensors("model.", range(config.text.num_hidden_layers))
     _refuse_unknown(checkpoint, {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, "lm_head.weight"} | ignored)
     weights = _select(checkpoint, names_in_file, shapes, checkpoint.load)
@@ -146,6 +142,15 @@ def drafter_weights(
         weights["head.clusters"] = lambda: embedding()[members.flatten()].reshape(len(members), -1)
         weights["head.token_ids"] = members.float
     return weights
+
+
+def drafter_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Name in the checkpoint of each parameter of a drafter with a dense head; the target's embedding is not there."""
+    names = {"head.weight": DRAFTER_EMBEDDING}
+    for ours, stored in DRAFTER_NAMES.items():
+        stem = ours.removesuffix("{}")
+        names |= {name: stored.replace("{}", name.removeprefix(stem)) for name in shapes if name.startswith(stem)}
+    return names
 
 
 def read_cluster_table(checkpoint: Checkpoint, config: DrafterConfig) -> ClusterTable | None:

@@ -1,8 +1,6 @@
 """The `gemma-mtp-export` command: reads arguments, calls the library, prints."""
 
 import json
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,16 @@ from clustering.table import load_table
 from exporter.backends import BACKENDS
 from exporter.bundle import RECIPES, ExportOptions, check_output, export_bundle, sequence_limit
 from exporter.clusters import Clustering, ClusterOptions, cluster_steps, make_clusters
-from exporter.console import facts_table, human_bytes, parity_table, peak_bytes, progress_bar, recall_table, stats_line
+from exporter.console import (
+    facts_table,
+    human_bytes,
+    parity_table,
+    peak_bytes,
+    progress_bar,
+    recall_table,
+    run_command,
+    stats_line,
+)
 from exporter.demo import PAIR, PROMPTS
 from exporter.files import check_file, write_file
 from exporter.inspection import inspect as inspect_path
@@ -309,26 +316,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command; unusable input ends in one line and exit 2, a failed check in exit 1."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped export cleans up after itself
-    try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
-        sys.exit(2)
-    except InputError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        click.echo(f"error: {error.filename or 'output'}: {error.strerror or error}", err=True)
-        sys.exit(2)
-    except CheckError as error:
-        click.echo(f"failed: {error}", err=True)
-        sys.exit(1)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
+    run_command(cli)
 
 
 def _open(bundle: Path) -> Engine:

@@ -2,17 +2,44 @@
 
 import contextlib
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from exporter.parity import Check
+from runtime_ref.errors import CheckError, InputError
 from runtime_ref.stats import Stats
+
+
+def run_command(command: click.Command) -> None:
+    """Run a command; unusable input ends in one line and exit 2, a failed check in exit 1."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped export cleans up after itself
+    try:
+        command.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        sys.exit(2)
+    except InputError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'output'}: {error.strerror or error}", err=True)
+        sys.exit(2)
+    except CheckError as error:
+        click.echo(f"failed: {error}", err=True)
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
 
 
 def human_bytes(size: float) -> str:

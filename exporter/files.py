@@ -1,7 +1,11 @@
-"""Single output files: refused if they exist, written aside and renamed."""
+"""Output files and directories: refused if they exist, written aside and renamed."""
 
+import contextlib
+import errno
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runtime_ref.errors import InputError
@@ -41,3 +45,57 @@ def write_file(file: Path, content: bytes) -> None:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise InputError(f"{file}: cannot be written ({reason}); choose another file") from error
+
+
+def check_directory(output: Path, force: bool, is_ours: Callable[[Path], bool], kind: str) -> None:
+    """Refuse a directory to write that exists, before any work is done; `force` replaces what `is_ours` knows.
+
+    Raises:
+        InputError: it exists, and is not to be or must not be replaced.
+    """
+    try:
+        if not output.exists() and not output.is_symlink():
+            return
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
+    if not force:
+        raise InputError(f"{output}: exists already; choose another --output, or pass --force to replace it")
+    if not output.is_dir() or not is_ours(output):
+        raise InputError(f"{output}: is not {kind}, so it will not be replaced; choose another --output")
+
+
+@contextlib.contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A fresh directory beside `output` that takes its place if the block succeeds, and vanishes if it does not.
+
+    What says that the directory is whole is to be written last, so that a killed process leaves nothing that looks so.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    output = output.resolve()  # through a link, what it points to is replaced
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if output.exists():
+            replaced = partial.with_name(partial.name + "-old")
+            output.rename(replaced)
+            try:
+                partial.rename(output)
+            except BaseException:
+                replaced.rename(output)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            partial.rename(output)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else "check the directory"
+        raise InputError(f"{output}: writing failed ({reason}); {hint} and try again") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

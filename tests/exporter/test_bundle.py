@@ -78,7 +78,7 @@ def test_broken_export_leaves_no_bundle(how: str, pair_dirs: Callable[[str], Dir
     assert "Traceback" not in result.stderr
     assert result.returncode == {"full": 2, "stop": 143}[how]
     if how == "full":
-        assert "export failed while writing (File too large); free some space" in result.stderr.splitlines()[-1]
+        assert "writing failed (File too large); free some space" in result.stderr.splitlines()[-1]
 
 
 def test_existing_output_is_kept(bundle: Callable[[str], Path], tmp_path: Path) -> None:
