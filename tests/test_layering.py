@@ -37,7 +37,7 @@ ONLY_IN = {
     "onnxruntime": {"runtime_ref/graphs_onnx.py", "exporter/backends/onnx.py", "exporter/bench/programs.py"},
     "onnx_ir": {"exporter/backends/onnx.py"},
     "onnxscript": {"exporter/backends/onnx.py"},
-    "tokenizers": {"runtime_ref/tokenizer.py", "exporter/demo/train.py"},
+    "tokenizers": {"runtime_ref/tokenizer.py", "exporter/demo/tokenizer.py"},
     "sklearn": {"clustering/kmeans.py", "clustering/recall.py", "exporter/bench/clusters.py"},
     "torchao": {"exporter/bench/heads.py"},
     "matplotlib": {"exporter/plots.py"},

@@ -11,6 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -19,22 +20,24 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 from clustering.kmeans import equal_clusters
 from exporter.bench.acceptance import measure
 from exporter.config import read_drafter_config, read_target_config
 from exporter.demo.corpus import documents
+from exporter.demo.tokenizer import SPECIAL, VOCAB, pack, train_tokenizer
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target, TargetOutput, empty_kv
 from exporter.modeling.two_stage import DenseHead
 from exporter.pair import open_pair
 
-VOCAB, SEQUENCE, DRAFT_STEPS = 2048, 256, 4
+SEQUENCE, DRAFT_STEPS = 256, 4
 TARGET_BATCH, DRAFTER_BATCH = 16, 8
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+TARGET_PREFIX = "model.language_model."
+
+Weights = Callable[[nn.Module], AbstractContextManager[object]]
 
 # Weights stay in float32; products of bfloat16 train in about two thirds of the time on a CPU that has them.
 BFLOAT16 = Ops(linear=lambda x, weight: F.linear(x.bfloat16(), weight.bfloat16()).float())
@@ -122,59 +125,27 @@ def main(output: Path, target_steps: int, drafter_steps: int, own_text_steps: in
     tokenizer.save(str(output / "target" / "tokenizer.json"))
     (output / "target" / "generation_config.json").write_text('{"bos_token_id": 2, "eos_token_id": [1]}\n')
 
-    tokens, unseen = (_pack(tokenizer, texts) for texts in (training, held_out))
-    target_config = read_target_config(output / "target")
-    drafter_config = read_drafter_config(output / "drafter")
-    target = Target(target_config, BFLOAT16)
-    prefix, file = "model.language_model.", output / "target" / "model.safetensors"
+    tokens, unseen = (pack(tokenizer, texts) for texts in (training, held_out))
     started = time.time()
-    if file.exists():
-        target.load_state_dict({name.removeprefix(prefix): t.float() for name, t in load_file(file).items()})
+    if (output / "target" / "model.safetensors").exists():
+        target = load_target(output / "target", BFLOAT16)
     else:
+        target = Target(read_target_config(output / "target"), BFLOAT16)
         train_target(target, tokens, target_steps)
-        _round_to_bfloat16(target)
-        _save(file.parent, {prefix + name: p for name, p in target.named_parameters()})
-    print(f"target: {time.time() - started:.0f} s, held-out loss {_held_out_loss(target, unseen):.3f} nats a token")
+        round_to_bfloat16(target)
+        save_target(target, output / "target")
+    print(f"target: {time.time() - started:.0f} s, held-out loss {held_out_loss(target, unseen):.3f} nats a token")
 
-    drafter = Drafter(drafter_config, None, BFLOAT16)
-    drafter.target_embed_tokens.weight = target.embed_tokens.weight
-    _initialise(drafter, keep=drafter.target_embed_tokens.weight.requires_grad_(False))
-    head = _dense(drafter)
     started = time.time()
-    file = output / "drafter" / "model.safetensors"
-    if file.exists():
-        _load_drafter(drafter, file)
+    drafter = new_drafter(output / "drafter", target, BFLOAT16)
+    if (output / "drafter" / "model.safetensors").exists():
+        load_drafter(drafter, output / "drafter")
     else:
-        train_drafter(drafter, target, _batches(tokens, DRAFTER_BATCH, SEQUENCE), drafter_steps, 3e-3, 1.0)
-    train_drafter(drafter, target, _shuffled(write_texts(target, tokens)), own_text_steps, 1.5e-3, 2.0)
-    _round_to_bfloat16(head)
-    clusters = drafter_config.num_centroids
-    ordering = torch.from_numpy(equal_clusters(head.weight.detach().numpy(), clusters)).reshape(clusters, -1)
-    centroids = train_centroids(drafter, target, tokens, ordering)
+        train_drafter(drafter, target, batches(tokens, DRAFTER_BATCH, SEQUENCE), drafter_steps, 3e-3, 1.0)
+    train_drafter(drafter, target, shuffled(write_texts(target, tokens)), own_text_steps, 1.5e-3, 2.0)
+    save_drafter(drafter, target, tokens, output / "drafter")
     print(f"drafter: {time.time() - started:.0f} s")
-    _save(output / "drafter", _drafter_tensors(drafter, centroids, ordering))
-    reached = measure(open_pair(output / "target", output / "drafter"), held_out, new_tokens=96)
-    print(f"accepted {reached['acceptance_rate']:.1%} of drafts in {reached['verify_passes']} passes")
-
-
-def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-fallback BPE in the manner of Gemma's: spaces become U+2581, unknown characters become bytes."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)]
-    ascii_only = [chr(code) for code in range(32, 127)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=special, initial_alphabet=ascii_only, limit_alphabet=120, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    # Byte tokens must be ordinary tokens: as special ones they would be cut out of the decoded text.
-    plain = json.loads(tokenizer.to_str())
-    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] in SPECIAL]
-    tokenizer = Tokenizer.from_str(json.dumps(plain))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    return tokenizer
+    print_acceptance(output, held_out)
 
 
 def train_target(target: Target, tokens: Tensor, steps: int) -> None:
@@ -182,16 +153,16 @@ def train_target(target: Target, tokens: Tensor, steps: int) -> None:
     _initialise(target)
 
     def loss(batch: Tensor) -> Tensor:
-        out = _run_target(target, batch[:, :-1])
+        out = run_target(target, batch[:, :-1])
         return F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
 
-    _optimise("target", target, loss, _batches(tokens, TARGET_BATCH, SEQUENCE + 1), steps, 3e-3)
+    optimise("target", target, loss, batches(tokens, TARGET_BATCH, SEQUENCE + 1), steps, 3e-3)
 
 
 @torch.no_grad()
-def write_texts(target: Target, tokens: Tensor, count: int = 1024) -> Tensor:
+def write_texts(target: Target, tokens: Tensor, count: int = 1024, seed: int = 0) -> Tensor:
     """Greedy texts [count, SEQUENCE] of the target, given a document's first words whenever one ends."""
-    generator = random.Random(0)
+    generator = random.Random(seed)
     starts = (tokens == SPECIAL.index("<bos>")).nonzero().flatten().tolist()
 
     def opening() -> list[int]:
@@ -216,7 +187,13 @@ def write_texts(target: Target, tokens: Tensor, count: int = 1024) -> Tensor:
 
 
 def train_drafter(
-    drafter: Drafter, target: Target, batches: Iterator[Tensor], steps: int, rate: float, sharpness: float
+    drafter: Drafter,
+    target: Target,
+    sequences: Iterator[Tensor],
+    steps: int,
+    rate: float,
+    sharpness: float,
+    weights: Weights = nullcontext,
 ) -> None:
     """Match the target's distribution over `DRAFT_STEPS` draft steps from every position of a sequence at once.
 
@@ -231,7 +208,7 @@ def train_drafter(
             total = total + F.cross_entropy(found.flatten(0, 1), wanted.flatten(0, 1))
         return total / DRAFT_STEPS
 
-    _optimise("drafter", drafter, loss, batches, steps, rate)
+    optimise("drafter", drafter, loss, sequences, steps, rate, weights)
 
 
 def train_centroids(drafter: Drafter, target: Target, tokens: Tensor, ordering: Tensor, steps: int = 200) -> Tensor:
@@ -249,11 +226,11 @@ def train_centroids(drafter: Drafter, target: Target, tokens: Tensor, ordering: 
             total = total + F.cross_entropy(scorer(hidden).flatten(0, 1), wanted.flatten())
         return total / DRAFT_STEPS
 
-    _optimise("centroids", scorer, loss, _batches(tokens, DRAFTER_BATCH, SEQUENCE), steps, 1e-2)
+    optimise("centroids", scorer, loss, batches(tokens, DRAFTER_BATCH, SEQUENCE), steps, 1e-2)
     return scorer.weight.detach()
 
 
-def _run_target(target: Target, batch: Tensor) -> TargetOutput:
+def run_target(target: Target, batch: Tensor) -> TargetOutput:
     """Run sequences [B, T] from position 0, one row of the batch a call of the model definition."""
     length = batch.shape[1]
 
@@ -270,7 +247,7 @@ def _draft_steps(drafter: Drafter, target: Target, batch: Tensor) -> Iterator[tu
     Step i of the round that starts at p reads token p+i and is to say what the target says after it.
     """
     with torch.no_grad():
-        out = _run_target(target, batch)
+        out = run_target(target, batch)
     sources = {kind: target.config.kv_source(kind) for kind in set(drafter.config.text.layer_types)}
     kv = {kind: (out.kv[2 * i].detach(), out.kv[2 * i + 1].detach()) for kind, i in sources.items()}
     positions = torch.arange(1, batch.shape[1] - DRAFT_STEPS + 1)
@@ -282,18 +259,26 @@ def _draft_steps(drafter: Drafter, target: Target, batch: Tensor) -> Iterator[tu
         yield hidden, out.logits[:, 1 + i : 1 + i + len(positions)].detach()
 
 
-def _optimise(
-    name: str, model: nn.Module, loss: Callable[[Tensor], Tensor], batches: Iterator[Tensor], steps: int, rate: float
+def optimise(
+    name: str,
+    model: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    sequences: Iterator[Tensor],
+    steps: int,
+    rate: float,
+    weights: Weights = nullcontext,
 ) -> None:
+    """AdamW with a cosine; loss and gradients are those within `weights(model)`, which may put others in place."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 25)
     for step in track(range(steps), description=name):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimiser.param_groups[0]["lr"] = rate * min((step + 1) / warmup, max(cosine, 0.02))
-        value = loss(next(batches))
         optimiser.zero_grad()
-        value.backward()
+        with weights(model):
+            value = loss(next(sequences))
+            value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         if step % 50 == 0:
@@ -306,33 +291,28 @@ def _initialise(model: nn.Module, keep: Tensor | None = None) -> None:
             nn.init.normal_(parameter, std=min(0.05, parameter.shape[1] ** -0.5))
 
 
-def _round_to_bfloat16(model: nn.Module) -> None:
+def round_to_bfloat16(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
 
 
-def _pack(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    ids = [token for encoding in tokenizer.encode_batch(texts) for token in (*encoding.ids, 1)]
-    return torch.tensor(ids)
-
-
-def _batches(tokens: Tensor, size: int, length: int) -> Iterator[Tensor]:
+def batches(tokens: Tensor, size: int, length: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(1)
     while True:
         starts = torch.randint(len(tokens) - length, (size, 1), generator=generator)
         yield tokens[starts + torch.arange(length)]
 
 
-def _shuffled(texts: Tensor) -> Iterator[Tensor]:
+def shuffled(texts: Tensor) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(2)
     while True:
         yield texts[torch.randint(len(texts), (DRAFTER_BATCH,), generator=generator)]
 
 
 @torch.no_grad()
-def _held_out_loss(target: Target, tokens: Tensor) -> float:
+def held_out_loss(target: Target, tokens: Tensor) -> float:
     rows = tokens[: len(tokens) // (SEQUENCE + 1) * (SEQUENCE + 1)].reshape(-1, SEQUENCE + 1)
-    out = _run_target(target, rows[:, :-1])
+    out = run_target(target, rows[:, :-1])
     return F.cross_entropy(out.logits.flatten(0, 1), rows[:, 1:].flatten()).item()
 
 
@@ -353,12 +333,48 @@ def _drafter_tensors(drafter: Drafter, centroids: Tensor, ordering: Tensor) -> d
     }
 
 
-def _load_drafter(drafter: Drafter, file: Path) -> None:
+def load_drafter(drafter: Drafter, directory: Path) -> None:
     """Start from a saved drafter; the inverse of `_drafter_tensors`, clusters aside."""
-    stored = {name: tensor.float() for name, tensor in load_file(file).items()}
+    stored = {name: tensor.float() for name, tensor in load_file(directory / "model.safetensors").items()}
     stored["head.weight"] = stored.pop("model.embed_tokens.weight")
     names = {name.removeprefix("model."): tensor for name, tensor in stored.items() if "masked" not in name}
     drafter.load_state_dict(names | {"target_embed_tokens.weight": drafter.target_embed_tokens.weight})
+
+
+def new_drafter(directory: Path, target: Target, ops: Ops) -> Drafter:
+    """An untrained drafter over the target's embedding, which is not trained with it."""
+    drafter = Drafter(read_drafter_config(directory), None, ops)
+    drafter.target_embed_tokens.weight = target.embed_tokens.weight
+    _initialise(drafter, keep=drafter.target_embed_tokens.weight.requires_grad_(False))
+    return drafter
+
+
+def save_drafter(drafter: Drafter, target: Target, tokens: Tensor, directory: Path) -> None:
+    """Write a trained drafter, with clusters made for it."""
+    head, clusters = _dense(drafter), drafter.config.num_centroids
+    round_to_bfloat16(head)
+    ordering = torch.from_numpy(equal_clusters(head.weight.detach().numpy(), clusters)).reshape(clusters, -1)
+    centroids = train_centroids(drafter, target, tokens, ordering)
+    _save(directory, _drafter_tensors(drafter, centroids, ordering))
+
+
+def print_acceptance(directory: Path, texts: list[str]) -> None:
+    """Print what a saved pair reaches on the beginnings of texts."""
+    reached = measure(open_pair(directory / "target", directory / "drafter"), texts, new_tokens=96)
+    print(f"accepted {reached['acceptance_rate']:.1%} of drafts in {reached['verify_passes']} passes")
+
+
+def load_target(directory: Path, ops: Ops) -> Target:
+    """A saved target, in float32."""
+    target = Target(read_target_config(directory), ops)
+    stored = load_file(directory / "model.safetensors").items()
+    target.load_state_dict({name.removeprefix(TARGET_PREFIX): tensor.float() for name, tensor in stored})
+    return target
+
+
+def save_target(target: Target, directory: Path) -> None:
+    """Write a target under the names of the published checkpoints."""
+    _save(directory, {TARGET_PREFIX + name: p for name, p in target.named_parameters()})
 
 
 def _save(directory: Path, tensors: dict[str, Tensor]) -> None:
