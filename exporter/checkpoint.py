@@ -1,9 +1,11 @@
-"""Read Hugging Face checkpoint directories: strict names, strict shapes, one tensor in memory at a time."""
+"""Read Hugging Face checkpoint directories: strict names, strict shapes, a few rows in memory at a time."""
 
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +26,8 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Weights = Mapping[str, Callable[[], Tensor]]
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
+BLOCK_BYTES = 1 << 26  # read at a time: what is made of it on its way to a file takes a few times as much
 
 # Where the target's text decoder stands in a checkpoint, by dialect; the first that holds an embedding counts.
 TARGET_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
@@ -57,6 +61,7 @@ class TensorEntry:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
 
 class Checkpoint:
@@ -70,38 +75,93 @@ class Checkpoint:
         self.entries: dict[str, TensorEntry] = {}
         for file in self.files:
             try:
-                with safe_open(file, "pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 - not iterable itself
-                        view = opened.get_slice(name)
-                        self.entries[name] = TensorEntry(file, view.get_dtype(), tuple(view.get_shape()))
+                with safe_open(file, "pt"):  # checks all that a header may get wrong
+                    header, data = _header(file)
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{file}: not a readable safetensors file ({error}); download it again") from error
+            for name, facts in header.items():
+                start, _ = facts["data_offsets"]
+                self.entries[name] = TensorEntry(file, facts["dtype"], tuple(facts["shape"]), data + start)
+        self._found = {file: _stamp(file) for file in self.files}
         for name, file_name in weight_map.items():
             if name not in self.entries or self.entries[name].file.name != file_name:
                 raise InputError(f"{directory / file_name}: the index says that {name} is here; download both again")
 
     def map(self, name: str) -> Tensor:
         """One tensor as it is stored, mapped into memory: what is not touched is not read."""
+        self._check_unchanged(self.entries[name].file)
         with safe_open(self.entries[name].file, "pt") as opened:
             return opened.get_tensor(name)
 
-    def load(self, name: str) -> Tensor:
-        """One tensor, floats as float32.
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """One tensor in blocks of whole rows, floats as float32.
+
+        They are read, not mapped: what was read of a mapping counts as the process's memory until it is gone.
 
         Raises:
-            InputError: it holds NaN or infinity.
+            InputError: it holds NaN or infinity, or its file changed since it was opened.
         """
-        tensor = self.map(name)
-        if not tensor.is_floating_point():
-            return tensor
-        tensor = tensor.float()
-        if not tensor.isfinite().all():
-            raise InputError(f"{self.entries[name].file}: tensor {name} holds NaN or infinity; restore the checkpoint")
-        return tensor
+        entry = self.entries[name]
+        dtype, (rows, *rest) = DTYPES[entry.dtype], entry.shape or (1,)
+        row_bytes = prod(rest) * dtype.itemsize
+        step = max(1, BLOCK_BYTES // max(1, row_bytes))
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.offset)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                block = torch.empty([count, *rest] if entry.shape else [], dtype=dtype)
+                stream.readinto(block.view(-1).view(torch.uint8).numpy().data)
+                if dtype.is_floating_point:
+                    block = block.float()
+                    if not block.isfinite().all():
+                        raise InputError(f"{entry.file}: tensor {name} holds NaN or infinity; restore the checkpoint")
+                yield block
+        self._check_unchanged(entry.file)
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, floats as float32; raises as `blocks` does."""
+        entry = self.entries[name]
+        dtype = DTYPES[entry.dtype]
+        whole = torch.empty(entry.shape, dtype=torch.float32 if dtype.is_floating_point else dtype)
+        at = 0
+        for block in self.blocks(name):
+            whole.view(-1)[at : at + block.numel()] = block.view(-1)
+            at += block.numel()
+        return whole
 
     def sha256(self) -> dict[str, str]:
-        """Digest of every weight file, by file name."""
-        return {file.name: file_sha256(file) for file in self.files}
+        """Digest of every weight file, by file name.
+
+        Raises:
+            InputError: a file changed since the checkpoint was opened.
+        """
+        found = {file.name: file_sha256(file) for file in self.files}
+        for file in self.files:
+            self._check_unchanged(file)
+        return found
+
+    def _check_unchanged(self, file: Path) -> None:
+        if _stamp(file) != self._found[file]:
+            raise InputError(f"{file}: changed while it was read; let its download or training end, then retry")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A reader of one tensor of a checkpoint, as a whole or in blocks of rows."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __call__(self) -> Tensor:
+        return self.checkpoint.load(self.name)
+
+    def blocks(self) -> Iterator[Tensor]:
+        return self.checkpoint.blocks(self.name)
+
+
+def row_blocks(read: Callable[[], Tensor]) -> Iterator[Tensor]:
+    """What a reader reads, in blocks of rows if it can."""
+    return read.blocks() if isinstance(read, Stored) else iter((read(),))
 
 
 def target_weights(checkpoint: Checkpoint, config: TextConfig, mapped: bool = False) -> Weights:
@@ -119,7 +179,8 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig, mapped: bool = Fa
     ignored |= {name for name in names for pattern in IGNORED_TARGET if fnmatch.fnmatchcase(name, pattern)}
     names_in_file = {name: prefix + name for name in shapes}
     _refuse_unknown(checkpoint, set(names_in_file.values()) | ignored)
-    return _select(checkpoint, names_in_file, shapes, checkpoint.map if mapped else checkpoint.load)
+    readers = _select(checkpoint, names_in_file, shapes)
+    return {n: functools.partial(checkpoint.map, r.name) for n, r in readers.items()} if mapped else readers
 
 
 def drafter_weights(
@@ -134,7 +195,7 @@ def drafter_weights(
     names_in_file = drafter_names(shapes)
     ignored = _shared_layer_tensors("model.", range(config.text.num_hidden_layers))
     _refuse_unknown(checkpoint, {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, "lm_head.weight"} | ignored)
-    weights = _select(checkpoint, names_in_file, shapes, checkpoint.load)
+    weights: dict[str, Callable[[], Tensor]] = dict(_select(checkpoint, names_in_file, shapes))
     weights["target_embed_tokens.weight"] = target["embed_tokens.weight"]
     if table is not None:
         embedding, members = weights.pop("head.weight"), torch.from_numpy(table.members)
@@ -193,12 +254,16 @@ def checkpoint_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 def load_module(build: Callable[[], AnyModule], weights: Weights) -> AnyModule:
-    """The module that `build` makes, with its weights, ready for inference; nothing is held twice."""
+    """The module that `build` makes, with its weights, ready for inference; nothing is held twice.
+
+    Parameters that no weight is given for are not there.
+    """
     with torch.device("meta"):
         module = build()
     for name, _ in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(weights[name](), requires_grad=False))
+        value = nn.Parameter(weights[name](), requires_grad=False) if name in weights else None
+        setattr(module.get_submodule(owner), leaf, value)
     return module.eval()
 
 
@@ -212,15 +277,14 @@ def _select(
     checkpoint: Checkpoint,
     names: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], Tensor],
-) -> dict[str, Callable[[], Tensor]]:
+) -> dict[str, Stored]:
     """Readers for module parameters whose names in the checkpoint are given; shapes and dtypes must fit."""
     for name, stored in names.items():
         entry = checkpoint.entries.get(stored)
         if entry is None:
             raise InputError(f"{checkpoint.directory}: tensor {stored} is missing; restore the checkpoint")
         _check_entry(entry, stored, shapes[name], FLOAT_DTYPES)
-    return {name: functools.partial(read, stored) for name, stored in names.items()}
+    return {name: Stored(checkpoint, stored) for name, stored in names.items()}
 
 
 def _check_entry(entry: TensorEntry, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
@@ -247,6 +311,21 @@ def _refuse_unknown(checkpoint: Checkpoint, known: set[str]) -> None:
 
 def _shared_layer_tensors(prefix: str, layers: range) -> set[str]:
     return {f"{prefix}layers.{i}.self_attn.{name}" for i in layers for name in IGNORED_ON_SHARED_LAYERS}
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's facts on each tensor, and where its data begin."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    return header, 8 + size
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    """What changes when a file is written to or replaced."""
+    facts = file.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

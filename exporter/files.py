@@ -2,13 +2,25 @@
 
 import contextlib
 import errno
+import glob
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runtime_ref.errors import InputError
+
+
+def human_bytes(size: float) -> str:
+    """Decimal units, as file managers and app stores count."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
 
 
 def check_file(file: Path, force: bool) -> None:
@@ -64,6 +76,31 @@ def check_directory(output: Path, force: bool, is_ours: Callable[[Path], bool], 
         raise InputError(f"{output}: is not {kind}, so it will not be replaced; choose another --output")
 
 
+def check_room(output: Path, disk: int, memory: int) -> None:
+    """Refuse to start what would run out of disk beside `output`, or of memory where the system tells how much is left.
+
+    Raises:
+        InputError: so many bytes are not there.
+    """
+    output = output.resolve()
+    _remove_leftovers(output)
+    parent = next(path for path in output.parents if path.exists())
+    if disk > (free := shutil.disk_usage(parent).free):
+        raise InputError(
+            f"{output}: needs {human_bytes(disk)} of disk, {human_bytes(free)} are free; free some space, or choose"
+            " another --output"
+        )
+    found = re.findall(r"^(?:MemAvailable|SwapFree): +(\d+) kB", _MEMORY.read_text(), re.M) if _MEMORY.exists() else []
+    if found and memory > (free := sum(map(int, found)) * 1024):
+        raise InputError(
+            f"{output}: needs about {human_bytes(memory)} of memory, {human_bytes(free)} are free; close other"
+            " programs, or use a larger machine"
+        )
+
+
+_MEMORY = Path("/proc/meminfo")
+
+
 @contextlib.contextmanager
 def replacing(output: Path) -> Iterator[Path]:
     """A fresh directory beside `output` that takes its place if the block succeeds, and vanishes if it does not.
@@ -76,7 +113,9 @@ def replacing(output: Path) -> Iterator[Path]:
     output = output.resolve()  # through a link, what it points to is replaced
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        _remove_leftovers(output)
+        owner = f"{os.getpid()}@{socket.gethostname()}"
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{owner}-", dir=output.parent))
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
     try:
@@ -99,3 +138,28 @@ def replacing(output: Path) -> Iterator[Path]:
         raise InputError(f"{output}: writing failed ({reason}); {hint} and try again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove what processes of this machine wrote aside for an output before they were killed; it bears their number.
+
+    What was to be replaced takes its place again, if nothing else has.
+    """
+    for leftover in sorted(output.parent.glob(f".{glob.escape(output.name)}.partial-*"), reverse=True):
+        owner = re.fullmatch(r"(\d+)@(.+?)-[^-]+(-old)?", leftover.name.removeprefix(f".{output.name}.partial-"))
+        if owner is None or owner[2] != socket.gethostname() or _runs(int(owner[1])):
+            continue
+        if owner[3] and not output.exists():
+            leftover.rename(output)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0 is not sent
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

@@ -28,7 +28,7 @@ from exporter.bench import machine, milliseconds
 from exporter.bench.programs import Run, converted, lowered
 from exporter.modeling.layers import Ops
 from exporter.modeling.two_stage import DenseHead, TwoStageHead
-from exporter.quantize import quantize_rows
+from exporter.quantize import quantize_clusters
 
 BITS = (32, 8, 4)
 GROUP = 32
@@ -41,7 +41,7 @@ def two_stage_head(vocab_size: int, hidden: int, sizes: TwoStageSizes, bits: int
     head.centroids.copy_(rows.mean(1))
     head.token_ids.copy_(torch.randperm(vocab_size).reshape(sizes.num_clusters, -1))
     if bits < 32:
-        rows, scales = quantize_rows(rows, bits)
+        rows, scales = quantize_clusters(rows, bits)
         head.scales.copy_(scales)
     head.clusters.copy_(rows.flatten(1))
     return head

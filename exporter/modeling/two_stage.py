@@ -24,10 +24,10 @@ class TwoStageHead(nn.Module):
     """The best token of the clusters whose centroids score highest.
 
     `clusters` holds one row a cluster, the embeddings of its tokens laid end to end, so that the second stage is
-    `top_k_clusters` contiguous reads. With 8 or 4 bits it holds what `exporter.quantize.quantize_rows` makes of them,
-    and `scales` a factor for each token. Follows transformers 5.22.2, `Gemma4AssistantMaskedEmbedder`, without its
-    scatter into V logits. `runtime_ref.two_stage` is the definition; between tied centroids it and the exported graph
-    keep the lowest cluster, eager torch may keep another.
+    `top_k_clusters` contiguous reads. With 8 or 4 bits it holds what `exporter.quantize.quantize_clusters` makes of
+    them, and `scales` a factor for each token. Follows transformers 5.22.2, `Gemma4AssistantMaskedEmbedder`, without
+    its scatter into V logits. `runtime_ref.two_stage` is the definition; between tied centroids it and the exported
+    graph keep the lowest cluster, eager torch may keep another.
     """
 
     def __init__(self, hidden: int, sizes: TwoStageSizes, ops: Ops, bits: int = 32) -> None:

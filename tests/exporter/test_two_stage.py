@@ -10,7 +10,7 @@ from exporter.backends import onnx
 from exporter.backends.executorch_ops import Constants
 from exporter.bench.programs import Run, converted, lowered
 from exporter.modeling.two_stage import TwoStageHead
-from exporter.quantize import quantize_rows
+from exporter.quantize import quantize_clusters
 from runtime_ref.two_stage import two_stage_token
 
 TOOLS = {"onnx": (onnx.OPS, converted), "executorch": (Constants().ops(), lowered)}
@@ -23,7 +23,7 @@ def head_of(rows: Tensor, centroids: Tensor, members: Tensor, bits: int, backend
     head, table = TwoStageHead(HIDDEN, SIZES, ops, bits), rows[members]
     state = {"centroids": centroids, "token_ids": members.float()}
     if bits < 32:
-        table, state["scales"] = quantize_rows(table, bits)
+        table, state["scales"] = quantize_clusters(table, bits)
     head.load_state_dict(state | {"clusters": table.flatten(1)})
     return make(head, torch.zeros(1, HIDDEN))
 
@@ -59,7 +59,7 @@ def test_quantized_rows_are_near(bits: int, steps: int, backend: str) -> None:
     rows[5] = 0
     members = torch.randperm(VOCAB, generator=generator).reshape(SIZES.num_clusters, -1)
     centroids = rows[members].mean(1)
-    numbers, scales = quantize_rows(rows, bits)
+    numbers, scales = quantize_clusters(rows, bits)
     if bits == 4:
         numbers = torch.cat((numbers % 16 - 8, torch.floor(numbers / 16)), -1)
     near = numbers * scales.unsqueeze(-1)
