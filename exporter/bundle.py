@@ -1,16 +1,24 @@
 """Write a bundle: graphs, weights, tokenizer and manifest, all of it or nothing."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from exporter.backends import load_backend
-from exporter.files import check_directory, replacing
+from exporter.files import check_directory, check_room, replacing
 from exporter.graphs import kv_ports, size_limits
 from exporter.pair import Pair
+from exporter.parts import GraphParts, graph_parts
+from exporter.recipes import RECIPES
+from exporter.tables import PER_LAYER, write_per_layer
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
 from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, Progress, file_sha256
@@ -20,8 +28,6 @@ TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
 
 # Clusters that are in no checkpoint, so that a bundle can be checked against its checkpoints.
 CLUSTERS = "clusters.safetensors"
-
-RECIPES = ("fp32",)
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,13 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     Raises:
         InputError: the output exists, cannot be written, or a weight is not finite; nothing is left behind.
     """
-    max_seq_len = sequence_limit(pair, options)
     check_output(output, options.force)
-    with replacing(output) as directory:
-        backend = load_backend(options.backend)
-        limits = size_limits(max_seq_len, options.max_draft_tokens)
-        facts = backend.export_graphs(directory, pair, limits, progress)
+    max_seq_len, parts = check_options(pair, output, options)
+    backend, recipe = load_backend(options.backend), RECIPES[options.recipe]
+    with replacing(output) as directory, _one_thread():
+        limits = size_limits(max_seq_len, options.max_draft_tokens, pair.target.sliding_window)
+        per_layer = write_per_layer(directory, pair, recipe.per_layer, progress)
+        exported = backend.export_graphs(directory, pair, parts, limits, progress)
         for name in TEXT_FILES:
             if (source := pair.target_checkpoint.directory / name).is_file():
                 shutil.copyfile(source, directory / name)
@@ -55,11 +62,13 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         manifest = {
             "format_version": FORMAT_VERSION,
             "tool_version": version("gemma-mtp-export"),
-            "backend": {**backend.runtime(), **facts},
+            "backend": {**backend.runtime(), **exported.backend},
             "recipe": options.recipe,
             "max_seq_len": max_seq_len,
             "num_draft_tokens": {"default": min(4, options.max_draft_tokens), "max": options.max_draft_tokens},
             "limits": limits,
+            "row_multiple": backend.row_multiple(),
+            "tables": {"embed_tokens": exported.embedding, "embed_tokens_per_layer": per_layer},
             **describe(pair, options.backend),
             "source": {"target": pair.target_checkpoint.sha256(), "drafter": pair.drafter_checkpoint.sha256()},
             "files": {
@@ -68,6 +77,21 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             },
         }
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def check_options(pair: Pair, output: Path, options: ExportOptions) -> tuple[int, dict[str, GraphParts]]:
+    """What an export is told by its pair and options: most tokens of prompt and answer, and what its graphs hold.
+
+    Raises:
+        InputError: the target knows fewer positions, or disk or memory would run out.
+    """
+    max_seq_len, recipe = sequence_limit(pair, options), RECIPES[options.recipe]
+    parts = graph_parts(pair, recipe)
+    stored = sum(part.stored_bytes for part in parts.values())
+    stored += prod(parts["target"].shapes[PER_LAYER]) * recipe.per_layer.bits // 8
+    # A hundredth more for scales of PLE, graphs and tokenizer.
+    check_room(output, stored * 101 // 100, load_backend(options.backend).memory(parts))
+    return max_seq_len, parts
 
 
 def sequence_limit(pair: Pair, options: ExportOptions) -> int:
@@ -109,7 +133,7 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
         "two_stage": pair.two_stage and {"origin": pair.clusters_origin, **asdict(pair.two_stage)},
         "kv": {
             "dtype": "float32",
-            "layout": ["num_key_value_heads", "cache_rows", "head_dim"],
+            "layout": ["num_key_value_heads", "rows", "head_dim"],
             "shared_with_drafter": pair.shared_kv,
             "buffers": buffers,
         },
@@ -118,6 +142,17 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
             for name, (file, spec) in load_backend(backend).graph_specs(pair).items()
         },
     }
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tracing and quantizing are many small operations: a second thread gains little, and waits where others work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_output(output: Path, force: bool) -> None:

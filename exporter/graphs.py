@@ -11,8 +11,10 @@ from exporter.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from runtime_ref.graph_engine import CACHE_STEP
+from runtime_ref.manifest import window_rows
 
 TOP_LOGITS = 64  # choices the target returns for each position, the most that sampling may use
+ROW_MULTIPLE = 2  # of tokens and outputs, where a backend computes a lone row in another order than two
 PREFILL_CHUNK = 128  # most tokens a pass: bounds the attention scores, which grow with tokens times cache rows
 
 
@@ -39,7 +41,8 @@ def kv_ports(config: TextConfig) -> tuple[Port, ...]:
     ports = []
     for i, layer_type in enumerate(config.layer_types[: config.num_kv_layers]):
         sizes = config.attention(layer_type)
-        shape = (sizes.num_key_value_heads, "cache_rows", sizes.head_dim)
+        rows = "window_rows" if layer_type == "sliding_attention" else "cache_rows"
+        shape = (sizes.num_key_value_heads, rows, sizes.head_dim)
         ports += [Port(f"key_{i}", "float32", shape), Port(f"value_{i}", "float32", shape)]
     return tuple(ports)
 
@@ -50,14 +53,16 @@ def shared_kv(target: TextConfig, drafter: DrafterConfig) -> dict[str, int]:
 
 
 def target_graph(config: TextConfig) -> GraphSpec:
-    """Prefill, verify and decode: T tokens in, the choices and states of R of them out."""
-    kv = kv_ports(config)
+    """Prefill, verify and decode: T looked-up tokens in, the choices and states of R of them out."""
+    kv, per_layer = kv_ports(config), config.num_hidden_layers * config.hidden_size_per_layer_input
     top = min(TOP_LOGITS, config.vocab_size)
     return GraphSpec(
         "target",
         inputs=(
-            Port("tokens", "int64", ("num_tokens",)),
+            Port("embedded", "float32", ("num_tokens", config.hidden_size)),
+            Port("per_layer", "float32", ("num_tokens", per_layer)),
             Port("position", "int64", (1,)),
+            Port("window_start", "int64", (1,)),
             Port("output_rows", "int64", ("num_outputs",)),
             *kv,
         ),
@@ -71,15 +76,16 @@ def target_graph(config: TextConfig) -> GraphSpec:
 
 
 def drafter_graph(target: TextConfig, drafter: DrafterConfig) -> GraphSpec:
-    """One draft step: the newest token and a state in, a draft token and the next state out."""
+    """One draft step: the newest token, looked up, and a state in, a draft token and the next state out."""
     read = {f"{part}_{i}" for i in shared_kv(target, drafter).values() for part in ("key", "value")}
     state = (1, target.hidden_size)
     return GraphSpec(
         "drafter",
         inputs=(
-            Port("token", "int64", (1,)),
+            Port("embedded", "float32", state),
             Port("state", "float32", state),
             Port("position", "int64", (1,)),
+            Port("window_start", "int64", (1,)),
             *(port for port in kv_ports(target) if port.name in read),
         ),
         outputs=(Port("draft_token", "int64", (1,)), Port("next_state", "float32", state)),
@@ -92,17 +98,21 @@ def without_cache_outputs(spec: GraphSpec) -> GraphSpec:
     return replace(spec, outputs=tuple(p for p in spec.outputs if p.name.removesuffix("_out") not in inputs))
 
 
-def size_limits(max_seq_len: int, max_draft_tokens: int) -> dict[str, int]:
+def size_limits(max_seq_len: int, max_draft_tokens: int, sliding_window: int) -> dict[str, int]:
     """The largest size of each dimension that varies, for one call of a graph."""
+    cache_rows = -(-(max_seq_len + ROW_MULTIPLE - 1) // CACHE_STEP) * CACHE_STEP
     return {
         "num_tokens": PREFILL_CHUNK,
-        "num_outputs": max(2, max_draft_tokens + 1),  # torch.export takes a size that can only be 1 for a constant
-        "cache_rows": -(-max_seq_len // CACHE_STEP) * CACHE_STEP,
+        "num_outputs": -(-(max_draft_tokens + 1) // ROW_MULTIPLE) * ROW_MULTIPLE,
+        "cache_rows": cache_rows,
+        "window_rows": min(cache_rows, window_rows(sliding_window, PREFILL_CHUNK)),
     }
 
 
 class TargetGraph(nn.Module):
     """The target with its choices reduced to the largest logits, in the order of `target_graph`.
+
+    Look-ups are the runtime's: tables that are read a row at a time belong into a mapped file, not into a graph.
 
     Without `cache_outputs` the operations passed in must write into the cache they are given.
     """
@@ -111,8 +121,18 @@ class TargetGraph(nn.Module):
         super().__init__()
         self.target, self.cache_outputs = target, cache_outputs
 
-    def forward(self, tokens: Tensor, position: Tensor, output_rows: Tensor, kv: list[Tensor]) -> list[Tensor]:
-        out = self.target(tokens, position, output_rows, kv)
+    def forward(
+        self,
+        embedded: Tensor,
+        per_layer: Tensor,
+        position: Tensor,
+        window_start: Tensor,
+        output_rows: Tensor,
+        kv: list[Tensor],
+    ) -> list[Tensor]:
+        target = self.target
+        tokens = target.embed_tokens.scaled(embedded), target.embed_tokens_per_layer.scaled(per_layer)
+        out = target.decode(*tokens, position, window_start, output_rows, kv)
         logits, ids = self.target.ops.top_k(out.logits, min(TOP_LOGITS, out.logits.shape[1]))
         return [logits, ids, out.state, *(out.kv if self.cache_outputs else ())]
 
@@ -124,12 +144,16 @@ class DrafterGraph(nn.Module):
         super().__init__()
         self.drafter, self.shared = drafter, shared
 
-    def forward(self, token: Tensor, state: Tensor, position: Tensor, kv: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, embedded: Tensor, state: Tensor, position: Tensor, window_start: Tensor, kv: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         # Two types cannot share a layer, and the buffers come in the order of their layers.
         layers = sorted(self.shared.values())
-        pairs = {kind: tuple(kv[2 * layers.index(i) :][:2]) for kind, i in self.shared.items()}
-        draft, state = self.drafter(token, state, position, pairs)
-        return draft, state
+        at = {kind: 2 * layers.index(i) for kind, i in self.shared.items()}
+        pairs = {kind: (kv[i], kv[i + 1]) for kind, i in at.items()}
+        embedded = self.drafter.target_embed_tokens.scaled(embedded)
+        hidden, state = self.drafter.step(embedded, state, position, window_start, pairs)
+        return self.drafter.head(hidden), state
 
 
 def trace_arguments(spec: GraphSpec, limits: Mapping[str, int]) -> tuple[tuple, tuple]:

@@ -16,6 +16,7 @@ from exporter.pair import Pair
 
 DRAFT_STEPS = 4
 NUM_STATES = 8192
+FIRST_ROW = torch.zeros(1, dtype=torch.int64)
 
 
 def random_prompts(target: TextConfig) -> list[list[int]]:
@@ -58,7 +59,9 @@ def drafting_states(pair: Pair, prompts: Sequence[Sequence[int]], progress: Call
             token, state = out.logits.argmax(-1), out.state
             steps = []
             for _ in range(DRAFT_STEPS):
-                hidden, state = drafter.step(token, state, start + 1 + torch.arange(len(tokens)), shared)
+                hidden, state = drafter.step(
+                    drafter.target_embed_tokens(token), state, start + 1 + torch.arange(len(tokens)), FIRST_ROW, shared
+                )
                 token = drafter.head(hidden)
                 steps.append(hidden)
             found.append(torch.stack(steps, 1).flatten(0, 1))
@@ -88,7 +91,9 @@ def lone_states(checkpoint: Checkpoint, config: DrafterConfig) -> Tensor:
     found = []
     for tokens in torch.arange(NUM_STATES).split(1024):
         states = torch.randn(len(tokens), width, generator=generator)
-        found.append(drafter.step(tokens, states, torch.ones_like(tokens), kv)[0])
+        found.append(
+            drafter.step(drafter.target_embed_tokens(tokens), states, torch.ones_like(tokens), FIRST_ROW, kv)[0]
+        )
     return torch.cat(found)
 
 
@@ -105,6 +110,5 @@ def _wide_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 NARROW = Ops(
     embedding=lambda ids, weight: F.embedding(ids, weight).float(),
     linear=_wide_linear,
-    tied_logits=_wide_linear,
     rms_norm=_wide_norm,
 )

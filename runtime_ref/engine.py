@@ -8,9 +8,10 @@ from typing import Protocol
 from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
-from runtime_ref.manifest import Manifest, Progress, changed_files, read_manifest
+from runtime_ref.manifest import MANIFEST, TABLES, Manifest, Progress, changed_files, read_manifest
 from runtime_ref.quiet import EXECUTORCH, quiet
 from runtime_ref.sampling import Sampling
+from runtime_ref.tables import Table
 
 # Backend -> the module with its `load_graphs`; imported only when a bundle asks for it.
 GRAPH_MODULES = {"onnx": "runtime_ref.graphs_onnx", "executorch": "runtime_ref.graphs_executorch"}
@@ -68,4 +69,9 @@ def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) ->
             module = importlib.import_module(GRAPH_MODULES[manifest.backend])
     except ImportError as error:
         raise InputError(f"{bundle}: the runtime of its backend cannot be imported ({error}); install it") from error
-    return GraphEngine(manifest, module.load_graphs(bundle, manifest, threads))
+    try:
+        tables = {name: Table(bundle, manifest.tables[name]) for name in TABLES}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{bundle / MANIFEST}: tables are malformed ({reason}); export the bundle again") from error
+    return GraphEngine(manifest, module.load_graphs(bundle, manifest, threads), tables)

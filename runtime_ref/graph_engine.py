@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from runtime_ref.acceptance import Round, accept
-from runtime_ref.manifest import Manifest
+from runtime_ref.manifest import SLIDE, Manifest
 from runtime_ref.sampling import Sampling, choose
 
 CACHE_STEP = 256  # rows the cache grows by: short texts stay small, and growing is too rare to matter
@@ -24,18 +24,29 @@ class BoundGraph(Protocol):
         ...
 
 
-class GraphEngine:
-    """Runs the graphs `target` and `drafter`; the cache starts small and grows up to `max_seq_len`."""
+class Rows(Protocol):
+    """An embedding table."""
 
-    def __init__(self, manifest: Manifest, graphs: Mapping[str, BoundGraph]) -> None:
+    def __getitem__(self, ids: Sequence[int], /) -> np.ndarray:
+        """Rows [T, columns] float32 of the ids."""
+        ...
+
+
+class GraphEngine:
+    """Runs the graphs `target` and `drafter`; the cache starts small and grows up to `max_seq_len`.
+
+    Sliding layers' buffers stop growing where their window ends: row 0 of them holds position `window_start`.
+    """
+
+    def __init__(self, manifest: Manifest, graphs: Mapping[str, BoundGraph], tables: Mapping[str, Rows]) -> None:
         self.manifest = manifest
-        self.position = 0
-        self.graphs = graphs
+        self.position = self.window_start = 0
+        self.graphs, self.tables = graphs, tables
         self._state = np.zeros((1, manifest.hidden_size), np.float32)
-        self._rows = 0
         self.cache: dict[str, np.ndarray] = {
             kv.name: np.zeros((kv.num_key_value_heads, 0, kv.head_dim), np.float32) for kv in manifest.kv
         }
+        self._sliding = {kv.name for kv in manifest.kv if kv.layer_type == "sliding_attention"}
 
     def prefill(self, tokens: Sequence[int], sampling: Sampling) -> int:
         self.position, step = 0, self.manifest.limits["num_tokens"]
@@ -66,26 +77,55 @@ class GraphEngine:
 
     def draft_step(self, token: int, state: np.ndarray) -> tuple[int, np.ndarray]:
         """One draft token and its state [1, E]; the position stays that of `last`, as it was in training."""
-        position = np.array([self.position])
-        draft, next_state = self.graphs["drafter"].run(token=np.array([token]), state=state, position=position)
+        draft, next_state = self.graphs["drafter"].run(
+            embedded=self.tables["embed_tokens"][[token]],
+            state=state,
+            position=np.array([self.position]),
+            window_start=np.array([self.window_start]),
+        )
         return int(draft[0]), next_state
 
     def run_target(self, tokens: Sequence[int], rows: Sequence[int]) -> list[np.ndarray]:
         """Write the tokens' K/V from `position` on; return top logits, top ids and states of the given rows."""
-        self._grow(self.position + len(tokens))
-        return self.graphs["target"].run(
-            tokens=np.asarray(tokens, np.int64), position=np.array([self.position]), output_rows=np.asarray(rows)
+        if (end := self.position + len(tokens)) > self.manifest.max_seq_len:
+            raise ValueError(f"{end} cache rows asked for, the bundle has {self.manifest.max_seq_len}")
+        # What fills up to the multiple is computed and dropped; the row it writes is masked like a rejected one.
+        ids, wanted = (_filled(list(part), self.manifest.row_multiple) for part in (tokens, rows))
+        self._make_room(len(ids))
+        outputs = self.graphs["target"].run(
+            embedded=self.tables["embed_tokens"][ids],
+            per_layer=self.tables["embed_tokens_per_layer"][ids],
+            position=np.array([self.position]),
+            window_start=np.array([self.window_start]),
+            output_rows=np.array(wanted),
         )
+        return [output[: len(rows)] for output in outputs]
 
-    def _grow(self, rows: int) -> None:
-        """Make room for so many cache rows, keeping those there are."""
-        if rows <= self._rows:
-            return
-        if rows > self.manifest.max_seq_len:
-            raise ValueError(f"{rows} cache rows asked for, the bundle has {self.manifest.max_seq_len}")
-        self._rows = min(-(-rows // CACHE_STEP) * CACHE_STEP, self.manifest.limits["cache_rows"])
+    def _make_room(self, count: int) -> None:
+        """Let the buffers hold so many rows after `position`: they grow, then those of sliding layers move up."""
+        limits = self.manifest.limits
+        if self.position == 0:
+            self.window_start = 0
+        if self.position + count - self.window_start > limits["window_rows"]:
+            start = max(0, self.position - self.manifest.sliding_window - 2) // SLIDE * SLIDE
+            moved = start - self.window_start
+            for name in self._sliding:
+                self.cache[name][:, :-moved] = self.cache[name][:, moved:].copy()
+            self.window_start = start
+        grown = False
         for name, old in self.cache.items():
-            self.cache[name] = np.zeros((old.shape[0], self._rows, old.shape[2]), np.float32)
-            self.cache[name][:, : old.shape[1]] = old
-        for graph in self.graphs.values():
-            graph.bind(self.cache)
+            used = self.position + count - (self.window_start if name in self._sliding else 0)
+            if used > old.shape[1]:
+                limit = limits["window_rows" if name in self._sliding else "cache_rows"]
+                rows = min(-(-used // CACHE_STEP) * CACHE_STEP, limit)
+                self.cache[name] = np.zeros((old.shape[0], rows, old.shape[2]), np.float32)
+                self.cache[name][:, : old.shape[1]] = old
+                grown = True
+        if grown:
+            for graph in self.graphs.values():
+                graph.bind(self.cache)
+
+
+def _filled(items: list[int], multiple: int) -> list[int]:
+    """The list with its last item repeated up to a multiple."""
+    return items + items[-1:] * (-len(items) % multiple)

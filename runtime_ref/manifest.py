@@ -9,8 +9,10 @@ from typing import Any
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+TABLES = ("embed_tokens", "embed_tokens_per_layer")
+SLIDE = 128  # rows that sliding layers' buffers move by: sums in blocks of so many rows stay the same sums
 
 # Told what is being worked on and how many bytes of it were done.
 Progress = Callable[[str, int], None]
@@ -18,7 +20,7 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class KVBuffer:
-    """K or V of one storing layer: [num_key_value_heads, cache_rows, head_dim] float32."""
+    """K or V of one storing layer: [num_key_value_heads, rows, head_dim] float32."""
 
     name: str
     layer: int
@@ -48,14 +50,17 @@ class Manifest:
     recipe: str
     vocab_size: int
     hidden_size: int
+    sliding_window: int
     max_seq_len: int
     default_draft_tokens: int
     max_draft_tokens: int
     limits: Mapping[str, int]
+    row_multiple: int
     bos: int
     eos: frozenset[int]
     kv: tuple[KVBuffer, ...]
     graphs: Mapping[str, Graph]
+    tables: Mapping[str, Mapping[str, Any]]
     files: Mapping[str, tuple[int, str]]
     raw: Mapping[str, Any]
 
@@ -106,6 +111,11 @@ def file_sha256(file: Path, progress: Progress = lambda *_: None) -> str:
     return digest.hexdigest()
 
 
+def window_rows(sliding_window: int, num_tokens: int) -> int:
+    """Rows of a sliding layer's buffer: what the next pass sees (the drafter one row more), writes, and one move."""
+    return -(-(sliding_window + 2 + num_tokens + SLIDE) // SLIDE) * SLIDE
+
+
 def _parse(raw: Mapping[str, Any]) -> Manifest:
     fields = ("name", "layer", "layer_type", "num_key_value_heads", "head_dim")
     return Manifest(
@@ -113,10 +123,12 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         recipe=raw["recipe"],
         vocab_size=int(raw["target"]["vocab_size"]),
         hidden_size=int(raw["target"]["hidden_size"]),
+        sliding_window=int(raw["target"]["sliding_window"]),
         max_seq_len=int(raw["max_seq_len"]),
         default_draft_tokens=int(raw["num_draft_tokens"]["default"]),
         max_draft_tokens=int(raw["num_draft_tokens"]["max"]),
         limits={name: int(size) for name, size in raw["limits"].items()},
+        row_multiple=int(raw["row_multiple"]),
         bos=int(raw["tokens"]["bos"]),
         eos=frozenset(int(token) for token in raw["tokens"]["eos"]),
         kv=tuple(KVBuffer(**{key: buffer[key] for key in fields}) for buffer in raw["kv"]["buffers"]),
@@ -124,6 +136,7 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
             name: Graph(graph["file"], *(tuple(port["name"] for port in graph[way]) for way in ("inputs", "outputs")))
             for name, graph in raw["graphs"].items()
         },
+        tables=raw["tables"],
         files={name: (int(facts["size"]), str(facts["sha256"])) for name, facts in raw["files"].items()},
         raw=raw,
     )
@@ -133,15 +146,18 @@ def _check(manifest: Manifest) -> None:
     """Raise ValueError where the parts of a manifest do not fit each other."""
     if not 0 <= manifest.default_draft_tokens <= manifest.max_draft_tokens:
         raise ValueError("num_draft_tokens: default must be between 0 and max")
-    if min(manifest.max_seq_len, manifest.vocab_size, manifest.hidden_size) < 1:
-        raise ValueError("max_seq_len, vocab_size and hidden_size must be positive")
-    if min(manifest.limits[name] for name in ("num_tokens", "num_outputs", "cache_rows")) < 1:
-        raise ValueError("limits must be positive")
-    if (
-        manifest.limits["cache_rows"] < manifest.max_seq_len
-        or manifest.limits["num_outputs"] <= manifest.max_draft_tokens
-    ):
+    if min(manifest.max_seq_len, manifest.vocab_size, manifest.hidden_size, manifest.sliding_window) < 1:
+        raise ValueError("max_seq_len, vocab_size, hidden_size and sliding_window must be positive")
+    limits, multiple = manifest.limits, manifest.row_multiple
+    if min(*(limits[name] for name in ("num_tokens", "num_outputs", "cache_rows", "window_rows")), multiple) < 1:
+        raise ValueError("limits and row_multiple must be positive")
+    room = min(limits["num_tokens"], limits["num_outputs"])
+    if limits["cache_rows"] < manifest.max_seq_len + multiple - 1 or room <= manifest.max_draft_tokens:
         raise ValueError("limits leave no room for max_seq_len or num_draft_tokens")
+    if limits["window_rows"] < min(limits["cache_rows"], window_rows(manifest.sliding_window, limits["num_tokens"])):
+        raise ValueError("limits leave no room for sliding_window")
+    if limits["num_tokens"] % multiple or limits["num_outputs"] % multiple:
+        raise ValueError("limits are not multiples of row_multiple")
     for name in ("target", "drafter", "two_stage", "kv", "source"):
         if name not in manifest.raw:
             raise ValueError(f"{name} is missing")
@@ -151,6 +167,14 @@ def _check(manifest: Manifest) -> None:
     for name in ("target", "drafter"):
         if manifest.graphs[name].file not in manifest.files:
             raise ValueError(f"the file of graph {name} is not in files")
+    for name in TABLES:
+        places = [manifest.tables[name][part] for part in ("data", "scales") if part in manifest.tables[name]]
+        if any(place["file"] not in manifest.files for place in places):
+            raise ValueError(f"the file of table {name} is not in files")
+        if manifest.tables[name]["rows"] != manifest.vocab_size:
+            raise ValueError(f"table {name} has not a row for each token")
+    if manifest.tables["embed_tokens"]["columns"] != manifest.hidden_size:
+        raise ValueError("table embed_tokens is not as wide as hidden_size")
     buffers = {kv.name for kv in manifest.kv}
     if not buffers or not buffers <= set(manifest.graphs["target"].inputs):
         raise ValueError("kv.buffers are not inputs of graph target")

@@ -43,7 +43,7 @@ def bundle(
     pair_dirs: Callable[[str], Directories],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., Path]]:
-    """The bundle of a shape and backend; tests that change one work on a copy.
+    """The bundle of a shape, backend and recipe; tests that change one work on a copy.
 
     `kmeans` is the shape `dense` with clusters of its own, in a number that does not divide its vocabulary.
 
@@ -51,26 +51,27 @@ def bundle(
     """
     directory = tmp_path_factory.mktemp("bundles")
 
-    def arguments(name: str, backend: str) -> tuple[Path, Path, Path, str, int | None]:
+    def arguments(name: str, backend: str, recipe: str) -> tuple[Path, Path, Path, str, str, int | None]:
         shape, clusters = ("dense", 48) if name == "kmeans" else (name, None)
-        return *pair_dirs(shape), directory / f"{name}-{backend}", backend, clusters
+        return *pair_dirs(shape), directory / f"{name}-{backend}-{recipe}", backend, recipe, clusters
 
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
 
         @functools.cache
-        def lowered(name: str) -> Future[Path]:
-            return pool.submit(export, *arguments(name, "executorch"))
+        def lowered(name: str, recipe: str) -> Future[Path]:
+            return pool.submit(export, *arguments(name, "executorch", recipe))
 
         @functools.cache
-        def make(name: str, backend: str) -> Path:
+        def make(name: str, backend: str, recipe: str) -> Path:
             if backend == "executorch":
-                return lowered(name).result()
-            return export(*arguments(name, backend))
+                return lowered(name, recipe).result()
+            return export(*arguments(name, backend, recipe))
 
         if len(request.session.items) > 200:
             for name in ("dense", "e4b", "demo", "kmeans", *SHAPES):
-                lowered(name)
-        yield lambda name, backend="onnx": make(name, backend)
+                lowered(name, "fp32")
+            lowered("e2b", "int4")
+        yield lambda name, backend="onnx", recipe="fp32": make(name, backend, recipe)
         pool.shutdown(cancel_futures=True)
 
 

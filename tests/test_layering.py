@@ -39,7 +39,7 @@ ONLY_IN = {
     "onnxscript": {"exporter/backends/onnx.py"},
     "tokenizers": {"runtime_ref/tokenizer.py", "exporter/demo/tokenizer.py"},
     "sklearn": {"clustering/kmeans.py", "clustering/recall.py", "exporter/bench/clusters.py"},
-    "torchao": {"exporter/bench/heads.py"},
+    "torchao": {"exporter/backends/executorch.py", "exporter/bench/heads.py"},
     "matplotlib": {"exporter/plots.py"},
 }
 # ExecuTorch's Python runtime takes and gives torch tensors.

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from exporter.checkpoint import Weights
 from exporter.graphs import GraphSpec
 from exporter.pair import Pair
+from exporter.parts import GraphParts
+from exporter.quantize import Scales
+from exporter.tables import Exported
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 from runtime_ref.quiet import EXECUTORCH, quiet
@@ -26,14 +28,31 @@ class Backend(Protocol):
         """File, and inputs and outputs, of each graph."""
         ...
 
-    def export_graphs(
-        self, directory: Path, pair: Pair, limits: Mapping[str, int], progress: Progress
-    ) -> dict[str, Any]:
-        """Write graphs and weights; returns further facts for the manifest's `backend`."""
+    def row_multiple(self) -> int:
+        """What the tokens and the output rows of one pass of the target must be a multiple of."""
         ...
 
-    def differing_weights(self, graphs: Mapping[str, tuple[Path, Weights]]) -> dict[str, list[str]]:
-        """For each graph, given as its file and weights, the names of those that it does not hold bit for bit."""
+    def scales(self) -> Scales:
+        """What the scales of 4-bit weights can be."""
+        ...
+
+    def memory(self, parts: Mapping[str, GraphParts]) -> int:
+        """Bytes that exporting graphs takes at its peak, about."""
+        ...
+
+    def export_graphs(
+        self,
+        directory: Path,
+        pair: Pair,
+        parts: Mapping[str, GraphParts],
+        limits: Mapping[str, int],
+        progress: Progress,
+    ) -> Exported:
+        """Write graphs and weights."""
+        ...
+
+    def differing_weights(self, parts: Mapping[str, GraphParts], files: Mapping[str, Path]) -> dict[str, list[str]]:
+        """For each graph the names of weights that its file does not hold bit for bit."""
         ...
 
 

@@ -16,7 +16,6 @@ class Constants(nn.Module):
     def ops(self) -> Ops:
         """Operations to build a module with; `register` it before it is traced."""
         return Ops(
-            tied_logits=_tied_logits,
             write_rows=_write_rows,
             rms_norm=self._rms_norm,
             gelu=gelu,
@@ -43,11 +42,6 @@ class Constants(nn.Module):
         _, heads, dim = x.shape
         pairs = x.reshape(-1, 2, dim // 2).transpose(1, 2)
         return F.linear(pairs, self.get_buffer("turn")).transpose(1, 2).contiguous().view(-1, heads, dim)
-
-
-def _tied_logits(states: Tensor, table: Tensor) -> Tensor:
-    """A linear layer would pack its weight: a second copy of the table. A bmm reads it where look-ups do."""
-    return torch.bmm(table.view(1, *table.shape), states.t().unsqueeze(0)).squeeze(0).t()
 
 
 def _from_int8(values: Tensor) -> Tensor:

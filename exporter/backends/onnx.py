@@ -1,29 +1,33 @@
 """ONNX Runtime: trace each graph without weights, then attach them from files laid out for memory mapping."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import onnxscript.optimizer
 import torch
+import torch.nn.functional as F
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from exporter.checkpoint import Weights
-from exporter.graphs import DrafterGraph, GraphSpec, TargetGraph, drafter_graph, target_graph, trace_arguments
-from exporter.modeling.drafter import Drafter
+from exporter.graphs import ROW_MULTIPLE, GraphSpec, drafter_graph, target_graph, trace_arguments
 from exporter.modeling.layers import Ops
-from exporter.modeling.target import Target
 from exporter.pair import Pair
+from exporter.parts import GraphParts
+from exporter.quantize import Quantized, Scales, pack
+from exporter.tables import EMBEDDING, Exported, table_facts
 from runtime_ref.manifest import Progress
 from runtime_ref.quiet import quiet
 
 OPSET = 24  # the first with TensorScatter, which writes the cache in place
 ALIGNMENT = 4096  # a page, so that a table is mapped without its neighbours
-_SMALL = 16 * ALIGNMENT  # below this, padding to pages would cost more than it gives
+_SMALL = 4 * ALIGNMENT  # numbers: below this, padding to pages would cost more than it gives
 
 # After constant folding; onnxscript's full optimizer finds the same and takes fifty times as long.
 TIDY = (
@@ -45,12 +49,17 @@ def _write_rows(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic("TensorScatter", (cache, rows, start), dtype=cache.dtype, shape=cache.shape)
 
 
-OPS = Ops(linear=_linear, tied_logits=_linear, write_rows=_write_rows)
+OPS = Ops(linear=_linear, write_rows=_write_rows)
 
 
 def runtime() -> dict[str, Any]:
     """What the manifest says of the backend."""
     return {"name": "onnx", "opset": OPSET, "onnxruntime": onnxruntime.__version__}
+
+
+def row_multiple() -> int:
+    """MatMulNBits has a kernel of its own for one row, which sums in another order than those for several."""
+    return ROW_MULTIPLE
 
 
 def graph_specs(pair: Pair) -> dict[str, tuple[str, GraphSpec]]:
@@ -60,26 +69,46 @@ def graph_specs(pair: Pair) -> dict[str, tuple[str, GraphSpec]]:
     }
 
 
-def export_graphs(directory: Path, pair: Pair, limits: Mapping[str, int], progress: Progress) -> dict[str, Any]:
-    """Write both graphs, `NAME.onnx`, and their weights, `NAME.weights`, into a directory; returns no further facts."""
-    progress("tracing", 0)
-    (_, target), (_, drafter) = graph_specs(pair).values()
-    models = {
-        "target": trace(target, limits, lambda: TargetGraph(Target(pair.target, OPS))),
-        "drafter": trace(
-            drafter, limits, lambda: DrafterGraph(Drafter(pair.drafter, pair.two_stage, OPS), pair.shared_kv)
-        ),
-    }
-    weights = {"target": _write_weights(directory / "target.weights", pair.target_weights, {}, progress)}
-    # Both graphs look tokens up in one table; it lies in the target's file.
-    known = {"target_embed_tokens.weight": weights["target"]["embed_tokens.weight"]}
-    weights["drafter"] = _write_weights(directory / "drafter.weights", pair.drafter_weights, known, progress)
-    for name, model in models.items():
-        for parameter, initializer in model.graph.initializers.items():
-            if initializer.const_value is None:
-                initializer.const_value = weights[name][parameter]
-        ir.save(model, directory / f"{name}.onnx")
-    return {}
+def scales() -> Scales:
+    """MatMulNBits takes any, in the dtype of the activations."""
+    return Scales()
+
+
+def memory(parts: Mapping[str, GraphParts]) -> int:
+    """Bytes that an export takes, about: little for small pairs, and 1.6 and 1.8 GB were measured for E2B and E4B."""
+    return 1_900_000_000 if sum(part.stored_bytes for part in parts.values()) > 1 << 28 else 700_000_000
+
+
+def export_graphs(
+    directory: Path, pair: Pair, parts: Mapping[str, GraphParts], limits: Mapping[str, int], progress: Progress
+) -> Exported:
+    """Write both graphs, `NAME.onnx`, and their weights, `NAME.weights`, into a directory."""
+    stored = {}
+    for name, (file, spec) in graph_specs(pair).items():
+        progress(f"tracing {name}", 0)
+        part = parts[name]
+        model = trace(spec, limits, partial(_module, part))
+        stored[name] = _write_weights(directory / f"{name}.weights", part, progress)
+        _attach(model, stored[name], part)
+        ir.save(model, directory / file)
+    return Exported({}, _embedding(stored["target"], parts["target"]))
+
+
+def _module(part: GraphParts) -> nn.Module:
+    return part.graph(part.model(OPS), True)
+
+
+def _embedding(stored: Mapping[str, ir.ExternalTensor], part: GraphParts) -> dict[str, Any]:
+    """Where the token embedding lies: the head's weight is the look-up table as well."""
+    data, scales, (rows, columns) = stored[EMBEDDING], stored.get(EMBEDDING + SCALES), part.shapes[EMBEDDING]
+    place = (str(data.location), data.offset or 0)
+    row_bytes = (data.length or 0) // rows
+    if scales is None:
+        return table_facts((rows, columns), "float32", place, row_bytes)
+    bits, block_bytes = part.widths[EMBEDDING].bits, data.shape.numpy()[2]
+    group = block_bytes * 8 // bits
+    scales_at = (str(scales.location), scales.offset or 0, "float32")
+    return table_facts((rows, columns), f"uint{bits}", place, row_bytes, group, scales_at)
 
 
 def stored_weights(file: Path) -> dict[str, ir.TensorProtocol]:
@@ -88,20 +117,24 @@ def stored_weights(file: Path) -> dict[str, ir.TensorProtocol]:
     return {name: v.const_value for name, v in initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
 
 
-def differing_weights(graphs: Mapping[str, tuple[Path, Weights]]) -> dict[str, list[str]]:
+def differing_weights(parts: Mapping[str, GraphParts], files: Mapping[str, Path]) -> dict[str, list[str]]:
     """Names of weights that each graph does not hold bit for bit, or should not hold."""
-    return {name: _differing(file, weights) for name, (file, weights) in graphs.items()}
+    return {name: _differing(files[name], part) for name, part in parts.items()}
 
 
-def _differing(file: Path, weights: Weights) -> list[str]:
+def _differing(file: Path, part: GraphParts) -> list[str]:
     stored = stored_weights(file)
-    differing = weights.keys() ^ stored.keys()
-    for name in weights.keys() & stored.keys():
-        ours, theirs = weights[name]().contiguous().numpy(), stored[name].numpy()
-        # Bytes, because 0 equals -0.
-        if (ours.dtype, ours.shape, ours.tobytes()) != (theirs.dtype, theirs.shape, theirs.tobytes()):
-            differing.add(name)
-    return sorted(differing)
+    rows = dict.fromkeys(stored, 0)
+    differing = set()
+    for parameter in part.weights:
+        for name, array in _encoded(part, parameter):
+            start = rows.setdefault(name, 0)
+            rows[name] += len(array)
+            theirs = stored[name].numpy()[start : rows[name]] if name in stored else None
+            # Bytes, because 0 equals -0.
+            if theirs is None or (array.dtype, array.tobytes()) != (theirs.dtype, theirs.tobytes()):
+                differing.add(name)
+    return sorted(differing | {name for name, tensor in stored.items() if rows[name] != tensor.shape.numpy()[0]})
 
 
 def trace(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[], nn.Module]) -> ir.Model:
@@ -131,27 +164,84 @@ def trace(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[], nn.Mod
     return model
 
 
-def _write_weights(
-    file: Path, weights: Weights, known: dict[str, ir.ExternalTensor], progress: Progress
-) -> dict[str, ir.ExternalTensor]:
-    """Write weights one after the other, and return where each lies; those that are `known` are elsewhere already."""
-    stored = dict(known)
+SCALES = ".scales"  # after the name of a weight, that of its scales
+
+
+def _encoded(
+    part: GraphParts, parameter: str, progress: Progress = lambda *_: None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """A weight as its file holds it, in blocks of rows: floats, or integers packed for MatMulNBits, then the scales."""
+    scales = []
+    for block in part.blocks(parameter, progress=progress):
+        if isinstance(block, Tensor):
+            yield parameter, block.contiguous().numpy()
+            continue
+        rows, columns = block.numbers.shape
+        size = _block_size(block)
+        padded = F.pad(block.numbers, (0, -columns % size))
+        yield parameter, pack(padded, block.bits).reshape(rows, -1, size * block.bits // 8)
+        # Where whole rows share a scale, each of their blocks has it.
+        scales.append(block.scales.expand(-1, padded.shape[1] // size).contiguous().numpy())
+    if scales:
+        yield parameter + SCALES, np.concatenate(scales)
+
+
+def _block_size(weight: Quantized) -> int:
+    """Numbers in a block of MatMulNBits: a group, or for rows with one scale the largest that divides them."""
+    columns = weight.numbers.shape[1]
+    if weight.group < columns:
+        return weight.group
+    return next((size for size in (256, 128, 64, 32) if columns % size == 0), 128)
+
+
+def _write_weights(file: Path, part: GraphParts, progress: Progress) -> dict[str, ir.ExternalTensor]:
+    """Write a graph's weights one after the other, a few rows at a time, and return where each lies."""
+    stored: dict[str, ir.ExternalTensor] = {}
     with file.open("wb") as stream:
-        for name, read in weights.items():
-            if name in known:
-                continue
-            array = read().contiguous().numpy()
-            alignment = ALIGNMENT if array.nbytes >= _SMALL else 64
-            stream.write(b"\0" * (-stream.tell() % alignment))
-            stored[name] = ir.ExternalTensor(
-                file.name,
-                stream.tell(),
-                array.nbytes,
-                ir.DataType.from_numpy(array.dtype),
-                shape=ir.Shape(array.shape),
-                name=name,
-                base_dir=file.parent,
-            )
-            stream.write(array.data)  # tofile would hide why a write failed
-            progress(name, array.nbytes)
+        for parameter in part.weights:
+            for name, array in _encoded(part, parameter, progress):
+                if (written := stored.get(name)) is None:
+                    large = prod(part.shapes[parameter]) >= _SMALL
+                    stream.write(b"\0" * (-stream.tell() % (ALIGNMENT if large else 64)))
+                    start, rows = stream.tell(), 0
+                else:
+                    start, rows = written.offset or 0, written.shape.numpy()[0]
+                stream.write(array.data)  # tofile would hide why a write failed
+                stored[name] = ir.ExternalTensor(
+                    file.name,
+                    start,
+                    stream.tell() - start,
+                    ir.DataType.from_numpy(array.dtype),
+                    shape=ir.Shape((rows + len(array), *array.shape[1:])),
+                    name=name,
+                    base_dir=file.parent,
+                )
     return stored
+
+
+def _attach(model: ir.Model, stored: Mapping[str, ir.ExternalTensor], part: GraphParts) -> None:
+    """Give a traced graph its weights; a Gemm whose weight has scales becomes a MatMulNBits."""
+    initializers = model.graph.initializers
+    for name, value in list(initializers.items()):
+        if value.const_value is not None:
+            continue
+        tensor = stored[name]
+        value.const_value, value.shape, value.dtype = tensor, tensor.shape, tensor.dtype
+        if (scales := stored.get(name + SCALES)) is None:
+            continue
+        model.graph.opset_imports["com.microsoft"] = 1
+        added = ir.Value(name=scales.name, shape=scales.shape, type=ir.TensorType(scales.dtype), const_value=scales)
+        initializers.add(added)
+        rows, columns = part.shapes[name]
+        _, _, block_bytes = tensor.shape.numpy()
+        bits = part.widths[name].bits
+        sizes = {"K": columns, "N": rows, "bits": bits, "block_size": block_bytes * 8 // bits}
+        for node, _ in value.uses():
+            assert node.op_type == "Gemm"
+            node.op_type, node.domain = "MatMulNBits", "com.microsoft"
+            node.attributes.clear()
+            # Level 4 multiplies integers; with others the kernels for few bits take many times as long.
+            for key, number in {**sizes, "accuracy_level": 4}.items():
+                node.attributes.add(ir.AttrInt64(key, number))
+            node.resize_inputs(3)
+            node.replace_input_with(2, added)

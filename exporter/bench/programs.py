@@ -10,7 +10,7 @@ from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import export
 
-from exporter.backends.executorch import lower
+from exporter.backends.executorch import delegate, emit
 from exporter.backends.onnx import OPSET
 from runtime_ref.quiet import EXECUTORCH, quiet
 
@@ -20,7 +20,9 @@ Run = Callable[..., list[Tensor]]
 def lowered(module: nn.Module, *examples: Tensor) -> Run:
     """The module on ExecuTorch."""
     with quiet(*EXECUTORCH):
-        program = Runtime.get().load_program(lower({"forward": export(module.eval(), examples, strict=False)}).buffer)
+        program = Runtime.get().load_program(
+            emit(delegate({"forward": export(module.eval(), examples, strict=False)})).buffer
+        )
         method = program.load_method("forward")
     assert method is not None
     return lambda *inputs: (program, list(method.execute(inputs)))[1]  # the program must outlive its method

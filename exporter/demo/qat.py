@@ -192,7 +192,7 @@ def rounded_linear(x: Tensor, weight: Tensor) -> Tensor:
     return BFLOAT16.linear(rounded, weight)
 
 
-EIGHT_BITS = Ops(linear=rounded_linear, tied_logits=rounded_linear)
+EIGHT_BITS = Ops(linear=rounded_linear)
 
 
 if __name__ == "__main__":

@@ -254,7 +254,9 @@ def _draft_steps(drafter: Drafter, target: Target, batch: Tensor) -> Iterator[tu
     states = out.state[:, : len(positions)].detach()
     for i in range(DRAFT_STEPS):
         read = batch[:, 1 + i : 1 + i + len(positions)]
-        step = torch.vmap(lambda t, s, kv: drafter.step(t, s, positions, kv))
+        step = torch.vmap(
+            lambda t, s, kv: drafter.step(drafter.target_embed_tokens(t), s, positions, positions[:1] * 0, kv)
+        )
         hidden, states = step(read, states, kv)
         yield hidden, out.logits[:, 1 + i : 1 + i + len(positions)].detach()
 

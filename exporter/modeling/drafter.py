@@ -17,7 +17,9 @@ class Drafter(nn.Module):
     Follows transformers 5.22.2, `Gemma4AssistantForCausalLM` and `SinglePositionMultiTokenCandidateGenerator`.
     """
 
-    def __init__(self, config: DrafterConfig, two_stage: TwoStageSizes | None, ops: Ops = Ops()) -> None:
+    def __init__(
+        self, config: DrafterConfig, two_stage: TwoStageSizes | None, ops: Ops = Ops(), cluster_bits: int = 32
+    ) -> None:
         """`two_stage` None builds a dense head; `target_embed_tokens` is the target's own table."""
         super().__init__()
         text, backbone = config.text, config.backbone_hidden_size
@@ -31,7 +33,7 @@ class Drafter(nn.Module):
         if two_stage is None:
             self.head = DenseHead(text.vocab_size, text.hidden_size, ops)
         else:
-            self.head = TwoStageHead(text.hidden_size, two_stage, ops)
+            self.head = TwoStageHead(text.hidden_size, two_stage, ops, cluster_bits)
 
     def forward(
         self, tokens: Tensor, states: Tensor, positions: Tensor, kv: dict[str, tuple[Tensor, Tensor]]
@@ -47,31 +49,46 @@ class Drafter(nn.Module):
         Returns:
             Draft tokens [T] int64 and next states [T, E_target].
         """
-        hidden, states = self.step(tokens, states, positions, kv)
+        start = torch.zeros(1, dtype=torch.int64)
+        hidden, states = self.step(self.target_embed_tokens(tokens), states, positions, start, kv)
         return self.head(hidden), states
 
     def step(
-        self, tokens: Tensor, states: Tensor, positions: Tensor, kv: dict[str, tuple[Tensor, Tensor]]
+        self,
+        embedded: Tensor,
+        states: Tensor,
+        positions: Tensor,
+        window_start: Tensor,
+        kv: dict[str, tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """`forward` without the head: hidden states [T, E] and next states [T, E_target]."""
+        """`forward` for tokens that were looked up already, and without the head.
+
+        Args:
+            embedded: [T, E_target], scaled.
+            window_start: [1] int64, the position that row 0 of sliding layers' buffers holds.
+
+        Returns:
+            Hidden states [T, E] and next states [T, E_target].
+        """
         text = self.config.text
-        x = torch.cat((self.target_embed_tokens(tokens), states), dim=-1)
+        x = torch.cat((embedded, states), dim=-1)
         x = self.ops.linear(x, self.pre_projection.weight)
         rotary = {kind: rotary_tables(text.attention(kind), positions) for kind in kv}
-        masks = {kind: self._mask(kind, positions, key.shape[1]) for kind, (key, _) in kv.items()}
+        masks = {kind: self._mask(kind, positions, window_start, key.shape[1]) for kind, (key, _) in kv.items()}
         for layer, kind in zip(cast(list[DecoderLayer], self.layers), text.layer_types, strict=True):
             x = layer(x, layer.input_layernorm(x), rotary[kind], masks[kind], *kv[kind])
         hidden = self.norm(x)
         return hidden, self.ops.linear(hidden, self.post_projection.weight)
 
-    def _mask(self, layer_type: str, positions: Tensor, rows: int) -> Tensor:
+    def _mask(self, layer_type: str, positions: Tensor, window_start: Tensor, rows: int) -> Tensor:
         """Visible keys: rows before `last`. Its own K/V and those of rejected drafts are never seen.
 
         The reference measures the window from the newest cache row and includes both ends: window + 1 keys.
         """
-        behind = positions.unsqueeze(1) - torch.arange(rows)
+        sliding = layer_type == "sliding_attention"
+        behind = positions.unsqueeze(1) - (torch.arange(rows) + (window_start if sliding else 0))
         visible = behind >= 1
-        if layer_type == "sliding_attention":
+        if sliding:
             visible &= behind <= self.config.text.sliding_window + 1
         heads = self.config.text.num_attention_heads // self.config.text.attention(layer_type).num_key_value_heads
         return additive_mask(visible, heads)

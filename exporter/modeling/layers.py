@@ -41,14 +41,12 @@ def rotate_half(x: Tensor) -> Tensor:
 class Ops:
     """The operations a backend replaces while it traces the model; the defaults are plain torch.
 
-    `tied_logits` takes states and an embedding that also serves as look-up table. `top_k` returns the largest values
-    of the last dimension in falling order and their indices, of equal values the lower index first; torch itself may
-    keep another.
+    `top_k` returns the largest values of the last dimension in falling order and their indices, of equal values the
+    lower index first; torch itself may keep another.
     """
 
     embedding: Callable[[Tensor, Tensor], Tensor] = F.embedding
     linear: Callable[[Tensor, Tensor], Tensor] = F.linear
-    tied_logits: Callable[[Tensor, Tensor], Tensor] = F.linear
     write_rows: Callable[[Tensor, Tensor, Tensor], Tensor] = write_rows
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor] = rms_norm
     gelu: Callable[[Tensor], Tensor] = gelu
@@ -78,7 +76,11 @@ class ScaledEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, size))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.ops.embedding(ids, self.weight) * self.scale
+        return self.scaled(self.ops.embedding(ids, self.weight))
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """What `forward` makes of rows that were looked up already."""
+        return rows * self.scale
 
 
 def rotary_tables(config: AttentionConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

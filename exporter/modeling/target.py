@@ -45,53 +45,75 @@ class Target(nn.Module):
             output_rows: [R] int64, rows of `tokens` whose outputs are wanted. KV-shared layers run on these alone.
             kv: K then V of each storing layer, each [N, S, D]; rows from `position` on may hold anything finite.
         """
+        embedded, per_layer = self.embed_tokens(tokens), self.embed_tokens_per_layer(tokens)
+        return self.decode(embedded, per_layer, position, torch.zeros_like(position), output_rows, kv)
+
+    def decode(
+        self,
+        embedded: Tensor,
+        per_layer: Tensor,
+        position: Tensor,
+        window_start: Tensor,
+        output_rows: Tensor,
+        kv: list[Tensor],
+    ) -> TargetOutput:
+        """`forward` for tokens that were looked up already, over sliding layers' caches that begin later.
+
+        Args:
+            embedded: [T, E], scaled; `per_layer` [T, layers*P] as well.
+            window_start: [1] int64, the position that row 0 of sliding layers' buffers holds.
+        """
         config = self.config
-        embedded = self.embed_tokens(tokens)
-        per_layer = self._per_layer_inputs(tokens, embedded)
-        positions = position + torch.arange(tokens.shape[0])
-        rotary, masks = self._geometry(positions, kv)
+        per_layer = self._per_layer_inputs(per_layer, embedded)
+        positions = position + torch.arange(embedded.shape[0])
+        starts = {"full_attention": torch.zeros_like(position), "sliding_attention": window_start}
+        rotary, masks = self._geometry(positions, starts, kv)
         kv, x = list(kv), embedded
         for i, layer in enumerate(cast(list[DecoderLayer], self.layers)):
             layer_type = config.layer_types[i]
             if i == config.num_kv_layers:
                 x, per_layer = x.index_select(0, output_rows), per_layer.index_select(0, output_rows)
-                rotary, masks = self._geometry(position + output_rows, kv)
+                rotary, masks = self._geometry(position + output_rows, starts, kv)
             normed = layer.input_layernorm(x)
             source = i if i < config.num_kv_layers else config.kv_source(layer_type)
             if i < config.num_kv_layers:
                 key, value = layer.self_attn.new_kv(normed, rotary[layer_type])
-                kv[2 * i] = self.ops.write_rows(kv[2 * i], key, position)
-                kv[2 * i + 1] = self.ops.write_rows(kv[2 * i + 1], value, position)
+                row = position - starts[layer_type]
+                kv[2 * i] = self.ops.write_rows(kv[2 * i], key, row)
+                kv[2 * i + 1] = self.ops.write_rows(kv[2 * i + 1], value, row)
             key, value = kv[2 * source], kv[2 * source + 1]
             x = layer(x, normed, rotary[layer_type], masks[layer_type], key, value, per_layer.select(1, i))
         if config.num_kv_layers == config.num_hidden_layers:
             x = x.index_select(0, output_rows)
         state = self.norm(x)
-        logits = self.ops.tied_logits(state, self.embed_tokens.weight)
+        logits = self.ops.linear(state, self.embed_tokens.weight)
         if (cap := config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         return TargetOutput(logits, state, kv)
 
-    def _per_layer_inputs(self, tokens: Tensor, embedded: Tensor) -> Tensor:
+    def _per_layer_inputs(self, identity: Tensor, embedded: Tensor) -> Tensor:
         """Per-layer inputs [T, layers, P]: token identity and projected context, averaged with variance kept."""
         config = self.config
         shape = (-1, config.num_hidden_layers, config.hidden_size_per_layer_input)
         context = self.ops.linear(embedded, self.per_layer_model_projection.weight) * config.hidden_size**-0.5
         context = self.per_layer_projection_norm(context.reshape(shape))
-        return (context + self.embed_tokens_per_layer(tokens).reshape(shape)) * 2.0**-0.5
+        return (context + identity.reshape(shape)) * 2.0**-0.5
 
-    def _geometry(self, positions: Tensor, kv: list[Tensor]) -> tuple[dict, dict]:
+    def _geometry(self, positions: Tensor, starts: dict[str, Tensor], kv: list[Tensor]) -> tuple[dict, dict]:
         """Rotary tables and causal masks by layer type, for query positions [T] over the cache."""
         config = self.config
         rotary, masks = {}, {}
-        behind = positions.unsqueeze(1) - torch.arange(kv[0].shape[1])  # how far each key lies behind its query
-        visible = {"full_attention": behind >= 0}
-        visible["sliding_attention"] = visible["full_attention"] & (behind < config.sliding_window)
         for layer_type in sorted(set(config.layer_types)):
             sizes = config.attention(layer_type)
             rotary[layer_type] = rotary_tables(sizes, positions)
+            rows = kv[2 * config.kv_source(layer_type)].shape[1]
+            # How far each key lies behind its query.
+            behind = positions.unsqueeze(1) - (starts[layer_type] + torch.arange(rows))
+            visible = behind >= 0
+            if layer_type == "sliding_attention":
+                visible &= behind < config.sliding_window
             heads = config.num_attention_heads // sizes.num_key_value_heads
-            masks[layer_type] = additive_mask(visible[layer_type], heads)
+            masks[layer_type] = additive_mask(visible, heads)
         return rotary, masks
 
 

@@ -27,26 +27,17 @@ def test_kv_shared_layers_run_on_the_output_rows_alone(bundle: Callable[[str], P
 
 @pytest.mark.parametrize("name", ["odd", "kmeans"])
 def test_drafter_head_stays_sparse(name: str, bundle: Callable[[str], Path]) -> None:
-    """No tensor of the drafter is of size V but the target's embedding; the table has one row a cluster."""
+    """No tensor of the drafter is of size V; the table has one row a cluster."""
     manifest = json.loads((bundle(name) / "manifest.json").read_text())
     vocab_size, sizes = manifest["target"]["vocab_size"], manifest["two_stage"]
     model = ir.load(bundle(name) / "drafter.onnx")
     ShapeInferencePass()(model)
     values = [value for node in model.graph for value in node.outputs] + list(model.graph.initializers.values())
     assert [value.name for value in values if value.shape is None] == []
-    of_size_v = {value.name for value in values if vocab_size in value.shape.dims}
-    assert of_size_v == {"target_embed_tokens.weight"}
+    assert [value.name for value in values if vocab_size in value.shape.dims] == []
     clusters = model.graph.initializers["head.clusters"]
     width = manifest["drafter"]["text"]["hidden_size"]
     assert list(clusters.shape or []) == [sizes["num_clusters"], sizes["cluster_size"] * width]
-
-
-def test_embedding_is_stored_once(bundle: Callable[[str], Path]) -> None:
-    target, drafter = (stored_weights(bundle("e2b") / f"{name}.onnx") for name in ("target", "drafter"))
-    ours, theirs = target["embed_tokens.weight"], drafter["target_embed_tokens.weight"]
-    assert isinstance(ours, ir.ExternalTensor)
-    assert isinstance(theirs, ir.ExternalTensor)
-    assert (ours.location, ours.offset, ours.length) == (theirs.location, theirs.offset, theirs.length)
 
 
 @pytest.mark.parametrize("name", ["target", "drafter"])
@@ -76,5 +67,6 @@ def test_eager_and_bundle_share_one_definition(
 ) -> None:
     """Stored weights carry the module's own parameter names, so nothing stands between model and graph."""
     pair = open_pair(*pair_dirs("e2b"))
-    assert stored_weights(bundle("e2b") / "target.onnx").keys() == pair.target_weights.keys()
-    assert stored_weights(bundle("e2b") / "drafter.onnx").keys() == pair.drafter_weights.keys()
+    stored = {name: stored_weights(bundle("e2b") / f"{name}.onnx").keys() for name in ("target", "drafter")}
+    assert stored["target"] == pair.target_weights.keys() - {"embed_tokens_per_layer.weight"}
+    assert stored["drafter"] == pair.drafter_weights.keys() - {"target_embed_tokens.weight"}

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from exporter.recipes import RECIPES
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
-from runtime_ref.manifest import read_manifest
+from runtime_ref.graph_engine import GraphEngine
+from runtime_ref.manifest import SLIDE, read_manifest
 
 
 def test_cache_is_written_in_place(backend: str, bundle: Callable[..., Path]) -> None:
@@ -29,21 +31,67 @@ def test_cache_is_written_in_place(backend: str, bundle: Callable[..., Path]) ->
         assert not (buffer[:, 3:5] == 9.0).any()
 
 
-def test_a_row_is_computed_alike_in_every_pass(backend: str, bundle: Callable[..., Path]) -> None:
-    """Logits of a token do not depend on what is verified with it: on ExecuTorch on x86-64 to the last bit."""
-    path = bundle("e2b", backend)
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="kernels of other processors are not promised to do so")
+@pytest.mark.parametrize(
+    ("backend", "recipe"),
+    [*(("onnx", recipe) for recipe in RECIPES), ("executorch", "fp32"), ("executorch", "int4")],
+)
+def test_a_row_is_computed_alike_in_every_pass(backend: str, recipe: str, bundle: Callable[..., Path]) -> None:
+    """Choices and states of a token do not depend on what is verified with it: to the last bit.
+
+    From the first row on, across a growth of the cache and moves of the sliding layers' buffers.
+    """
+    path = bundle("e2b", backend, recipe)
     engine = load_engine(path, read_manifest(path), threads=1)
-    engine.run_target(list(range(20)), [19])
-    tokens = [7, 9, 11, 13, 15]
-    engine.position = 20
-    together, ids, _ = engine.run_target(tokens, range(5))
-    for i, token in enumerate(tokens):
-        engine.position = 20 + i
-        alone, alone_ids, _ = engine.run_target([token], [0])
-        if backend == "executorch" and platform.machine() == "x86_64":
-            assert np.array_equal(alone[0], together[i])
-            assert np.array_equal(alone_ids[0], ids[i])
-        assert np.abs(alone[0] - together[i]).max() < 1e-5
+    text = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, engine.manifest.max_seq_len).tolist()
+    starts = set()
+    for base in (1, 30, 252, 380, 510, 590):
+        prefill(engine, text[:base])
+        alone = []
+        for i in range(9):
+            engine.position = base + i
+            alone.append(engine.run_target([text[base + i]], [0]))
+            starts.add(engine.window_start)
+        for count in range(2, 10):
+            engine.position = base
+            together = engine.run_target(text[base : base + count], range(count))
+            for i in range(count):
+                for ours, theirs in zip(together, alone[i], strict=True):
+                    assert np.array_equal(ours[i], theirs[0]), f"row {i} of {count} at {base}"
+    assert len(starts) > 1
+
+
+def test_sliding_buffers_move(backend: str, bundle: Callable[..., Path]) -> None:
+    """They hold the window and little more, however long the text, and its last positions as they were written."""
+    path = bundle("e4b", backend)
+    engine = load_engine(path, read_manifest(path), threads=1)
+    manifest = engine.manifest
+    text = np.random.default_rng(1).integers(0, manifest.vocab_size, manifest.max_seq_len).tolist()
+    prefill(engine, text[:380])
+    early = {name: buffer[:, 250:380].copy() for name, buffer in engine.cache.items()}
+    start = engine.window_start
+    while engine.window_start == start:
+        engine.run_target([text[engine.position]], [0])
+        engine.position += 1
+    assert engine.window_start % SLIDE == 0
+    for kv in manifest.kv:
+        sliding = kv.layer_type == "sliding_attention"
+        assert engine.cache[kv.name].shape[1] <= manifest.limits["window_rows" if sliding else "cache_rows"]
+        first = engine.window_start if sliding else 0
+        kept = np.array([row for row in range(250, 380) if row >= first])
+        assert len(kept) > 100
+        assert np.array_equal(engine.cache[kv.name][:, kept - first], early[kv.name][:, kept - 250])
+    assert engine.window_start <= engine.position - manifest.sliding_window - 2
+
+
+def prefill(engine: GraphEngine, tokens: list[int]) -> None:
+    """Write a text from position 0 on."""
+    engine.position = 0
+    step = engine.manifest.limits["num_tokens"]
+    for start in range(0, len(tokens), step):
+        chunk = tokens[start : start + step]
+        engine.run_target(chunk, [len(chunk) - 1])
+        engine.position += len(chunk)
 
 
 def test_threads_of_a_pool_in_use_are_not_changed(bundle: Callable[..., Path]) -> None:

@@ -40,7 +40,7 @@ def engine(request: pytest.FixtureRequest, backend: str, bundle: Callable[..., P
 
 def scripted(path: Path) -> ScriptedEngine:
     loaded = load_engine(path, replace(read_manifest(path), eos=frozenset()), threads=1)
-    return ScriptedEngine(loaded.manifest, loaded.graphs)
+    return ScriptedEngine(loaded.manifest, loaded.graphs, loaded.tables)
 
 
 def prompt_of(engine: GraphEngine, length: int) -> list[int]:
