@@ -24,6 +24,7 @@ from runtime_ref.engine import open_engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, read_manifest
 from runtime_ref.stats import Stats
+from tests.exports import MAX_SEQ_LEN
 
 Directories = tuple[Path, Path]
 SCRIPT = """
@@ -54,7 +55,7 @@ def test_second_export_is_byte_identical(
     """In another process, with another hash seed, and through the command line."""
     target, drafter = map(str, pair_dirs("dense"))
     command = [sys.executable, "-m", "exporter.cli", "export", "--target", target, "--drafter", drafter]
-    command += ["--output", str(tmp_path / "again"), "--max-seq-len", "300", "--json"]
+    command += ["--output", str(tmp_path / "again"), "--max-seq-len", str(MAX_SEQ_LEN), "--json"]
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
@@ -150,7 +151,7 @@ def test_tampered_bundle_is_refused(copy: Path) -> None:
         (lambda b: (b / "drafter.onnx").write_bytes(b"x"), r"drafter.onnx: is 1 bytes, manifest.json says"),
         (lambda b: (b / MANIFEST).unlink(), r"not a bundle, manifest.json is missing"),
         (lambda b: (b / MANIFEST).write_text("{"), r"cannot be read as JSON"),
-        (lambda b: edit_manifest(b, format_version=2), r"format_version is 2, this version reads 1"),
+        (lambda b: edit_manifest(b, format_version=3), r"format_version is 3, this version reads 2"),
         (lambda b: edit_manifest(b, graphs=None), r"incomplete or malformed"),
         (lambda b: edit_manifest(b, files={"../x": {"size": 1, "sha256": ""}}), r"'../x', outside the bundle"),
         (lambda b: edit_manifest(b, files={}), r"file of graph target is not in files"),
@@ -159,8 +160,8 @@ def test_tampered_bundle_is_refused(copy: Path) -> None:
         (lambda b: edit_manifest(b, num_draft_tokens={"default": 9, "max": 8}), r"default must be between 0 and max"),
         (lambda b: edit_manifest(b, kv={"buffers": []}), r"kv.buffers are not inputs"),
         (lambda b: edit_manifest(b, limits={"num_tokens": 9}), r"incomplete or malformed"),
-        (lambda b: edit_manifest(b, limits=size_limits(200, 8)), r"limits leave no room"),
-        (lambda b: edit_manifest(b, limits=size_limits(300, 2)), r"limits leave no room"),
+        (lambda b: edit_manifest(b, limits=size_limits(400, 8, 16)), r"limits leave no room"),
+        (lambda b: edit_manifest(b, limits=size_limits(MAX_SEQ_LEN, 2, 16)), r"limits leave no room"),
         (lambda b: edit_manifest(b, tokens={"bos": "x", "eos": 1}), r"incomplete or malformed"),
         (lambda b: (b / "extra.weights").write_text(""), r"extra.weights: not named in manifest.json"),
     ],
@@ -222,8 +223,8 @@ def test_parity_sees_one_changed_weight(
     "changes",
     [
         {"tokens": {"bos": 2, "eos": [7], "pad": 0}},
-        {"max_seq_len": 10**7, "limits": size_limits(10**7, 8)},
-        {"limits": size_limits(300, 8) | {"num_tokens": 4096}},
+        {"max_seq_len": 10**7, "limits": size_limits(10**7, 8, 16)},
+        {"limits": size_limits(MAX_SEQ_LEN, 8, 16) | {"num_outputs": 64}},
         {"two_stage": {"num_clusters": 1}},
     ],
 )
@@ -253,11 +254,10 @@ def test_parity_reports_a_bundle_that_cannot_run(
 
 def test_parity_sees_what_is_not_finite(copy: Path, pair_dirs: Callable[[str], Directories]) -> None:
     """NaN in the embedding of a token that the second prompt alone has."""
-    entry = stored_weights(copy / "target.onnx")["embed_tokens_per_layer.weight"]
-    row = entry.offset + 77 * entry.length // entry.shape[0]
-    content = bytearray((copy / "target.weights").read_bytes())
+    row = 77 * read_manifest(copy).tables["embed_tokens_per_layer"]["row_bytes"]
+    content = bytearray((copy / "per_layer.table").read_bytes())
     content[row : row + 4] = b"\x00\x00\xc0\x7f"
-    (copy / "target.weights").write_bytes(content)
+    (copy / "per_layer.table").write_bytes(content)
     checks = run_parity(copy, open_pair(*pair_dirs("dense")), [[5], [5, 77]], 2)
     assert "not finite" in {check.detail for check in checks if check.rung == "graphs" and not check.passed}
 

@@ -1,0 +1,60 @@
+"""What a recipe costs: a bundle's logits, choices and accepted drafts against those of its checkpoints in float32."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from exporter.modeling.target import Target, empty_kv
+from exporter.pair import Pair
+from exporter.recipes import RECIPES
+from exporter.reference import Reference
+from runtime_ref.decoder import Options, generate
+from runtime_ref.graph_engine import GraphEngine
+from runtime_ref.stats import Stats
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Signal to noise of the top logits in dB, share of equal choices, and acceptance of the checkpoints' drafts."""
+
+    sqnr: float
+    agreement: float
+    positions: int
+    acceptance: float
+
+
+@torch.no_grad()
+def measure_quality(engine: GraphEngine, pair: Pair, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Quality:
+    """Compare a bundle with its checkpoints, on prompts and what the checkpoints continue them with, greedily."""
+    manifest, reference = engine.manifest, Reference(pair, RECIPES["fp32"])
+    eager, target, stats = reference.engine(manifest), reference.target(), Stats()
+    signal = noise = 0.0
+    equal: list[np.ndarray] = []
+    for prompt in prompts:
+        options = Options(max_new_tokens, manifest.default_draft_tokens)
+        text = [*prompt, *generate(eager, prompt, options, stats)]
+        wanted = logits_after(target, text, len(text))
+        for start in range(0, len(text), manifest.limits["num_outputs"]):
+            tokens = text[start : start + manifest.limits["num_outputs"]]
+            engine.position = start
+            logits, ids, _ = engine.run_target(tokens, range(len(tokens)))
+            rows = wanted[start : start + len(tokens)]
+            exact = rows.gather(1, torch.from_numpy(ids)).double().numpy()
+            signal, noise = signal + float((exact**2).sum()), noise + float(((logits - exact) ** 2).sum())
+            equal.append(ids[:, 0] == rows.argmax(1).numpy())
+    agreement = np.concatenate(equal)
+    return Quality(
+        sqnr=float(10 * np.log10(signal / noise)) if noise else float("inf"),
+        agreement=float(agreement.mean()),
+        positions=len(agreement),
+        acceptance=stats.acceptance_rate or 0.0,
+    )
+
+
+def logits_after(target: Target, tokens: Sequence[int], count: int) -> torch.Tensor:
+    """Logits [count, V] after the last tokens of a text."""
+    rows = torch.arange(len(tokens) - count, len(tokens))
+    kv = empty_kv(target.config, len(tokens))
+    return target(torch.tensor(tokens), torch.tensor([0]), rows, kv).logits
