@@ -14,6 +14,7 @@ bench: .venv/installed
 	$(BIN)/python -m exporter.bench.heads
 	$(BIN)/python -m exporter.bench.acceptance
 	$(BIN)/python -m exporter.bench.clusters
+	$(BIN)/python -m exporter.bench.recipes
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -11,11 +11,12 @@ from rich.console import Console
 
 from clustering.table import load_table
 from exporter.backends import BACKENDS
-from exporter.bundle import RECIPES, ExportOptions, check_output, export_bundle, sequence_limit
+from exporter.bench.bundle import BenchOptions, check_same_text, measure_bundle
+from exporter.bundle import ExportOptions, check_options, check_output, export_bundle
 from exporter.clusters import Clustering, ClusterOptions, cluster_steps, make_clusters
 from exporter.console import (
+    bench_tables,
     facts_table,
-    human_bytes,
     parity_table,
     peak_bytes,
     progress_bar,
@@ -24,11 +25,13 @@ from exporter.console import (
     stats_line,
 )
 from exporter.demo import PAIR, PROMPTS
-from exporter.files import check_file, write_file
+from exporter.files import check_file, human_bytes, write_file
 from exporter.inspection import inspect as inspect_path
+from exporter.options import DIRECTORY, DraftTokens, bench_options, clusters_option, json_option, top_k_option
 from exporter.pair import Pair, open_pair
 from exporter.parity import Check, open_source, run_parity
 from exporter.plots import check_picture, recall_picture
+from exporter.recipes import RECIPES
 from runtime_ref.decoder import Options
 from runtime_ref.decoder import generate as generate_tokens
 from runtime_ref.engine import Engine, open_engine
@@ -43,39 +46,11 @@ from runtime_ref.tokenizer import TextTokenizer
 err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 out = Console(markup=False, highlight=False)
 
-DIRECTORY = click.Path(path_type=Path)
-
-
-class DraftTokens(click.ParamType):
-    """`auto`, read as None, or a count."""
-
-    name = "auto|K"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value is None or value == "auto":
-            return None
-        if not str(value).isdecimal() or len(str(value)) > 9:
-            self.fail(f"{value!r} is neither 'auto' nor a count", param, ctx)
-        return int(value)
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="gemma-mtp-export")
 def cli() -> None:
     """Export Gemma 4 E2B/E4B with its MTP drafter to phones, and prove that nothing was lost."""
-
-
-clusters_option = click.option(
-    "--clusters",
-    type=click.IntRange(1),
-    help="How many to make.  [default: 2048 for Gemma's 262144 tokens]",
-)
-top_k_option = click.option(
-    "--top-k-clusters",
-    type=click.IntRange(1),
-    help="Clusters that are kept.  [default: as the checkpoint says, or by recall]",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 
 
 @cli.command()
@@ -104,7 +79,9 @@ def demo(output: Path, backend: str) -> None:
 @click.option("--drafter", type=DIRECTORY, required=True, help="Its MTP drafter checkpoint.")
 @click.option("--output", type=DIRECTORY, required=True, help="Bundle directory to write.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="onnx")
-@click.option("--recipe", type=click.Choice(RECIPES), default="fp32", help="Precision of weights and activations.")
+@click.option(
+    "--recipe", type=click.Choice(list(RECIPES)), default="fp32", help="Precision of weights and activations."
+)
 @click.option("--max-seq-len", type=click.IntRange(2), help="Longest prompt and answer together.  [default: 4096]")
 @click.option("--max-draft-tokens", type=click.IntRange(0, 32), default=8, help="Most drafts a round may have.")
 @click.option(
@@ -142,7 +119,7 @@ def export(
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force)
     if head == "kmeans":
         pair = open_pair(target, drafter, "dense")
-        sequence_limit(pair, options)  # before minutes of clustering
+        check_options(pair, output, options)  # before minutes of clustering
         if cluster_table is not None:
             table, top_k = load_table(cluster_table, pair.drafter.text.vocab_size, pair.drafter.text.hidden_size)
         else:
@@ -312,6 +289,24 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(facts))
     else:
         out.print(facts_table(facts))
+
+
+@cli.command()
+@click.argument("bundle", type=DIRECTORY)
+@bench_options
+@json_option
+def bench(
+    bundle: Path, threads: int | None, contexts: tuple[int, ...], acceptance: float | None, as_json: bool
+) -> None:
+    """Time a bundle: passes, drafts, memory, and what drafting gains at a given acceptance."""
+    with err.status("bench") as status:
+        options = BenchOptions(threads, contexts, acceptance)
+        facts = measure_bundle(bundle, options, lambda step: status.update(f"bench: {step}"), err.print)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        out.print(*bench_tables(facts))
+    check_same_text(facts)
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
 """What `make bench` measures. Nothing here is a test: figures are ratios within one run, on the machine they name."""
 
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Name = TypeVar("Name")
 
@@ -31,3 +32,31 @@ def milliseconds(
                 call()
                 times[name].append(1000 * (time.perf_counter() - started))
     return {name: (statistics.median(found), min(found)) for name, found in times.items()}
+
+
+def in_turns(
+    calls: Mapping[Name, Callable[[], object]], seconds: float, least: int = 3, most: int = 200
+) -> dict[Name, list[float]]:
+    """Milliseconds of each call, one call a turn; for calls that take long, where `milliseconds` would take minutes.
+
+    Turns end when `seconds` for each call have passed, but not before `least`, and not after `most` of them. Each has
+    another order, so that no call always finds the processor's caches as the same other one left them.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls.items()), random.Random(0).shuffle
+    until = time.perf_counter() + seconds * len(calls)
+    for turn in range(most):
+        if turn >= least and time.perf_counter() > until:
+            break
+        shuffle(order)
+        for name, call in order:
+            started = time.perf_counter()
+            call()
+            times[name].append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def spread(times: Sequence[float]) -> dict[str, Any]:
+    """Median, lower quartile and minimum of times, and how many there are."""
+    quartile = sorted(times)[(len(times) - 1) // 4]
+    return {"median": statistics.median(times), "quartile": quartile, "min": min(times), "count": len(times)}

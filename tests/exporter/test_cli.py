@@ -134,7 +134,7 @@ def test_inspect(
         (["generate", "{demo}", "--prompt", ""], "the prompt is empty"),
         (["generate", "{dense}", "--prompt-ids", "{ids:[]}"], "a prompt is empty"),
         (["generate", "{dense}", "--prompt-ids", "{ids:[256]}"], "token id 256, expected 0 to 255"),
-        (["generate", "{dense}", "--prompt-ids", "{ids:long}"], "the prompt has 300 tokens"),
+        (["generate", "{dense}", "--prompt-ids", "{ids:long}"], "the prompt has 600 tokens"),
         (["generate", "{dense}", "--prompt-ids", "{ids:words}"], "expected a JSON list of token ids"),
         (
             ["generate", "{dense}", "--prompt-ids", "nowhere.json"],
@@ -162,7 +162,7 @@ def test_inspect(
 def test_bad_input_is_one_line(
     arguments: list[str], message: str, run: Run, bundle: Callable[[str], Path], ids: Callable[[object], Path]
 ) -> None:
-    values = {"[]": [], "[256]": [256], "[5]": [5], "long": [5] * 300, "words": ["a", "b"]}
+    values = {"[]": [], "[256]": [256], "[5]": [5], "long": [5] * 600, "words": ["a", "b"]}
 
     def fill(argument: str) -> object:
         if argument.startswith("{ids:"):
