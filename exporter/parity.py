@@ -221,7 +221,7 @@ def _check_weights(bundle: Path, manifest: Manifest, pair: Pair) -> Iterator[Che
     found["per-layer"], counts["per-layer"] = differing_rows(bundle / PER_LAYER_FILE, pair, recipe.per_layer), 1
     for graph, differing in found.items():
         listed = f"{len(differing)} differ: {', '.join(differing[:3])}"
-        detail = listed if differing else f"{counts[graph]} tensors equal"
+        detail = listed if differing else f"{counts[graph]} tensor{'s' * (counts[graph] > 1)} equal"
         yield Check("weights", f"{graph} weights", not differing, detail=detail)
 
 
