@@ -11,7 +11,7 @@ import torch
 from exporter.checkpoint import Checkpoint, drafter_weights, read_cluster_table, target_weights
 from exporter.config import read_drafter_config, read_object, read_target_config
 from runtime_ref.errors import InputError
-from runtime_ref.manifest import MANIFEST, changed_files, read_manifest
+from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifest
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -32,7 +32,9 @@ def inspect(path: Path) -> dict[str, Any]:
             "target": _sizes(manifest.raw["target"]),
             "drafter": _sizes(manifest.raw["drafter"]["text"]),
             "two_stage": manifest.raw["two_stage"],
-            "kv_bytes_per_token": sum(4 * kv.num_key_value_heads * kv.head_dim for kv in manifest.kv),
+            "kv_bytes_per_token": _row_bytes(manifest, "full_attention"),
+            "kv_sliding_bytes": manifest.limits["window_rows"] * _row_bytes(manifest, "sliding_attention"),
+            "tables": manifest.raw["tables"],
             "files": {name: size for name, (size, _) in manifest.files.items()},
             "total_bytes": sum(size for size, _ in manifest.files.values()),
             "changed_files": changed_files(path, manifest),
@@ -40,6 +42,12 @@ def inspect(path: Path) -> dict[str, Any]:
     if read_object(path / "config.json").get("model_type") == "gemma4_assistant":
         return _inspect_drafter(path)
     return _inspect_target(path)
+
+
+def _row_bytes(manifest: Manifest, layer_type: str) -> int:
+    """Bytes that K and V of one position take in all layers of a type."""
+    buffers = [kv for kv in manifest.kv if kv.layer_type == layer_type]
+    return sum(4 * kv.num_key_value_heads * kv.head_dim for kv in buffers)
 
 
 def _with_shares(path: Path, backend: dict[str, Any]) -> dict[str, Any]:
