@@ -155,7 +155,7 @@ def test_a_prompt_in_the_cache_is_not_run_again(engine: ForcedEngine, monkeypatc
 
 def test_contexts_that_fit(bundle: Bundle) -> None:
     path = bundle("e2b")
-    manifest = read_manifest(path)  # 300 positions, up to 8 drafts
+    manifest = replace(read_manifest(path), max_seq_len=300)  # up to 8 drafts
     warnings: list[str] = []
     assert fitting_contexts(path, manifest, (100, 259, 260, 100), warnings.append) == [100, 259]
     assert [re.sub(r".*: context", "context", line) for line in warnings] == [
@@ -194,11 +194,11 @@ def test_command(
         return code, captured.out, captured.err
 
     monkeypatch.setattr("exporter.cli.BenchOptions", lambda *chosen: BenchOptions(*chosen, seconds=0.05))
-    options = ("--threads", 1, "--context", 20, "--context", 400, "--acceptance", 1)
+    options = ("--threads", 1, "--context", 20, "--context", 590, "--acceptance", 1)
     code, out, err = run(bundle("e2b"), *options, "--json")
     facts = json.loads(out)
     assert (code, [gain["acceptance"] for gain in facts["speedup"]]) == (0, [1.0])
-    assert err.startswith("left out: context 400")
+    assert err.startswith("left out: context 590")
     assert len(err.splitlines()) == 1
     monkeypatch.setattr("exporter.cli.measure_bundle", lambda *_: facts)
     code, out, _ = run(bundle("e2b"), *options)
