@@ -211,7 +211,7 @@ def test_command(
     monkeypatch.undo()
     for arguments, message in (
         ((tmp_path,), "not a bundle"),
-        ((bundle("e2b"), "--context", 400), "--context 400 is too long"),
+        ((bundle("e2b"), "--context", 590), "--context 590 is too long"),
         ((bundle("e2b"), "--threads", 0), "--threads"),
     ):
         code, out, err = run(*arguments)
