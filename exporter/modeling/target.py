@@ -67,6 +67,7 @@ class Target(nn.Module):
         per_layer = self._per_layer_inputs(per_layer, embedded)
         positions = position + torch.arange(embedded.shape[0])
         starts = {"full_attention": torch.zeros_like(position), "sliding_attention": window_start}
+        rows = {layer_type: position - start for layer_type, start in starts.items()}
         rotary, masks = self._geometry(positions, starts, kv)
         kv, x = list(kv), embedded
         for i, layer in enumerate(cast(list[DecoderLayer], self.layers)):
@@ -78,9 +79,8 @@ class Target(nn.Module):
             source = i if i < config.num_kv_layers else config.kv_source(layer_type)
             if i < config.num_kv_layers:
                 key, value = layer.self_attn.new_kv(normed, rotary[layer_type])
-                row = position - starts[layer_type]
-                kv[2 * i] = self.ops.write_rows(kv[2 * i], key, row)
-                kv[2 * i + 1] = self.ops.write_rows(kv[2 * i + 1], value, row)
+                kv[2 * i] = self.ops.write_rows(kv[2 * i], key, rows[layer_type])
+                kv[2 * i + 1] = self.ops.write_rows(kv[2 * i + 1], value, rows[layer_type])
             key, value = kv[2 * source], kv[2 * source + 1]
             x = layer(x, normed, rotary[layer_type], masks[layer_type], key, value, per_layer.select(1, i))
         if config.num_kv_layers == config.num_hidden_layers:
