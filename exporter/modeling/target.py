@@ -66,15 +66,14 @@ class Target(nn.Module):
         config = self.config
         per_layer = self._per_layer_inputs(per_layer, embedded)
         positions = position + torch.arange(embedded.shape[0])
-        starts = {"full_attention": torch.zeros_like(position), "sliding_attention": window_start}
-        rows = {layer_type: position - start for layer_type, start in starts.items()}
-        rotary, masks = self._geometry(positions, starts, kv)
+        rows = {"full_attention": position, "sliding_attention": position - window_start}
+        rotary, masks = self._geometry(positions, window_start, kv)
         kv, x = list(kv), embedded
         for i, layer in enumerate(cast(list[DecoderLayer], self.layers)):
             layer_type = config.layer_types[i]
             if i == config.num_kv_layers:
                 x, per_layer = x.index_select(0, output_rows), per_layer.index_select(0, output_rows)
-                rotary, masks = self._geometry(position + output_rows, starts, kv)
+                rotary, masks = self._geometry(position + output_rows, window_start, kv)
             normed = layer.input_layernorm(x)
             source = i if i < config.num_kv_layers else config.kv_source(layer_type)
             if i < config.num_kv_layers:
@@ -99,16 +98,17 @@ class Target(nn.Module):
         context = self.per_layer_projection_norm(context.reshape(shape))
         return (context + identity.reshape(shape)) * 2.0**-0.5
 
-    def _geometry(self, positions: Tensor, starts: dict[str, Tensor], kv: list[Tensor]) -> tuple[dict, dict]:
+    def _geometry(self, positions: Tensor, window_start: Tensor, kv: list[Tensor]) -> tuple[dict, dict]:
         """Rotary tables and causal masks by layer type, for query positions [T] over the cache."""
         config = self.config
         rotary, masks = {}, {}
         for layer_type in sorted(set(config.layer_types)):
             sizes = config.attention(layer_type)
             rotary[layer_type] = rotary_tables(sizes, positions)
-            rows = kv[2 * config.kv_source(layer_type)].shape[1]
-            # How far each key lies behind its query.
-            behind = positions.unsqueeze(1) - (starts[layer_type] + torch.arange(rows))
+            keys = torch.arange(kv[2 * config.kv_source(layer_type)].shape[1])
+            if layer_type == "sliding_attention":
+                keys = keys + window_start
+            behind = positions.unsqueeze(1) - keys  # how far each key lies behind its query
             visible = behind >= 0
             if layer_type == "sliding_attention":
                 visible &= behind < config.sliding_window
