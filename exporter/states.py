@@ -3,20 +3,20 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.checkpoint import Checkpoint, drafter_weights, load_module, target_weights
 from exporter.config import DrafterConfig, TextConfig
 from exporter.graphs import PREFILL_CHUNK
 from exporter.modeling.drafter import Drafter
-from exporter.modeling.layers import Ops, rms_norm
 from exporter.modeling.target import Target, empty_kv
 from exporter.pair import Pair
+from exporter.reference import reference_ops
 
 DRAFT_STEPS = 4
 NUM_STATES = 8192
 FIRST_ROW = torch.zeros(1, dtype=torch.int64)
+WIDENING = reference_ops(torch.float32)  # weights stay as they are stored, and are widened while they are used
 
 
 def random_prompts(target: TextConfig) -> list[list[int]]:
@@ -45,9 +45,9 @@ def drafting_states(pair: Pair, prompts: Sequence[Sequence[int]], progress: Call
         [tokens * DRAFT_STEPS, E] float32; the steps of one round lie together.
     """
     weights = target_weights(pair.target_checkpoint, pair.target, mapped=True)
-    target = load_module(lambda: Target(pair.target, NARROW), weights)
+    target = load_module(lambda: Target(pair.target, WIDENING), weights)
     readers = {**pair.drafter_weights, "target_embed_tokens.weight": lambda: target.embed_tokens.weight}
-    drafter = load_module(lambda: Drafter(pair.drafter, None, NARROW), readers)
+    drafter = load_module(lambda: Drafter(pair.drafter, None, WIDENING), readers)
     found = []
     for prompt in prompts:
         kv = empty_kv(pair.target, len(prompt))
@@ -95,20 +95,3 @@ def lone_states(checkpoint: Checkpoint, config: DrafterConfig) -> Tensor:
             drafter.step(drafter.target_embed_tokens(tokens), states, torch.ones_like(tokens), FIRST_ROW, kv)[0]
         )
     return torch.cat(found)
-
-
-def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """A linear layer whose weight is widened block by block, so that a table of the vocabulary never is as a whole."""
-    return torch.cat([F.linear(x, rows.float()) for rows in weight.split(1 << 14)], dim=-1)
-
-
-def _wide_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return rms_norm(x, None if weight is None else weight.float(), eps)
-
-
-# Operations on weights as they are stored.
-NARROW = Ops(
-    embedding=lambda ids, weight: F.embedding(ids, weight).float(),
-    linear=_wide_linear,
-    rms_norm=_wide_norm,
-)
