@@ -79,6 +79,8 @@ def check_directory(output: Path, force: bool, is_ours: Callable[[Path], bool], 
 def check_room(output: Path, disk: int, memory: int) -> None:
     """Refuse to start what would run out of disk beside `output`, or of memory where the system tells how much is left.
 
+    What killed processes left there for this output is removed first: it takes the room that is asked for.
+
     Raises:
         InputError: so many bytes are not there.
     """
@@ -113,7 +115,6 @@ def replacing(output: Path) -> Iterator[Path]:
     output = output.resolve()  # through a link, what it points to is replaced
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(output)
         owner = f"{os.getpid()}@{socket.gethostname()}"
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{owner}-", dir=output.parent))
     except OSError as error:
