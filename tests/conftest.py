@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,6 +12,7 @@ import pytest
 import threadpoolctl
 import torch
 
+from exporter import cli
 from exporter.backends import BACKENDS
 from exporter.demo import PAIR
 from tests.exports import export
@@ -22,6 +24,7 @@ threadpoolctl.threadpool_limits(1)
 torch.set_grad_enabled(False)
 
 Directories = tuple[Path, Path]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +82,20 @@ def bundle(
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend in turn."""
     return request.param
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call the command line: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gemma-mtp-export", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from exporter import cli
 from exporter.bench import in_turns
 from exporter.bench.bundle import BenchOptions, check_same_text, fitting_contexts, measure_bundle, random_ids
 from exporter.bench.speculation import ForcedEngine, expected_tokens, forced_generation, speedups, verify_cost
@@ -21,6 +20,7 @@ from runtime_ref.engine import load_engine
 from runtime_ref.errors import CheckError, InputError
 from runtime_ref.manifest import read_manifest
 from runtime_ref.stats import Stats
+from tests.conftest import Run
 
 Bundle = Callable[..., Path]
 
@@ -180,32 +180,20 @@ def test_tables(facts: dict[str, Any]) -> None:
     assert len(bench_tables(without)) == 3
 
 
-def test_command(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gemma-mtp-export", "bench", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
+def test_command(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("exporter.cli.BenchOptions", lambda *chosen: BenchOptions(*chosen, seconds=0.05))
     options = ("--threads", 1, "--context", 20, "--context", 590, "--acceptance", 1)
-    code, out, err = run(bundle("e2b"), *options, "--json")
+    code, out, err = run("bench", bundle("e2b"), *options, "--json")
     facts = json.loads(out)
     assert (code, [gain["acceptance"] for gain in facts["speedup"]]) == (0, [1.0])
     assert err.startswith("left out: context 590")
     assert len(err.splitlines()) == 1
     monkeypatch.setattr("exporter.cli.measure_bundle", lambda *_: facts)
-    code, out, _ = run(bundle("e2b"), *options)
+    code, out, _ = run("bench", bundle("e2b"), *options)
     assert code == 0
     assert "draft step" in out
     facts["generation"]["same_tokens"] = False
-    code, out, err = run(bundle("e2b"), *options)
+    code, out, err = run("bench", bundle("e2b"), *options)
     assert (code, "NO" in out) == (1, True)
     assert err.startswith("failed: bench: speculative tokens differ")
     monkeypatch.undo()
@@ -214,6 +202,6 @@ def test_command(
         ((bundle("e2b"), "--context", 590), "--context 590 is too long"),
         ((bundle("e2b"), "--threads", 0), "--threads"),
     ):
-        code, out, err = run(*arguments)
+        code, out, err = run("bench", *arguments)
         assert (code, out, len(err.splitlines())) == (2, "", 1), err
         assert message in err
