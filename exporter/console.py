@@ -18,6 +18,10 @@ from exporter.parity import Check
 from runtime_ref.errors import CheckError, InputError
 from runtime_ref.stats import Stats
 
+# No markup: paths and token texts may have brackets.
+err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+out = Console(markup=False, highlight=False)
+
 
 def run_command(command: click.Command) -> None:
     """Run a command; unusable input ends in one line and exit 2, a failed check in exit 1."""
