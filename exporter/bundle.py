@@ -21,7 +21,7 @@ from exporter.recipes import RECIPES
 from exporter.tables import PER_LAYER, write_per_layer
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
-from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, Progress, file_sha256
+from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, SAMPLING_KEYS, Progress, file_sha256
 
 # Files a bundle takes over from the target checkpoint if it has them.
 TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
@@ -128,6 +128,7 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
         )
     return {
         "tokens": asdict(pair.tokens),
+        "sampling": {key: getattr(pair.sampling, key) for key in SAMPLING_KEYS},
         "target": asdict(target),
         "drafter": asdict(pair.drafter),
         "two_stage": pair.two_stage and {"origin": pair.clusters_origin, **asdict(pair.two_stage)},

@@ -30,9 +30,7 @@ from exporter.options import DIRECTORY, clusters_option, json_option, top_k_opti
 from exporter.pair import Pair, open_pair
 from exporter.plots import check_picture, recall_picture
 from exporter.recipes import RECIPES
-from runtime_ref.decoder import Options
 from runtime_ref.prompts import read_prompt_ids
-from runtime_ref.tokenizer import TextTokenizer
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -48,14 +46,13 @@ def demo(output: Path, backend: str) -> None:
     """Export the built-in pair, let it speak, and check parity."""
     pair = open_pair(PAIR / "target", PAIR / "drafter")
     _export(pair, output, ExportOptions(backend=backend, max_seq_len=512, force=True))
-    engine = open_bundle(output)
-    tokenizer = TextTokenizer(output, engine.manifest)
-    prompts = [tokenizer.encode(text) for text in PROMPTS]
-    for prompt in prompts:
+    decoder, prompts = open_bundle(output), []
+    for text in PROMPTS:
         click.echo()
-        speak(engine, tokenizer, prompt, Options(96, engine.manifest.default_draft_tokens))
+        speak(decoder, stream := decoder.stream(text, max_new_tokens=96))
+        prompts.append(stream.prompt)
     click.echo()
-    del engine  # parity opens its own, with one thread, and ExecuTorch has one pool a process
+    del decoder, stream  # parity opens its own, with one thread, and ExecuTorch has one pool a process
     checks = check_parity(output, pair, prompts, 64)
     out.print(parity_table(checks))
     out.print(f"The bundle is in {output}. Next: gemma-mtp-export generate {output} --prompt 'Return the'")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,15 +11,10 @@ from exporter.console import bench_tables, err, out, parity_table, progress_bar,
 from exporter.options import DIRECTORY, DraftTokens, bench_options, json_option
 from exporter.pair import Pair
 from exporter.parity import Check, open_source, run_parity
-from runtime_ref.decoder import Options
-from runtime_ref.decoder import generate as generate_tokens
-from runtime_ref.engine import Engine, open_engine
 from runtime_ref.errors import CheckError, InputError
 from runtime_ref.manifest import read_manifest
 from runtime_ref.prompts import read_prompt_ids
-from runtime_ref.sampling import Sampling
-from runtime_ref.stats import Stats
-from runtime_ref.tokenizer import TextTokenizer
+from runtime_ref.streaming import Decoder, Stream, open_decoder
 
 
 @click.command()
@@ -28,10 +24,14 @@ from runtime_ref.tokenizer import TextTokenizer
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128)
 @click.option("--mode", type=click.Choice(["speculative", "plain"]), default="speculative")
 @click.option(
-    "--num-draft-tokens", type=DraftTokens(), default="auto", help="Drafts a round; auto is the bundle's own."
+    "--num-draft-tokens",
+    type=DraftTokens(),
+    default="auto",
+    help="Drafts a round; auto is as many as pay, none included.",
 )
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
+@click.option("--temperature", type=click.FloatRange(0), help="0 is greedy.  [default: the checkpoint's]")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: the checkpoint's]")
+@click.option("--top-k", type=int, help="At most 64.  [default: the checkpoint's]")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0)
 @json_option
 def generate(
@@ -41,38 +41,38 @@ def generate(
     max_new_tokens: int,
     mode: str,
     num_draft_tokens: int | None,
-    temperature: float,
-    top_p: float,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
     seed: int,
     as_json: bool,
 ) -> None:
     """Continue prompts with a bundle."""
     if (prompt is None) == (prompt_ids is None):
         raise click.UsageError("give either --prompt or --prompt-ids")
-    engine = open_bundle(bundle)
-    manifest = engine.manifest
-    drafts = manifest.default_draft_tokens if num_draft_tokens is None else num_draft_tokens
-    if drafts > manifest.max_draft_tokens:
-        raise InputError(f"--num-draft-tokens is {drafts}, {bundle} was exported for up to {manifest.max_draft_tokens}")
-    options = Options(max_new_tokens, 0 if mode == "plain" else drafts, Sampling(temperature, top_p, seed))
-    has_text = prompt is not None or (bundle / "tokenizer.json").exists()
-    tokenizer = TextTokenizer(bundle, manifest) if has_text else None
-    if prompt_ids is not None:
-        prompts = read_prompt_ids(prompt_ids)
-    else:
-        assert tokenizer is not None and prompt is not None
-        if not prompt:
-            raise InputError("the prompt is empty: expected some text")
-        prompts = [tokenizer.encode(prompt)]
+    if prompt == "":
+        raise InputError("the prompt is empty: expected some text")
+    decoder = open_bundle(bundle)
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "num_draft_tokens": 0 if mode == "plain" else num_draft_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    prompts: list[Any] = [prompt] if prompt_ids is None else list(read_prompt_ids(prompt_ids))
     results = []
-    for ids in prompts:
+    for item in prompts:
+        decoder.forget()  # prompts of a file are measured alike, whatever they share
+        stream = decoder.stream(item, **given)
         if not as_json:
-            speak(engine, tokenizer, ids, options)
+            speak(decoder, stream)
             continue
-        stats = Stats()
-        tokens = list(generate_tokens(engine, ids, options, stats))
-        text = tokenizer.decode(tokens) if tokenizer else None
-        results.append({"tokens": tokens, "text": text, **stats.as_dict()})
+        for _ in stream:
+            pass
+        text = stream.text if decoder.tokenizer else None
+        results.append({"tokens": stream.tokens, "text": text, **stream.stats.as_dict()})
     if as_json:
         click.echo(json.dumps(results[0] if len(results) == 1 else results))
 
@@ -127,22 +127,20 @@ def bench(
     check_same_text(facts)
 
 
-def open_bundle(bundle: Path) -> Engine:
+def open_bundle(bundle: Path) -> Decoder:
+    """Load a bundle, with a progress bar while its files are checked."""
     with progress_bar(err, "checking files", sum(size for size, _ in read_manifest(bundle).files.values())) as progress:
-        return open_engine(bundle, progress=progress)
+        return open_decoder(bundle, progress=progress)
 
 
-def speak(engine: Engine, tokenizer: TextTokenizer | None, prompt: list[int], options: Options) -> None:
-    """Stream one answer, as text if there is a tokenizer, else as ids."""
-    stats, count = Stats(), 0
-    stream = tokenizer.stream() if tokenizer else None
-    if tokenizer:
-        click.secho(tokenizer.decode(prompt), dim=True, nl=False)
-    for token in generate_tokens(engine, prompt, options, stats):
-        click.echo(stream.add(token) if stream else f"{token} ", nl=False)
-        count += 1
-    click.echo(stream.flush() if stream else "")
-    err.print(stats_line(stats, count), style="dim")
+def speak(decoder: Decoder, stream: Stream) -> None:
+    """Print one answer as it comes, as text if there is a tokenizer, else as ids."""
+    if decoder.tokenizer:
+        click.secho(decoder.tokenizer.decode(stream.prompt), dim=True, nl=False)
+    for token in stream:
+        click.echo(token.text if decoder.tokenizer else f"{token.id} ", nl=False)
+    click.echo()
+    err.print(stats_line(stream.stats, len(stream.tokens)), style="dim")
 
 
 def check_parity(bundle: Path, pair: Pair | None, prompts: list[list[int]], max_new_tokens: int) -> list[Check]:

@@ -3,13 +3,11 @@
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from clustering.table import ClusterTable, TwoStageSizes
 from exporter.checkpoint import (
     Checkpoint,
     Weights,
-    checkpoint_json,
     drafter_weights,
     load_module,
     parameter_shapes,
@@ -17,19 +15,12 @@ from exporter.checkpoint import (
     target_weights,
 )
 from exporter.config import DrafterConfig, TextConfig, check_pair, read_drafter_config, read_target_config
+from exporter.generation import SpecialTokens, default_sampling, special_tokens
 from exporter.graphs import shared_kv
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from runtime_ref.errors import InputError
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids that start a text, end it (any of them), and fill it up."""
-
-    bos: int
-    eos: tuple[int, ...]
-    pad: int
+from runtime_ref.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -41,6 +32,7 @@ class Pair:
     target_weights: Weights
     drafter_weights: Weights
     tokens: SpecialTokens
+    sampling: Sampling
     target_checkpoint: Checkpoint
     drafter_checkpoint: Checkpoint
     table: ClusterTable | None = None
@@ -105,7 +97,8 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
         drafter=drafter,
         target_weights=weights,
         drafter_weights=drafter_weights(drafter_checkpoint, drafter, None, weights),
-        tokens=_special_tokens(target_dir),
+        tokens=special_tokens(target_dir),
+        sampling=default_sampling(target_dir),
         target_checkpoint=target_checkpoint,
         drafter_checkpoint=drafter_checkpoint,
     )
@@ -114,21 +107,3 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
     if top_k is not None:
         raise InputError(f"--top-k-clusters is {top_k}, but the head is dense; pass --head kmeans to make clusters")
     return pair
-
-
-def _special_tokens(directory: Path) -> SpecialTokens:
-    """From generation_config.json, else from config.json, else from its text_config, key by key."""
-    whole = checkpoint_json(directory, "config.json")
-    sources = [checkpoint_json(directory, "generation_config.json"), whole, whole.get("text_config") or {}]
-
-    def find(key: str, default: int) -> list[int]:
-        """A token id, or a list of them; one beyond the vocabulary just never occurs, as in cut-down models."""
-        found = next((source[key] for source in sources if source.get(key) is not None), default)
-        ids: list[Any] = found if isinstance(found, list) and found else [found]
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise InputError(f"{directory}: {key} is {token!r}, expected a token id or a list of them")
-        return ids
-
-    bos, eos, pad = find("bos_token_id", 2), find("eos_token_id", 1), find("pad_token_id", 0)
-    return SpecialTokens(bos[0], tuple(sorted(set(eos))), pad[0])

@@ -1,16 +1,26 @@
 """Which drafts a verify pass accepts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round did: the drafts proposed, how many were accepted, and the tokens it adds to the text."""
+    """What one round did: the drafts proposed, how many were accepted, and the tokens it adds to the text.
 
-    drafts: list[int]
+    `logprobs` are those tokens' log-probabilities, as `sampling.log_probabilities` defines them.
+    """
+
+    drafts: Sequence[int]
     accepted: int
     tokens: list[int]
+    logprobs: list[float]
+
+    def cut(self, count: int) -> "Round":
+        """The same round with only its first tokens; an accepted draft that is cut off counts as not accepted."""
+        return replace(
+            self, accepted=min(self.accepted, count), tokens=self.tokens[:count], logprobs=self.logprobs[:count]
+        )
 
 
 def accept(drafts: Sequence[int], choices: Sequence[int]) -> tuple[int, list[int]]:

@@ -1,9 +1,12 @@
-"""The decoding loop: prefill, then rounds, as a generator of tokens."""
+"""The decoding loop: prefill, then rounds."""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from runtime_ref.acceptance import Round
+from runtime_ref.draft_length import DraftLength
+from runtime_ref.drafts import FixedDrafts, PlannedDrafts
 from runtime_ref.engine import Engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Manifest
@@ -13,46 +16,89 @@ from runtime_ref.stats import Stats
 
 @dataclass(frozen=True)
 class Options:
-    """`num_draft_tokens` 0 is plain decoding."""
+    """`num_draft_tokens` 0 is plain decoding, None lets a `DraftLength` plan each round."""
 
     max_new_tokens: int = 128
-    num_draft_tokens: int = 0
+    num_draft_tokens: int | None = 0
     sampling: Sampling = field(default_factory=Sampling)
 
 
-def generate(engine: Engine, prompt: Sequence[int], options: Options, stats: Stats) -> Iterator[int]:
+def generate(
+    engine: Engine, prompt: Sequence[int], options: Options, stats: Stats, length: DraftLength | None = None
+) -> Iterator[int]:
     """Yield new tokens as they are decided, and count what happened in `stats`.
 
     Speculative and plain decoding yield the same tokens; they stop at the first end token, after `max_new_tokens`, or
     when prompt and answer together fill the context.
 
+    Args:
+        length: plans the rounds if the options do not; needed then, and kept by the caller from text to text.
+
     Raises:
-        InputError: the prompt is empty, has ids outside the vocabulary, or leaves no room for an answer.
+        InputError: the prompt is empty, has ids outside the vocabulary, or leaves no room for an answer, or there are
+            more drafts than the bundle allows.
     """
-    check_prompt(engine.manifest, prompt)
-    room = engine.manifest.max_seq_len - len(prompt)
+    for done in rounds(engine, prompt, options, stats, length):
+        yield from done.tokens
+
+
+def rounds(
+    engine: Engine,
+    prompt: Sequence[int],
+    options: Options,
+    stats: Stats,
+    length: DraftLength | None = None,
+    start: int = 0,
+) -> Iterator[Round]:
+    """`generate` by rounds, the prefill first; `stats.finish_reason` is set before the last one is yielded.
+
+    Args:
+        start: how many tokens of the prompt are in the engine's cache already.
+    """
+    manifest = engine.manifest
+    check_prompt(manifest, prompt)
+    if options.max_new_tokens < 1:
+        raise InputError(f"{options.max_new_tokens} new tokens were asked for, expected at least 1")
+    room = manifest.max_seq_len - len(prompt)
     budget, out_of_budget = min((options.max_new_tokens, "length"), (room, "max_seq_len"))
+    drafts = _drafts(engine, options, prompt, length)
+    stats.reused_tokens = start
     started = time.perf_counter()
-    last = engine.prefill(prompt, options.sampling)
+    done, source = engine.prefill(prompt, options.sampling, start), None
     stats.prefill_seconds = time.perf_counter() - started
-    stats.finish_reason = out_of_budget
-    tokens, produced = [last], 0
+    left = budget
     while True:
-        for token in tokens:
-            yield token
-            produced += 1
-            if token in engine.manifest.eos:
-                stats.finish_reason = "eos"
-                return
-        if produced == budget:
+        ends = [i + 1 for i, token in enumerate(done.tokens) if token in manifest.eos]
+        kept = done.cut(min(ends, default=len(done.tokens)))
+        left -= len(kept.tokens)
+        if source is not None:
+            stats.add(kept, source)
+        if ends or not left:
+            stats.finish_reason = "eos" if ends else out_of_budget
+        yield kept
+        if stats.finish_reason:
             return
         started = time.perf_counter()
         # The bonus token needs a place in the budget as well.
-        done = engine.round(tokens[-1], min(options.num_draft_tokens, budget - produced - 1), options.sampling)
-        stats.decode_seconds += time.perf_counter() - started
-        tokens = done.tokens
-        ends = [i + 1 for i, token in enumerate(tokens) if token in engine.manifest.eos]
-        stats.add(done, min(ends, default=len(tokens)))
+        proposed = drafts.make(done.tokens[-1], min(manifest.max_draft_tokens, left - 1))
+        drafted = time.perf_counter()
+        done, source = engine.verify(done.tokens[-1], proposed, options.sampling), drafts.source
+        ended = time.perf_counter()
+        drafts.learn(done, ended - drafted)
+        stats.decode_seconds += ended - started
+
+
+def _drafts(
+    engine: Engine, options: Options, prompt: Sequence[int], length: DraftLength | None
+) -> FixedDrafts | PlannedDrafts:
+    wanted, most = options.num_draft_tokens, engine.manifest.max_draft_tokens
+    if wanted is None:
+        if length is None:
+            raise ValueError("num_draft_tokens is None: rounds must be planned, but there is no DraftLength")
+        return PlannedDrafts(engine, length, prompt)
+    if not 0 <= wanted <= most:
+        raise InputError(f"{wanted} draft tokens a round were asked for, the bundle was exported for up to {most}")
+    return FixedDrafts(engine, wanted)
 
 
 def check_prompt(manifest: Manifest, prompt: Sequence[int]) -> None:

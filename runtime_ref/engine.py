@@ -23,15 +23,20 @@ class Engine(Protocol):
     manifest: Manifest
     position: int
 
-    def prefill(self, tokens: Sequence[int], sampling: Sampling) -> int:
-        """Start a new text: run the prompt from row 0 on and return the target's choice after it."""
+    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+        """Start a text whose tokens before `start` are in the cache already; the round has the choice after it."""
         ...
 
-    def round(self, last: int, num_draft_tokens: int, sampling: Sampling) -> Round:
-        """Draft after `last` (the newest token, not in the cache yet), verify, accept, roll back.
+    def keeps(self, position: int) -> bool:
+        """Whether the cache still has all that tokens from this position on may see."""
+        ...
 
-        With no draft tokens this is plain decoding.
-        """
+    def draft(self, last: int, num_draft_tokens: int) -> list[int]:
+        """Draft tokens after `last`, the newest token, which is not in the cache yet."""
+        ...
+
+    def verify(self, last: int, drafts: Sequence[int], sampling: Sampling) -> Round:
+        """Run `last` and any drafts after it, accept, roll back. With no drafts this is plain decoding."""
         ...
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from runtime_ref.acceptance import Round, accept
 from runtime_ref.manifest import SLIDE, Manifest
-from runtime_ref.sampling import Sampling, choose
+from runtime_ref.sampling import Sampling, choose, log_probabilities
 
 CACHE_STEP = 256  # rows the cache grows by: short texts stay small, and growing is too rare to matter
 
@@ -48,27 +48,35 @@ class GraphEngine:
         }
         self._sliding = {kv.name for kv in manifest.kv if kv.layer_type == "sliding_attention"}
 
-    def prefill(self, tokens: Sequence[int], sampling: Sampling) -> int:
-        self.position, step = 0, self.manifest.limits["num_tokens"]
-        for start in range(0, len(tokens), step):
-            chunk = tokens[start : start + step]
+    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+        step = self.manifest.limits["num_tokens"]
+        for self.position in range(start, len(tokens), step):
+            chunk = tokens[self.position : self.position + step]
             logits, ids, states = self.run_target(chunk, [len(chunk) - 1])
-            self.position += len(chunk)
-        self._state = states
-        return choose(logits[0], ids[0], self.position, sampling)
+        self.position = len(tokens)
+        return self._chosen([], logits, ids, states, sampling)
 
-    def round(self, last: int, num_draft_tokens: int, sampling: Sampling) -> Round:
-        drafts = self.draft(last, num_draft_tokens)
+    def keeps(self, position: int) -> bool:
+        return self.window_start <= self._window_start(position)
+
+    def verify(self, last: int, drafts: Sequence[int], sampling: Sampling) -> Round:
         logits, ids, states = self.run_target([last, *drafts], range(len(drafts) + 1))
-        choices = [choose(logits[i], ids[i], self.position + 1 + i, sampling) for i in range(len(ids))]
-        accepted, tokens = accept(drafts, choices)
+        self.position += 1
+        return self._chosen(drafts, logits, ids, states, sampling)
+
+    def _chosen(
+        self, drafts: Sequence[int], logits: np.ndarray, ids: np.ndarray, states: np.ndarray, sampling: Sampling
+    ) -> Round:
+        """The round that these outputs make, the first of them for the token at `position`."""
+        ranks = [choose(row, self.position + i, sampling) for i, row in enumerate(logits)]
+        accepted, tokens = accept(drafts, [int(row[rank]) for row, rank in zip(ids, ranks, strict=True)])
         # Rollback is by position alone: rejected rows are masked, and overwritten by the next pass.
-        self.position += len(tokens)
+        self.position += accepted
         self._state = states[accepted : accepted + 1]
-        return Round(drafts, accepted, tokens)
+        found = log_probabilities(logits[: accepted + 1])
+        return Round(drafts, accepted, tokens, [float(row[rank]) for row, rank in zip(found, ranks, strict=False)])
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
-        """Draft tokens after `last`, from the state before it."""
         token, state, drafts = last, self._state, []
         for _ in range(num_draft_tokens):
             token, state = self.draft_step(token, state)
@@ -101,13 +109,17 @@ class GraphEngine:
         )
         return [output[: len(rows)] for output in outputs]
 
+    def _window_start(self, position: int) -> int:
+        """Where sliding layers' buffers may begin at most, so that tokens from a position on see all they may see."""
+        return max(0, position - self.manifest.sliding_window - 2) // SLIDE * SLIDE
+
     def _make_room(self, count: int) -> None:
         """Let the buffers hold so many rows after `position`: they grow, then those of sliding layers move up."""
         limits = self.manifest.limits
         if self.position == 0:
             self.window_start = 0
         if self.position + count - self.window_start > limits["window_rows"]:
-            start = max(0, self.position - self.manifest.sliding_window - 2) // SLIDE * SLIDE
+            start = self._window_start(self.position)
             moved = start - self.window_start
             for name in self._sliding:
                 self.cache[name][:, :-moved] = self.cache[name][:, moved:].copy()

@@ -8,9 +8,11 @@ from typing import Any
 
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
+from runtime_ref.sampling import Sampling
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+SAMPLING_KEYS = ("temperature", "top_k", "top_p")
 TABLES = ("embed_tokens", "embed_tokens_per_layer")
 SLIDE = 128  # rows that sliding layers' buffers move by: sums in blocks of so many rows stay the same sums
 
@@ -56,6 +58,7 @@ class Manifest:
     max_draft_tokens: int
     limits: Mapping[str, int]
     row_multiple: int
+    sampling: Sampling
     bos: int
     eos: frozenset[int]
     kv: tuple[KVBuffer, ...]
@@ -129,6 +132,7 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         max_draft_tokens=int(raw["num_draft_tokens"]["max"]),
         limits={name: int(size) for name, size in raw["limits"].items()},
         row_multiple=int(raw["row_multiple"]),
+        sampling=_sampling(raw.get("sampling")),
         bos=int(raw["tokens"]["bos"]),
         eos=frozenset(int(token) for token in raw["tokens"]["eos"]),
         kv=tuple(KVBuffer(**{key: buffer[key] for key in fields}) for buffer in raw["kv"]["buffers"]),
@@ -140,6 +144,14 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         files={name: (int(facts["size"]), str(facts["sha256"])) for name, facts in raw["files"].items()},
         raw=raw,
     )
+
+
+def _sampling(found: Mapping[str, Any] | None) -> Sampling:
+    """How tokens are chosen if nobody says otherwise; bundles that do not say are greedy."""
+    try:
+        return Sampling() if found is None else Sampling(**{key: found[key] for key in SAMPLING_KEYS})
+    except InputError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check(manifest: Manifest) -> None:

@@ -8,21 +8,29 @@ from runtime_ref.errors import InputError
 
 GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+LARGEST_TOP_K = 64  # logits that a bundle's target gives for each position
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy; top_p 1 keeps every choice."""
+    """Temperature 0 is greedy; top_p 1 keeps every one of the `top_k` largest logits."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = LARGEST_TOP_K
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature is {self.temperature}, expected 0 (greedy) or a positive number")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top-p is {self.top_p}, expected more than 0 and at most 1")
+        if not 1 <= self.top_k <= LARGEST_TOP_K:
+            raise InputError(
+                f"top-k is {self.top_k}, expected 1 to {LARGEST_TOP_K}: a bundle gives no more logits of a token"
+            )
+        if not 0 <= self.seed <= _MASK:
+            raise InputError(f"seed is {self.seed}, expected 0 to 2**64 - 1")
 
 
 def uniform(seed: int, position: int) -> float:
@@ -37,18 +45,27 @@ def uniform(seed: int, position: int) -> float:
     return float((x ^ (x >> 31)) >> 40) / 2**24
 
 
-def choose(logits: np.ndarray, ids: np.ndarray, position: int, sampling: Sampling) -> int:
-    """Choose the token at `position` from its largest logits [k] float32, ordered, and their ids [k] int64.
+def choose(logits: np.ndarray, position: int, sampling: Sampling) -> int:
+    """Choose the token at `position` from its largest logits [k] float32, in falling order; returns its index there.
 
-    Greedy takes the first. Sampling takes the first whose cumulative probability, after temperature and the top-p cut,
-    exceeds the position's noise.
+    Greedy takes the first. Sampling takes the first whose cumulative probability, after temperature, the top-k cut and
+    the top-p cut, exceeds the position's noise.
     """
     if sampling.temperature == 0.0:
-        return int(ids[0])
-    behind = logits.astype(np.float64) - float(logits[0])
+        return 0
+    behind = logits[: sampling.top_k].astype(np.float64) - float(logits[0])
     with np.errstate(over="ignore"):  # a tiny temperature sends everything but the first to minus infinity
         weights = np.exp(behind / sampling.temperature)
     cumulative = np.cumsum(weights / weights.sum())
     kept = cumulative[: int(np.searchsorted(cumulative, sampling.top_p)) + 1]
     chosen = int(np.searchsorted(kept / kept[-1], uniform(sampling.seed, position), side="right"))
-    return int(ids[min(chosen, len(kept) - 1)])
+    return min(chosen, len(kept) - 1)
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Natural logarithms of the probabilities of the largest logits [.., k] among each other, at temperature 1.
+
+    What lies beyond them is not known and counts as nothing, so that these are a little too high.
+    """
+    behind = logits.astype(np.float64) - logits[..., :1]
+    return behind - np.log(np.exp(behind).sum(-1, keepdims=True))

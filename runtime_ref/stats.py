@@ -1,5 +1,6 @@
 """What a generation did, counted."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,28 +8,49 @@ from runtime_ref.acceptance import Round
 
 
 @dataclass
+class Sourced:
+    """Rounds whose drafts came from one source."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass
 class Stats:
-    """Counts of one generation. Drafts after an end token or past the budget count as drafted, not as accepted."""
+    """Counts of one generation. Drafts after an end token or past the budget count as drafted, not as accepted.
+
+    `drafted_lengths` counts rounds by their number of drafts, `sources` by who made the drafts, if there were any.
+    """
 
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     drafted_by_position: list[int] = field(default_factory=list)
     accepted_by_position: list[int] = field(default_factory=list)
+    drafted_lengths: Counter[int] = field(default_factory=Counter)
+    sources: dict[str, Sourced] = field(default_factory=dict)
+    reused_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    finish_reason: str = "length"
+    finish_reason: str = ""
 
-    def add(self, done: Round, emitted: int) -> None:
-        """Count a round of which `emitted` tokens were kept."""
-        accepted = min(done.accepted, emitted)
+    def add(self, done: Round, source: str) -> None:
+        """Count a round."""
+        drafted = len(done.drafts)
         self.rounds += 1
-        self.drafted += len(done.drafts)
-        self.accepted += accepted
-        for counts, upto in ((self.drafted_by_position, len(done.drafts)), (self.accepted_by_position, accepted)):
-            counts.extend([0] * (len(done.drafts) - len(counts)))
+        self.drafted += drafted
+        self.accepted += done.accepted
+        self.drafted_lengths[drafted] += 1
+        for counts, upto in ((self.drafted_by_position, drafted), (self.accepted_by_position, done.accepted)):
+            counts.extend([0] * (drafted - len(counts)))
             for i in range(upto):
                 counts[i] += 1
+        if drafted:
+            of_source = self.sources.setdefault(source, Sourced())
+            of_source.rounds += 1
+            of_source.drafted += drafted
+            of_source.accepted += done.accepted
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -55,6 +77,9 @@ class Stats:
             "acceptance_rate": self.acceptance_rate,
             "acceptance_by_position": self.acceptance_by_position,
             "mean_tokens_per_round": self.mean_tokens_per_round,
+            "rounds_by_num_draft_tokens": {str(drafts): n for drafts, n in sorted(self.drafted_lengths.items())},
+            "drafts_by_source": {source: vars(found) for source, found in self.sources.items()},
+            "reused_prompt_tokens": self.reused_tokens,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime_ref.acceptance import Round
 from runtime_ref.decoder import Options, generate
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.sampling import Sampling
@@ -57,14 +58,14 @@ class ForcedEngine(GraphEngine):
     acceptance = 0.0
     chance = random.Random(0)
     scheduled = 0  # accepted drafts that were asked for
-    _start: tuple[list[int], int, int, np.ndarray] | None = None
+    _start: tuple[list[int], int, Round, np.ndarray] | None = None
 
-    def prefill(self, tokens: Sequence[int], sampling: Sampling) -> int:
+    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
         """Start from the rows of the last prefill if they are this prompt's and all there still."""
         if self._start is not None and self._start[:2] == (list(tokens), self.window_start):
             self.position, self._state = len(tokens), self._start[3]
             return self._start[2]
-        first = super().prefill(tokens, sampling)
+        first = super().prefill(tokens, sampling, start)
         self._start = (list(tokens), self.window_start, first, self._state)
         return first
 

@@ -181,14 +181,14 @@ def test_tables(facts: dict[str, Any]) -> None:
 
 
 def test_command(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("exporter.cli.BenchOptions", lambda *chosen: BenchOptions(*chosen, seconds=0.05))
+    monkeypatch.setattr("exporter.cli_bundle.BenchOptions", lambda *chosen: BenchOptions(*chosen, seconds=0.05))
     options = ("--threads", 1, "--context", 20, "--context", 590, "--acceptance", 1)
     code, out, err = run("bench", bundle("e2b"), *options, "--json")
     facts = json.loads(out)
     assert (code, [gain["acceptance"] for gain in facts["speedup"]]) == (0, [1.0])
     assert err.startswith("left out: context 590")
     assert len(err.splitlines()) == 1
-    monkeypatch.setattr("exporter.cli.measure_bundle", lambda *_: facts)
+    monkeypatch.setattr("exporter.cli_bundle.measure_bundle", lambda *_: facts)
     code, out, _ = run("bench", bundle("e2b"), *options)
     assert code == 0
     assert "draft step" in out

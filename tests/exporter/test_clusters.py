@@ -48,7 +48,7 @@ def test_states_are_those_of_drafting(published: bool, pair_dirs: Pairs, tmp_pat
     export_bundle(pair, tmp_path / "bundle", ExportOptions(max_seq_len=200))
     engine = load_engine(tmp_path / "bundle", read_manifest(tmp_path / "bundle"), threads=1)
     for length in (1, 2, 20, 128, 129, 150):
-        last = engine.prefill(prompt[:length], Sampling())
+        (last,) = engine.prefill(prompt[:length], Sampling()).tokens
         assert (states[length - 1] @ rows.T).argmax(-1).tolist() == engine.draft(last, DRAFT_STEPS)
 
 

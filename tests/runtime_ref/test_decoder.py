@@ -29,23 +29,32 @@ class ArithmeticEngine:
 
     @property
     def manifest(self) -> Any:
-        return SimpleNamespace(max_seq_len=self.max_seq_len, eos=self.eos, vocab_size=11)
+        return SimpleNamespace(
+            max_seq_len=self.max_seq_len, eos=self.eos, vocab_size=11, max_draft_tokens=8, row_multiple=1
+        )
 
-    def prefill(self, tokens: Sequence[int], sampling: Sampling) -> int:
+    def keeps(self, position: int) -> bool:
+        return position <= len(self.text)
+
+    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+        assert self.text[:start] == list(tokens[:start])
         self.text = list(tokens)
-        return self._next(self.text)
+        return Round([], 0, [self._next(self.text)], [0.0])
 
-    def round(self, last: int, num_draft_tokens: int, sampling: Sampling) -> Round:
-        self.text.append(last)
+    def draft(self, last: int, num_draft_tokens: int) -> list[int]:
         drafts: list[int] = []
         for _ in range(num_draft_tokens):
-            right = self._next(self.text + drafts)
+            right = self._next([*self.text, last, *drafts])
             drafts.append(right if random.random() < self.skill else (right + 1) % 11)
-        choices = [self._next(self.text + drafts[:i]) for i in range(num_draft_tokens + 1)]
+        return drafts
+
+    def verify(self, last: int, drafts: Sequence[int], sampling: Sampling) -> Round:
+        self.text.append(last)
+        choices = [self._next([*self.text, *drafts[:i]]) for i in range(len(drafts) + 1)]
         accepted, tokens = accept(drafts, choices)
-        self.largest_position = max(self.largest_position, len(self.text) + num_draft_tokens)
+        self.largest_position = max(self.largest_position, len(self.text) + len(drafts))
         self.text += tokens[:-1]
-        return Round(drafts, accepted, tokens)
+        return Round(drafts, accepted, tokens, [0.0] * len(tokens))
 
     @staticmethod
     def _next(text: Sequence[int]) -> int:
