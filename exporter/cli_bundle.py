@@ -8,9 +8,11 @@ import click
 
 from exporter.bench.bundle import BenchOptions, check_same_text, measure_bundle
 from exporter.console import bench_tables, err, out, parity_table, progress_bar, stats_line
+from exporter.files import check_file, write_file
 from exporter.options import DIRECTORY, DraftTokens, bench_options, json_option
 from exporter.pair import Pair
 from exporter.parity import Check, open_source, run_parity
+from exporter.report import ReportOptions, checks_of, measure_report, render
 from runtime_ref.errors import CheckError, InputError
 from runtime_ref.manifest import read_manifest
 from runtime_ref.prompts import read_prompt_ids
@@ -125,6 +127,45 @@ def bench(
     else:
         out.print(*bench_tables(facts))
     check_same_text(facts)
+
+
+@click.command()
+@click.argument("bundle", type=DIRECTORY)
+@click.option("--output", type=DIRECTORY, required=True, help="HTML file to write.")
+@click.option("--target", type=DIRECTORY, help="The checkpoint it was exported from; needs --drafter.")
+@click.option("--drafter", type=DIRECTORY, help="The drafter it was exported from; needs --target.")
+@click.option("--prompt-ids", type=DIRECTORY, help="JSON file of token ids to continue, else made-up openings.")
+@click.option("--max-new-tokens", type=click.IntRange(2), default=ReportOptions.max_new_tokens)
+@click.option("--threads", type=click.IntRange(1), help="Threads inside an operation.  [default: one for each CPU]")
+@click.option("--force", is_flag=True, help="Replace a file that is there already.")
+@json_option
+def report(
+    bundle: Path,
+    output: Path,
+    target: Path | None,
+    drafter: Path | None,
+    prompt_ids: Path | None,
+    max_new_tokens: int,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure a bundle and write one HTML page about it: drafts, speed, memory, parity."""
+    if (target is None) != (drafter is None):
+        raise click.UsageError("give both --target and --drafter, or neither")
+    check_file(output, force)
+    pair = None
+    if target is not None and drafter is not None:
+        pair = open_source(bundle, target, drafter)
+    prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
+    options = ReportOptions(threads, max_new_tokens)
+    with err.status("report") as status:
+        facts = measure_report(bundle, pair, prompts, options, lambda step: status.update(f"report: {step}"))
+    write_file(output, render(facts).encode())
+    if as_json:
+        click.echo(json.dumps(facts))
+    err.print(f"wrote {output}")
+    verdict(checks_of(facts))
 
 
 def open_bundle(bundle: Path) -> Decoder:

@@ -40,10 +40,15 @@ def speedups(
         draft: cost of a draft step, relative to a pass of one token.
         row_multiple: what passes are filled up to.
     """
-    filled = [-(-(k + 1) // row_multiple) * row_multiple for k in range(1, most + 1)]
+    return gains(costs, draft, [expected_tokens(k, acceptance) for k in range(1, most + 1)], row_multiple)
+
+
+def gains(costs: Mapping[int, float], draft: float, tokens: Sequence[float], row_multiple: int = 1) -> list[float]:
+    """The same where it is known how many tokens a round of 1, 2, .. drafts adds on average."""
+    filled = [-(-(k + 1) // row_multiple) * row_multiple for k in range(1, len(tokens) + 1)]
     return [
-        expected_tokens(k, acceptance) / (verify_cost(costs, tokens) + k * draft)
-        for k, tokens in enumerate(filled, start=1)
+        added / (verify_cost(costs, rows) + k * draft)
+        for k, (added, rows) in enumerate(zip(tokens, filled, strict=True), start=1)
     ]
 
 

@@ -1,0 +1,198 @@
+"""What drafting does to text: each number of drafts continues the same prompts, in turns, and is timed and counted."""
+
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from exporter.bench import spread
+from runtime_ref.decoder import Options, generate
+from runtime_ref.engine import Engine
+from runtime_ref.errors import InputError
+from runtime_ref.sampling import Sampling
+from runtime_ref.stats import Stats
+
+OPENINGS, OPENING_TOKENS = (4, 16), 12  # least and most of them, and their tokens
+LENGTHS = (1, 2, 4, 8)  # drafts a round that are measured, with the bundle's default and its most
+TURNS = (3, 9)  # least and most
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a text: drafts proposed, drafts accepted, and tokens it gave."""
+
+    drafted: int
+    accepted: int
+    given: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """A continuation. The first token is the prefill's; `drafted` says of each token whether it was a draft."""
+
+    tokens: list[int]
+    drafted: list[bool]
+    rounds: list[Round]
+    decode_seconds: float
+
+
+def speak(engine: Engine, prompt: Sequence[int], options: Options) -> Text:
+    """Continue a prompt, and keep what each round did.
+
+    Raises:
+        InputError: the prompt cannot be run.
+    """
+    stats, tokens, drafted = Stats(), list[int](), list[bool]()
+    rounds: list[Round] = []
+    before = left = 0
+    for token in generate(engine, prompt, options, stats):
+        if stats.rounds > len(rounds):  # the first token of a new round: it is counted already
+            left = stats.accepted - sum(done.accepted for done in rounds)
+            rounds.append(Round(stats.drafted - before, left, 0))
+            before = stats.drafted
+        if rounds:
+            last = rounds[-1]
+            rounds[-1] = Round(last.drafted, last.accepted, last.given + 1)
+        tokens.append(token)
+        drafted.append(left > 0)
+        left -= 1
+    return Text(tokens, drafted, rounds, stats.decode_seconds)
+
+
+def openings(engine: Engine, max_new_tokens: int) -> list[list[int]]:
+    """Prompts where none were given: the beginning-of-text token and what the target says after it at temperature 1.
+
+    Random ids would be no text, and nothing that is no text can be drafted well. There are as many as give some rounds
+    to count: texts that end early are followed by others.
+
+    Raises:
+        InputError: the context has no room for them.
+    """
+    manifest = engine.manifest
+    most, said = max(1, min(OPENING_TOKENS, manifest.max_seq_len // 4)), 0
+    found: list[list[int]] = []
+    while len(found) < OPENINGS[0] or (len(found) < OPENINGS[1] and said < OPENINGS[0] * max_new_tokens):
+        sampling = Sampling(1.0, seed=len(found))
+        tokens = speak(engine, [manifest.bos], Options(most, 0, sampling)).tokens
+        found.append([manifest.bos, *(token for token in tokens if token not in manifest.eos)])
+        said += len(speak(engine, found[-1], Options(max_new_tokens, 0)).tokens)
+    return found
+
+
+def lengths(default: int, most: int) -> list[int]:
+    """The numbers of drafts that are measured."""
+    return sorted({k for k in (*LENGTHS, default, most) if 0 < k <= most})
+
+
+def in_turns(
+    engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, drafts: Sequence[int], seconds: float
+) -> dict[int, list[list[Text]]]:
+    """Texts by number of drafts a round, one list a turn; each turn has another order.
+
+    Turns end when `seconds` for each number have passed, but not before three.
+    """
+    runs: dict[int, list[list[Text]]] = {k: [] for k in drafts}
+    order, shuffle = list(runs), random.Random(0).shuffle
+    until = time.perf_counter() + seconds * len(runs)
+    for turn in range(TURNS[1]):
+        if turn >= TURNS[0] and time.perf_counter() > until:
+            break
+        shuffle(order)
+        for k in order:
+            runs[k].append([speak(engine, prompt, Options(max_new_tokens, k)) for prompt in prompts])
+    return runs
+
+
+def check_length(texts: Sequence[Text]) -> None:
+    """Refuse texts of which nothing can be timed.
+
+    Raises:
+        InputError: each of them ends with its first token.
+    """
+    if not any(text.rounds for text in texts):
+        raise InputError(
+            "each text ends with its first token, so no round can be timed; pass other --prompt-ids, or a larger"
+            " --max-new-tokens"
+        )
+
+
+def speed(runs: dict[int, list[list[Text]]]) -> dict[str, Any]:
+    """Tokens a second by number of drafts, of decoding alone, and how many times faster than plain in the same turn."""
+    plain = [_seconds(turn) for turn in runs[0]]
+    tokens = [text.tokens for text in runs[0][0]]
+    rows = []
+    for k, turns in sorted(runs.items()):
+        times = [_seconds(turn) for turn in turns]
+        rates = [_decoded(turn) / seconds for turn, seconds in zip(turns, times, strict=True)]
+        rounds = [done for text in turns[0] for done in text.rounds]
+        rows.append(
+            {
+                "num_draft_tokens": k,
+                "tokens_per_second": {
+                    "median": statistics.median(rates),
+                    "min": min(rates),
+                    "max": max(rates),
+                    "count": len(rates),
+                },
+                "times_faster": statistics.median(a / b for a, b in zip(plain, times, strict=True)),
+                "tokens_per_round": sum(done.given for done in rounds) / len(rounds),
+                "ms_per_token": spread([1000 / rate for rate in rates]),
+            }
+        )
+    same = all([text.tokens for text in turn] == tokens for turns in runs.values() for turn in turns)
+    return {"measured": rows, "same_tokens": same, "turns": len(plain)}
+
+
+def _seconds(texts: Sequence[Text]) -> float:
+    return sum(text.decode_seconds for text in texts)
+
+
+def _decoded(texts: Sequence[Text]) -> int:
+    return sum(len(text.tokens) - 1 for text in texts)
+
+
+def acceptance(texts: Sequence[Text]) -> dict[str, Any]:
+    """Drafts accepted: of all, and by position in the round.
+
+    `accepted_share` is of all drafts proposed at a position, `conditional` of those after accepted ones only, which
+    are `reached`; None where there was none.
+    """
+    rounds = [done for text in texts for done in text.rounds]
+    drafted, accepted = sum(done.drafted for done in rounds), sum(done.accepted for done in rounds)
+    positions = []
+    for i in range(max(done.drafted for done in rounds)):
+        proposed = sum(done.drafted > i for done in rounds)
+        reached = sum(done.drafted > i and done.accepted >= i for done in rounds)
+        kept = sum(done.accepted > i for done in rounds)
+        positions.append(
+            {
+                "position": i + 1,
+                "drafted": proposed,
+                "reached": reached,
+                "accepted": kept,
+                "accepted_share": kept / proposed,
+                "conditional": kept / reached if reached else None,
+            }
+        )
+    return {
+        "drafted": drafted,
+        "accepted": accepted,
+        "rate": accepted / drafted if drafted else None,
+        "by_position": positions,
+    }
+
+
+def tokens_per_round(texts: Sequence[Text], drafts: int) -> dict[str, Any]:
+    """How many rounds gave 1, 2, .. K+1 tokens."""
+    counts = Counter(done.given for text in texts for done in text.rounds)
+    rounds = sum(counts.values())
+    return {
+        "rounds": rounds,
+        "mean": sum(tokens * count for tokens, count in counts.items()) / rounds,
+        "distribution": [{"tokens": tokens, "rounds": counts[tokens]} for tokens in range(1, drafts + 2)],
+    }
