@@ -135,7 +135,7 @@ def bench(
 @click.option("--target", type=DIRECTORY, help="The checkpoint it was exported from; needs --drafter.")
 @click.option("--drafter", type=DIRECTORY, help="The drafter it was exported from; needs --target.")
 @click.option("--prompt-ids", type=DIRECTORY, help="JSON file of token ids to continue, else made-up openings.")
-@click.option("--max-new-tokens", type=click.IntRange(2), default=ReportOptions.max_new_tokens)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=ReportOptions.max_new_tokens)
 @click.option("--threads", type=click.IntRange(1), help="Threads inside an operation.  [default: one for each CPU]")
 @click.option("--force", is_flag=True, help="Replace a file that is there already.")
 @json_option

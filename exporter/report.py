@@ -23,10 +23,10 @@ from exporter.bench.texts import (
     Text,
     acceptance,
     check_length,
-    in_turns,
     lengths,
     openings,
     speed,
+    take_turns,
     tokens_per_round,
 )
 from exporter.checkpoint import DRAFTER_EMBEDDING
@@ -129,8 +129,9 @@ def measure_texts(
     note("openings")
     prompts = prompts or openings(engine, options.max_new_tokens)
     note(f"{len(prompts)} texts of up to {options.max_new_tokens} tokens, plain and speculative in turns")
-    runs = in_turns(engine, prompts, options.max_new_tokens, (0, *lengths(default, most)), 2 * options.seconds)
-    check_length(runs[0][0])
+    runs = take_turns(engine, prompts, options.max_new_tokens, (0, *lengths(default, most)), 2 * options.seconds)
+    shown = default or most
+    check_length(runs[shown][0], shown)
     wholes = [[*prompt, *text.tokens] for prompt, text in zip(prompts, runs[0][0], strict=True)]
     costs = measure_costs(engine, max(wholes, key=len), options.seconds, note)
     found: dict[str, Any] = {
@@ -146,7 +147,6 @@ def measure_texts(
         "drafting": None,
     }
     if most:
-        shown = default or most
         by_length = acceptance(runs[most][0])
         plain = found["speed"]["measured"][0]["tokens_per_second"]["median"]
         found["drafting"] = {

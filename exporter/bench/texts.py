@@ -89,7 +89,7 @@ def lengths(default: int, most: int) -> list[int]:
     return sorted({k for k in (*LENGTHS, default, most) if 0 < k <= most})
 
 
-def in_turns(
+def take_turns(
     engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, drafts: Sequence[int], seconds: float
 ) -> dict[int, list[list[Text]]]:
     """Texts by number of drafts a round, one list a turn; each turn has another order.
@@ -108,16 +108,17 @@ def in_turns(
     return runs
 
 
-def check_length(texts: Sequence[Text]) -> None:
-    """Refuse texts of which nothing can be timed.
+def check_length(texts: Sequence[Text], drafts: int) -> None:
+    """Refuse texts of which nothing can be timed, or in which nothing was drafted.
 
     Raises:
-        InputError: each of them ends with its first token.
+        InputError: each of them ends too soon.
     """
-    if not any(text.rounds for text in texts):
+    rounds = [done for text in texts for done in text.rounds]
+    if not any(done.drafted or not drafts for done in rounds):
         raise InputError(
-            "each text ends with its first token, so no round can be timed; pass other --prompt-ids, or a larger"
-            " --max-new-tokens"
+            "each text ends before a round with drafts, so there is nothing to report; pass other --prompt-ids, or a"
+            " larger --max-new-tokens"
         )
 
 
@@ -159,6 +160,7 @@ def _decoded(texts: Sequence[Text]) -> int:
 def acceptance(texts: Sequence[Text]) -> dict[str, Any]:
     """Drafts accepted: of all, and by position in the round.
 
+    There are as many positions as the longest round had drafts, which short texts leave no room for.
     `accepted_share` is of all drafts proposed at a position, `conditional` of those after accepted ones only, which
     are `reached`; None where there was none.
     """
