@@ -39,14 +39,15 @@ def _svg(name: str, height: float, draw: Callable[[Any], str]) -> str:
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
-        label = html.escape(draw(axes)).replace("\\", "/")
+        label = html.escape(draw(axes))
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
     svg = re.sub(r' xmlns:\w+="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)  # ids are of the whole page
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{label}" \1>', svg, count=1)
+    size = re.search(r'viewBox="[^"]*"', svg)
+    svg = f'<svg role="img" aria-label="{label}" {size and size[0]}{svg[svg.index(">") :]}'
     return svg.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
 
 
@@ -66,7 +67,7 @@ def acceptance(facts: Facts) -> str:
             axes.plot(row["position"], share, "o", color="black", markerfacecolor="black" if enough(row) else "white")
         if shown < len(rows):
             axes.axvline(shown + 0.5, color="black", linewidth=0.8, linestyle=":")
-            axes.annotate(f" K = {shown}", (shown + 0.5, 108), va="center")
+            axes.annotate(f"K = {shown}", (shown + 0.5, 108), (4, 0), textcoords="offset points", va="center")
         axes.set_ylim(0, 112)
         axes.set_yticks([0, 25, 50, 75, 100])
         names = [f"{position}\n{share:.0f} %" for position, share in zip(positions, shares, strict=True)]
@@ -104,8 +105,9 @@ def rounds(facts: Facts) -> str:
 
 
 def speed(facts: Facts) -> str:
-    """Tokens a second against K: measured as points with their range, computed as a line."""
+    """Tokens a second against K: measured as points with their range, computed as a line, and what auto chose."""
     found = facts["measured"]["speed"]
+    auto, most = found["auto"], facts["num_draft_tokens"]["max"]
 
     def draw(axes: Any) -> str:
         rows = found["measured"]
@@ -114,22 +116,44 @@ def speed(facts: Facts) -> str:
         axes.axhline(plain, color="black", linewidth=0.7, linestyle=":")
         axes.plot(*zip(*line, strict=True), color="black", linewidth=1, linestyle="--")
         for row in rows:
-            k, rate = row["num_draft_tokens"], row["tokens_per_second"]
-            axes.plot([k, k], [rate["min"], rate["max"]], color="black", linewidth=2.5, alpha=0.45)
-            axes.plot(k, rate["median"], "o", color="black")
-            label = f"{row['times_faster']:.2f}" if k else "plain"
-            axes.annotate(label, (k, rate["max"]), (0, 4), textcoords="offset points", ha="center")
-        most = max([rate for _, rate in line] + [row["tokens_per_second"]["max"] for row in rows])
-        axes.set_ylim(0, 1.2 * most)
+            _rate(
+                axes, row["num_draft_tokens"], row, "o", f"{row['times_faster']:.2f}" if row is not rows[0] else "plain"
+            )
+        counts, right = [*range(most + 1)], most
+        names = [f"{k}" for k in counts]
+        if auto is not None:
+            right = most + 1 + most // 8
+            _rate(axes, right, auto, "s", f"{auto['times_faster']:.2f}")
+            chosen = {row["num_draft_tokens"]: row["rounds"] / auto["rounds"] for row in auto["chosen"]}
+            if most <= 9:  # else there is no room
+                names = [f"{k}\n{100 * chosen.get(k, 0):.0f}%" for k in counts]
+            counts, names = [*counts, right], [*names, "auto"]
+        top = max([rate for _, rate in line] + [row["tokens_per_second"]["max"] for row in (*rows, *_known(auto))])
+        axes.set_ylim(0, 1.2 * top)
         axes.annotate("computed", line[-(len(line) // 4) - 1], (0, -12), textcoords="offset points", **COMPUTED)
-        _counts(axes, [k for k, _ in line])
-        axes.set_xlim(-0.09 * len(line), len(line) - 1 + 0.07 * len(line))
-        axes.set_xlabel("K, drafts a round")
+        _counts(axes, counts, names)
+        axes.set_xlim(-0.09 * right - 0.1, 1.07 * right + 0.1)
+        axes.set_xlabel(
+            "K, drafts a round" + (", and how often auto chose it" if auto is not None and most <= 9 else "")
+        )
         axes.set_ylabel("tokens a second")
-        rates = (f"{row['tokens_per_second']['median']:.1f} with {row['num_draft_tokens']}" for row in rows)
+        rates = [f"{row['tokens_per_second']['median']:.1f} with {row['num_draft_tokens']}" for row in rows]
+        rates += [f"{row['tokens_per_second']['median']:.1f} with auto" for row in _known(auto)]
         return "Tokens a second by drafts a round: " + ", ".join(rates)
 
     return _svg("speed", 2.8, draw)
+
+
+def _rate(axes: Any, place: float, row: Facts, marker: str, label: str) -> None:
+    """A rate's median, its range as a bar behind it, and words above."""
+    rate = row["tokens_per_second"]
+    axes.plot([place, place], [rate["min"], rate["max"]], color="black", linewidth=2.5, alpha=0.45)
+    axes.plot(place, rate["median"], marker, color="black")
+    axes.annotate(label, (place, rate["max"]), (0, 4), textcoords="offset points", ha="center")
+
+
+def _known(row: Facts | None) -> list[Facts]:
+    return [] if row is None else [row]
 
 
 def costs(facts: Facts) -> str:

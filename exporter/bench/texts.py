@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.bench import spread
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import Engine
 from runtime_ref.errors import InputError
@@ -39,6 +38,10 @@ class Text:
     drafted: list[bool]
     rounds: list[Round]
     decode_seconds: float
+
+
+# Texts by number of drafts a round, None for as many as the runtime chooses; one list a turn.
+Runs = dict[int | None, list[list[Text]]]
 
 
 def speak(engine: Engine, prompt: Sequence[int], options: Options) -> Text:
@@ -91,12 +94,12 @@ def lengths(default: int, most: int) -> list[int]:
 
 def take_turns(
     engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, drafts: Sequence[int], seconds: float
-) -> dict[int, list[list[Text]]]:
+) -> Runs:
     """Texts by number of drafts a round, one list a turn; each turn has another order.
 
     Turns end when `seconds` for each number have passed, but not before three.
     """
-    runs: dict[int, list[list[Text]]] = {k: [] for k in drafts}
+    runs: Runs = {k: [] for k in drafts}
     order, shuffle = list(runs), random.Random(0).shuffle
     until = time.perf_counter() + seconds * len(runs)
     for turn in range(TURNS[1]):
@@ -122,31 +125,42 @@ def check_length(texts: Sequence[Text], drafts: int) -> None:
         )
 
 
-def speed(runs: dict[int, list[list[Text]]]) -> dict[str, Any]:
+def speed(runs: Runs) -> dict[str, Any]:
     """Tokens a second by number of drafts, of decoding alone, and how many times faster than plain in the same turn."""
     plain = [_seconds(turn) for turn in runs[0]]
     tokens = [text.tokens for text in runs[0][0]]
-    rows = []
-    for k, turns in sorted(runs.items()):
-        times = [_seconds(turn) for turn in turns]
-        rates = [_decoded(turn) / seconds for turn, seconds in zip(turns, times, strict=True)]
-        rounds = [done for text in turns[0] for done in text.rounds]
-        rows.append(
-            {
-                "num_draft_tokens": k,
-                "tokens_per_second": {
-                    "median": statistics.median(rates),
-                    "min": min(rates),
-                    "max": max(rates),
-                    "count": len(rates),
-                },
-                "times_faster": statistics.median(a / b for a, b in zip(plain, times, strict=True)),
-                "tokens_per_round": sum(done.given for done in rounds) / len(rounds),
-                "ms_per_token": spread([1000 / rate for rate in rates]),
-            }
-        )
-    same = all([text.tokens for text in turn] == tokens for turns in runs.values() for turn in turns)
-    return {"measured": rows, "same_tokens": same, "turns": len(plain)}
+    fixed = sorted(k for k in runs if k is not None)
+    return {
+        "measured": [{"num_draft_tokens": k, **_rates(runs[k], plain)} for k in fixed],
+        "auto": {**_rates(runs[None], plain), **controller_choice(runs[None][-1])} if None in runs else None,
+        "same_tokens": all([text.tokens for text in turn] == tokens for turns in runs.values() for turn in turns),
+        "turns": len(plain),
+    }
+
+
+def controller_choice(texts: Sequence[Text]) -> dict[str, Any]:
+    """How many rounds had how many drafts where nobody fixed their number."""
+    counts = Counter(done.drafted for text in texts for done in text.rounds)
+    return {
+        "rounds": sum(counts.values()),
+        "chosen": [{"num_draft_tokens": k, "rounds": n} for k, n in sorted(counts.items())],
+    }
+
+
+def _rates(turns: Sequence[Sequence[Text]], plain: Sequence[float]) -> dict[str, Any]:
+    times = [_seconds(turn) for turn in turns]
+    rates = [_decoded(turn) / seconds for turn, seconds in zip(turns, times, strict=True)]
+    rounds = [done for text in turns[-1] for done in text.rounds]
+    return {
+        "tokens_per_second": {
+            "median": statistics.median(rates),
+            "min": min(rates),
+            "max": max(rates),
+            "count": len(rates),
+        },
+        "times_faster": statistics.median(a / b for a, b in zip(plain, times, strict=True)),
+        "tokens_per_round": sum(done.given for done in rounds) / len(rounds),
+    }
 
 
 def _seconds(texts: Sequence[Text]) -> float:

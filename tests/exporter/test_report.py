@@ -168,6 +168,7 @@ def test_what_was_read_is_escaped(facts: dict[str, Any]) -> None:
     assert found.values("onclick") == []
     assert found.words.count(nasty) >= 3
     assert any(nasty in words and "5 B" in words for words in found.words)
+    assert any(nasty in label for label in found.values("aria-label"))
     assert "\u21b5\n</div>" in found.words
 
 
