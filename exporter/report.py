@@ -129,7 +129,8 @@ def measure_texts(
     note("openings")
     prompts = prompts or openings(engine, options.max_new_tokens)
     note(f"{len(prompts)} texts of up to {options.max_new_tokens} tokens, plain and speculative in turns")
-    runs = take_turns(engine, prompts, options.max_new_tokens, (0, *lengths(default, most)), 2 * options.seconds)
+    choices = (0, *lengths(default, most), *([None] if most else []))
+    runs = take_turns(engine, prompts, options.max_new_tokens, choices, 2 * options.seconds)
     shown = default or most
     check_length(runs[shown][0], shown)
     wholes = [[*prompt, *text.tokens] for prompt, text in zip(prompts, runs[0][0], strict=True)]

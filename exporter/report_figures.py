@@ -126,16 +126,14 @@ def speed(facts: Facts) -> str:
             _rate(axes, right, auto, "s", f"{auto['times_faster']:.2f}")
             chosen = {row["num_draft_tokens"]: row["rounds"] / auto["rounds"] for row in auto["chosen"]}
             if most <= 9:  # else there is no room
-                names = [f"{k}\n{100 * chosen.get(k, 0):.0f}%" for k in counts]
+                names = [f"{k}\n{100 * chosen.get(k, 0):.0f}" for k in counts]
             counts, names = [*counts, right], [*names, "auto"]
         top = max([rate for _, rate in line] + [row["tokens_per_second"]["max"] for row in (*rows, *_known(auto))])
         axes.set_ylim(0, 1.2 * top)
         axes.annotate("computed", line[-(len(line) // 4) - 1], (0, -12), textcoords="offset points", **COMPUTED)
         _counts(axes, counts, names)
         axes.set_xlim(-0.09 * right - 0.1, 1.07 * right + 0.1)
-        axes.set_xlabel(
-            "K, drafts a round" + (", and how often auto chose it" if auto is not None and most <= 9 else "")
-        )
+        axes.set_xlabel("K, drafts a round" + ("; below, % of auto's rounds" if auto is not None and most <= 9 else ""))
         axes.set_ylabel("tokens a second")
         rates = [f"{row['tokens_per_second']['median']:.1f} with {row['num_draft_tokens']}" for row in rows]
         rates += [f"{row['tokens_per_second']['median']:.1f} with auto" for row in _known(auto)]

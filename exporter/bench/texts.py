@@ -4,11 +4,14 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime_ref.decoder import Options, generate
+from runtime_ref.costs import Costs
+from runtime_ref.decoder import Options
+from runtime_ref.decoder import rounds as decode
+from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import Engine
 from runtime_ref.errors import InputError
 from runtime_ref.sampling import Sampling
@@ -17,8 +20,6 @@ from runtime_ref.stats import Stats
 OPENINGS, OPENING_TOKENS = (4, 16), 12  # least and most of them, and their tokens
 LENGTHS = (1, 2, 4, 8)  # drafts a round that are measured, with the bundle's default and its most
 TURNS = (3, 9)  # least and most
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,27 +45,20 @@ class Text:
 Runs = dict[int | None, list[list[Text]]]
 
 
-def speak(engine: Engine, prompt: Sequence[int], options: Options) -> Text:
-    """Continue a prompt, and keep what each round did.
+def speak(engine: Engine, prompt: Sequence[int], options: Options, length: DraftLength | None = None) -> Text:
+    """Continue a prompt, and keep what each round did; `length` plans the rounds if the options do not.
 
     Raises:
         InputError: the prompt cannot be run.
     """
-    stats, tokens, drafted = Stats(), list[int](), list[bool]()
-    rounds: list[Round] = []
-    before = left = 0
-    for token in generate(engine, prompt, options, stats):
-        if stats.rounds > len(rounds):  # the first token of a new round: it is counted already
-            left = stats.accepted - sum(done.accepted for done in rounds)
-            rounds.append(Round(stats.drafted - before, left, 0))
-            before = stats.drafted
-        if rounds:
-            last = rounds[-1]
-            rounds[-1] = Round(last.drafted, last.accepted, last.given + 1)
-        tokens.append(token)
-        drafted.append(left > 0)
-        left -= 1
-    return Text(tokens, drafted, rounds, stats.decode_seconds)
+    stats = Stats()
+    first, *done = decode(engine, prompt, options, stats, length)
+    tokens, drafted = list(first.tokens), [False]
+    for one in done:
+        tokens += one.tokens
+        drafted += [i < one.accepted for i in range(len(one.tokens))]
+    counts = [Round(len(one.drafts), one.accepted, len(one.tokens)) for one in done]
+    return Text(tokens, drafted, counts, stats.decode_seconds)
 
 
 def openings(engine: Engine, max_new_tokens: int) -> list[list[int]]:
@@ -93,12 +87,15 @@ def lengths(default: int, most: int) -> list[int]:
 
 
 def take_turns(
-    engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, drafts: Sequence[int], seconds: float
+    engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, drafts: Sequence[int | None], seconds: float
 ) -> Runs:
     """Texts by number of drafts a round, one list a turn; each turn has another order.
 
-    Turns end when `seconds` for each number have passed, but not before three.
+    None plans rounds with nothing known at first, as in an app that runs a bundle for the first time. Turns end when
+    `seconds` for each number have passed, but not before three.
     """
+    manifest = engine.manifest
+    length = DraftLength(manifest.max_draft_tokens, Costs(manifest.max_draft_tokens, manifest.row_multiple))
     runs: Runs = {k: [] for k in drafts}
     order, shuffle = list(runs), random.Random(0).shuffle
     until = time.perf_counter() + seconds * len(runs)
@@ -107,7 +104,7 @@ def take_turns(
             break
         shuffle(order)
         for k in order:
-            runs[k].append([speak(engine, prompt, Options(max_new_tokens, k)) for prompt in prompts])
+            runs[k].append([speak(engine, prompt, Options(max_new_tokens, k), length) for prompt in prompts])
     return runs
 
 
@@ -139,7 +136,7 @@ def speed(runs: Runs) -> dict[str, Any]:
 
 
 def controller_choice(texts: Sequence[Text]) -> dict[str, Any]:
-    """How many rounds had how many drafts where nobody fixed their number."""
+    """How many rounds had how many drafts, the drafter's or looked up, where nobody fixed their number."""
     counts = Counter(done.drafted for text in texts for done in text.rounds)
     return {
         "rounds": sum(counts.values()),

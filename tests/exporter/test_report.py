@@ -95,6 +95,9 @@ def test_document(facts: dict[str, Any], bundle: Bundle) -> None:
     assert [row["num_draft_tokens"] for row in found["measured"]] == [0, 1, 2, 4, 8]
     assert [row["num_draft_tokens"] for row in found["computed"]] == list(range(1, manifest.max_draft_tokens + 1))
     assert found["same_tokens"]
+    auto = found["auto"]
+    assert sum(row["rounds"] for row in auto["chosen"]) == auto["rounds"] > 0
+    assert all(0 <= row["num_draft_tokens"] <= manifest.max_draft_tokens for row in auto["chosen"])
     assert found["measured"][0]["times_faster"] == 1
     assert drafting["num_draft_tokens"] == manifest.default_draft_tokens
     assert len(drafting["longest"]["by_position"]) == manifest.max_draft_tokens
@@ -140,12 +143,16 @@ def test_figures_are_those_of_the_document(facts: dict[str, Any], page: str) -> 
     assert numbers == [
         f"{100 * drafting['acceptance']['rate']:.1f}",
         f"{drafting['rounds']['mean']:.2f}",
-        f"{headline['times_faster']:.2f}",
+        f"{measured['speed']['auto']['times_faster']:.2f}",
         "PASS",
     ]
-    for row in measured["speed"]["measured"]:
+    for row in (*measured["speed"]["measured"], measured["speed"]["auto"]):
         rate = row["tokens_per_second"]
         assert f"{rate['median']:.1f} ({rate['min']:.1f}, {rate['max']:.1f})" in text
+    assert f"K auto (K = 4: {headline['times_faster']:.2f})" in text
+    for row in measured["speed"]["auto"]["chosen"]:
+        share = 100 * row["rounds"] / measured["speed"]["auto"]["rounds"]
+        assert f"{row['num_draft_tokens']} {share:.0f} " in text
     for row in measured["costs"]["passes"]:
         assert f"{row['ms']['median']:.2f} ({row['ms']['min']:.2f}) {row['cost']:.2f}" in text
     for row in facts["recall"]["curve"]:
