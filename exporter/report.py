@@ -50,7 +50,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What the user chose; `seconds` is the budget of one kind of pass, and four times that of one number of drafts."""
+    """What the user chose; `seconds` is the budget of one kind of pass, three times that of one number of drafts."""
 
     threads: int | None = None
     max_new_tokens: int = 64
@@ -130,7 +130,7 @@ def measure_texts(
     prompts = prompts or openings(engine, options.max_new_tokens)
     note(f"{len(prompts)} texts of up to {options.max_new_tokens} tokens, plain and speculative in turns")
     choices = (0, *lengths(default, most), *([None] if most else []))
-    runs = take_turns(engine, prompts, options.max_new_tokens, choices, 4 * options.seconds)
+    runs = take_turns(engine, prompts, options.max_new_tokens, choices, 3 * options.seconds)
     shown = default or most
     check_length(runs[shown][0], shown)
     wholes = [[*prompt, *text.tokens] for prompt, text in zip(prompts, runs[0][0], strict=True)]
