@@ -8,6 +8,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
 from runtime_ref.manifest import MANIFEST, Manifest
@@ -31,6 +33,8 @@ class Costs:
         self._sizes = sorted({0, most, *(2**i for i in range(most.bit_length()) if 2**i < most)})
         self._passes: dict[int, deque[float]] = {}
         self._step: deque[float] = deque(maxlen=RECENT)
+        self._known: dict[int, float] = {}
+        self._known_step: float | None = None
         self._relative: dict[tuple[bool, int], float] = {}
 
     def measured(self, drafts: int, verify_seconds: float, draft_seconds: float | None = None) -> None:
@@ -38,7 +42,7 @@ class Costs:
         self._passes.setdefault(self._filled(drafts), deque(maxlen=RECENT)).append(verify_seconds)
         if draft_seconds is not None and drafts:
             self._step.append(draft_seconds / drafts)
-        self._relative.clear()
+        self._refresh()
 
     def unknown(self, room: int) -> int | None:
         """The least number of drafts, at most `room`, whose round is to be measured; None if all are known enough."""
@@ -62,19 +66,26 @@ class Costs:
 
     def verify_seconds(self, drafts: int) -> float:
         """Of a pass over `last` and so many drafts; on the line between those measured, and beyond them as steep."""
-        size = self._filled(drafts)
-        known = sorted((tokens, min(times)) for tokens, times in self._passes.items())
-        # A longer pass is never cheaper: what was slow by accident is corrected by a longer one that was not.
-        known = [(tokens, min(seconds for _, seconds in known[i:])) for i, (tokens, _) in enumerate(known)]
-        if not known:
-            known = [(self._filled(0), 1.0)]
-        low = max((point for point in known if point[0] <= size), default=known[0])
-        high = min((point for point in known if point[0] >= size), default=None)
-        if high is not None and high[0] > low[0]:
-            return low[1] + (high[1] - low[1]) * (size - low[0]) / (high[0] - low[0])
-        first = known[0]
-        slope = (low[1] - first[1]) / (low[0] - first[0]) if low[0] > first[0] else UNKNOWN_TOKEN * first[1]
-        return max(low[1] + slope * (size - low[0]), 0.0)
+        size, sizes = self._filled(drafts), list(self._known)
+        if not sizes:
+            return 1 + UNKNOWN_TOKEN * drafts
+        if sizes[0] <= size <= sizes[-1]:
+            return float(np.interp(size, sizes, list(self._known.values())))
+        first, last = sizes[0], sizes[-1]
+        rise = self._known[last] - self._known[first]
+        slope = rise / (last - first) if last > first else UNKNOWN_TOKEN * self._known[first]
+        return max(self._known[last] + slope * (size - last), UNKNOWN_TOKEN * self._known[first])
+
+    def _refresh(self) -> None:
+        """Bring what is derived up to date; mostly nothing changed, because the least of the recent ones counts."""
+        known, least = {}, float("inf")
+        for size in sorted(self._passes, reverse=True):
+            # A longer pass is never cheaper: what was slow by accident is corrected by a longer one that was not.
+            least = known[size] = min(least, *self._passes[size])
+        known = dict(sorted(known.items()))
+        if (known, self.step_seconds) != (self._known, self._known_step):
+            self._known, self._known_step = known, self.step_seconds
+            self._relative.clear()
 
     def as_dict(self) -> dict[str, Any]:
         """Seconds, as they are kept in a file: of passes by their number of tokens, and of a draft step."""
@@ -90,7 +101,7 @@ class Costs:
             raise ValueError("costs must be positive")
         self._passes = {size: deque([seconds] * ENOUGH, maxlen=RECENT) for size, seconds in passes.items()}
         self._step.extend(steps)
-        self._relative.clear()
+        self._refresh()
 
     def _filled(self, drafts: int) -> int:
         return -(-(drafts + 1) // self._row_multiple) * self._row_multiple

@@ -57,8 +57,7 @@ def rounds(
     """
     manifest = engine.manifest
     check_prompt(manifest, prompt)
-    if options.max_new_tokens < 1:
-        raise InputError(f"{options.max_new_tokens} new tokens were asked for, expected at least 1")
+    check_options(manifest, options)
     room = manifest.max_seq_len - len(prompt)
     budget, out_of_budget = min((options.max_new_tokens, "length"), (room, "max_seq_len"))
     drafts = _drafts(engine, options, prompt, length)
@@ -84,21 +83,27 @@ def rounds(
         drafted = time.perf_counter()
         done, source = engine.verify(done.tokens[-1], proposed, options.sampling), drafts.source
         ended = time.perf_counter()
-        drafts.learn(done, ended - drafted)
+        drafts.learn(done, drafted - started, ended - drafted)
         stats.decode_seconds += ended - started
 
 
 def _drafts(
     engine: Engine, options: Options, prompt: Sequence[int], length: DraftLength | None
 ) -> FixedDrafts | PlannedDrafts:
-    wanted, most = options.num_draft_tokens, engine.manifest.max_draft_tokens
-    if wanted is None:
-        if length is None:
-            raise ValueError("num_draft_tokens is None: rounds must be planned, but there is no DraftLength")
-        return PlannedDrafts(engine, length, prompt)
-    if not 0 <= wanted <= most:
+    if options.num_draft_tokens is not None:
+        return FixedDrafts(engine, options.num_draft_tokens)
+    if length is None:
+        raise ValueError("num_draft_tokens is None: rounds must be planned, but there is no DraftLength")
+    return PlannedDrafts(engine, length, prompt)
+
+
+def check_options(manifest: Manifest, options: Options) -> None:
+    """Refuse what a bundle cannot do; raises InputError."""
+    wanted, most = options.num_draft_tokens, manifest.max_draft_tokens
+    if wanted is not None and not 0 <= wanted <= most:
         raise InputError(f"{wanted} draft tokens a round were asked for, the bundle was exported for up to {most}")
-    return FixedDrafts(engine, wanted)
+    if options.max_new_tokens < 1:
+        raise InputError(f"{options.max_new_tokens} new tokens were asked for, expected at least 1")
 
 
 def check_prompt(manifest: Manifest, prompt: Sequence[int]) -> None:

@@ -1,6 +1,5 @@
 """Where the drafts of a text come from: the drafter, or the text itself."""
 
-import time
 from collections.abc import Sequence
 
 from runtime_ref.acceptance import Round
@@ -24,7 +23,7 @@ class FixedDrafts:
         """At most so many drafts after `last`."""
         return self._engine.draft(last, min(self._num_draft_tokens, most))
 
-    def learn(self, done: Round, verify_seconds: float) -> None:
+    def learn(self, done: Round, draft_seconds: float, verify_seconds: float) -> None:
         """Nothing."""
 
 
@@ -35,10 +34,9 @@ class PlannedDrafts:
     """
 
     def __init__(self, engine: Engine, length: DraftLength, prompt: Sequence[int]) -> None:
-        self._engine, self._length, self._lookup = engine, length, Lookup()
-        self._lookup.extend(prompt)
+        self._engine, self._length, self.lookup = engine, length, Lookup()
+        self.lookup.extend(prompt)
         self._plan, self._found, self._kind = Plan(DRAFTER, 0), list[int](), ""
-        self._draft_seconds = 0.0
         length.begin()
 
     @property
@@ -48,21 +46,18 @@ class PlannedDrafts:
 
     def make(self, last: int, most: int) -> Sequence[int]:
         """At most so many drafts after `last`."""
-        self._lookup.extend([last])
-        agreeing, self._found = self._lookup.find(most)
+        self.lookup.extend([last])
+        agreeing, self._found = self.lookup.find(most)
         self._kind = next((name for least, name in AGREEING.items() if agreeing >= least), "")
         self._plan = self._length.plan({DRAFTER: most} | ({self._kind: most} if self._found else {}))
         if self._plan.source != DRAFTER:
             return self._found[: self._plan.num_draft_tokens]
-        started = time.perf_counter()
-        drafts = self._engine.draft(last, self._plan.num_draft_tokens)
-        self._draft_seconds = time.perf_counter() - started
-        return drafts
+        return self._engine.draft(last, self._plan.num_draft_tokens)
 
-    def learn(self, done: Round, verify_seconds: float) -> None:
+    def learn(self, done: Round, draft_seconds: float, verify_seconds: float) -> None:
         """Count what the round did and took."""
         length, drafted, own = self._length, len(done.drafts), self._plan.source == DRAFTER
-        length.costs.measured(drafted, verify_seconds, self._draft_seconds if own else None)
+        length.costs.measured(drafted, verify_seconds, draft_seconds if own else None)
         length.pay(self._plan, len(done.tokens))
         length.learn(DRAFTER, *((drafted, done.accepted) if own else (0, 0)))
         if not own:
@@ -72,4 +67,4 @@ class PlannedDrafts:
             pairs = zip(self._found, done.tokens[:seen], strict=False)
             right = next((i for i, (found, token) in enumerate(pairs) if found != token), seen)
             length.learn(self._kind, min(right + 1, seen), right)
-        self._lookup.extend(done.tokens[:-1])
+        self.lookup.extend(done.tokens[:-1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime_ref.costs import load_costs, save_costs
-from runtime_ref.decoder import Options, check_prompt, rounds
+from runtime_ref.decoder import Options, check_options, check_prompt, rounds
 from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import Engine, open_engine
 from runtime_ref.errors import InputError
@@ -36,13 +36,14 @@ class Decoder:
 
     def __init__(
         self,
+        bundle: Path,
         engine: Engine,
         tokenizer: TextTokenizer | None,
         length: DraftLength,
         keep: Callable[[], None] = lambda: None,
     ) -> None:
         """`keep` is called after each text, and may raise OSError: it keeps what was measured."""
-        self.engine, self.tokenizer, self.length = engine, tokenizer, length
+        self.bundle, self.engine, self.tokenizer, self.length = bundle, engine, tokenizer, length
         self._keep = keep
         self.current: Stream | None = None
         self.written: Stream | None = None  # the one whose keys and values are in the engine's cache
@@ -79,13 +80,17 @@ class Decoder:
         )
         options = Options(max_new_tokens, num_draft_tokens, sampling)
         if self.tokenizer is None and (isinstance(prompt, str) or stop):
-            raise InputError("the bundle has no tokenizer.json: pass token ids, and no stop strings")
+            raise InputError(
+                f"{self.bundle}: has no {TOKENIZER}; pass --prompt-ids and no stop strings, or export a checkpoint that"
+                " has one"
+            )
         if isinstance(prompt, str):
             assert self.tokenizer is not None
             prompt = self.tokenizer.encode(prompt)
         if not all(stop):
             raise InputError("a stop string is empty: expected some text")
         check_prompt(self.engine.manifest, prompt)
+        check_options(self.engine.manifest, options)
         self.current = Stream(self, list(prompt), options, tuple(stop))
         return self.current
 
@@ -176,4 +181,4 @@ def open_decoder(bundle: Path, threads: int | None = None, progress: Progress = 
     tokenizer = TextTokenizer(bundle, engine.manifest) if (bundle / TOKENIZER).exists() else None
     costs = load_costs(bundle, engine.manifest, threads)
     length = DraftLength(engine.manifest.max_draft_tokens, costs)
-    return Decoder(engine, tokenizer, length, lambda: save_costs(costs, bundle, threads))
+    return Decoder(bundle, engine, tokenizer, length, lambda: save_costs(costs, bundle, threads))

@@ -23,7 +23,8 @@ def ids(tmp_path: Path) -> Callable[[object], Path]:
 def test_generate_json(run: Run, bundle: Callable[[str], Path], ids: Callable[[object], Path]) -> None:
     fields = {
         *("tokens", "text", "finish_reason", "rounds", "drafted", "accepted", "acceptance_rate"),
-        *("acceptance_by_position", "mean_tokens_per_round", "prefill_seconds", "decode_seconds"),
+        *("acceptance_by_position", "mean_tokens_per_round", "rounds_by_num_draft_tokens", "drafts_by_source"),
+        *("reused_prompt_tokens", "prefill_seconds", "decode_seconds"),
     }
     path = ids([[3, 4, 5], [7]])
     common = ["generate", bundle("dense"), "--prompt-ids", path, "--max-new-tokens", 9, "--json"]
