@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from runtime_ref.costs import DRAFTER, Costs
 
 # Rounds after which an observation counts half. Estimates of each are mixed by how well they foretold the last rounds:
-# the slow ones are exact on steady text, the fast ones see it change.
-HALF_LIVES = (4, 16, 64)
+# the slow one is exact on steady text, the fast one sees it change.
+HALF_LIVES = (8, 64)
 MEMORY = 0.95  # what is kept, each round, of how well they foretold
 
 # What is assumed of a draft that was not tried lately, as so many observations. It is high, so that what is forgotten

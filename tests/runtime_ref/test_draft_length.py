@@ -1,0 +1,225 @@
+"""The number of drafts, on texts whose acceptance is known: exporter/bench/simulation.py has them."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporter.bench.simulation import (
+    COSTS,
+    MOST,
+    CostTable,
+    Texts,
+    Trace,
+    TraceEngine,
+    fixed,
+    planned,
+    recorded_texts,
+    rule_of_thumb,
+    simulate,
+    steady,
+    synthetic,
+    synthetic_texts,
+    transformers_heuristic,
+)
+from runtime_ref.acceptance import Round
+from runtime_ref.costs import DRAFTER, Costs, costs_file, load_costs, save_costs
+from runtime_ref.draft_length import Acceptance, DraftLength
+from runtime_ref.errors import InputError
+from runtime_ref.lookup import Lookup
+from runtime_ref.manifest import read_manifest
+
+SYNTHETIC = {texts.name: texts for texts in synthetic_texts(seed=1)}
+RECORDED = {texts.name: texts for texts in recorded_texts()}
+USEFUL = [name for name in COSTS if name != "hopeless"]
+
+
+def rate(texts: Texts, table: CostTable, choose: Callable) -> float:
+    """Times as fast as plain decoding."""
+    time, tokens = simulate(texts, table, choose)
+    return tokens / time
+
+
+def best_fixed(texts: Texts, table: CostTable) -> float:
+    return max(rate(texts, table, fixed(drafts)) for drafts in range(MOST + 1))
+
+
+def of_kind(kind: str) -> list[str]:
+    return [name for name, texts in SYNTHETIC.items() if texts.kind == kind]
+
+
+@pytest.mark.parametrize("costs", COSTS)
+def test_steady_text_is_nearly_as_fast_as_the_best_fixed_number(costs: str) -> None:
+    shares = {
+        name: rate(SYNTHETIC[name], COSTS[costs], planned(COSTS[costs])) / best_fixed(SYNTHETIC[name], COSTS[costs])
+        for name in of_kind("steady")
+    }
+    assert min(shares.values()) >= 0.93, shares
+    assert sum(shares.values()) / len(shares) >= 0.97
+
+
+@pytest.mark.parametrize("name", of_kind("changing"))
+def test_changing_text_is_faster_than_with_any_fixed_number(name: str) -> None:
+    gains = [rate(SYNTHETIC[name], COSTS[c], planned(COSTS[c])) / best_fixed(SYNTHETIC[name], COSTS[c]) for c in USEFUL]
+    assert min(gains) > 1
+    assert max(gains) > 1.05
+
+
+@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "measured"])
+def test_text_that_is_never_accepted_costs_two_percent_at_most(costs: str, known: bool) -> None:
+    for length in (202, 1200):
+        never = Texts("never", "never", [synthetic(steady(0.0), 0, length)])
+        assert 0.98 <= rate(never, COSTS[costs], planned(COSTS[costs], known)) <= 1
+
+
+@pytest.mark.parametrize("costs", COSTS)
+def test_an_adversary_gains_no_more(costs: str) -> None:
+    """Drafts are right for as long as it takes to be believed, and wrong whenever many are proposed."""
+
+    class Adversary(TraceEngine):
+        def draft(self, last: int, num_draft_tokens: int) -> list[int]:
+            few = num_draft_tokens <= 1 and self.position % 3
+            right = list(self.trace.tokens[self.position + 1 :][:num_draft_tokens])
+            return right if few else [-1] * num_draft_tokens
+
+    table, texts = COSTS[costs], Texts("", "", [synthetic(steady(0.0), 0, 800)])
+    choose = planned(table)
+    drafts, total = choose(engine := Adversary(texts.texts[0])), 0.0
+    while engine.position < 790:
+        proposed = drafts.make(engine.trace.tokens[engine.position], MOST)
+        done = engine.verify(proposed)
+        drafts.learn(done, len(proposed) * table.step, table.passes[len(proposed)])
+        total += table.passes[len(proposed)] + len(proposed) * table.step
+    assert (engine.position - 1) / total >= 0.98
+
+
+@pytest.mark.parametrize("heuristic", [transformers_heuristic, rule_of_thumb(6)], ids=["transformers", "rule of thumb"])
+def test_others_rules_lose_where_this_does_not(heuristic: Callable) -> None:
+    everything = [*SYNTHETIC.values(), *RECORDED.values()]
+    for costs in COSTS:
+        ours = [rate(texts, COSTS[costs], planned(COSTS[costs])) for texts in everything]
+        theirs = [rate(texts, COSTS[costs], heuristic) for texts in everything]
+        assert min(ours) >= 0.98
+        assert sum(ours) > sum(theirs)
+    assert min(theirs) < 0.6
+
+
+@pytest.mark.parametrize("costs", USEFUL)
+def test_costs_are_measured_on_the_way(costs: str) -> None:
+    """On texts long enough for it, hardly anything is lost by not knowing the costs at first."""
+    for name in ("90%", "90/10 % by 300"):
+        known, measured = (rate(SYNTHETIC[name], COSTS[costs], planned(COSTS[costs], known)) for known in (True, False))
+        assert measured > 0.93 * known
+
+
+@pytest.mark.parametrize("costs", USEFUL)
+def test_look_ups_win(costs: str) -> None:
+    """On copied passages by much, and nothing is lost on what the built-in pair writes."""
+    for name, least in (("copied passages", 1.4), ("greedy", 0.99), ("sampled", 0.99)):
+        without = rate(RECORDED[name], COSTS[costs], planned(COSTS[costs], lookups=False))
+        assert rate(RECORDED[name], COSTS[costs], planned(COSTS[costs])) > least * without
+
+
+def test_what_is_not_drafted_is_tried_again() -> None:
+    """A text that turns good after long being bad is noticed."""
+    text = Texts("", "", [Trace(range(1600), [0] * 800 + [MOST] * 800)])
+    assert rate(text, COSTS["like a GPU"], planned(COSTS["like a GPU"])) > 1.5
+
+
+def test_acceptance_follows_what_it_sees() -> None:
+    estimate, generator = Acceptance(4), random.Random(0)
+    for _ in range(400):
+        accepted = next((i for i in range(4) if generator.random() > 0.6), 4)
+        estimate.update(4, accepted)
+    for position, reached in enumerate(estimate.reached):
+        assert reached == pytest.approx(0.6**position, abs=0.12)
+    before = estimate.reached[1]
+    for _ in range(900):
+        estimate.update(0, 0)
+    assert before < estimate.reached[1] == pytest.approx(0.9, abs=0.01)
+
+
+class TestCosts:
+    def measured(self) -> Costs:
+        costs = Costs(8)
+        for drafts, seconds in ((0, 0.1), (4, 0.2), (8, 0.24)):
+            costs.measured(drafts, seconds, 0.01 * drafts)
+        return costs
+
+    def test_line_between_what_was_measured(self) -> None:
+        costs = self.measured()
+        assert costs.relative("", 2) == pytest.approx(1.5)
+        assert costs.relative(DRAFTER, 2) == pytest.approx(1.7)
+        assert costs.relative("", 6) == pytest.approx(2.2)
+
+    def test_accidents_do_not_count(self) -> None:
+        costs = self.measured()
+        for _ in range(4):
+            costs.measured(4, 0.9, 0.4)
+        assert costs.relative(DRAFTER, 4) == pytest.approx(2.4)
+        costs.measured(4, 0.9, 0.4)  # five in a row are no accident, but a longer pass is cheaper still
+        assert costs.relative("", 4) == pytest.approx(2.4)
+
+    def test_sizes_are_measured_in_rising_order(self) -> None:
+        costs, order = Costs(8, row_multiple=2), []
+        while (drafts := costs.unknown(8)) is not None:
+            order.append(drafts)
+            costs.measured(drafts, 0.1, 0.01)
+        assert order == [0, 0, 2, 2, 4, 4, 8, 8]
+        assert Costs(8).unknown(0) == 0
+        assert Costs(0).unknown(0) == 0
+
+    def test_kept_beside_the_bundle(self, bundle: Callable[[str], Path], tmp_path: Path) -> None:
+        path = tmp_path / "copy"
+        path.mkdir()
+        (path / "manifest.json").write_bytes((bundle("dense") / "manifest.json").read_bytes())
+        manifest = read_manifest(bundle("dense"))
+        before = sorted(path.iterdir())
+        save_costs(self.measured(), path, threads=1)
+        assert sorted(path.iterdir()) == before
+        assert costs_file(path) == tmp_path / "copy.costs.json"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "copy.costs.json"]
+        assert load_costs(path, manifest, 1).as_dict()["draft_step_seconds"] == pytest.approx(0.01)
+        assert load_costs(path, manifest, 2).as_dict()["draft_step_seconds"] is None  # other threads, other costs
+        for broken in (
+            "{",
+            "[]",
+            json.dumps({**json.loads(costs_file(path).read_text()), "verify_seconds": {"1": -1}}),
+        ):
+            costs_file(path).write_text(broken)
+            with pytest.raises(InputError, match=r"copy.costs.json: .*delete"):
+                load_costs(path, manifest, 1)
+
+
+def test_lookup_finds_what_followed() -> None:
+    lookup = Lookup()
+    lookup.extend([1, 2, 3, 4, 5, 9, 2, 3])
+    assert lookup.find(3) == (2, [4, 5, 9])
+    lookup.extend([4])
+    assert lookup.find(2) == (3, [5, 9])
+    lookup.extend([7])
+    assert lookup.find(2) == (0, [])
+
+
+def test_lookup_goes_round_where_a_text_repeats_itself() -> None:
+    lookup = Lookup()
+    lookup.extend([8, 1, 2, 1, 2, 1, 2])
+    assert lookup.find(5) == (4, [1, 2, 1, 2, 1])
+
+
+def test_a_plan_never_exceeds_the_room() -> None:
+    length = DraftLength(8, Costs(8))
+    for drafts in range(9):
+        length.costs.measured(drafts, 1.0, 0.0)
+        length.costs.measured(drafts, 1.0, 0.0)
+    for room in range(9):
+        assert length.plan({DRAFTER: room}).num_draft_tokens == room
+
+
+def test_rounds_are_cut() -> None:
+    done = Round([5, 6, 7], 3, [5, 6, 7, 8], [-0.1, -0.2, -0.3, -0.4])
+    assert done.cut(2) == Round([5, 6, 7], 2, [5, 6], [-0.1, -0.2])
+    assert done.cut(4) == done
