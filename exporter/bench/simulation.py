@@ -55,8 +55,8 @@ class CostTable:
 # costs hardly more than one; a pass that grows by 0.3 a token; and one that grows by a whole one, which gains nothing.
 COSTS = {
     "E2B, ExecuTorch": CostTable((1, 1.28, 1.39, 1.48, 1.5, 1.58, 1.66, 1.75, 1.8), 0.035),
-    "E2B, ONNX Runtime": CostTable((1, 1.03, 1.41, 1.41, 1.88, 1.88, 2.2, 2.2, 2.6), 0.04, 2),
-    "built-in pair, ONNX Runtime": CostTable((1, 1.05, 1.3, 1.3, 1.6, 1.6, 1.9, 1.9, 2.2), 0.25, 2),
+    "E2B, ONNX Runtime": CostTable((1, 1, 1.41, 1.41, 1.88, 1.88, 2.2, 2.2, 2.6), 0.04, 2),
+    "built-in pair, ONNX Runtime": CostTable((1, 1, 1.3, 1.3, 1.6, 1.6, 1.9, 1.9, 2.2), 0.25, 2),
     "E2B, llama.cpp": CostTable((1, 1.65, 2.2, 2.25, 2.9, 3.2, 3.6, 4.07, 4.4), 0.1),
     "like a GPU": CostTable(tuple(1 + 0.01 * i for i in range(9)), 0.06),
     "linear": CostTable(tuple(1 + 0.3 * i for i in range(9)), 0.1),
