@@ -95,7 +95,7 @@ def run_parity(
     for prompt in prompts:
         check_prompt(manifest, prompt)
     if pair is not None:
-        _refuse_other_shapes(bundle, manifest, pair)
+        refuse_other_shapes(bundle, manifest, pair)
     note("files")
     changed = changed_files(bundle, manifest)
     listed = f"changed: {', '.join(changed)}" if changed else f"{len(manifest.files)} files match the manifest"
@@ -183,7 +183,7 @@ def default_prompts(manifest: Manifest) -> list[list[int]]:
     return [generator.integers(0, manifest.vocab_size, size).tolist() for size in (1, 7, crossing)]
 
 
-def _refuse_other_shapes(bundle: Path, manifest: Manifest, pair: Pair) -> None:
+def refuse_other_shapes(bundle: Path, manifest: Manifest, pair: Pair) -> None:
     """Refuse checkpoints that cannot be the ones the bundle was exported from: nothing could be compared."""
     for kind, config in (("target", pair.target), ("drafter", pair.drafter)):
         ours = json.loads(json.dumps(asdict(config)))

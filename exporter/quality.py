@@ -36,14 +36,10 @@ def measure_quality(engine: GraphEngine, pair: Pair, prompts: Sequence[Sequence[
         options = Options(max_new_tokens, manifest.default_draft_tokens)
         text = [*prompt, *generate(eager, prompt, options, stats)]
         wanted = logits_after(target, text, len(text))
-        for start in range(0, len(text), manifest.limits["num_outputs"]):
-            tokens = text[start : start + manifest.limits["num_outputs"]]
-            engine.position = start
-            logits, ids, _ = engine.run_target(tokens, range(len(tokens)))
-            rows = wanted[start : start + len(tokens)]
-            exact = rows.gather(1, torch.from_numpy(ids)).double().numpy()
-            signal, noise = signal + float((exact**2).sum()), noise + float(((logits - exact) ** 2).sum())
-            equal.append(ids[:, 0] == rows.argmax(1).numpy())
+        logits, ids = bundle_logits(engine, text)
+        exact = wanted.gather(1, ids).double()
+        signal, noise = signal + float((exact**2).sum()), noise + float(((logits - exact) ** 2).sum())
+        equal.append((ids[:, 0] == wanted.argmax(1)).numpy())
     agreement = np.concatenate(equal)
     return Quality(
         sqnr=float(10 * np.log10(signal / noise)) if noise else float("inf"),
@@ -51,6 +47,16 @@ def measure_quality(engine: GraphEngine, pair: Pair, prompts: Sequence[Sequence[
         positions=len(agreement),
         acceptance=stats.acceptance_rate or 0.0,
     )
+
+
+def bundle_logits(engine: GraphEngine, text: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bundle's top logits [T, k] float32 and their ids [T, k] int64 after each token of a text."""
+    parts, step = [], engine.manifest.limits["num_outputs"]
+    for start in range(0, len(text), step):
+        engine.position, tokens = start, text[start : start + step]
+        logits, ids, _ = engine.run_target(tokens, range(len(tokens)))
+        parts.append((torch.from_numpy(logits.copy()), torch.from_numpy(ids.copy())))
+    return torch.cat([logits for logits, _ in parts]), torch.cat([ids for _, ids in parts])
 
 
 def logits_after(target: Target, tokens: Sequence[int], count: int) -> torch.Tensor:

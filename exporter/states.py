@@ -7,15 +7,14 @@ from torch import Tensor
 
 from exporter.checkpoint import Checkpoint, drafter_weights, load_module, target_weights
 from exporter.config import DrafterConfig, TextConfig
+from exporter.drafting import DRAFT_STEPS, FIRST_ROW, draft_rounds
 from exporter.graphs import PREFILL_CHUNK
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target, empty_kv
 from exporter.pair import Pair
 from exporter.reference import reference_ops
 
-DRAFT_STEPS = 4
 NUM_STATES = 8192
-FIRST_ROW = torch.zeros(1, dtype=torch.int64)
 WIDENING = reference_ops(torch.float32)  # weights stay as they are stored, and are widened while they are used
 
 
@@ -56,15 +55,9 @@ def drafting_states(pair: Pair, prompts: Sequence[Sequence[int]], progress: Call
             out = target(tokens, torch.tensor([start]), torch.arange(len(tokens)), kv)
             kv = out.kv
             shared = {kind: (kv[2 * i], kv[2 * i + 1]) for kind, i in pair.shared_kv.items()}
-            token, state = out.logits.argmax(-1), out.state
-            steps = []
-            for _ in range(DRAFT_STEPS):
-                hidden, state = drafter.step(
-                    drafter.target_embed_tokens(token), state, start + 1 + torch.arange(len(tokens)), FIRST_ROW, shared
-                )
-                token = drafter.head(hidden)
-                steps.append(hidden)
-            found.append(torch.stack(steps, 1).flatten(0, 1))
+            positions = start + 1 + torch.arange(len(tokens))
+            hidden, _ = draft_rounds(drafter, out.logits.argmax(-1), out.state, positions, shared)
+            found.append(hidden.flatten(0, 1))
             progress()
     return torch.cat(found)
 

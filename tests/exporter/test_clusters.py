@@ -17,9 +17,10 @@ from exporter.bundle import ExportOptions, export_bundle
 from exporter.checkpoint import Checkpoint
 from exporter.clusters import ClusterOptions, make_clusters
 from exporter.config import read_drafter_config
+from exporter.drafting import DRAFT_STEPS
 from exporter.pair import open_pair
 from exporter.parity import open_source, run_parity
-from exporter.states import DRAFT_STEPS, drafting_states, lone_states
+from exporter.states import drafting_states, lone_states
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine, open_engine
 from runtime_ref.errors import InputError
