@@ -11,7 +11,7 @@ import click
 from clustering.table import load_table
 from exporter.backends import BACKENDS
 from exporter.bundle import ExportOptions, check_options, check_output, export_bundle
-from exporter.cli_bundle import bench, check_parity, generate, open_bundle, parity, report, speak, verdict
+from exporter.cli_bundle import bench, check_parity, doctor, generate, open_bundle, parity, report, speak, verdict
 from exporter.clusters import Clustering, ClusterOptions, cluster_steps, make_clusters
 from exporter.console import (
     err,
@@ -188,7 +188,7 @@ def inspect(path: Path, as_json: bool) -> None:
         out.print(facts_table(facts))
 
 
-for command in (generate, parity, bench, report):
+for command in (generate, parity, bench, report, doctor):
     cli.add_command(command)
 
 

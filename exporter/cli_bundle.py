@@ -1,4 +1,4 @@
-"""Commands that take a bundle: generate, parity, bench. They read arguments, call the library, print."""
+"""Commands that take a bundle: generate, parity, bench, doctor. They read arguments, call the library, print."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from exporter.bench.bundle import BenchOptions, check_same_text, measure_bundle
-from exporter.console import bench_tables, err, out, parity_table, progress_bar, stats_line
+from exporter.console import bench_tables, doctor_table, err, out, parity_table, progress_bar, stats_line
+from exporter.doctor import run_doctor
 from exporter.files import check_file, write_file
 from exporter.options import DIRECTORY, DraftTokens, bench_options, json_option
 from exporter.pair import Pair
@@ -194,3 +195,37 @@ def verdict(checks: list[Check]) -> None:
     if failed:
         raise CheckError(f"parity: {len(failed)} of {len(checks)} checks, first {failed[0].rung} / {failed[0].output}")
     err.print(f"parity: all {len(checks)} checks passed", style="green")
+
+
+@click.command()
+@click.argument("bundle", type=DIRECTORY)
+@click.option("--target", type=DIRECTORY, required=True, help="The checkpoint it was exported from.")
+@click.option("--drafter", type=DIRECTORY, required=True, help="The drafter it was exported from.")
+@click.option(
+    "--prompt-ids",
+    type=DIRECTORY,
+    help="JSON file: a list of token ids, or a list of such lists.  [default: what the target writes by itself]",
+)
+@click.option("--max-new-tokens", type=click.IntRange(8), default=64, help="Of each text that is written.")
+@json_option
+def doctor(
+    bundle: Path, target: Path, drafter: Path, prompt_ids: Path | None, max_new_tokens: int, as_json: bool
+) -> None:
+    """Find out why few drafts are accepted: an experiment for each known cause."""
+    pair = open_source(bundle, target, drafter)
+    prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
+    with err.status("doctor") as status:
+        found = run_doctor(bundle, pair, prompts, max_new_tokens, lambda step: status.update(f"doctor: {step}"))
+    if as_json:
+        experiments = [
+            {"experiment": e.experiment, "verdict": e.verdict, "detail": e.detail, **e.figures}
+            for e in found.experiments
+        ]
+        facts = {"findings": len(found.findings), "acceptance_rate": found.acceptance_rate, "experiments": experiments}
+        click.echo(json.dumps(facts))
+    else:
+        out.print(doctor_table(found))
+    if found.findings:
+        first = found.findings[0]
+        raise CheckError(f"doctor: {len(found.findings)} found, most likely {first.experiment}: {first.detail}")
+    err.print(f"doctor: none of {len(found.experiments)} experiments found a cause", style="green")

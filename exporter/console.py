@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Column, Table
 from rich.text import Text
 
+from exporter.doctor import Diagnosis
 from exporter.files import human_bytes
 from exporter.parity import Check
 from runtime_ref.errors import CheckError, InputError
@@ -68,6 +69,20 @@ def parity_table(checks: Sequence[Check]) -> Table:
         verdict = Text("PASS", "green") if check.passed else Text("FAIL", "bold red")
         error = "" if check.error is None else f"{check.error:.1e} (allowed {check.tolerance:.0e})"
         table.add_row(check.rung, check.output, verdict, error or check.detail)
+    return table
+
+
+VERDICTS = {"pass": ("PASS", "green"), "finding": ("FINDING", "bold red"), "skipped": ("skipped", "dim")}
+
+
+def doctor_table(diagnosis: Diagnosis) -> Table:
+    """One row an experiment."""
+    title = "Why is acceptance low?"
+    if diagnosis.acceptance_rate is not None:
+        title += f" The bundle accepts {diagnosis.acceptance_rate:.1%} of its drafts here"
+    table = Table("experiment", "", Column("found", overflow="fold"), title=title)
+    for found in diagnosis.experiments:
+        table.add_row(found.experiment, Text(*VERDICTS[found.verdict]), found.detail)
     return table
 
 

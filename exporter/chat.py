@@ -1,0 +1,41 @@
+"""Whether an instruction-tuned target is spoken to as it was tuned."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoint import checkpoint_json
+from exporter.config import read_object
+from exporter.verdicts import FINDING, PASS, SKIPPED, Experiment
+
+TEMPLATE = "chat_template.jinja"
+EXPERIMENT = "chat template"
+
+
+def check_template(bundle: Path, target_dir: Path, prompts: Sequence[Sequence[int]]) -> Experiment:
+    """Whether a bundle has the template that its target has, and prompts the marks of turns that it writes."""
+    in_config = checkpoint_json(target_dir, "tokenizer_config.json").get("chat_template")
+    if not (target_dir / TEMPLATE).is_file() and not in_config:
+        return Experiment(EXPERIMENT, SKIPPED, "the target has none: it is not tuned for chats")
+    if not (bundle / TEMPLATE).is_file():
+        where = TEMPLATE if (target_dir / TEMPLATE).is_file() else "tokenizer_config.json"
+        detail = f"the target is tuned for chats and has a template in {where}, the bundle has no {TEMPLATE}:"
+        return Experiment(EXPERIMENT, FINDING, f"{detail} prompts without its turns are accepted less")
+    marks = _turn_marks(bundle)
+    plain = [i for i, prompt in enumerate(prompts) if marks and not marks.keys() & set(prompt)]
+    if plain:
+        listed = ", ".join(map(str, plain[:3])) + (", .." if len(plain) > 3 else "")
+        names = " or ".join(marks.values())
+        detail = f"prompt {listed} has no {names}, which the bundle's template writes; render it with the template"
+        return Experiment(EXPERIMENT, FINDING, detail)
+    return Experiment(EXPERIMENT, PASS, "in the bundle" + (", and the prompts have its turns" if prompts else ""))
+
+
+def _turn_marks(bundle: Path) -> dict[int, str]:
+    """Tokens for turns, by id, that the template itself names: `<|turn>`, `<start_of_turn>` and the like."""
+    if not (bundle / "tokenizer.json").is_file():
+        return {}
+    template = (bundle / TEMPLATE).read_text(encoding="utf-8")
+    added: list[dict[str, Any]] = read_object(bundle / "tokenizer.json").get("added_tokens") or []
+    names = ((token["id"], token["content"]) for token in added)
+    return {number: name for number, name in names if "turn" in name and name in template}
