@@ -8,7 +8,7 @@ import click
 
 from exporter.bench.bundle import BenchOptions, check_same_text, measure_bundle
 from exporter.console import bench_tables, doctor_table, err, out, parity_table, progress_bar, stats_line
-from exporter.doctor import run_doctor
+from exporter.doctor.diagnosis import run_doctor
 from exporter.files import check_file, write_file
 from exporter.options import DIRECTORY, DraftTokens, bench_options, json_option
 from exporter.pair import Pair

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Column, Table
 from rich.text import Text
 
-from exporter.doctor import Diagnosis
+from exporter.doctor.diagnosis import Diagnosis
 from exporter.files import human_bytes
 from exporter.parity import Check
 from runtime_ref.errors import CheckError, InputError

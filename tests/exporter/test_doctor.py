@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exporter import doctor
 from exporter.backends import onnx
-from exporter.chat import check_template
-from exporter.doctor import diagnose
+from exporter.doctor import diagnosis
+from exporter.doctor.diagnosis import diagnose
+from exporter.doctor.template import check_template
 from exporter.graphs import DrafterGraph, TargetGraph
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops, additive_mask
@@ -52,7 +52,7 @@ def causes(engine: GraphEngine, pair: Pair, new_tokens: int = NEW_TOKENS) -> dic
 @pytest.fixture
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for values, which faults of a bundle show in; acceptance is not judged."""
-    monkeypatch.setattr(doctor, "OPENINGS", 2)
+    monkeypatch.setattr(diagnosis, "OPENINGS", 2)
 
 
 def opened(path: Path, kind: type[GraphEngine] = GraphEngine) -> GraphEngine:

@@ -1,4 +1,4 @@
-"""When a difference counts: the thresholds of `exporter.doctor`, each with its reason."""
+"""When a difference counts: the thresholds of `exporter.doctor.diagnosis`, each with its reason."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -102,12 +102,12 @@ def write(engine: GraphEngine, prompt: Sequence[int], max_new_tokens: int) -> Wr
     room = min(len(prompt) + max_new_tokens, manifest.max_seq_len)
     fed, snapshots, drafted, accepted = [], [], 0, 0
     with _recorded(engine) as record:
-        text = [*prompt, engine.prefill(prompt, Sampling())]
+        text = [*prompt, *engine.prefill(prompt, Sampling()).tokens]
         snapshots.append(_snapshot(engine, record, len(prompt), 0))
         while len(text) < room and text[-1] not in manifest.eos:
             drafts = min(DRAFT_STEPS, manifest.max_draft_tokens, room - len(text) - 1)
             record.calls.clear()
-            done = engine.round(text[-1], drafts, Sampling())
+            done = engine.verify(text[-1], engine.draft(text[-1], drafts), Sampling())
             if record.calls:
                 fed.append((len(text) - 1, torch.from_numpy(record.calls[0][0][0])))
             text += done.tokens

@@ -6,7 +6,7 @@ from typing import Any
 
 from exporter.checkpoint import checkpoint_json
 from exporter.config import read_object
-from exporter.verdicts import FINDING, PASS, SKIPPED, Experiment
+from exporter.doctor.verdicts import FINDING, PASS, SKIPPED, Experiment
 
 TEMPLATE = "chat_template.jinja"
 EXPERIMENT = "chat template"

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from exporter.backends import load_backend
+from exporter.doctor.evidence import Probe, Reading, Written, probes, read, row_distance, row_errors, write
+from exporter.doctor.verdicts import FLOOR, allowed, gain, stored_as
 from exporter.drafting import DRAFT_STEPS, KV, Change, draft_rounds, draft_step, with_softcap
-from exporter.evidence import Probe, Reading, Written, probes, read, row_distance, row_errors, write
 from exporter.graphs import PREFILL_CHUNK
 from exporter.modeling.drafter import Drafter
 from exporter.pair import Pair
 from exporter.quality import bundle_logits
 from exporter.recipes import RECIPES
 from exporter.reference import Reference
-from exporter.verdicts import FLOOR, allowed, gain, stored_as
 from runtime_ref.graph_engine import GraphEngine
 
 # Variants besides the faults: the right one, and one with something else in the place of a part.

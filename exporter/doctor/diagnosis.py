@@ -13,12 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporter.chat import check_template
-from exporter.drafting import DRAFT_STEPS, Change
-from exporter.pair import Pair
-from exporter.parity import Note, default_prompts, refuse_other_shapes
-from exporter.recipes import RECIPES
-from exporter.study import (
+from exporter.doctor.study import (
     AS_IT_SHOULD,
     CHOICES,
     DENSE,
@@ -38,7 +33,23 @@ from exporter.study import (
     Fault,
     Study,
 )
-from exporter.verdicts import FINDING, PASS, SKIPPED, Experiment, Fit, allowed, best_fit, distances, is_clear, mean
+from exporter.doctor.template import check_template
+from exporter.doctor.verdicts import (
+    FINDING,
+    PASS,
+    SKIPPED,
+    Experiment,
+    Fit,
+    allowed,
+    best_fit,
+    distances,
+    is_clear,
+    mean,
+)
+from exporter.drafting import DRAFT_STEPS, Change
+from exporter.pair import Pair
+from exporter.parity import Note, default_prompts, refuse_other_shapes
+from exporter.recipes import RECIPES
 from runtime_ref.decoder import Options, check_prompt, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
