@@ -1,0 +1,173 @@
+"""What an application calls: the page of examples, and what it promises."""
+
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime_ref.errors import InputError
+from runtime_ref.streaming import Decoder, open_decoder
+from runtime_ref.tokenizer import TextStream
+
+PAGE = Path(__file__).parents[2] / "runtime_ref" / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+PROMPT = "Return the"
+
+
+@pytest.fixture
+def decoder(bundle: Callable[[str], Path], tmp_path: Path) -> Decoder:
+    shutil.copytree(bundle("demo"), tmp_path / "bundle")
+    return open_decoder(tmp_path / "bundle", threads=1)
+
+
+def test_examples_run(bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(bundle("demo"), tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS) == 9
+    names: dict[str, object] = {}
+    for block in BLOCKS:
+        exec(compile(block, PAGE.name, "exec"), names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.costs.json"]
+
+
+@pytest.mark.parametrize("drafts", [0, 3, None])
+def test_what_is_shared_with_the_last_text_is_not_run_again(decoder: Decoder, drafts: int | None) -> None:
+    def answer(prompt: list[int], *, fresh: bool) -> tuple[list[int], int]:
+        if fresh:
+            decoder.forget()
+        stream = decoder.stream(prompt, max_new_tokens=20, num_draft_tokens=drafts, temperature=1.0, seed=3)
+        return [token.id for token in stream], stream.stats.reused_tokens
+
+    start = np.random.default_rng(0).integers(3, 2000, 90).tolist()  # longer than the window of 64
+    first, reused = answer(start, fresh=True)
+    assert reused == 0
+    longer = [*start, *first, 5, 6, 7]
+    again = answer(longer, fresh=False)
+    assert again[1] >= len(start) + len(first) - 1
+    assert again[0] == answer(longer, fresh=True)[0]
+    branch = [*start[:80], 9]
+    assert answer(branch, fresh=False)[1] == 80
+    assert answer(branch, fresh=False)[0] == answer(branch, fresh=True)[0]
+    assert answer(branch, fresh=False)[1] == len(branch) - 1  # the last token is always run
+
+
+def test_rows_that_moved_away_are_run_again(decoder: Decoder) -> None:
+    """Sliding layers forget what no later token sees; a prompt that needs it starts over."""
+    text = np.random.default_rng(1).integers(3, 2000, 450).tolist()
+    list(decoder.stream(text, max_new_tokens=2))
+    short = [*text[:30], 4]
+    assert not decoder.engine.keeps(30)
+    stream = decoder.stream(short, max_new_tokens=6, num_draft_tokens=2)
+    found = [token.id for token in stream]
+    assert stream.stats.reused_tokens == 0
+    decoder.forget()
+    assert found == [token.id for token in decoder.stream(short, max_new_tokens=6)]
+
+
+def test_a_text_left_early_leaves_the_decoder_as_it_should_be(decoder: Decoder) -> None:
+    wanted = [token.id for token in decoder.stream(PROMPT, max_new_tokens=12)]
+    decoder.forget()
+    for count in (0, 1, 4):
+        stream = decoder.stream(PROMPT, max_new_tokens=12, num_draft_tokens=4)
+        for _ in range(count):
+            next(stream)
+        assert [token.id for token in decoder.stream(PROMPT, max_new_tokens=12)] == wanted
+        with pytest.raises(RuntimeError, match="another text was started"):
+            next(stream)
+
+
+def test_a_failed_prefill_is_not_reused(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [token.id for token in decoder.stream(PROMPT, max_new_tokens=8)]
+    real = decoder.engine.prefill
+
+    def failing(*arguments: object) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(decoder.engine, "prefill", failing)
+    with pytest.raises(OSError, match="gone"):
+        next(decoder.stream([7, 8, 9]))
+    monkeypatch.setattr(decoder.engine, "prefill", real)
+    stream = decoder.stream(PROMPT, max_new_tokens=8)
+    assert [token.id for token in stream] == wanted
+    assert stream.stats.reused_tokens == 0
+
+
+def test_cancelled_from_another_thread(decoder: Decoder) -> None:
+    stream = decoder.stream(PROMPT, max_new_tokens=400, temperature=5.0, top_p=1.0)
+    timer = threading.Timer(0.05, stream.cancel)
+    timer.start()
+    count = len(list(stream))
+    timer.join()
+    assert stream.stats.finish_reason == "cancelled" or count == 400
+
+
+def test_texts_of_streams_are_whole(decoder: Decoder) -> None:
+    assert decoder.tokenizer is not None
+    for seed in range(5):
+        stream = decoder.stream(PROMPT, max_new_tokens=40, temperature=3.0, seed=seed)
+        text = "".join(token.text for token in stream)
+        assert text == stream.text == decoder.tokenizer.decode(stream.prompt + stream.tokens)[len(PROMPT) :]
+
+
+def test_log_probabilities_are_the_targets(decoder: Decoder) -> None:
+    tokens = list(decoder.stream(PROMPT, max_new_tokens=10, num_draft_tokens=4))
+    plain = list(decoder.stream(PROMPT, max_new_tokens=10, num_draft_tokens=0))
+    assert [t.logprob for t in tokens] == [t.logprob for t in plain]
+    assert all(-5 < t.logprob <= 0 for t in tokens)
+
+
+def test_costs_that_cannot_be_kept_are_no_error(
+    decoder: Decoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "bundle.costs.json")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for _ in range(2):
+        assert list(decoder.stream(PROMPT, max_new_tokens=4))
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
+        "costs are not kept: bundle.costs.json: No space left on device"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop": ["a", ""]}, "a stop string is empty"),
+        ({"temperature": -1.0}, r"temperature is -1.0"),
+        ({"top_k": 65}, "top-k is 65"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "expected 0 to"),
+        ({"num_draft_tokens": 9}, "exported for up to 8"),
+        ({"num_draft_tokens": -1}, "-1 draft tokens"),
+        ({"max_new_tokens": 0}, "at least 1"),
+    ],
+)
+def test_impossible_options_are_refused_at_once(decoder: Decoder, options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        decoder.stream(PROMPT, **options)
+
+
+def pieces(stop: list[str], *tokens: str) -> tuple[list[str], bool]:
+    """Texts given out for tokens that are these strings."""
+    stream = TextStream(lambda ids: "".join(tokens[i] for i in ids), stop)
+    found = []
+    for i in range(len(tokens)):
+        found.append(stream.add(i, last=i == len(tokens) - 1))
+        if stream.stopped:
+            break
+    return found, stream.stopped
+
+
+def test_stop_strings() -> None:
+    assert pieces(["END"], "a", "E", "N", "D", "b") == (["a", "", "", ""], True)
+    assert pieces(["END"], "a", "E", "N", "E", "c") == (["a", "", "", "EN", "Ec"], False)
+    assert pieces(["END"], "a", "EN") == (["a", "EN"], False)
+    assert pieces(["END", "x"], "abxEND") == (["ab"], True)
+    assert pieces(["aab"], "a", "a", "a", "b", "c") == (["", "", "a", ""], True)
+    assert pieces([], "a", "b") == (["a", "b"], False)
