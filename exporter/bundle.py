@@ -14,17 +14,17 @@ import torch
 
 from exporter.backends import load_backend
 from exporter.files import check_directory, check_room, replacing
+from exporter.generation import chat_template
 from exporter.graphs import kv_ports, size_limits
 from exporter.pair import Pair
 from exporter.parts import GraphParts, graph_parts
 from exporter.recipes import RECIPES
 from exporter.tables import PER_LAYER, write_per_layer
+from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
 from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, SAMPLING_KEYS, Progress, file_sha256
-
-# Files a bundle takes over from the target checkpoint if it has them.
-TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
+from runtime_ref.tokenizer import TOKENIZER
 
 # Clusters that are in no checkpoint, so that a bundle can be checked against its checkpoints.
 CLUSTERS = "clusters.safetensors"
@@ -45,18 +45,21 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     """Export a pair. The same pair and tool give the same bytes.
 
     Raises:
-        InputError: the output exists, cannot be written, or a weight is not finite; nothing is left behind.
+        InputError: the output exists, cannot be written, a weight is not finite, or the chat template is none; nothing
+            is left behind.
     """
     check_output(output, options.force)
     max_seq_len, parts = check_options(pair, output, options)
     backend, recipe = load_backend(options.backend), RECIPES[options.recipe]
+    template = chat_template(pair.target_checkpoint.directory)
     with replacing(output) as directory, _one_thread():
         limits = size_limits(max_seq_len, options.max_draft_tokens, pair.target.sliding_window)
         per_layer = write_per_layer(directory, pair, recipe.per_layer, progress)
         exported = backend.export_graphs(directory, pair, parts, limits, progress)
-        for name in TEXT_FILES:
-            if (source := pair.target_checkpoint.directory / name).is_file():
-                shutil.copyfile(source, directory / name)
+        if (source := pair.target_checkpoint.directory / TOKENIZER).is_file():
+            shutil.copyfile(source, directory / TOKENIZER)
+        if template is not None:
+            (directory / CHAT_TEMPLATE).write_bytes(template.encode())
         if pair.table and pair.two_stage and pair.clusters_origin != "checkpoint":
             (directory / CLUSTERS).write_bytes(pair.table.to_bytes(pair.two_stage.top_k_clusters))
         manifest = {

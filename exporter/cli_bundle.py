@@ -1,19 +1,22 @@
 """Commands that take a bundle: generate, parity, bench, doctor. They read arguments, call the library, print."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from exporter.bench.bundle import BenchOptions, check_same_text, measure_bundle
-from exporter.console import bench_tables, doctor_table, err, out, parity_table, progress_bar, stats_line
+from exporter.chat import converse, show
+from exporter.console import bench_tables, doctor_table, err, out, parity_table, progress_bar
 from exporter.doctor.diagnosis import run_doctor
 from exporter.files import check_file, write_file
 from exporter.options import DIRECTORY, DraftTokens, bench_options, json_option
 from exporter.pair import Pair
 from exporter.parity import Check, open_source, run_parity
 from exporter.report import ReportOptions, checks_of, measure_report, render
+from runtime_ref.chat import NO_TEMPLATE
 from runtime_ref.errors import CheckError, InputError
 from runtime_ref.manifest import read_manifest
 from runtime_ref.prompts import read_prompt_ids
@@ -23,6 +26,7 @@ from runtime_ref.streaming import Decoder, Stream, open_decoder
 @click.command()
 @click.argument("bundle", type=DIRECTORY)
 @click.option("--prompt", help="Text to continue.")
+@click.option("--chat", is_flag=True, help="Answer the prompt as a chat's first message, by the checkpoint's template.")
 @click.option("--prompt-ids", type=DIRECTORY, help="JSON file: a list of token ids, or a list of such lists.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128)
 @click.option("--mode", type=click.Choice(["speculative", "plain"]), default="speculative")
@@ -40,6 +44,7 @@ from runtime_ref.streaming import Decoder, Stream, open_decoder
 def generate(
     bundle: Path,
     prompt: str | None,
+    chat: bool,
     prompt_ids: Path | None,
     max_new_tokens: int,
     mode: str,
@@ -50,12 +55,17 @@ def generate(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Continue prompts with a bundle."""
-    if (prompt is None) == (prompt_ids is None):
+    """Continue prompts with a bundle; without a prompt, on a terminal, chat."""
+    interactive = prompt is None and prompt_ids is None and not as_json and sys.stdin.isatty()
+    if (prompt is None) == (prompt_ids is None) and not interactive:
         raise click.UsageError("give either --prompt or --prompt-ids")
+    if chat and prompt_ids is not None:
+        raise click.UsageError("--chat goes with --prompt: token ids are run as they are")
     if prompt == "":
         raise InputError("the prompt is empty: expected some text")
     decoder = open_bundle(bundle)
+    if chat and decoder.template is None:
+        raise InputError(NO_TEMPLATE)
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_draft_tokens": 0 if mode == "plain" else num_draft_tokens,
@@ -64,13 +74,16 @@ def generate(
         "top_k": top_k,
         "seed": seed,
     }
+    if interactive:
+        converse(decoder, given)
+        return
     prompts: list[Any] = [prompt] if prompt_ids is None else list(read_prompt_ids(prompt_ids))
     results = []
     for item in prompts:
         decoder.forget()  # prompts of a file are measured alike, whatever they share
-        stream = decoder.stream(item, **given)
+        stream = decoder.chat([{"role": "user", "content": item}], **given) if chat else decoder.stream(item, **given)
         if not as_json:
-            speak(decoder, stream)
+            show(stream) if chat else speak(decoder, stream)
             continue
         for _ in stream:
             pass
@@ -176,13 +189,10 @@ def open_bundle(bundle: Path) -> Decoder:
 
 
 def speak(decoder: Decoder, stream: Stream) -> None:
-    """Print one answer as it comes, as text if there is a tokenizer, else as ids."""
+    """Print a prompt and its continuation as it comes, as text if there is a tokenizer, else as ids."""
     if decoder.tokenizer:
         click.secho(decoder.tokenizer.decode(stream.prompt), dim=True, nl=False)
-    for token in stream:
-        click.echo(token.text if decoder.tokenizer else f"{token.id} ", nl=False)
-    click.echo()
-    err.print(stats_line(stream.stats, len(stream.tokens)), style="dim")
+    show(stream, as_text=decoder.tokenizer is not None)
 
 
 def check_parity(bundle: Path, pair: Pair | None, prompts: list[list[int]], max_new_tokens: int) -> list[Check]:

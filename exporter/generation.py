@@ -1,14 +1,17 @@
-"""What a checkpoint says of generating text: its special tokens, and how its tokens are to be chosen."""
+"""What a checkpoint says of generating text: its special tokens, and how its tokens are to be chosen,
+and how a chat is put to it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exporter.checkpoint import checkpoint_json
+from runtime_ref.chat import CHAT_TEMPLATE, parse_template
 from runtime_ref.errors import InputError
 from runtime_ref.sampling import LARGEST_TOP_K, Sampling
 
 FILE = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,33 @@ def default_sampling(directory: Path) -> Sampling:
         return Sampling(float(temperature) if samples else 0.0, float(top_p), top_k=int(top_k))
     except InputError as error:
         raise InputError(f"{path}: {error}; correct the file") from error
+
+
+def chat_template(directory: Path) -> str | None:
+    """The chat template of chat_template.jinja, else of tokenizer_config.json, if there is any.
+
+    Raises:
+        InputError: it is of another type, or no template.
+    """
+    path = directory / CHAT_TEMPLATE
+    if path.is_file():
+        try:
+            found = path.read_bytes().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); correct or remove it") from error
+        parse_template(found, str(path), "correct or remove it")
+        return found
+    path = directory / TOKENIZER_CONFIG
+    template = checkpoint_json(directory, TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(template, list):  # several by name, as transformers once saved them
+        named = [part for part in template if isinstance(part, dict) and part.get("name") == "default"]
+        template = named[0].get("template") if named else template
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        raise InputError(
+            f"{path}: chat_template is {template!r:.60}, expected text or a list with a template named default;"
+            " correct or remove it"
+        )
+    parse_template(template, f"{path}: chat_template", "correct or remove it")
+    return template

@@ -5,7 +5,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message
 from runtime_ref.costs import load_costs, save_costs
 from runtime_ref.decoder import Options, check_options, check_prompt, rounds
 from runtime_ref.draft_length import DraftLength
@@ -41,9 +43,11 @@ class Decoder:
         tokenizer: TextTokenizer | None,
         length: DraftLength,
         keep: Callable[[], None] = lambda: None,
+        template: ChatTemplate | None = None,
     ) -> None:
         """`keep` is called after each text, and may raise OSError: it keeps what was measured."""
         self.bundle, self.engine, self.tokenizer, self.length = bundle, engine, tokenizer, length
+        self.template = template
         self._keep = keep
         self.current: Stream | None = None
         self.written: Stream | None = None  # the one whose keys and values are in the engine's cache
@@ -93,6 +97,16 @@ class Decoder:
         check_options(self.engine.manifest, options)
         self.current = Stream(self, list(prompt), options, tuple(stop))
         return self.current
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> "Stream":
+        """Answer the last of the messages; the options are those of `stream`.
+
+        Raises:
+            InputError: as `stream`; the bundle has no chat template, or it refuses the messages.
+        """
+        if self.template is None:
+            raise InputError(NO_TEMPLATE)
+        return self.stream(self.template.render(messages), **options)
 
     def forget(self) -> None:
         """Run the next prompt as a whole."""
@@ -175,10 +189,11 @@ def open_decoder(bundle: Path, threads: int | None = None, progress: Progress = 
         progress: told of the files as they are checked.
 
     Raises:
-        InputError: as `engine.open_engine`; or the costs that were kept cannot be read.
+        InputError: as `engine.open_engine`; or tokenizer, chat template or the costs that were kept cannot be read.
     """
     engine = open_engine(bundle, threads, progress)
     tokenizer = TextTokenizer(bundle, engine.manifest) if (bundle / TOKENIZER).exists() else None
+    template = ChatTemplate(bundle, tokenizer) if tokenizer and (bundle / CHAT_TEMPLATE).exists() else None
     costs = load_costs(bundle, engine.manifest, threads)
     length = DraftLength(engine.manifest.max_draft_tokens, costs)
-    return Decoder(bundle, engine, tokenizer, length, lambda: save_costs(costs, bundle, threads))
+    return Decoder(bundle, engine, tokenizer, length, lambda: save_costs(costs, bundle, threads), template)

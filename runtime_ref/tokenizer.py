@@ -24,9 +24,13 @@ class TextTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{path}: cannot be read as a tokenizer ({error}); export the bundle again") from error
         self._bos = manifest.bos
+        # Spelled out for chat templates. Of several end tokens the lowest is Gemma's `<eos>`; others end a turn only.
+        ids = {"bos_token": manifest.bos, "eos_token": min(manifest.eos, default=manifest.bos)}
+        named = {name: self._tokenizer.id_to_token(token) for name, token in ids.items()}
+        self.special = {name: token for name, token in named.items() if token is not None}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, the first of them the beginning-of-text token.
+        """Token ids of a prompt, the first of them the beginning-of-text token, added if the text does not spell it.
 
         Raises:
             InputError: the text has characters that are none, as from a terminal in another encoding.
@@ -35,7 +39,7 @@ class TextTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not valid UTF-8 ({error.reason}); pass well-formed text") from error
-        ids = list(self._tokenizer.encode(text).ids)
+        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         return ids if ids[:1] == [self._bos] else [self._bos, *ids]
 
     def decode(self, tokens: list[int]) -> str:

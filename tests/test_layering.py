@@ -40,7 +40,7 @@ ONLY_IN = {
     "tokenizers": {"runtime_ref/tokenizer.py", "exporter/demo/tokenizer.py"},
     "sklearn": {"clustering/kmeans.py", "clustering/recall.py", "exporter/bench/clusters.py"},
     "torchao": {"exporter/backends/executorch.py", "exporter/bench/heads.py"},
-    "jinja2": {"exporter/report.py"},
+    "jinja2": {"runtime_ref/chat.py", "exporter/report.py"},
     "matplotlib": {"exporter/plots.py", "exporter/report_figures.py"},
 }
 # ExecuTorch's Python runtime takes and gives torch tensors.

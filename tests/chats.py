@@ -1,0 +1,74 @@
+"""A checkpoint that chats: the built-in pair's tokenizer with turn tokens, and a template in the manner of Gemma's."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from exporter.demo import PAIR
+from tests.pairs import SHAPES, save_pair
+
+TURN, END_OF_TURN = 2048, 2049  # ids of the tokens that the vocabulary of 2048 gets on top
+VOCAB = 2064
+
+TEMPLATE = """\
+{%- macro turn(role, content, closed=true) -%}
+    {{ '<|turn>' + role + '\\n' + content | trim }}
+    {%- if closed %}{{ '<turn|>\\n' }}{% endif %}
+{%- endmacro -%}
+{{ bos_token }}
+{%- set state = namespace(asked=none) -%}
+{%- if messages[0]['role'] in ['system', 'developer'] -%}
+    {{ turn('system', messages[0]['content']) }}
+    {%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set loop_messages = messages -%}
+{%- endif -%}
+{% if tools is not none %}{{ raise_exception('tools are not supported') }}{% endif %}
+{% for message in loop_messages %}
+    {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("Conversation roles must alternate\\nuser/assistant/user/assistant/...") }}
+    {% endif %}
+    {% if message['content'] == 'skip the rest' %}{% break %}{% endif %}
+    {% if message['role'] == 'assistant' %}
+        {%- generation -%}
+            {%- set state.asked = none -%}
+            {{ turn('model', message['content']) }}
+        {%- endgeneration -%}
+    {% else %}
+        {%- set state.asked = message -%}
+        {{ turn(message['role'], message['content']) }}
+    {%- endif %}
+{% endfor %}
+{% if state.asked and 'json' in state.asked['content'] %}{{ state.asked | tojson }}{{ eos_token }}{% endif %}
+{% if add_generation_prompt %}
+    {{- '<|turn>model\\n' }}
+{%- endif %}
+"""
+
+
+def save_chat_pair(directory: Path) -> tuple[Path, Path]:
+    """A tiny random pair with the vocabulary of the tokenizer; both write plenty of text, little of it sense."""
+    shape = replace(SHAPES["e2b"], vocab=VOCAB)
+    target, drafter = save_pair(shape, directory)
+    tokenizer = json.loads((PAIR / "target" / "tokenizer.json").read_text())
+    for token, text in ((TURN, "<|turn>"), (END_OF_TURN, "<turn|>")):
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": token, "content": text})
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (target / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": [1, END_OF_TURN]}))
+    (target / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": TEMPLATE})
+    )
+    return target, drafter
+
+
+def with_template(bundle: Path, copy: Path, template: str | None) -> Path:
+    """A copy of a bundle with another template, or with none; the manifest no longer names it."""
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["files"]["chat_template.jinja"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "chat_template.jinja").unlink()
+    if template is not None:
+        (copy / "chat_template.jinja").write_text(template)
+    return copy
