@@ -66,9 +66,9 @@ def with_template(bundle: Path, copy: Path, template: str | None) -> Path:
     """A copy of a bundle with another template, or with none; the manifest no longer names it."""
     shutil.copytree(bundle, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
-    del manifest["files"]["chat_template.jinja"]
+    manifest["files"].pop("chat_template.jinja", None)
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    (copy / "chat_template.jinja").unlink()
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
     if template is not None:
         (copy / "chat_template.jinja").write_text(template)
     return copy

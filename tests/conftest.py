@@ -15,6 +15,7 @@ import torch
 from exporter import cli
 from exporter.backends import BACKENDS
 from exporter.demo import PAIR
+from tests.chats import save_chat_pair
 from tests.exports import export
 from tests.pairs import SHAPES, save_pair
 
@@ -76,6 +77,18 @@ def bundle(
             lowered("e2b", "int4")
         yield lambda name, backend="onnx", recipe="fp32": make(name, backend, recipe)
         pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def chat_pair(tmp_path_factory: pytest.TempPathFactory) -> Directories:
+    """Target and drafter with turn tokens and a chat template."""
+    return save_chat_pair(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="session")
+def chat_bundle(chat_pair: Directories, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their ONNX bundle."""
+    return export(*chat_pair, tmp_path_factory.mktemp("chat") / "bundle", "onnx")
 
 
 @pytest.fixture(params=BACKENDS)
