@@ -1,5 +1,6 @@
 """Prompts of a chat are those of transformers, and what later turns take over changes no answer."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,9 +198,16 @@ def _ended(done: Any) -> Any:
 
 
 def test_answers_of_the_built_in_pair_are_taken_over(bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    """Its answers are text, and read again they are the tokens that were written, but for the last ones."""
-    plain = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    """Its answers are text, and read again they are the tokens that were written, but where the next turn joins on."""
+    turn = "{{ m.content }}{% if m.role != 'user' %}{{ '\n\n' }}{% endif %}"
+    plain = "{{ bos_token }}{% for m in messages %}" + turn + "{% endfor %}"
     decoder = open_decoder(with_template(bundle("demo"), tmp_path / "demo", plain), threads=1)
-    first = finish(decoder.chat([user("Return the")], max_new_tokens=60))
-    second = finish(decoder.chat([user("Return the"), model(first.text), user("Raise a")], max_new_tokens=20))
-    assert second.stats.reused_tokens >= len(first.prompt) + len(first.tokens) - 3
+    messages: list[dict[str, str]] = []
+    known = 0
+    for line in ("Return the", "Raise a", "The module is"):
+        messages = [*messages, user(line)]
+        stream = finish(decoder.chat(messages, max_new_tokens=40))
+        assert re.search(r"[a-z]{3} [a-z]{2}", stream.text), stream.text
+        assert stream.stats.reused_tokens >= known
+        known = len(stream.prompt) + len(stream.tokens) - 3  # the newest token is not in the cache yet
+        messages = [*messages, model(stream.text)]
