@@ -7,19 +7,20 @@ from typing import Any
 from exporter.checkpoint import checkpoint_json
 from exporter.config import read_object
 from exporter.doctor.verdicts import FINDING, PASS, SKIPPED, Experiment
+from runtime_ref.chat import CHAT_TEMPLATE
+from runtime_ref.tokenizer import TOKENIZER
 
-TEMPLATE = "chat_template.jinja"
 EXPERIMENT = "chat template"
 
 
 def check_template(bundle: Path, target_dir: Path, prompts: Sequence[Sequence[int]]) -> Experiment:
     """Whether a bundle has the template that its target has, and prompts the marks of turns that it writes."""
     in_config = checkpoint_json(target_dir, "tokenizer_config.json").get("chat_template")
-    if not (target_dir / TEMPLATE).is_file() and not in_config:
+    if not (target_dir / CHAT_TEMPLATE).is_file() and not in_config:
         return Experiment(EXPERIMENT, SKIPPED, "the target has none: it is not tuned for chats")
-    if not (bundle / TEMPLATE).is_file():
-        where = TEMPLATE if (target_dir / TEMPLATE).is_file() else "tokenizer_config.json"
-        detail = f"the target is tuned for chats and has a template in {where}, the bundle has no {TEMPLATE}:"
+    if not (bundle / CHAT_TEMPLATE).is_file():
+        where = CHAT_TEMPLATE if (target_dir / CHAT_TEMPLATE).is_file() else "tokenizer_config.json"
+        detail = f"the target is tuned for chats and has a template in {where}, the bundle has no {CHAT_TEMPLATE}:"
         return Experiment(EXPERIMENT, FINDING, f"{detail} prompts without its turns are accepted less")
     marks = _turn_marks(bundle)
     plain = [i for i, prompt in enumerate(prompts) if marks and not marks.keys() & set(prompt)]
@@ -33,9 +34,9 @@ def check_template(bundle: Path, target_dir: Path, prompts: Sequence[Sequence[in
 
 def _turn_marks(bundle: Path) -> dict[int, str]:
     """Tokens for turns, by id, that the template itself names: `<|turn>`, `<start_of_turn>` and the like."""
-    if not (bundle / "tokenizer.json").is_file():
+    if not (bundle / TOKENIZER).is_file():
         return {}
-    template = (bundle / TEMPLATE).read_text(encoding="utf-8")
-    added: list[dict[str, Any]] = read_object(bundle / "tokenizer.json").get("added_tokens") or []
+    template = (bundle / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    added: list[dict[str, Any]] = read_object(bundle / TOKENIZER).get("added_tokens") or []
     names = ((token["id"], token["content"]) for token in added)
     return {number: name for number, name in names if "turn" in name and name in template}
