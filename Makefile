@@ -15,6 +15,7 @@ bench: .venv/installed
 	$(BIN)/python -m exporter.bench.acceptance
 	$(BIN)/python -m exporter.bench.clusters
 	$(BIN)/python -m exporter.bench.recipes
+	$(BIN)/python -m exporter.bench.draft_length
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
