@@ -19,8 +19,8 @@ MEMORY = 0.95  # what is kept, each round, of how well they foretold
 # is tried again: no other probe is needed.
 PRIOR, PRIOR_WEIGHT = 0.9, 2.0
 
-# What drafting may lose against plain decoding: this share of the tokens, and of a text that starts, or gained before,
-# so many passes more.
+# What drafting may lose against plain decoding: this share of the tokens, so many passes at the start, and of what it
+# gained before at most so many.
 ALLOWANCE, START, GAINED = 0.01, 2.0, 16.0
 
 
@@ -78,8 +78,8 @@ class DraftLength:
     """Plans rounds and learns from them; one for all texts of a bundle on a device.
 
     A round that could lose more than `ALLOWANCE` and the rest allow is not planned, whatever it promises. So, by the
-    costs as they are known, a text takes at most 1.01 times as long as plain decoding and `START` passes, and none of
-    its stretches more than `GAINED` passes beyond that.
+    costs as they are known, texts take at most 1.01 times as long as plain decoding and `START` passes together, and no
+    stretch of them more than `GAINED` passes beyond that.
     """
 
     def __init__(self, most: int, costs: Costs) -> None:
@@ -87,10 +87,6 @@ class DraftLength:
         self._most, self.costs = most, costs
         self._sources: dict[str, Acceptance] = {}
         self._debt = -START
-
-    def begin(self) -> None:
-        """Start a new text: what an earlier one gained is not to be lost on this."""
-        self._debt = max(self._debt, -START)
 
     def plan(self, room: Mapping[str, int]) -> Plan:
         """Choose a source and a number of drafts.

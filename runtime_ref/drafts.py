@@ -37,7 +37,6 @@ class PlannedDrafts:
         self._engine, self._length, self.lookup = engine, length, Lookup()
         self.lookup.extend(prompt)
         self._plan, self._found, self._kind = Plan(DRAFTER, 0), list[int](), ""
-        length.begin()
 
     @property
     def source(self) -> str:
