@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from exporter.graphs import PREFILL_CHUNK
+from runtime_ref.costs import Costs
 from runtime_ref.decoder import Options, generate
+from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import load_engine
 from runtime_ref.graph_engine import CACHE_STEP, GraphEngine
 from runtime_ref.manifest import read_manifest
@@ -47,9 +49,11 @@ def prompt_of(engine: GraphEngine, length: int) -> list[int]:
     return np.random.default_rng(length).integers(0, engine.manifest.vocab_size, length).tolist()
 
 
-def run(engine: GraphEngine, prompt: list[int], options: Options) -> tuple[list[int], Stats]:
+def run(
+    engine: GraphEngine, prompt: list[int], options: Options, planner: DraftLength | None = None
+) -> tuple[list[int], Stats]:
     stats = Stats()
-    return list(generate(engine, prompt, options, stats)), stats
+    return list(generate(engine, prompt, options, stats, planner)), stats
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -66,6 +70,12 @@ def test_speculative_equals_plain(engine: ScriptedEngine, sampling: Sampling, le
         found, stats = run(engine, prompt, Options(budget, drafts, sampling))
         assert found == plain, f"{drafts} drafts"
         assert stats.acceptance_rate == {0.0: 1.0, 1.0: 0.0}.get(mistakes, pytest.approx(0.5, abs=0.45))
+    planner = DraftLength(8, Costs(8, engine.manifest.row_multiple))
+    for repeated in (False, True):  # a prompt that says everything twice is looked up in
+        start = prompt * 2 if repeated and 2 * length + budget < engine.manifest.max_seq_len else prompt
+        wanted = run(engine, start, Options(budget, 0, sampling))[0]
+        engine.answer, engine.prompt_length = tuple(wanted), len(start)
+        assert run(engine, start, Options(budget, None, sampling), planner)[0] == wanted
 
 
 def test_end_tokens_stop_inside_a_draft(engine: ScriptedEngine) -> None:
