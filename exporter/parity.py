@@ -179,8 +179,8 @@ def _show_quality(quality: Quality, acceptance: float) -> Iterator[Check]:
 def default_prompts(manifest: Manifest) -> list[list[int]]:
     """Seeded random prompts: one token, a few, and one that crosses the sliding window if the context allows."""
     generator = np.random.default_rng(0)
-    crossing = min(manifest.raw["target"]["sliding_window"] + 9, manifest.max_seq_len // 2)
-    return [generator.integers(0, manifest.vocab_size, size).tolist() for size in (1, 7, crossing)]
+    crossing, most = manifest.raw["target"]["sliding_window"] + 9, max(1, manifest.max_seq_len // 2)
+    return [generator.integers(0, manifest.vocab_size, min(size, most)).tolist() for size in (1, 7, crossing)]
 
 
 def refuse_other_shapes(bundle: Path, manifest: Manifest, pair: Pair) -> None:

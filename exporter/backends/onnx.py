@@ -82,16 +82,27 @@ def memory(parts: Mapping[str, GraphParts]) -> int:
 def export_graphs(
     directory: Path, pair: Pair, parts: Mapping[str, GraphParts], limits: Mapping[str, int], progress: Progress
 ) -> Exported:
-    """Write both graphs, `NAME.onnx`, and their weights, `NAME.weights`, into a directory."""
-    stored = {}
-    for name, (file, spec) in graph_specs(pair).items():
-        progress(f"tracing {name}", 0)
-        part = parts[name]
-        model = trace(spec, limits, partial(_module, part))
-        stored[name] = _write_weights(directory / f"{name}.weights", part, progress)
-        _attach(model, stored[name], part)
-        ir.save(model, directory / file)
+    """Write both graphs into a directory."""
+    stored = {name: export_graph(directory, pair, name, parts[name], limits, progress) for name in graph_specs(pair)}
     return Exported({}, _embedding(stored["target"], parts["target"]))
+
+
+def export_graph(
+    directory: Path,
+    pair: Pair,
+    name: str,
+    part: GraphParts,
+    limits: Mapping[str, int],
+    progress: Progress = lambda *_: None,
+) -> dict[str, ir.ExternalTensor]:
+    """Write one graph, `NAME.onnx`, and its weights, `NAME.weights`. Returns where each weight lies."""
+    file, spec = graph_specs(pair)[name]
+    progress(f"tracing {name}", 0)
+    model = trace(spec, limits, partial(_module, part))
+    stored = _write_weights(directory / f"{name}.weights", part, progress)
+    _attach(model, stored, part)
+    ir.save(model, directory / file)
+    return stored
 
 
 def _module(part: GraphParts) -> nn.Module:

@@ -60,7 +60,7 @@ from runtime_ref.stats import Stats
 
 # Texts that begin with a few sampled tokens, so that they differ.
 OPENINGS, OPENING = 8, 12
-NO_TEXT = "the texts are too short to draft on; raise --max-new-tokens"
+NO_TEXT = "the texts are too short to draft on; raise --max-new-tokens, or export with a larger --max-seq-len"
 
 # Drafts that may differ where no activation is rounded, and how many more must fit a softcap than not: ties.
 SOME_DRAFTS, MIN_DRAFTS = 0.05, 2
@@ -146,16 +146,18 @@ def diagnose(
         else:
             study.add(_opened(engine, starts[seed % len(starts)], seed), max_new_tokens, is_text=True)
     if not (study.values(STATES) and study.values(STEPS)):
-        raise InputError(f"no text had {DRAFT_STEPS + 1} tokens after its prompt; pass shorter or other --prompt-ids")
+        needed = f"no text had {min(DRAFT_STEPS, manifest.max_draft_tokens) + 1} tokens after its prompt"
+        raise InputError(f"{needed}; pass shorter or other --prompt-ids, or export with a larger --max-seq-len")
     return Diagnosis(list(_experiments(study)), study.accepted / study.drafted if study.drafted else None)
 
 
 def _opened(engine: GraphEngine, start: Sequence[int], seed: int) -> list[int]:
     """A prompt and the first tokens of an answer that the target samples, up to an end token.
 
-    After the beginning-of-text token alone that is text like the target was trained on, another for each seed.
+    After the beginning-of-text token alone that is text like the target was trained on, another for each seed. Of a
+    small context half is left to draft in.
     """
-    room = engine.manifest.max_seq_len - len(start) - 1
+    room = (engine.manifest.max_seq_len - len(start)) // 2
     tokens = generate(engine, start, Options(OPENING, 0, Sampling(1.0, seed=seed)), Stats())
     return [*start, *(token for token in islice(tokens, room) if token not in engine.manifest.eos)]
 
