@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from exporter.checkpoint import checkpoint_json
 from exporter.config import read_object
 from exporter.doctor.verdicts import FINDING, PASS, SKIPPED, Experiment
 from runtime_ref.chat import CHAT_TEMPLATE
+from runtime_ref.errors import InputError
 from runtime_ref.tokenizer import TOKENIZER
 
 EXPERIMENT = "chat template"
@@ -34,9 +34,13 @@ def check_template(bundle: Path, target_dir: Path, prompts: Sequence[Sequence[in
 
 def _turn_marks(bundle: Path) -> dict[int, str]:
     """Tokens for turns, by id, that the template itself names: `<|turn>`, `<start_of_turn>` and the like."""
-    if not (bundle / TOKENIZER).is_file():
+    path = bundle / TOKENIZER
+    if not path.is_file():
         return {}
-    template = (bundle / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    added: list[dict[str, Any]] = read_object(bundle / TOKENIZER).get("added_tokens") or []
-    names = ((token["id"], token["content"]) for token in added)
-    return {number: name for number, name in names if "turn" in name and name in template}
+    template = (bundle / CHAT_TEMPLATE).read_text(encoding="utf-8", errors="replace")
+    try:
+        names = {int(token["id"]): str(token["content"]) for token in read_object(path).get("added_tokens") or []}
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: added_tokens are malformed ({reason}); export the bundle again") from error
+    return {number: name for number, name in names.items() if "turn" in name and name in template}

@@ -30,10 +30,12 @@ from exporter.recipes import RECIPES, Recipe
 from exporter.reference import EagerGraph, Reference
 from runtime_ref.acceptance import Round
 from runtime_ref.engine import load_engine
+from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import BoundGraph, GraphEngine
 from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling
 from tests.conftest import Directories, Run
+from tests.pairs import SHAPES
 
 NEW_TOKENS = 12
 STATE, ROWS, WINDOW = "state after the final norm", "KV rows", "sliding window"
@@ -62,19 +64,38 @@ def opened(path: Path, kind: type[GraphEngine] = GraphEngine, **graphs: BoundGra
     return kind(engine.manifest, {**engine.graphs, **graphs}, engine.tables)
 
 
-@pytest.mark.parametrize(
-    ("name", "recipe"),
-    [("demo", "fp32"), ("odd", "fp32"), ("dense", "fp32"), ("e2b", "int4")],
-)
+@pytest.mark.parametrize(("name", "recipe"), [("demo", "fp32"), ("odd", "fp32"), ("e2b", "int4")])
 def test_nothing_is_found_where_nothing_is_wrong(name: str, recipe: str, bundle: Bundle, pair_dirs: Pairs) -> None:
     path = bundle(name, "onnx", recipe)
-    pair = open_source(path, *pair_dirs(name))
-    diagnosis = diagnose(opened(path), pair, max_new_tokens=NEW_TOKENS)
+    diagnosis = diagnose(opened(path), open_source(path, *pair_dirs(name)), max_new_tokens=NEW_TOKENS)
     assert diagnosis.findings == []
     verdicts = {e.experiment: e.verdict for e in diagnosis.experiments}
     exercised = {STATE, "embedding scale", "position", ROWS, KV}
     assert {verdicts[e] for e in exercised} == {"pass"}
     assert recipe != "fp32" or verdicts[WINDOW] == "pass"
+
+
+@pytest.mark.usefixtures("few_texts")
+def test_nothing_is_found_with_a_dense_head(bundle: Bundle, pair_dirs: Pairs) -> None:
+    """In eager torch: a bundle of its own would be traced for nothing else."""
+    path, pair = bundle("e2b", "onnx", "int4"), open_pair(*pair_dirs("e2b")).dense
+    drafter = Reference(pair, RECIPES["int4"]).engine(read_manifest(path)).graphs["drafter"]
+    diagnosis = diagnose(opened(path, drafter=drafter), pair, max_new_tokens=NEW_TOKENS)
+    assert diagnosis.findings == []
+    assert {e.experiment: e.detail for e in diagnosis.experiments}[HEAD].startswith("none, the head is dense")
+
+
+@pytest.mark.parametrize(("max_seq_len", "max_draft_tokens", "verdict"), [(6, 8, "skipped"), (16, 1, "pass")])
+def test_a_small_context(max_seq_len: int, max_draft_tokens: int, verdict: str, bundle: Bundle, odd: Pair) -> None:
+    """Half of it is left to draft in; prompts that fill it are refused in one line."""
+    engine = opened(bundle("odd"))
+    engine.manifest = replace(engine.manifest, max_seq_len=max_seq_len, max_draft_tokens=max_draft_tokens)
+    found = diagnose(engine, odd)
+    assert found.findings == []
+    assert {e.experiment: e.verdict for e in found.experiments}[HEAD] == verdict
+    needed = min(4, max_draft_tokens) + 1
+    with pytest.raises(InputError, match=f"no text had {needed} tokens after its prompt; pass shorter"):
+        diagnose(engine, odd, [[5] * (max_seq_len - 1)])
 
 
 # In the graphs
@@ -155,7 +176,7 @@ class CappedHead(TwoStageHead):
 
 class OtherTokensHead(TwoStageHead):
     def forward(self, hidden: Tensor) -> Tensor:
-        return (super().forward(hidden) + 7) % 256
+        return (super().forward(hidden) + 7) % SHAPES["odd"].vocab
 
 
 class Capped(Planted):
@@ -188,8 +209,9 @@ CAP = 0.1
 
 
 @pytest.fixture(scope="module")
-def e2b(pair_dirs: Pairs) -> Pair:
-    return open_pair(*pair_dirs("e2b"))
+def odd(pair_dirs: Pairs) -> Pair:
+    """The pair that faults are planted in: the quickest to trace."""
+    return open_pair(*pair_dirs("odd"))
 
 
 @pytest.mark.usefixtures("few_texts")
@@ -202,20 +224,20 @@ def e2b(pair_dirs: Pairs) -> Pair:
     ],
 )
 def test_faults_of_exported_graphs(
-    graph: str, kind: Any, experiment: str, detail: str, bundle: Bundle, e2b: Pair, tmp_path: Path
+    graph: str, kind: Any, experiment: str, detail: str, bundle: Bundle, odd: Pair, tmp_path: Path
 ) -> None:
-    """The bundle of shape e2b with one graph traced anew, wrongly."""
-    source, part = bundle("e2b"), graph_parts(e2b, RECIPES["fp32"])[graph]
+    """The bundle of shape odd with one graph traced anew, wrongly."""
+    source, part = bundle("odd"), graph_parts(odd, RECIPES["fp32"])[graph]
     manifest = read_manifest(source)
     for file in source.iterdir():
         if file.stem != graph:
             (tmp_path / file.name).symlink_to(file)
     if graph == "drafter":
-        part = replace(part, model=lambda ops: kind(e2b.drafter, e2b.two_stage, ops))
+        part = replace(part, model=lambda ops: kind(odd.drafter, odd.two_stage, ops))
     else:
         part = replace(part, graph=kind)
-    onnx.export_graph(tmp_path, e2b, graph, part, manifest.limits)
-    found = causes(load_engine(tmp_path, manifest, threads=1), e2b)
+    onnx.export_graph(tmp_path, odd, graph, part, manifest.limits)
+    found = causes(load_engine(tmp_path, manifest, threads=1), odd)
     assert list(found) == [experiment]
     assert detail in found[experiment]
 
@@ -243,9 +265,9 @@ def drafting(kind: type[Planted], bundle: Path, pair: Pair) -> GraphEngine:
         (Shorter, WINDOW, "as if the window is 1 shorter"),
     ],
 )
-def test_faults_of_the_drafter(kind: type[Planted], experiment: str, detail: str, bundle: Bundle, e2b: Pair) -> None:
+def test_faults_of_the_drafter(kind: type[Planted], experiment: str, detail: str, bundle: Bundle, odd: Pair) -> None:
     """As above, without tracing them."""
-    found = causes(drafting(kind, bundle("e2b"), e2b), e2b)
+    found = causes(drafting(kind, bundle("odd"), odd), odd)
     assert list(found) == [experiment]
     assert detail in found[experiment]
 
@@ -253,13 +275,13 @@ def test_faults_of_the_drafter(kind: type[Planted], experiment: str, detail: str
 @pytest.mark.usefixtures("few_texts")
 def test_a_softcap_in_the_graph(bundle: Bundle, pair_dirs: Pairs, tmp_path: Path) -> None:
     """Small enough to make ties of logits, and named in the drafter's config.json, which the reference ignores."""
-    target, drafter = pair_dirs("e2b")
+    target, drafter = pair_dirs("odd")
     changed = shutil.copytree(drafter, tmp_path / "drafter")
     config = json.loads((changed / "config.json").read_text())
     config["text_config"]["final_logit_softcapping"] = CAP
     (changed / "config.json").write_text(json.dumps(config))
     pair = open_pair(target, changed)
-    found = causes(drafting(Capped, bundle("e2b"), pair), pair)
+    found = causes(drafting(Capped, bundle("odd"), pair), pair)
     assert list(found) == [SOFTCAP]
     assert "a softcap of 0.1 makes ties" in found[SOFTCAP]
 
@@ -269,10 +291,10 @@ def test_a_softcap_in_the_graph(bundle: Bundle, pair_dirs: Pairs, tmp_path: Path
     ("graph", "recipe"),
     [("drafter", replace(RECIPES["fp32"], drafter=Width(4))), ("target", replace(RECIPES["fp32"], linear=Width(4)))],
 )
-def test_a_graph_of_fewer_bits_than_its_recipe(graph: str, recipe: Recipe, bundle: Bundle, e2b: Pair) -> None:
-    path = bundle("e2b")
-    other = Reference(e2b, recipe).engine(read_manifest(path))
-    found = causes(opened(path, **{graph: other.graphs[graph]}), e2b)
+def test_a_graph_of_fewer_bits_than_its_recipe(graph: str, recipe: Recipe, bundle: Bundle, odd: Pair) -> None:
+    path = bundle("odd")
+    other = Reference(odd, recipe).engine(read_manifest(path))
+    found = causes(opened(path, **{graph: other.graphs[graph]}), odd)
     assert list(found) == [f"precision of the {graph}"]
 
 
@@ -368,25 +390,35 @@ class ByteCache(GraphEngine):
 
 @pytest.mark.usefixtures("few_texts")
 @pytest.mark.parametrize(
-    ("kind", "recipe", "experiment", "detail"),
+    ("kind", "experiment", "detail"),
     [
-        (Stale, "fp32", ROWS, "1 of the cache's newest"),
-        (Stale, "int4", ROWS, "1 of the cache's newest"),
-        (NoNewestRow, "fp32", ROWS, "1 of the cache's newest"),
-        (NoRollback, "fp32", ROWS, "the runtime is at position"),
-        (OldState, "fp32", STATE, "rounds start from a state that is neither"),
-        (Advancing, "fp32", "position", "position and rows in view advance with each draft step"),
-        (Moved, "fp32", ROWS, "the cache's rows lie 1 too far down"),
-        (HalfCache, "fp32", KV, "every number is a float16"),
-        (HalfCache, "int4", KV, "every number is a float16"),
-        (ByteCache, "fp32", KV, "numbers are close, off what the target wrote by"),
-        (ByteCache, "int4", KV, "numbers are close, off what the target wrote by"),
+        (Stale, ROWS, "1 of the cache's newest"),
+        (NoNewestRow, ROWS, "1 of the cache's newest"),
+        (NoRollback, ROWS, "the runtime is at position"),
+        (OldState, STATE, "rounds start from a state that is neither"),
+        (Advancing, "position", "position and rows in view advance with each draft step"),
+        (Moved, ROWS, "the cache's rows lie 1 too far down"),
+        (HalfCache, KV, "every number is a float16"),
+        (ByteCache, KV, "numbers are close, off what the target wrote by"),
     ],
 )
 def test_faults_of_the_runtime(
-    kind: type[GraphEngine], recipe: str, experiment: str, detail: str, bundle: Bundle, e2b: Pair
+    kind: type[GraphEngine], experiment: str, detail: str, bundle: Bundle, odd: Pair
 ) -> None:
-    found = causes(opened(bundle("e2b", "onnx", recipe), kind), e2b)
+    found = causes(opened(bundle("odd"), kind), odd)
+    assert list(found) == [experiment]
+    assert detail in found[experiment]
+
+
+@pytest.mark.usefixtures("few_texts")
+@pytest.mark.parametrize(
+    ("kind", "experiment", "detail"),
+    [(Stale, ROWS, "1 of the cache's newest"), (ByteCache, KV, "numbers are close, off what the target wrote by")],
+)
+def test_faults_of_the_runtime_show_beside_rounding(
+    kind: type[GraphEngine], experiment: str, detail: str, bundle: Bundle, pair_dirs: Pairs
+) -> None:
+    found = causes(opened(bundle("e2b", "onnx", "int4"), kind), open_pair(*pair_dirs("e2b")))
     assert list(found) == [experiment]
     assert detail in found[experiment]
 
@@ -448,8 +480,10 @@ def test_faults_of_the_pair(
     bundle: Bundle,
     pair_dirs: Pairs,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A drafter that wants something else than it is given, in the place of a bundle's graphs."""
+    monkeypatch.setattr(diagnosis, "OPENINGS", 8 if tamper is shuffled else 5)  # the others cost more
     target, drafter = (shutil.copytree(source, tmp_path / source.name) for source in pair_dirs("demo"))
     tensors, of_target = load_file(drafter / "model.safetensors"), load_file(target / "model.safetensors")
     tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -485,24 +519,32 @@ def test_a_chat_template_is_missing(tmp_path: Path) -> None:
     plain = check_template(bundle, target, [[2, 105, 9], [2, 9], [106]])
     assert plain.verdict == "finding"
     assert plain.detail.startswith("prompt 1, 2 has no <|turn>")
+    (bundle / "chat_template.jinja").write_bytes(b"{{ '<|turn>user' }}\xff")
+    assert check_template(bundle, target, [[2, 9]]).verdict == "finding"
+    (bundle / "tokenizer.json").write_text("{}")
+    assert check_template(bundle, target, [[2, 9]]).verdict == "pass"
+    (bundle / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 105}]}))
+    with pytest.raises(InputError, match="added_tokens are malformed \\(KeyError: 'content'\\); export"):
+        check_template(bundle, target, [[2, 9]])
 
 
+@pytest.mark.usefixtures("few_texts")
 def test_doctor_command(run: Run, bundle: Bundle, pair_dirs: Pairs, tmp_path: Path) -> None:
     """Exit codes, JSON and the line that names the most likely cause."""
-    target, drafter = pair_dirs("e2b")
+    target, drafter = pair_dirs("odd")
     changed = shutil.copytree(target, tmp_path / "target")
     (ids := tmp_path / "ids.json").write_text("[[5, 6], [7]]")
     common = ("--drafter", drafter, "--prompt-ids", ids, "--max-new-tokens", 8)
-    code, out, err = run("doctor", bundle("e2b"), "--target", changed, *common, "--json")
+    code, out, err = run("doctor", bundle("odd"), "--target", changed, *common, "--json")
     facts = json.loads(out)
     assert (code, facts["findings"]) == (0, 0)
     assert 0 <= facts["acceptance_rate"] <= 1
     assert {"experiment", "verdict", "detail", "error", "least_change"} <= facts["experiments"][0].keys()
     assert "none of 12 experiments found a cause" in err
     (changed / "chat_template.jinja").write_text("{{ '<|turn>user' }}")
-    code, out, err = run("doctor", bundle("e2b"), "--target", changed, *common)
+    code, out, err = run("doctor", bundle("odd"), "--target", changed, *common)
     assert code == 1
     assert "FINDING" in out
     assert "failed: doctor: 1 found, most likely chat template: " in err
     other, _ = pair_dirs("e4b")
-    assert run("doctor", bundle("e2b"), "--target", other, *common)[0] == 2
+    assert run("doctor", bundle("odd"), "--target", other, *common)[0] == 2
