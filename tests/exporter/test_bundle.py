@@ -106,12 +106,10 @@ def test_only_our_own_bundles_are_replaced(manifest: str | None, copy: Path) -> 
 def test_a_link_is_followed(copy: Path, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(copy)
-    before = (copy / MANIFEST).stat().st_ino
     export_bundle(open_pair(*pair_dirs("dense")), link, ExportOptions(force=True))
     assert link.is_symlink()
-    assert (copy / MANIFEST).stat().st_ino != before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
-    assert read_manifest(copy).max_seq_len == 4096
+    assert read_manifest(copy).max_seq_len == 4096  # it was another
 
 
 def test_default_context_is_what_the_target_knows(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
