@@ -210,16 +210,16 @@ def _judge(study: Study, name: str, fit: Fit) -> Experiment:
         if clear:
             return Experiment(name, FINDING, f"{told}: the drafter was made for that", figures)
         told += "; "
-    changing = [label for label in labels if fit.differences.get(label)]
+    changing = [label for label in labels if label in fit.moved]
     if not changing:
         why = "no text reaches past it" if name == WINDOW else "it changes nothing on these texts"
         return Experiment(name, SKIPPED, f"not exercised: {why}", figures)
-    seen = [label for label in changing if label not in fit.hidden]
-    least = min(fit.differences[label] for label in seen or changing)
+    seen = [label for label in changing if fit.shows(label)]
+    least, away = min(fit.moved[label] for label in seen or changing)
     figures["least_change"] = least
     if not seen:
-        return Experiment(name, SKIPPED, f"{told}a fault changes {least:.0e}, rounding {fit.error:.0e}", figures)
-    return Experiment(name, PASS, f"{told}{fit.error:.0e} off eager torch, {least:.0e} or more with a fault", figures)
+        return Experiment(name, SKIPPED, f"{told}a fault changes {least:.0e}, rounding {away:.0e}", figures)
+    return Experiment(name, PASS, f"{told}{away:.0e} off eager torch, {least:.0e} or more with a fault", figures)
 
 
 def _acceptance(study: Study, variant: str, how: str, beside: str = AS_IT_SHOULD) -> tuple[bool, str, dict[str, float]]:

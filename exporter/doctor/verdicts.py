@@ -46,16 +46,20 @@ class Fit:
         limit: how far they may be.
         error: how far they are from the right ones, root mean square of rows, each relative to the right one's length.
         best_error: how far from the best variant.
-        differences: how far each variant itself is from the right one where it differs; 0 where it changes nothing.
-        hidden: variants that differ by less than rounding.
+        moved: of each variant, in rows that it changes, how far it is from the right one, and how far the found values
+            are; left out where it changes nothing.
     """
 
     best: str | None
     limit: float
     error: float
     best_error: float
-    differences: dict[str, float]
-    hidden: frozenset[str]
+    moved: dict[str, tuple[float, float]]
+
+    def shows(self, name: str) -> bool:
+        """Whether a variant differs by more than rounding."""
+        difference, away = self.moved[name]
+        return difference >= CLOSER * away
 
 
 def best_fit(found: Tensor, right: Tensor, variants: Mapping[str, Tensor], limit: float) -> Fit:
@@ -65,20 +69,18 @@ def best_fit(found: Tensor, right: Tensor, variants: Mapping[str, Tensor], limit
     """
     noise = distances(found, right, right)
     error, best, best_error = mean(noise), None, math.inf
-    differences, hidden = {}, set()
+    moved = {}
     for name, variant in variants.items():
         difference, off = distances(variant, right, right), distances(found, variant, right)
         changed = difference > 1e-6
         if not changed.any():
-            differences[name] = 0.0
             continue
-        moved, away, closer = (float(part[changed].median()) for part in (difference, noise, off))
-        differences[name] = moved
-        if moved < CLOSER * away:
-            hidden.add(name)
-        elif closer < CLOSER * away and closer <= max(limit, away / 3) and mean(off) < best_error:
+        size, away, closer = (float(part[changed].median()) for part in (difference, noise, off))
+        moved[name] = (size, away)
+        is_near = closer < CLOSER * away and closer <= max(limit, away / 3)
+        if size >= CLOSER * away and is_near and mean(off) < best_error:
             best, best_error = name, mean(off)
-    return Fit(best, limit, error, best_error, differences, frozenset(hidden))
+    return Fit(best, limit, error, best_error, moved)
 
 
 def distances(a: Tensor, b: Tensor, right: Tensor) -> Tensor:
