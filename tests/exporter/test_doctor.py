@@ -16,8 +16,9 @@ from torch import Tensor
 from exporter.backends import onnx
 from exporter.checkpoint import load_module
 from exporter.doctor import diagnosis
-from exporter.doctor.diagnosis import diagnose
+from exporter.doctor.diagnosis import Diagnosis, diagnose
 from exporter.doctor.template import check_template
+from exporter.doctor.verdicts import Experiment
 from exporter.graphs import DrafterGraph, TargetGraph
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops, additive_mask
@@ -492,6 +493,25 @@ def test_faults_of_the_pair(
     found = causes(Reference(pair, RECIPES[recipe]).engine(manifest), pair, [[manifest.bos]], 24)
     assert next(iter(found)) == experiment
     assert detail in found[experiment]
+
+
+def test_what_sees_the_answer_is_not_judged_by_acceptance() -> None:
+    assert {fault.label for fault in diagnosis.FAULTS if fault.change.sees_ahead} == {
+        "position and rows in view are 1 too high",
+        "position and rows in view advance with each draft step",
+        "a row that no accepted token wrote is in view",
+        "rows lie 1 too far up",
+    }
+
+
+def test_faults_of_the_bundle_come_first_then_what_gains_most() -> None:
+    experiments = [
+        Experiment("little", "finding", "", {"gain": 0.1}),
+        Experiment("nothing", "pass", ""),
+        Experiment("much", "finding", "", {"gain": 0.3}),
+        Experiment("bundle", "finding", ""),
+    ]
+    assert [e.experiment for e in Diagnosis(experiments, None).findings] == ["bundle", "much", "little"]
 
 
 # The template, and the command
