@@ -37,4 +37,4 @@ types: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv demo-bundle
+	rm -rf .venv demo-bundle demo-bundle.costs.json

@@ -12,6 +12,7 @@ from exporter.console import err, stats_line
 from runtime_ref.chat import Message
 from runtime_ref.errors import InputError
 from runtime_ref.streaming import Decoder, Stream
+from runtime_ref.tokenizer import TOKENIZER
 
 SIGN = "> "
 KEYS = "/quit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -26,7 +27,7 @@ def converse(decoder: Decoder, options: dict[str, Any]) -> None:
         InputError: there is no tokenizer, or the options are impossible.
     """
     if decoder.tokenizer is None:
-        raise InputError("the bundle has no tokenizer.json, which a chat needs; pass --prompt-ids")
+        raise InputError(f"{decoder.bundle}: has no {TOKENIZER}, which a chat needs; pass --prompt-ids")
     with contextlib.suppress(ImportError):  # once it is imported, `input` edits lines and remembers them
         importlib.import_module("readline")
     err.print(CONVERSATION if decoder.template else LINES, style="dim")

@@ -65,7 +65,7 @@ def generate(
         raise InputError("the prompt is empty: expected some text")
     decoder = open_bundle(bundle)
     if chat and decoder.template is None:
-        raise InputError(NO_TEMPLATE)
+        raise InputError(f"{bundle}: {NO_TEMPLATE}")
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_draft_tokens": 0 if mode == "plain" else num_draft_tokens,

@@ -208,7 +208,7 @@ def stats_line(stats: Stats, new_tokens: int) -> str:
         line += f", {stats.acceptance_rate:.0%} of drafts accepted ({by_position} by position)"
     if stats.mean_tokens_per_round is not None:
         line += f", {stats.mean_tokens_per_round:.2f} tokens a round"
-    if stats.reused_tokens:
+    if stats.reused_tokens > 1:  # the token that begins every text is nothing to tell
         line += f", {stats.reused_tokens} prompt tokens reused"
     return line
 

@@ -17,8 +17,8 @@ from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 
 CHAT_TEMPLATE = "chat_template.jinja"
 NO_TEMPLATE = (
-    f"the bundle lacks {CHAT_TEMPLATE} or {TOKENIZER}, and a chat needs both: export a checkpoint that has them, or"
-    " leave --chat out"
+    f"has no {CHAT_TEMPLATE} or no {TOKENIZER}, and a chat needs both; export a checkpoint that has them, or leave"
+    " --chat out"
 )
 
 # `role` (system, user, assistant) and `content`.

@@ -105,7 +105,7 @@ class Decoder:
             InputError: as `stream`; the bundle has no chat template, or it refuses the messages.
         """
         if self.template is None:
-            raise InputError(NO_TEMPLATE)
+            raise InputError(f"{self.bundle}: {NO_TEMPLATE}")
         return self.stream(self.template.render(messages), **options)
 
     def forget(self) -> None:

@@ -99,9 +99,9 @@ def test_chat_flag(run: Run, chat_bundle: Path) -> None:
         (("--prompt", "a", "--prompt-ids", "ids.json"), True, "give either --prompt or --prompt-ids"),
         (("--json",), True, "give either --prompt or --prompt-ids"),
         (("--chat",), False, "give either --prompt or --prompt-ids"),
-        (("--chat",), True, "the bundle lacks chat_template.jinja or tokenizer.json"),
-        (("--chat", "--prompt", "a"), False, "the bundle lacks chat_template.jinja or tokenizer.json"),
-        ((), True, "the bundle has no tokenizer.json, which a chat needs; pass --prompt-ids"),
+        (("--chat",), True, "has no chat_template.jinja or no tokenizer.json"),
+        (("--chat", "--prompt", "a"), False, "has no chat_template.jinja or no tokenizer.json"),
+        ((), True, "has no tokenizer.json, which a chat needs; pass --prompt-ids"),
     ],
 )
 def test_errors(
@@ -118,7 +118,8 @@ def test_errors(
     capsys.readouterr()  # what was said while that was made
     code, out, err = run("generate", path, *arguments)
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: {message}")
+    assert err.startswith("error: ")
+    assert message in err
     assert len(err.splitlines()) == 1
 
 

@@ -119,7 +119,7 @@ def test_broken_template_is_refused(template: str, chat_bundle: Path, tmp_path: 
 
 def test_no_template_no_chat(chat_bundle: Path, tmp_path: Path) -> None:
     without = open_decoder(with_template(chat_bundle, tmp_path / "without", None))
-    with pytest.raises(InputError, match=r"lacks chat_template.jinja or tokenizer.json.*, or leave --chat out$"):
+    with pytest.raises(InputError, match=r"has no chat_template.jinja or no tokenizer.json.*, or leave --chat out$"):
         without.chat(CHATS["one turn"])
 
 
