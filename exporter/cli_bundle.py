@@ -1,4 +1,4 @@
-"""Commands that take a bundle: generate, parity, bench, doctor. They read arguments, call the library, print."""
+"""Commands that take a bundle. They read arguments, call the library, print."""
 
 import json
 import sys
@@ -109,11 +109,7 @@ def parity(
     as_json: bool,
 ) -> None:
     """Prove a bundle: files, weights, graphs against eager torch, plain and speculative tokens."""
-    if (target is None) != (drafter is None):
-        raise click.UsageError("give both --target and --drafter, or neither")
-    pair = None
-    if target is not None and drafter is not None:
-        pair = open_source(bundle, target, drafter)
+    pair = source_if_given(bundle, target, drafter)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     checks = check_parity(bundle, pair, prompts, max_new_tokens)
     if as_json:
@@ -165,12 +161,8 @@ def report(
     as_json: bool,
 ) -> None:
     """Measure a bundle and write one HTML page about it: drafts, speed, memory, parity."""
-    if (target is None) != (drafter is None):
-        raise click.UsageError("give both --target and --drafter, or neither")
     check_file(output, force)
-    pair = None
-    if target is not None and drafter is not None:
-        pair = open_source(bundle, target, drafter)
+    pair = source_if_given(bundle, target, drafter)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     options = ReportOptions(threads, max_new_tokens)
     with err.status("report") as status:
@@ -186,6 +178,13 @@ def open_bundle(bundle: Path) -> Decoder:
     """Load a bundle, with a progress bar while its files are checked."""
     with progress_bar(err, "checking files", sum(size for size, _ in read_manifest(bundle).files.values())) as progress:
         return open_decoder(bundle, progress=progress)
+
+
+def source_if_given(bundle: Path, target: Path | None, drafter: Path | None) -> Pair | None:
+    """The checkpoints of a bundle, for commands that can do without."""
+    if (target is None) != (drafter is None):
+        raise click.UsageError("give both --target and --drafter, or neither")
+    return None if target is None or drafter is None else open_source(bundle, target, drafter)
 
 
 def speak(decoder: Decoder, stream: Stream) -> None:
