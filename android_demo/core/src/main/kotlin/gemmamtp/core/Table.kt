@@ -1,0 +1,126 @@
+package gemmamtp.core
+
+import java.io.File
+import java.io.RandomAccessFile
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+import java.nio.FloatBuffer
+import java.nio.channels.FileChannel
+
+/** A mapping has at most 2 GiB, and a table of per-layer embeddings may have more: so it is mapped in pieces. */
+private const val PIECE_BYTES = 1L shl 30
+
+private class Encoding(val bits: Int, val zero: Int)
+
+/** Bits of a number, and what is subtracted from it. */
+private val ENCODINGS = mapOf(
+    "float32" to Encoding(32, 0),
+    "int8" to Encoding(8, 0),
+    "uint8" to Encoding(8, 128),
+    "uint4" to Encoding(4, 8),
+    "uint3" to Encoding(3, 4),
+    "uint2" to Encoding(2, 2),
+)
+
+private val SCALE_BYTES = mapOf("float32" to 4, "float16" to 2, "bfloat16" to 2)
+
+/** An embedding table of a bundle, as FORMAT.md specifies it; only the rows that are asked for are ever read. */
+class Table(bundle: File, private val facts: TableFacts) {
+    val columns = facts.columns
+    private val encoding =
+        requireNotNull(ENCODINGS[facts.encoding]) { "a table has encoding '${facts.encoding}', which is none" }
+    private val groups = (facts.columns + facts.groupSize - 1) / facts.groupSize
+    private val data = Rows(bundle, facts.data, facts.rows, facts.rowBytes)
+    private val scales: Rows?
+
+    init {
+        require(facts.rowBytes * 8L >= columns.toLong() * encoding.bits) {
+            "a table has ${facts.rowBytes} bytes for $columns numbers in ${facts.encoding}"
+        }
+        scales = if (encoding.bits == 32) null else {
+            val place = requireNotNull(facts.scales) { "a table in ${facts.encoding} has no scales" }
+            val bytes = requireNotNull(SCALE_BYTES[place.dtype]) { "a table has scales in '${place.dtype}'" }
+            Rows(bundle, place, facts.rows, groups * bytes)
+        }
+    }
+
+    /**
+     * Write the rows of some ids, one after the other, as `[T, columns]` float32.
+     *
+     * @throws InputError an id beyond the table, which no sound bundle's graphs choose.
+     */
+    fun read(ids: List<Int>, into: FloatBuffer) {
+        for ((i, id) in ids.withIndex()) {
+            if (id !in 0 until facts.rows) {
+                throw InputError("${facts.data.file}: has ${facts.rows} rows, token $id was chosen; export it again")
+            }
+            readRow(id, into, i * columns)
+        }
+    }
+
+    private fun readRow(id: Int, into: FloatBuffer, start: Int) {
+        val bytes = data.buffer(id)
+        val offset = data.offset(id)
+        if (scales == null) {
+            for (i in 0 until columns) into.put(start + i, bytes.getFloat(offset + 4 * i))
+            return
+        }
+        val signed = facts.encoding == "int8"
+        val mask = (1 shl encoding.bits) - 1
+        for (group in 0 until groups) {
+            val scale = scale(scales, id, group)
+            for (i in group * facts.groupSize until minOf(columns, (group + 1) * facts.groupSize)) {
+                // The number may straddle two bytes; the last one of a row never does.
+                val bit = i * encoding.bits
+                var word = bytes.get(offset + (bit shr 3)).toInt() and 0xff
+                if ((bit and 7) + encoding.bits > 8) word = word or ((bytes.get(offset + (bit shr 3) + 1).toInt() and 0xff) shl 8)
+                val number = (word ushr (bit and 7)) and mask
+                into.put(start + i, (if (signed) number.toByte().toInt() else number - encoding.zero) * scale)
+            }
+        }
+    }
+
+    private fun scale(rows: Rows, id: Int, group: Int): Float {
+        val bytes = rows.buffer(id)
+        val offset = rows.offset(id)
+        return when (facts.scales!!.dtype) {
+            "float32" -> bytes.getFloat(offset + 4 * group)
+            "bfloat16" -> Float.fromBits(bytes.getShort(offset + 2 * group).toInt() shl 16)
+            else -> halfToFloat(bytes.getShort(offset + 2 * group).toInt())
+        }
+    }
+}
+
+/** The number that 16 bits hold in IEEE 754's half precision. */
+internal fun halfToFloat(bits: Int): Float {
+    val magnitude = when (val exponent = (bits shr 10) and 0x1f) {
+        0 -> (bits and 0x3ff) * (1f / (1 shl 24))
+        31 -> if (bits and 0x3ff == 0) Float.POSITIVE_INFINITY else Float.NaN
+        else -> Float.fromBits((exponent + 112 shl 23) or ((bits and 0x3ff) shl 13))
+    }
+    return if (bits and 0x8000 != 0) -magnitude else magnitude
+}
+
+/** Rows of bytes where they lie in a file, mapped. */
+private class Rows(bundle: File, place: Place, rows: Int, private val rowBytes: Int) {
+    private val perPiece = maxOf(1, (PIECE_BYTES / rowBytes).toInt())
+    private val pieces: List<ByteBuffer>
+
+    init {
+        val file = File(bundle, place.file)
+        require(rowBytes > 0 && place.offset >= 0 && place.offset + rows.toLong() * rowBytes <= file.length()) {
+            "${place.file} is too short for a table of $rows rows of $rowBytes bytes"
+        }
+        pieces = RandomAccessFile(file, "r").use { open ->
+            (0 until rows step perPiece).map { first ->
+                val size = minOf(perPiece, rows - first).toLong() * rowBytes
+                open.channel.map(FileChannel.MapMode.READ_ONLY, place.offset + first.toLong() * rowBytes, size)
+                    .order(ByteOrder.LITTLE_ENDIAN)
+            }
+        }
+    }
+
+    fun buffer(row: Int): ByteBuffer = pieces[row / perPiece]
+
+    fun offset(row: Int): Int = row % perPiece * rowBytes
+}
