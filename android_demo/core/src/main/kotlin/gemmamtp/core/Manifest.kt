@@ -233,5 +233,7 @@ private fun JsonObject.part(name: String): JsonObject = found(name).asJsonObject
 private fun JsonObject.optional(name: String): JsonObject? = get(name)?.takeIf { !it.isJsonNull }?.asJsonObject
 private fun JsonObject.list(name: String) = found(name).asJsonArray
 private fun JsonObject.text(name: String): String = found(name).asString
-private fun JsonObject.int(name: String): Int = found(name).asBigDecimal.intValueExact()
-private fun JsonObject.number(name: String): Double = found(name).asDouble
+private fun JsonObject.int(name: String): Int =
+    requireNotNull(found(name).toString().toIntOrNull()) { "$name is ${get(name)}, expected a whole number" }
+private fun JsonObject.number(name: String): Double =
+    requireNotNull(found(name).toString().toDoubleOrNull()) { "$name is ${get(name)}, expected a number" }

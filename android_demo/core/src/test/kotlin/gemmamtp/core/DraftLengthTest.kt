@@ -1,0 +1,66 @@
+package gemmamtp.core
+
+import java.io.File
+import kotlin.random.Random
+import kotlin.test.Test
+import kotlin.test.assertEquals
+import kotlin.test.assertFailsWith
+import kotlin.test.assertTrue
+
+/** Drafting adapts, and never costs more than it may; the plans themselves are compared with Python's in hosttest. */
+class DraftLengthTest {
+    private fun verifySeconds(drafts: Int) = 1 + 0.2 * drafts
+    private val stepSeconds = 0.1
+
+    /** Seconds that a text of so many tokens takes beside plain decoding, if each draft is accepted with a chance. */
+    private fun simulate(chance: Double, tokens: Int = 600): Double {
+        val random = Random(1)
+        val length = DraftLength(8, Costs(8))
+        var seconds = 0.0
+        var written = 0
+        while (written < tokens) {
+            val plan = length.plan(listOf(DRAFTER to 8))
+            val drafted = plan.numDraftTokens
+            val accepted = (0 until drafted).firstOrNull { random.nextDouble() >= chance } ?: drafted
+            length.costs.measured(drafted, verifySeconds(drafted), drafted * stepSeconds)
+            length.pay(plan, accepted + 1)
+            length.learn(DRAFTER, drafted, accepted)
+            seconds += verifySeconds(drafted) + drafted * stepSeconds
+            written += accepted + 1
+        }
+        return seconds / written
+    }
+
+    @Test
+    fun neverSlowerAndFasterWhereItPays() {
+        assertTrue(simulate(0.0) <= 1.01 + 2.0 / 600)
+        assertTrue(simulate(0.9) < 0.6)
+    }
+
+    @Test
+    fun costsLieOnTheLineBetweenThoseMeasured() {
+        val costs = Costs(8, rowMultiple = 2)
+        assertEquals(0, costs.unknown(8))
+        repeat(2) { for (drafts in listOf(0, 2, 4, 8)) costs.measured(drafts, 1.0 + drafts, 0.5 * drafts) }
+        assertEquals(null, costs.unknown(8))
+        assertEquals(1.0, costs.verifySeconds(1)) // filled up to the same pass
+        assertEquals(7.0, costs.verifySeconds(6)) // half way from 6 tokens' 5 seconds to 10 tokens' 9
+        assertEquals(7.0, costs.relative(DRAFTER, 4)) // the pass, and four steps
+        assertEquals(3.0, costs.relative("lookup", 2))
+    }
+
+    @Test
+    fun costsAreKeptForTheSameBundleAndThreads() = inTemporaryDirectory { directory ->
+        val manifest = smallManifest(10, 100, 8)
+        val file = File(directory, "costs.json")
+        val costs = Costs(8)
+        repeat(2) { for (drafts in listOf(0, 1, 2, 4, 8)) costs.measured(drafts, 1.0 + drafts, 0.5 * drafts) }
+        saveCosts(costs, file, manifest, 2)
+        assertEquals(listOf("costs.json"), directory.list()!!.toList())
+        val again = loadCosts(file, manifest, 2)
+        assertEquals(listOf(null, 4.0, 0.5), listOf(again.unknown(8), again.verifySeconds(3), again.stepSeconds))
+        assertEquals(0, loadCosts(file, manifest, 1).unknown(8))
+        file.writeText("{\"of\": {\"bundle\": \"\", \"threads\": 2}, \"verify_seconds\": {\"1\": -1}}")
+        assertTrue("not the costs of a bundle" in assertFailsWith<InputError> { loadCosts(file, manifest, 2) }.message!!)
+    }
+}

@@ -1,0 +1,51 @@
+package gemmamtp.core
+
+import java.io.File
+
+/** A manifest of a model that is small in all that a test does not ask for. */
+fun smallManifest(
+    vocabSize: Int,
+    maxSeqLen: Int,
+    maxDraftTokens: Int,
+    eos: Set<Int> = emptySet(),
+    slidingWindow: Int = 8,
+    numTokens: Int = 16,
+    rowMultiple: Int = 1,
+    kv: List<KVBuffer> = emptyList(),
+    tables: Map<String, TableFacts> = emptyMap(),
+) = Manifest(
+    backend = "fake",
+    recipe = "fp32",
+    vocabSize = vocabSize,
+    hiddenSize = 1,
+    slidingWindow = slidingWindow,
+    maxSeqLen = maxSeqLen,
+    defaultDraftTokens = minOf(4, maxDraftTokens),
+    maxDraftTokens = maxDraftTokens,
+    limits = mapOf(
+        "num_tokens" to numTokens,
+        "num_outputs" to numTokens,
+        "cache_rows" to maxSeqLen + rowMultiple - 1,
+        "window_rows" to windowRows(slidingWindow, numTokens),
+    ),
+    rowMultiple = rowMultiple,
+    sampling = Sampling(),
+    bos = 2,
+    eos = eos,
+    kv = kv,
+    graphs = emptyMap(),
+    tables = tables,
+    files = emptyMap(),
+    chat = null,
+    digest = "",
+)
+
+fun inTemporaryDirectory(work: (File) -> Unit) {
+    val directory = File.createTempFile("gemmamtp", "").apply { delete() }
+    check(directory.mkdirs())
+    try {
+        work(directory)
+    } finally {
+        directory.deleteRecursively()
+    }
+}

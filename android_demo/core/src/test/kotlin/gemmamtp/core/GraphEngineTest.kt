@@ -1,0 +1,124 @@
+package gemmamtp.core
+
+import java.io.File
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+import java.nio.FloatBuffer
+import java.nio.LongBuffer
+import kotlin.test.Test
+import kotlin.test.assertEquals
+import kotlin.test.assertTrue
+
+private const val WINDOW = 40
+private const val VOCAB = 50
+
+/** What the fake target chooses after a text: a sum over what its full and its sliding layer see. */
+private fun chosenAfter(text: List<Int>): Int {
+    val window = text.takeLast(WINDOW)
+    val sum = text.sum() + window.withIndex().sumOf { (i, token) -> token * (text.size - window.size + i) % 7 }
+    return if (sum % 3 == 0) sum % VOCAB else (text.last() + 1) % VOCAB
+}
+
+/** A target over two buffers of two heads whose rows hold the token, and a drafter that guesses one more. */
+private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
+    private var cache = emptyMap<String, Tensor>()
+
+    override fun bind(cache: Map<String, Tensor>) {
+        this.cache = cache
+    }
+
+    private fun row(name: String, head: Int, row: Int): Pair<FloatBuffer, Int> {
+        val tensor = cache.getValue(name)
+        assertTrue(row < tensor.shape[1], "row $row of $name, which has ${tensor.shape[1]}")
+        return tensor.data as FloatBuffer to (head * tensor.shape[1].toInt() + row)
+    }
+
+    override fun run(inputs: Map<String, Tensor>): Map<String, Tensor> {
+        val tokens = inputs.getValue("embedded").let { at -> List(at.shape[0].toInt()) { (at.data as FloatBuffer).get(it).toInt() } }
+        val (position, windowStart) = listOf("position", "window_start").map { (inputs.getValue(it).data as LongBuffer).get(0).toInt() }
+        if (!isTarget) {
+            val next = (tokens[0] + 1L) % VOCAB
+            return mapOf("draft_token" to Tensor(longs(1).put(0, next), 1), "next_state" to Tensor(floats(1), 1, 1))
+        }
+        assertEquals(0, tokens.size % 2)
+        assertEquals(0, windowStart % SLIDE)
+        for ((i, token) in tokens.withIndex()) {
+            for (head in 0..1) {
+                row("key_full", head, position + i).let { (data, at) -> data.put(at, token.toFloat()) }
+                row("key_sliding", head, position + i - windowStart).let { (data, at) -> data.put(at, token.toFloat()) }
+            }
+        }
+        val rows = inputs.getValue("output_rows").let { at -> List(at.shape[0].toInt()) { (at.data as LongBuffer).get(it).toInt() } }
+        val logits = floats(rows.size * 2)
+        val ids = longs(rows.size * 2)
+        for ((i, row) in rows.withIndex()) {
+            val end = position + row + 1
+            val seen = List(end) { at ->
+                val head = at % 2
+                val full = row("key_full", head, at).let { (data, where) -> data.get(where).toInt() }
+                if (at >= end - WINDOW) {
+                    val sliding = row("key_sliding", head, at - windowStart).let { (data, where) -> data.get(where).toInt() }
+                    assertEquals(full, sliding, "position $at")
+                }
+                full
+            }
+            logits.put(2 * i, 1f)
+            ids.put(2 * i, chosenAfter(seen).toLong())
+        }
+        return mapOf(
+            "top_logits" to Tensor(logits, rows.size.toLong(), 2),
+            "top_ids" to Tensor(ids, rows.size.toLong(), 2),
+            "state" to Tensor(floats(rows.size), rows.size.toLong(), 1),
+        )
+    }
+
+    override fun close() = Unit
+}
+
+/** The cache: it grows, moves and rolls back without losing a row. */
+class GraphEngineTest {
+    private fun engine(directory: File): GraphEngine {
+        val numbers = ByteBuffer.allocate(4 * VOCAB).order(ByteOrder.LITTLE_ENDIAN)
+        for (token in 0 until VOCAB) numbers.putFloat(token.toFloat())
+        File(directory, "rows").writeBytes(numbers.array())
+        val facts = TableFacts(VOCAB, 1, 4, "float32", 1, Place("rows", 0, ""), null)
+        val manifest = smallManifest(
+            vocabSize = VOCAB,
+            maxSeqLen = 900,
+            maxDraftTokens = 5,
+            slidingWindow = WINDOW,
+            numTokens = 16,
+            rowMultiple = 2,
+            kv = listOf(KVBuffer("key_full", false, 2, 1), KVBuffer("key_sliding", true, 2, 1)),
+            tables = TABLES.associateWith { facts },
+        )
+        val graphs = mapOf("target" to FakeGraph(true), "drafter" to FakeGraph(false))
+        return loadEngine(directory, manifest, { _, _, _ -> graphs })
+    }
+
+    @Test
+    fun everyRowIsWhereItBelongs() = inTemporaryDirectory { directory ->
+        for (drafts in listOf(0, 1, 4, 5, null)) {
+            for (prompt in listOf(listOf(3), List(17) { it }, List(300) { it * 7 % VOCAB })) {
+                val engine = engine(directory)
+                val options = Options(2000, drafts)
+                val written = Rounds(engine, prompt, options, Stats(), DraftLength(5, Costs(5, 2))).asSequence()
+                val text = prompt.toMutableList()
+                for (token in written.flatMap { it.tokens }) {
+                    assertEquals(chosenAfter(text), token, "token ${text.size} with $drafts drafts")
+                    text.add(token)
+                }
+                assertEquals(900, text.size)
+                assertTrue(engine.windowStart >= 900 - WINDOW - 3 * SLIDE)
+            }
+        }
+    }
+
+    @Test
+    fun keepsWhatItsWindowStillHas() = inTemporaryDirectory { directory ->
+        val engine = engine(directory)
+        engine.prefill(List(600) { 3 }, Sampling())
+        assertTrue(engine.keeps(599))
+        assertEquals(false, engine.keeps(100))
+    }
+}

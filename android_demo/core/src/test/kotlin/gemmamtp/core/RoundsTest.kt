@@ -1,0 +1,121 @@
+package gemmamtp.core
+
+import kotlin.test.Test
+import kotlin.test.assertEquals
+import kotlin.test.assertFailsWith
+import kotlin.test.assertTrue
+
+private const val VOCAB = 97
+private const val EOS = 1
+
+/** The token that follows a text: mostly one more than the last, so that a drafter can guess, and sometimes the end. */
+private fun choiceAfter(text: List<Int>): Int {
+    val sum = text.withIndex().sumOf { (i, token) -> (i + 3L) * token }
+    return if (sum % 5 == 0L) (sum % VOCAB).toInt() else (text.last() + 1) % VOCAB
+}
+
+/** An engine whose target follows [choiceAfter] and whose drafter always guesses one more. */
+private class Counting(override val manifest: Manifest) : Engine {
+    override val position get() = text.size
+    private var text = mutableListOf<Int>()
+
+    override fun prefill(tokens: List<Int>, sampling: Sampling, start: Int): Round {
+        assertEquals(text.take(start), tokens.take(start))
+        text = tokens.toMutableList()
+        return Round(emptyList(), 0, listOf(choiceAfter(text)), listOf(0.0))
+    }
+
+    override fun keeps(position: Int) = true
+
+    override fun draft(last: Int, numDraftTokens: Int) = (1..numDraftTokens).map { (last + it) % VOCAB }
+
+    override fun verify(last: Int, drafts: List<Int>, sampling: Sampling): Round {
+        val run = listOf(last) + drafts
+        val choices = run.indices.map { choiceAfter(text + run.take(it + 1)) }
+        val accepted = accept(drafts, choices)
+        text.addAll(run.take(accepted + 1))
+        return Round(drafts, accepted, choices.take(accepted + 1), List(accepted + 1) { 0.0 })
+    }
+}
+
+/** Where a text ends, and that it is the same whatever is drafted. */
+class RoundsTest {
+    private val manifest = smallManifest(vocabSize = VOCAB, maxSeqLen = 200, maxDraftTokens = 8, eos = setOf(EOS))
+
+    private fun write(prompt: List<Int>, most: Int, drafts: Int?, stats: Stats = Stats()): List<Int> {
+        val length = DraftLength(8, Costs(8))
+        val options = Options(most, drafts)
+        return Rounds(Counting(manifest), prompt, options, stats, length).asSequence().flatMap { it.tokens }.toList()
+    }
+
+    private fun plain(prompt: List<Int>, most: Int): List<Int> {
+        val text = prompt.toMutableList()
+        while (text.size < minOf(prompt.size + most, manifest.maxSeqLen)) {
+            text.add(choiceAfter(text))
+            if (text.last() == EOS) break
+        }
+        return text.drop(prompt.size)
+    }
+
+    @Test
+    fun sameTextWhateverIsDrafted() {
+        val reasons = HashSet<String>()
+        for (first in 2 until 60) {
+            for (most in listOf(1, 2, 3, 30, 500)) {
+                for (drafts in listOf(0, 1, 3, 8, null)) {
+                    val stats = Stats()
+                    assertEquals(plain(listOf(first, 7), most), write(listOf(first, 7), most, drafts, stats))
+                    assertEquals(stats.accepted, stats.acceptedByPosition.sum())
+                    reasons.add(stats.finishReason)
+                }
+            }
+        }
+        assertEquals(setOf("eos", "length", "max_seq_len"), reasons)
+    }
+
+    @Test
+    fun acceptedDraftsSaveRounds() {
+        val stats = Stats()
+        val written = write(listOf(5, 7), 40, 4, stats)
+        assertTrue(stats.accepted > 0 && stats.accepted < stats.drafted)
+        assertEquals(written.size, 1 + stats.rounds + stats.accepted)
+    }
+
+    @Test
+    fun impossiblePromptsAndOptions() {
+        for (
+            (expected, ask) in listOf(
+                "the prompt is empty" to { write(emptyList(), 5, 0) },
+                "the prompt has 200 tokens, the bundle's context has 200" to { write(List(200) { 3 }, 5, 0) },
+                "the prompt has token id 97, expected 0 to 96" to { write(listOf(97), 5, 0) },
+                "9 draft tokens a round were asked for" to { write(listOf(2), 5, 9) },
+                "0 new tokens were asked for" to { write(listOf(2), 0, 0) },
+            )
+        ) {
+            assertTrue(expected in assertFailsWith<InputError> { ask() }.message!!)
+        }
+    }
+
+    @Test
+    fun streamsReuseWhatTheyShare() {
+        val engine = Counting(manifest)
+        val decoder = Decoder(engine, null, null, DraftLength(8, Costs(8)))
+        val first = decoder.stream(intArrayOf(4, 7), Options(12, null))
+        val written = first.asSequence().map { it.id }.toList()
+        val prompt = listOf(4, 7) + written + listOf(9, 9)
+        val next = decoder.stream(prompt.toIntArray(), Options(5, null))
+        assertEquals(plain(prompt, 5), next.asSequence().map { it.id }.toList())
+        assertTrue(next.stats.reusedTokens >= 2 + written.size - 1)
+        assertFailsWith<IllegalStateException> { first.next() }
+    }
+
+    @Test
+    fun aCancelledStreamEndsWithItsNextToken() {
+        val stream = Decoder(Counting(manifest), null, null, DraftLength(8, Costs(8))).stream(intArrayOf(5), Options(50, 4))
+        stream.next()
+        stream.cancel()
+        stream.next()
+        assertEquals(false, stream.hasNext())
+        assertEquals("cancelled", stream.stats.finishReason)
+    }
+}

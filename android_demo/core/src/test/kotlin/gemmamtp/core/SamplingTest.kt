@@ -1,0 +1,64 @@
+package gemmamtp.core
+
+import com.google.gson.JsonObject
+import com.google.gson.JsonParser
+import java.io.File
+import kotlin.test.Test
+import kotlin.test.assertEquals
+import kotlin.test.assertFailsWith
+import kotlin.test.assertTrue
+
+/** The vectors that all languages are held to. */
+class SamplingTest {
+    private val vectors = JsonParser.parseString(vector("sampling.json").readText()).asJsonObject
+
+    private fun rows(name: String): List<JsonObject> = vectors.getAsJsonArray(name).map { it.asJsonObject }
+
+    private fun JsonObject.seed() = get("seed").asString.toULong().toLong()
+
+    @Test
+    fun noise() {
+        for (row in rows("noise")) {
+            val found = uniform(row.seed(), row.get("position").asInt) * (1 shl 24)
+            assertEquals(row.get("u_times_2_to_the_24").asDouble, found, "$row")
+        }
+    }
+
+    @Test
+    fun chosenTokens() {
+        val rows = rows("choose")
+        assertTrue(rows.size > 150)
+        for (row in rows) {
+            val (temperature, topP) = listOf("temperature", "top_p").map { row.get(it).asDouble }
+            val sampling = Sampling(temperature, topP, row.seed(), row.get("top_k").asInt)
+            val logits = row.getAsJsonArray("logits").map { it.asFloat }.toFloatArray()
+            val rank = choose(logits, row.get("position").asInt, sampling)
+            assertEquals(row.get("token").asInt, row.getAsJsonArray("ids").get(rank).asInt, "$row")
+        }
+    }
+
+    @Test
+    fun logProbabilitiesSumToOne() {
+        val logits = floatArrayOf(3f, 2.5f, -1f, -40f)
+        assertEquals(1.0, logits.indices.sumOf { kotlin.math.exp(logProbability(logits, it)) }, 1e-12)
+        assertEquals(0.5, logProbability(logits, 0) - logProbability(logits, 1), 1e-12)
+    }
+
+    @Test
+    fun impossibleOptions() {
+        for (
+            (expected, make) in listOf(
+                "temperature is -1.0" to { Sampling(-1.0) },
+                "temperature is NaN" to { Sampling(Double.NaN) },
+                "top-p is 0.0" to { Sampling(1.0, 0.0) },
+                "top-k is 65, expected 1 to 64" to { Sampling(1.0, topK = 65) },
+            )
+        ) {
+            assertTrue(expected in assertFailsWith<InputError> { make() }.message!!)
+        }
+    }
+}
+
+/** A file of tests/vectors, from wherever in the repository the tests run. */
+fun vector(name: String): File =
+    generateSequence(File("").absoluteFile) { it.parentFile }.map { File(it, "tests/vectors/$name") }.first { it.exists() }

@@ -1,0 +1,121 @@
+package gemmamtp.hosttest
+
+import com.google.gson.JsonArray
+import com.google.gson.JsonElement
+import com.google.gson.JsonObject
+import com.google.gson.JsonParser
+import gemmamtp.core.ChatTemplate
+import gemmamtp.core.Clock
+import gemmamtp.core.Costs
+import gemmamtp.core.Decoder
+import gemmamtp.core.DraftLength
+import gemmamtp.core.InputError
+import gemmamtp.core.Message
+import gemmamtp.core.Options
+import gemmamtp.core.Sampling
+import gemmamtp.core.Tokenizer
+import gemmamtp.core.changedFiles
+import gemmamtp.core.loadEngine
+import gemmamtp.core.readManifest
+import gemmamtp.core.uniform
+import gemmamtp.engines.Engines
+import java.io.File
+import kotlin.system.exitProcess
+
+/**
+ * Writes texts from a bundle as a JSON document asks for, and says what each round did: what `test_host.py` compares
+ * with runtime_ref. Arguments: the bundle, and the file with the texts. Exit 2 and one line for an [InputError].
+ */
+fun main(arguments: Array<String>) {
+    val (bundle, file) = arguments.map(::File)
+    try {
+        println(write(bundle, JsonParser.parseString(file.readText()).asJsonArray))
+    } catch (error: InputError) {
+        System.err.println(error.message)
+        exitProcess(2)
+    }
+}
+
+private fun write(bundle: File, texts: JsonArray): JsonArray {
+    val manifest = readManifest(bundle)
+    changedFiles(bundle, manifest).firstOrNull()?.let { throw InputError("$it: sha256 differs from the manifest's") }
+    val length = DraftLength(manifest.maxDraftTokens, Costs(manifest.maxDraftTokens, manifest.rowMultiple))
+    val tokenizer = Tokenizer(bundle, manifest)
+    val engine = loadEngine(bundle, manifest, Engines, threads = 1)
+    return Decoder(engine, tokenizer, manifest.chat?.let(::ChatTemplate), length, SimulatedClock()).use { decoder ->
+        JsonArray().apply { texts.forEach { add(written(decoder, it.asJsonObject)) } }
+    }
+}
+
+/** A clock that is the same in Python: how long things take decides how many tokens are drafted. */
+private class SimulatedClock : Clock {
+    private var reads = 0
+    private var now = 0.0
+
+    override fun seconds(): Double {
+        now += 0.001 * (1 + uniform(7, reads++))
+        return now
+    }
+}
+
+private fun written(decoder: Decoder, text: JsonObject): JsonObject {
+    val options = Options(
+        text.get("max_new_tokens").asInt,
+        text.get("num_draft_tokens").takeIf { !it.isJsonNull }?.asInt,
+        Sampling(
+            text.get("temperature").asDouble,
+            text.get("top_p").asDouble,
+            text.get("seed").asString.toULong().toLong(),
+            text.get("top_k").asInt,
+        ),
+    )
+    val stop = text.getAsJsonArray("stop").map { it.asString }
+    val prompt = text.get("prompt")
+    val stream = when {
+        prompt.isJsonPrimitive -> decoder.stream(prompt.asString, options, stop)
+        prompt.asJsonArray.get(0).isJsonObject -> decoder.chat(messages(prompt), options)
+        else -> decoder.stream(prompt.asJsonArray.map { it.asInt }.toIntArray(), options, stop)
+    }
+    val cancelAfter = text.get("cancel_after")?.asInt
+    val pieces = JsonArray()
+    val rounds = JsonArray()
+    val logprobs = JsonArray()
+    var newest = stream.lastRound
+    for (token in stream) {
+        pieces.add(token.text)
+        logprobs.add(token.logprob)
+        if (stream.tokens.size == cancelAfter) stream.cancel()
+        val round = stream.lastRound ?: continue
+        if (round === newest) continue
+        newest = round
+        rounds.add(
+            JsonObject().apply {
+                add("drafts", numbers(round.drafts))
+                addProperty("accepted", round.accepted)
+                add("tokens", numbers(round.tokens))
+            },
+        )
+    }
+    return JsonObject().apply {
+        add("tokens", numbers(stream.tokens))
+        add("pieces", pieces)
+        add("logprobs", logprobs)
+        add("rounds", rounds)
+        addProperty("text", stream.text)
+        val stats = stream.stats
+        addProperty("finish_reason", stats.finishReason)
+        addProperty("drafted", stats.drafted)
+        addProperty("accepted", stats.accepted)
+        addProperty("num_rounds", stats.rounds)
+        addProperty("reused", stats.reusedTokens)
+        addProperty("decode_seconds", stats.decodeSeconds)
+        add("drafted_by_position", numbers(stats.draftedByPosition))
+        add("accepted_by_position", numbers(stats.acceptedByPosition))
+        add("sources", JsonObject().apply { stats.sources.forEach { (name, of) -> addProperty(name, of.drafted) } })
+    }
+}
+
+private fun messages(prompt: JsonElement) =
+    prompt.asJsonArray.map { it.asJsonObject }.map { Message(it.get("role").asString, it.get("content").asString) }
+
+private fun numbers(found: List<Int>) = JsonArray().apply { found.forEach { add(it) } }
