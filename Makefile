@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint types clean
+.PHONY: demo test bench lint types android-test android-apk aarch64-parity clean
 
 demo: .venv/installed
 	$(BIN)/gemma-mtp-export demo
@@ -23,6 +23,16 @@ lint: .venv/installed-dev
 
 types: .venv/installed-dev
 	$(BIN)/mypy
+
+# See android_demo/README.md: neither needs the Android SDK or a phone.
+android-test: .venv/installed-dev
+	$(MAKE) -C android_demo test BIN=$(abspath $(BIN))
+
+android-apk: .venv/installed-dev
+	$(MAKE) -C android_demo apk BIN=$(abspath $(BIN))
+
+aarch64-parity: .venv/installed-dev
+	$(MAKE) -C android_demo aarch64-parity BIN=$(abspath $(BIN))
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gemma-mtp-export needs Python 3.11 or later: make PYTHON=/path/to/python3.11")'

@@ -1,0 +1,49 @@
+import org.jetbrains.kotlin.gradle.dsl.JvmTarget
+
+// The demo: one Activity of the plain framework.
+plugins {
+    alias(libs.plugins.android.application)
+    alias(libs.plugins.kotlin.android)
+}
+
+android {
+    namespace = "gemmamtp.demo"
+    compileSdk = 35
+
+    defaultConfig {
+        applicationId = "gemmamtp.demo"
+        minSdk = 28
+        targetSdk = 35
+        versionCode = 1
+        versionName = "1.0"
+        ndk {
+            // What the runtimes' libraries are published for.
+            abiFilters += listOf("arm64-v8a", "x86_64")
+        }
+    }
+
+    compileOptions {
+        sourceCompatibility = JavaVersion.VERSION_11
+        targetCompatibility = JavaVersion.VERSION_11
+    }
+
+    // A small bundle to carry: put it in android_demo/build/assets/bundle (`make android-apk` does).
+    sourceSets["main"].assets.srcDir(rootProject.layout.projectDirectory.dir("build/assets"))
+
+    androidResources {
+        // Files of a bundle hardly compress, and are read faster as they are.
+        noCompress += listOf("json", "onnx", "pte", "table", "weights")
+    }
+}
+
+kotlin {
+    jvmToolchain(17)
+    compilerOptions {
+        jvmTarget.set(JvmTarget.JVM_11)
+    }
+}
+
+dependencies {
+    implementation(project(":core"))
+    implementation(project(":engines"))
+}

@@ -1,0 +1,24 @@
+import org.jetbrains.kotlin.gradle.dsl.JvmTarget
+
+// The decoder loop, tokenizer and statistics: plain Kotlin, no android.*, so that its tests run on any JVM.
+plugins {
+    alias(libs.plugins.kotlin.jvm)
+}
+
+kotlin {
+    jvmToolchain(17)
+    compilerOptions {
+        jvmTarget.set(JvmTarget.JVM_11)
+    }
+}
+
+java {
+    sourceCompatibility = JavaVersion.VERSION_11
+    targetCompatibility = JavaVersion.VERSION_11
+}
+
+dependencies {
+    implementation(libs.gson)
+    testImplementation(libs.junit)
+    testImplementation(libs.kotlin.test.junit)
+}
