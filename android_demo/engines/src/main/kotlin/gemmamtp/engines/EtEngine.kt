@@ -1,0 +1,151 @@
+package gemmamtp.engines
+
+import gemmamtp.core.BoundGraph
+import gemmamtp.core.Graph
+import gemmamtp.core.InputError
+import gemmamtp.core.Manifest
+import gemmamtp.core.Tensor
+import gemmamtp.core.floats
+import gemmamtp.core.longs
+import org.pytorch.executorch.DType
+import org.pytorch.executorch.EValue
+import org.pytorch.executorch.Module
+import java.io.Closeable
+import java.io.File
+import java.nio.Buffer
+import java.nio.FloatBuffer
+import java.nio.LongBuffer
+import org.pytorch.executorch.Tensor as EtTensor
+
+/**
+ * The graphs of a bundle of backend `executorch`: methods of one program.
+ *
+ * @param threads threads of the pool that the whole process shares; null leaves it to ExecuTorch.
+ * @throws InputError ExecuTorch cannot load them, or another bundle is loaded with another number of threads.
+ */
+internal fun loadEt(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph> {
+    val programs = HashMap<String, Program>()
+    try {
+        return openGraphs(manifest) { name, graph ->
+            val program = programs.getOrPut(graph.file) { Program(File(bundle, graph.file), threads ?: 0) }
+            EtGraph(program, name, graph)
+        }
+    } catch (error: InputError) {
+        programs.values.forEach { it.close() }
+        throw error
+    }
+}
+
+/** A method; its cache inputs point into the app's memory with every call. */
+private class EtGraph(private val program: Program, private val name: String, private val graph: Graph) : BoundGraph {
+    private var cache = emptyMap<String, EValue>()
+
+    init {
+        program.load(name)
+        program.graphs += this
+    }
+
+    override fun bind(cache: Map<String, Tensor>) {
+        this.cache = graph.inputs.filter { it in cache }.associateWith { etValue(cache.getValue(it)) }
+    }
+
+    override fun run(inputs: Map<String, Tensor>): Map<String, Tensor> {
+        try {
+            val values = graph.inputs.map { cache[it] ?: etValue(inputs.getValue(it)) }
+            val outputs = program.module.execute(name, *values.toTypedArray())
+            // A program that was closed answers with nothing at all.
+            check(outputs.size == graph.outputs.size) { "${outputs.size} outputs, not ${graph.outputs.size}" }
+            return graph.outputs.indices.associate { graph.outputs[it] to copied(outputs[it].toTensor()) }
+        } catch (error: Exception) {
+            throw InputError("${program.file}: cannot run (${line(error)}); export it again", error)
+        }
+    }
+
+    override fun close() {
+        program.graphs -= this
+        cache = emptyMap()
+        if (program.graphs.isEmpty()) program.close()
+    }
+}
+
+/** A loaded .pte, until the last of its graphs is closed. */
+private class Program(val file: File, threads: Int) : Closeable {
+    val graphs = mutableSetOf<EtGraph>()
+    val module: Module
+    private var closed = false
+
+    init {
+        Pool.join(file, threads)
+        try {
+            module = Module.load(file.path, Module.LOAD_MODE_MMAP, threads)
+        } catch (error: Exception) {
+            Pool.leave()
+            throw InputError("$file: ExecuTorch cannot load it (${line(error)}); export it again", error)
+        } catch (error: LinkageError) {
+            Pool.leave()
+            throw InputError("$file: ExecuTorch is not there for this processor (${line(error)})", error)
+        }
+    }
+
+    /** Load a method now: ExecuTorch would do it in the first call, which then seems slow. */
+    fun load(method: String) {
+        try {
+            // Older versions return an error code, newer ones nothing: they throw.
+            val code: Any = module.loadMethod(method)
+            check(code !is Int || code == 0) { "error $code" }
+        } catch (error: Exception) {
+            throw InputError("$file: ExecuTorch cannot load its method $method (${line(error)})", error)
+        }
+    }
+
+    override fun close() {
+        if (closed) return
+        closed = true
+        module.destroy()
+        Pool.leave()
+    }
+}
+
+/** ExecuTorch has one thread pool a process. A program that is loaded may replace it while others point to it. */
+private object Pool {
+    private var programs = 0
+    private var threads = 0
+
+    @Synchronized
+    fun join(file: File, wanted: Int) {
+        if (programs > 0 && wanted != threads) {
+            throw InputError(
+                "$file: asked for ${said(wanted)} threads while another bundle is loaded with ${said(threads)}; ExecuTorch" +
+                    " has one pool a process, so ask for the same or close the other bundle first"
+            )
+        }
+        threads = wanted
+        programs++
+    }
+
+    @Synchronized
+    fun leave() {
+        programs--
+    }
+
+    private fun said(threads: Int) = if (threads == 0) "the default number of" else "$threads"
+}
+
+/** A tensor that is this memory, not a copy of it. */
+private fun etValue(tensor: Tensor): EValue =
+    when (val data = tensor.data) {
+        is FloatBuffer -> EValue.from(EtTensor.fromBlob(data, tensor.shape))
+        is LongBuffer -> EValue.from(EtTensor.fromBlob(data, tensor.shape))
+        else -> throw IllegalArgumentException("an input is ${data.javaClass.simpleName}, not of floats or longs")
+    }
+
+/** Outputs lie in the method's own memory, which its next call overwrites. */
+private fun copied(output: EtTensor): Tensor =
+    when (val type = output.dtype()) {
+        DType.FLOAT -> Tensor(floats(output.numel().toInt()).also { it.put(output.dataAsFloatArray); start(it) }, *output.shape())
+        DType.INT64 -> Tensor(longs(output.numel().toInt()).also { it.put(output.dataAsLongArray); start(it) }, *output.shape())
+        else -> throw IllegalStateException("an output is $type, neither FLOAT nor INT64")
+    }
+
+// Called on a Buffer: compiled against newer class libraries, FloatBuffer.clear() would be missing on older phones.
+private fun start(buffer: Buffer) = buffer.clear()

@@ -1,0 +1,109 @@
+package gemmamtp.engines
+
+import ai.onnxruntime.OnnxTensor
+import ai.onnxruntime.OrtEnvironment
+import ai.onnxruntime.OrtLoggingLevel
+import ai.onnxruntime.OrtSession
+import gemmamtp.core.BoundGraph
+import gemmamtp.core.Graph
+import gemmamtp.core.InputError
+import gemmamtp.core.Manifest
+import gemmamtp.core.Tensor
+import gemmamtp.core.floats
+import gemmamtp.core.longs
+import java.io.File
+import java.nio.Buffer
+import java.nio.FloatBuffer
+import java.nio.LongBuffer
+
+/**
+ * The graphs of a bundle of backend `onnx`.
+ *
+ * @param threads those inside an operation; null leaves it to ONNX Runtime.
+ * @throws InputError ONNX Runtime cannot load them.
+ */
+internal fun loadOrt(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph> =
+    openGraphs(manifest) { _, graph -> OrtGraph(File(bundle, graph.file), graph, threads) }
+
+/** A session whose cache inputs and outputs are bound to the same memory, so that writing happens in place. */
+private class OrtGraph(private val file: File, private val graph: Graph, threads: Int?) : BoundGraph {
+    private val options: OrtSession.SessionOptions
+    private val session: OrtSession
+    private var cache = emptyMap<String, OnnxTensor>()
+    private var pinned = emptyMap<String, OnnxTensor>()
+    private var fresh = graph.outputs.toSet()
+    private var closed = false
+
+    init {
+        try {
+            options = OrtSession.SessionOptions()
+            options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
+            if (threads != null) options.setIntraOpNumThreads(threads)
+            // A spinning thread pool starves whatever shares the phone.
+            options.addConfigEntry("session.intra_op.allow_spinning", "0")
+            session = OrtEnvironment.getEnvironment().createSession(file.path, options)
+        } catch (error: Exception) {
+            val version = OrtEnvironment.getEnvironment().version
+            throw InputError("$file: ONNX Runtime $version cannot load it (${line(error)})", error)
+        } catch (error: LinkageError) {
+            throw InputError("$file: ONNX Runtime is not there for this processor (${line(error)})", error)
+        }
+    }
+
+    /** One tensor for each buffer, which is input and, if the graph updates it, output: they share their memory. */
+    override fun bind(cache: Map<String, Tensor>) {
+        val old = this.cache
+        this.cache = graph.inputs.filter { it in cache }.associateWith { onnxTensor(cache.getValue(it)) }
+        pinned = graph.outputs.filter { bufferOf(it) in this.cache }.associateWith { this.cache.getValue(bufferOf(it)) }
+        fresh = graph.outputs.toSet() - pinned.keys
+        old.values.forEach { it.close() }
+    }
+
+    override fun run(inputs: Map<String, Tensor>): Map<String, Tensor> {
+        val given = HashMap<String, OnnxTensor>()
+        try {
+            for ((name, tensor) in inputs) given[name] = onnxTensor(tensor)
+            session.run(cache + given, fresh, pinned).use { result ->
+                return result.filter { it.key in fresh }.associate { it.key to copied(it.value as OnnxTensor) }
+            }
+        } catch (error: Exception) {
+            throw InputError("$file: cannot run (${line(error)}); export it again", error)
+        } finally {
+            given.values.forEach { it.close() }
+        }
+    }
+
+    override fun close() {
+        if (closed) return
+        closed = true
+        cache.values.forEach { it.close() }
+        session.close()
+        options.close() // not before: sessions may use what options hold
+    }
+}
+
+/** The buffer that an output updates. */
+private fun bufferOf(output: String) = output.removeSuffix("_out")
+
+/** A view of the same memory, all of it whatever the buffer's position: ONNX Runtime takes what remains. */
+private fun onnxTensor(tensor: Tensor): OnnxTensor {
+    val environment = OrtEnvironment.getEnvironment()
+    return when (val data = tensor.data) {
+        is FloatBuffer -> OnnxTensor.createTensor(environment, data.duplicate().also { all(it) }, tensor.shape)
+        is LongBuffer -> OnnxTensor.createTensor(environment, data.duplicate().also { all(it) }, tensor.shape)
+        else -> throw IllegalArgumentException("an input is ${data.javaClass.simpleName}, not of floats or longs")
+    }
+}
+
+// Called on a Buffer: compiled against newer class libraries, FloatBuffer.clear() would be missing on older phones.
+private fun all(buffer: Buffer) = buffer.clear()
+
+/** ONNX Runtime gives outputs as copies on the heap, but they may be the next call's inputs. */
+private fun copied(output: OnnxTensor): Tensor {
+    val shape = output.getInfo().getShape()
+    output.getFloatBuffer()?.let { values ->
+        return Tensor(floats(values.remaining()).also { it.put(values); all(it) }, *shape)
+    }
+    val values = output.getLongBuffer() ?: throw IllegalStateException("an output is neither floats nor longs")
+    return Tensor(longs(values.remaining()).also { it.put(values); all(it) }, *shape)
+}

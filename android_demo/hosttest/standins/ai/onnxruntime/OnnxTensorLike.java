@@ -1,0 +1,32 @@
+package ai.onnxruntime;
+
+public abstract class OnnxTensorLike implements OnnxValue {
+    protected final long nativeHandle;
+    protected final TensorInfo info;
+    protected boolean closed = false;
+
+    OnnxTensorLike(long nativeHandle, TensorInfo info) {
+        this.nativeHandle = nativeHandle;
+        this.info = info;
+    }
+
+    /** The real class hands out the pointer of a closed tensor as well, and the process dies. */
+    long getNativeHandle() {
+        checkClosed();
+        return nativeHandle;
+    }
+
+    @Override
+    public TensorInfo getInfo() {
+        return info;
+    }
+
+    @Override
+    public synchronized boolean isClosed() {
+        return closed;
+    }
+
+    protected void checkClosed() {
+        if (closed) throw new IllegalStateException("Trying to use a closed OnnxValue");
+    }
+}

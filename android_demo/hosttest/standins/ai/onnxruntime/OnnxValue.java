@@ -1,0 +1,10 @@
+package ai.onnxruntime;
+
+public interface OnnxValue extends AutoCloseable {
+    ValueInfo getInfo();
+
+    boolean isClosed();
+
+    @Override
+    void close();
+}

@@ -1,0 +1,12 @@
+package org.pytorch.executorch;
+
+public enum DType {
+    INT64(4),
+    FLOAT(6);
+
+    final int jniCode;
+
+    DType(int jniCode) {
+        this.jniCode = jniCode;
+    }
+}
