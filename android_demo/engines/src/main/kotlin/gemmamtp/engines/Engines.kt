@@ -5,16 +5,23 @@ import gemmamtp.core.Graph
 import gemmamtp.core.InputError
 import gemmamtp.core.LoadGraphs
 import gemmamtp.core.Manifest
+import gemmamtp.core.Tensor
+import gemmamtp.core.floats
+import gemmamtp.core.longs
 import java.io.Closeable
 import java.io.File
+import java.nio.Buffer
+import java.nio.FloatBuffer
+import java.nio.LongBuffer
 
 /** The runtimes that this app has, by the name of the backend in a bundle's manifest. */
 object Engines : LoadGraphs {
     private val loaders = mapOf("onnx" to ::loadOrt, "executorch" to ::loadEt)
 
     override fun load(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph> {
-        val load = loaders[manifest.backend]
-            ?: throw InputError("$bundle: its backend is ${manifest.backend}, this app runs ${loaders.keys.joinToString(" and ")}")
+        val load = loaders[manifest.backend] ?: throw InputError(
+            "$bundle: made for backend '${manifest.backend}', this app runs ${loaders.keys.joinToString(" and ")}"
+        )
         return load(bundle, manifest, threads)
     }
 }
@@ -34,3 +41,13 @@ internal fun <T : Closeable> openGraphs(manifest: Manifest, open: (String, Graph
 /** The first line of what a runtime has to say; some of them append a whole log. */
 internal fun line(error: Throwable): String =
     error.message?.lineSequence()?.firstOrNull { it.isNotBlank() } ?: error.javaClass.simpleName
+
+/** A copy in direct memory: outputs of one call may be inputs of the next. */
+internal fun copied(values: FloatBuffer, shape: LongArray) =
+    Tensor(floats(values.remaining()).also { whole(it.put(values)) }, *shape)
+
+internal fun copied(values: LongBuffer, shape: LongArray) =
+    Tensor(longs(values.remaining()).also { whole(it.put(values)) }, *shape)
+
+/** All of a buffer, whatever its position was. On [Buffer]: FloatBuffer's own `clear` is missing on older phones. */
+internal fun whole(buffer: Buffer): Buffer = buffer.clear()

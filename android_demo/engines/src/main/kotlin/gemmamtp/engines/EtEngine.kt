@@ -5,14 +5,11 @@ import gemmamtp.core.Graph
 import gemmamtp.core.InputError
 import gemmamtp.core.Manifest
 import gemmamtp.core.Tensor
-import gemmamtp.core.floats
-import gemmamtp.core.longs
 import org.pytorch.executorch.DType
 import org.pytorch.executorch.EValue
 import org.pytorch.executorch.Module
 import java.io.Closeable
 import java.io.File
-import java.nio.Buffer
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
 import org.pytorch.executorch.Tensor as EtTensor
@@ -55,7 +52,7 @@ private class EtGraph(private val program: Program, private val name: String, pr
             val outputs = program.module.execute(name, *values.toTypedArray())
             // A program that was closed answers with nothing at all.
             check(outputs.size == graph.outputs.size) { "${outputs.size} outputs, not ${graph.outputs.size}" }
-            return graph.outputs.indices.associate { graph.outputs[it] to copied(outputs[it].toTensor()) }
+            return graph.outputs.indices.associate { graph.outputs[it] to output(outputs[it].toTensor()) }
         } catch (error: Exception) {
             throw InputError("${program.file}: cannot run (${line(error)}); export it again", error)
         }
@@ -115,8 +112,8 @@ private object Pool {
     fun join(file: File, wanted: Int) {
         if (programs > 0 && wanted != threads) {
             throw InputError(
-                "$file: asked for ${said(wanted)} threads while another bundle is loaded with ${said(threads)}; ExecuTorch" +
-                    " has one pool a process, so ask for the same or close the other bundle first"
+                "$file: asked for ${said(wanted)} threads while another bundle is loaded with ${said(threads)};" +
+                    " ExecuTorch has one pool a process, so ask for the same or close the other bundle first"
             )
         }
         threads = wanted
@@ -140,12 +137,9 @@ private fun etValue(tensor: Tensor): EValue =
     }
 
 /** Outputs lie in the method's own memory, which its next call overwrites. */
-private fun copied(output: EtTensor): Tensor =
-    when (val type = output.dtype()) {
-        DType.FLOAT -> Tensor(floats(output.numel().toInt()).also { it.put(output.dataAsFloatArray); start(it) }, *output.shape())
-        DType.INT64 -> Tensor(longs(output.numel().toInt()).also { it.put(output.dataAsLongArray); start(it) }, *output.shape())
+private fun output(value: EtTensor): Tensor =
+    when (val type = value.dtype()) {
+        DType.FLOAT -> copied(FloatBuffer.wrap(value.dataAsFloatArray), value.shape())
+        DType.INT64 -> copied(LongBuffer.wrap(value.dataAsLongArray), value.shape())
         else -> throw IllegalStateException("an output is $type, neither FLOAT nor INT64")
     }
-
-// Called on a Buffer: compiled against newer class libraries, FloatBuffer.clear() would be missing on older phones.
-private fun start(buffer: Buffer) = buffer.clear()

@@ -9,10 +9,7 @@ import gemmamtp.core.Graph
 import gemmamtp.core.InputError
 import gemmamtp.core.Manifest
 import gemmamtp.core.Tensor
-import gemmamtp.core.floats
-import gemmamtp.core.longs
 import java.io.File
-import java.nio.Buffer
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
 
@@ -64,7 +61,7 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
         try {
             for ((name, tensor) in inputs) given[name] = onnxTensor(tensor)
             session.run(cache + given, fresh, pinned).use { result ->
-                return result.filter { it.key in fresh }.associate { it.key to copied(it.value as OnnxTensor) }
+                return result.filter { it.key in fresh }.associate { it.key to output(it.value as OnnxTensor) }
             }
         } catch (error: Exception) {
             throw InputError("$file: cannot run (${line(error)}); export it again", error)
@@ -85,25 +82,21 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
 /** The buffer that an output updates. */
 private fun bufferOf(output: String) = output.removeSuffix("_out")
 
-/** A view of the same memory, all of it whatever the buffer's position: ONNX Runtime takes what remains. */
+/** The same memory, all of it whatever the buffer's position: ONNX Runtime takes what remains. */
 private fun onnxTensor(tensor: Tensor): OnnxTensor {
     val environment = OrtEnvironment.getEnvironment()
     return when (val data = tensor.data) {
-        is FloatBuffer -> OnnxTensor.createTensor(environment, data.duplicate().also { all(it) }, tensor.shape)
-        is LongBuffer -> OnnxTensor.createTensor(environment, data.duplicate().also { all(it) }, tensor.shape)
+        is FloatBuffer -> OnnxTensor.createTensor(environment, data.duplicate().also { whole(it) }, tensor.shape)
+        is LongBuffer -> OnnxTensor.createTensor(environment, data.duplicate().also { whole(it) }, tensor.shape)
         else -> throw IllegalArgumentException("an input is ${data.javaClass.simpleName}, not of floats or longs")
     }
 }
 
-// Called on a Buffer: compiled against newer class libraries, FloatBuffer.clear() would be missing on older phones.
-private fun all(buffer: Buffer) = buffer.clear()
-
-/** ONNX Runtime gives outputs as copies on the heap, but they may be the next call's inputs. */
-private fun copied(output: OnnxTensor): Tensor {
-    val shape = output.getInfo().getShape()
-    output.getFloatBuffer()?.let { values ->
-        return Tensor(floats(values.remaining()).also { it.put(values); all(it) }, *shape)
-    }
-    val values = output.getLongBuffer() ?: throw IllegalStateException("an output is neither floats nor longs")
-    return Tensor(longs(values.remaining()).also { it.put(values); all(it) }, *shape)
+/** ONNX Runtime gives outputs as copies on the heap. */
+private fun output(value: OnnxTensor): Tensor {
+    // Not as properties: TensorInfo also has a field `shape`, which is not public.
+    val shape = value.getInfo().getShape()
+    value.getFloatBuffer()?.let { return copied(it, shape) }
+    value.getLongBuffer()?.let { return copied(it, shape) }
+    throw IllegalStateException("an output is neither of floats nor of longs")
 }
