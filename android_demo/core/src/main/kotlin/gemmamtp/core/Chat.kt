@@ -1,0 +1,99 @@
+package gemmamtp.core
+
+import com.google.gson.JsonObject
+
+/** What is said in a chat, by the [role] `system`, `user` or `assistant`. */
+class Message(val role: String, val content: String)
+
+/** What stands before and after a message's content. */
+class Turn(val before: String, val after: String)
+
+/**
+ * The plain form of a chat template: what the exporter found that it comes to. FORMAT.md, "Chat", has the rule.
+ *
+ * @property turns by role.
+ * @property answer what makes the model answer.
+ * @property trim whether blanks around contents are dropped.
+ * @property alternate whether users and assistants must take turns, and a user have the last word.
+ * @property hidden what begins and ends the parts of an assistant's messages that are dropped; null if none are.
+ */
+class ChatFormat(
+    val begin: String,
+    val turns: Map<String, Turn>,
+    val answer: String,
+    val trim: Boolean,
+    val alternate: Boolean,
+    val hidden: Pair<String, String>?,
+)
+
+/** The manifest's `chat`; throws IllegalArgumentException or IllegalStateException if it is malformed. */
+fun chatFormat(json: JsonObject): ChatFormat {
+    val turns = json.found("turns").asJsonObject
+    for (role in listOf("user", "assistant")) require(turns.has(role)) { "chat.turns has no $role" }
+    return ChatFormat(
+        json.found("begin").asString,
+        turns.keySet().associateWith { role -> pair(turns, role).let { Turn(it.first, it.second) } },
+        json.found("answer").asString,
+        json.found("trim").asBoolean,
+        json.found("alternate").asBoolean,
+        if (json.found("hidden").isJsonNull) null else pair(json, "hidden"),
+    )
+}
+
+/** Messages to one prompt, as the checkpoint's own template puts them. */
+class ChatTemplate(private val format: ChatFormat) {
+    /**
+     * The prompt for the answer to the last message, with its beginning-of-text token if the template writes one.
+     *
+     * Special tokens that are spelled out in a message count as such, as in transformers.
+     *
+     * @throws InputError the format has no place for the messages.
+     */
+    fun render(messages: List<Message>): String {
+        check(messages)
+        val turns = messages.joinToString("") { message ->
+            val turn = format.turns.getValue(message.role)
+            turn.before + content(message) + turn.after
+        }
+        return format.begin + turns + format.answer
+    }
+
+    private fun check(messages: List<Message>) {
+        if (messages.isEmpty()) refuse("there are none")
+        for ((i, message) in messages.withIndex()) {
+            if (message.role !in format.turns) refuse("it knows no role \"${message.role}\"")
+            if (message.role == "system" && i > 0) refuse("a system message must be the first")
+        }
+        val roles = messages.map { it.role }.filter { it != "system" }
+        val takeTurns = roles.withIndex().all { (i, role) -> role == if (i % 2 == 0) "user" else "assistant" }
+        if (format.alternate && !(takeTurns && roles.size % 2 == 1)) {
+            refuse("user and assistant must take turns, and the user begin and end")
+        }
+    }
+
+    private fun content(message: Message): String {
+        var text = message.content
+        if (format.hidden != null && message.role == "assistant") {
+            val (begin, end) = format.hidden
+            text = text.split(end).joinToString("") { it.substringBefore(begin) }
+        }
+        return if (format.trim) text.trim(::blank) else text
+    }
+
+    private fun refuse(reason: String): Nothing =
+        throw InputError("the chat template refuses the messages: $reason; change them")
+}
+
+/** What Python's str.strip() drops, which differs from Kotlin's trim() and from Unicode's White_Space. */
+private fun blank(char: Char): Boolean =
+    char in '\t'..'\r' || char in '\u001C'..' ' || char in '\u2000'..'\u200A' || char in OTHER_BLANKS
+
+private const val OTHER_BLANKS = "\u0085\u00A0\u1680\u2028\u2029\u202F\u205F\u3000"
+
+private fun pair(json: JsonObject, name: String): Pair<String, String> {
+    val found = json.found(name).asJsonArray
+    require(found.size() == 2) { "chat: $name has ${found.size()} parts, expected two" }
+    return found[0].asString to found[1].asString
+}
+
+private fun JsonObject.found(name: String) = requireNotNull(get(name)) { "chat.$name is missing" }

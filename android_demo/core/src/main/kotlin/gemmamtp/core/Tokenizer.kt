@@ -1,0 +1,148 @@
+package gemmamtp.core
+
+import java.io.File
+import java.nio.ByteBuffer
+import java.nio.charset.CharacterCodingException
+
+const val TOKENIZER = "tokenizer.json"
+
+/**
+ * Text to tokens and back, by the bundle's tokenizer.json, with the same results as the `tokenizers` library.
+ *
+ * @param bos the beginning-of-text token that Gemma expects before every prompt.
+ */
+class Tokenizer(file: File, private val bos: Int) {
+    private val parts: TokenizerParts
+    private val raw: AddedTokens
+    private val normalized: AddedTokens
+
+    /** @throws InputError the bundle has no tokenizer, or one that cannot be read. */
+    constructor(bundle: File, manifest: Manifest) : this(File(bundle, TOKENIZER), manifest.bos)
+
+    init {
+        if (!file.exists()) throw InputError("$file: is missing; export a checkpoint that has a tokenizer")
+        parts = readTokenizer(file)
+        val (after, before) = parts.added.partition { it.normalized }
+        raw = AddedTokens(before.associate { it.content to it.id })
+        normalized = AddedTokens(after.associate { parts.normalize(it.content) to it.id })
+    }
+
+    private val added = parts.added.associateBy { it.id }
+    private val special = parts.added.filter { it.special }.map { it.content }.toSet()
+
+    /**
+     * Token ids of a prompt, the first of them the beginning-of-text token, added if the text does not spell it.
+     *
+     * @throws InputError the text has halves of characters, which no UTF-8 can spell.
+     */
+    fun encode(text: String): IntArray {
+        if (!wellFormed(text)) {
+            throw InputError("the prompt is not valid UTF-8 (surrogates not allowed); pass well-formed text")
+        }
+        val ids = ArrayList<Int>()
+        raw.split(text, ids::add) { piece ->
+            normalized.split(parts.normalize(piece), ids::add) { plain ->
+                for (word in parts.split(plain)) if (word.isNotEmpty()) parts.bpe.encode(word, ids)
+            }
+        }
+        if (ids.firstOrNull() != bos) ids.add(0, bos)
+        return ids.toIntArray()
+    }
+
+    /** The text of tokens, without special ones and those that do not exist. */
+    fun decode(ids: List<Int>): String {
+        val tokens = ids.mapNotNull { added[it]?.content ?: parts.vocabulary.token(it) }.filter { it !in special }
+        return parts.decode(tokens).joinToString("")
+    }
+
+    /** Text as its tokens come, up to any of the stop strings. */
+    fun stream(stop: List<String> = emptyList()): TextStream = TextStream(::decode, stop)
+}
+
+/** Finds added tokens: the leftmost, of several that begin there the longest. */
+private class AddedTokens(private val ids: Map<String, Int>) {
+    private val lengths: Map<Char, List<Int>> = ids.keys.groupBy { it[0] }.mapValues { (_, tokens) ->
+        tokens.map { it.length }.distinct().sortedDescending()
+    }
+
+    /** Tells [token] and [text] of the parts of a text, in order. */
+    fun split(whole: String, token: (Int) -> Unit, text: (String) -> Unit) {
+        var start = 0
+        var i = 0
+        while (i < whole.length) {
+            val length = lengths[whole[i]]?.firstOrNull { i + it <= whole.length && whole.substring(i, i + it) in ids }
+            if (length == null) {
+                i++
+                continue
+            }
+            if (start < i) text(whole.substring(start, i))
+            token(ids.getValue(whole.substring(i, i + length)))
+            i += length
+            start = i
+        }
+        if (start < whole.length) text(whole.substring(start))
+    }
+}
+
+/** Pieces that end with a pattern; only the first of several patterns in a row belongs to what is before it. */
+internal fun splitAfter(text: String, pattern: String): List<String> {
+    val pieces = ArrayList<String>()
+    var start = 0
+    while (start < text.length) {
+        val at = text.indexOf(pattern, start)
+        val end = if (at < 0) text.length else at + pattern.length
+        pieces.add(text.substring(start, end))
+        start = end
+    }
+    return pieces
+}
+
+/** Pieces that begin with a pattern; only the last of several patterns in a row belongs to what is after it. */
+internal fun splitBefore(text: String, pattern: String): List<String> {
+    val pieces = ArrayList<String>()
+    var start = 0
+    while (start < text.length) {
+        val at = text.indexOf(pattern, if (text.startsWith(pattern, start)) start + pattern.length else start)
+        val end = if (at < 0) text.length else at
+        pieces.add(text.substring(start, end))
+        start = end
+    }
+    return pieces
+}
+
+/** Byte tokens, `<0x00>` to `<0xFF>`, as the text that each run of them spells: all of a run, or U+FFFD for each byte. */
+internal fun joinBytes(tokens: List<String>): List<String> {
+    val texts = ArrayList<String>()
+    var i = 0
+    while (i < tokens.size) {
+        val run = tokens.subList(i, tokens.size).asSequence().map(::byteOf).takeWhile { it != null }.filterNotNull()
+        val bytes = run.map { it.toByte() }.toList().toByteArray()
+        texts.add(if (bytes.isEmpty()) tokens[i] else utf8(bytes) ?: "\uFFFD".repeat(bytes.size))
+        i += maxOf(bytes.size, 1)
+    }
+    return texts
+}
+
+/** The byte that a token stands for, null if none; as in the library, also of `<0xa0>` and `<0x+1>`. */
+private fun byteOf(token: String): Int? {
+    if (token.length != 6 || !token.startsWith("<0x") || !token.endsWith(">")) return null
+    val digits = token.substring(3, 5).removePrefix("+")
+    return if (digits.all { it in '0'..'9' || it in 'a'..'f' || it in 'A'..'F' }) digits.toIntOrNull(16) else null
+}
+
+private fun utf8(bytes: ByteArray): String? =
+    try {
+        Charsets.UTF_8.newDecoder().decode(ByteBuffer.wrap(bytes)).toString()
+    } catch (error: CharacterCodingException) {
+        null
+    }
+
+private fun wellFormed(text: String): Boolean {
+    var i = 0
+    while (i < text.length) {
+        val point = text.codePointAt(i)
+        if (point in 0xD800..0xDFFF) return false
+        i += Character.charCount(point)
+    }
+    return true
+}
