@@ -1,0 +1,87 @@
+package gemmamtp.demo
+
+import gemmamtp.core.Decoder
+import gemmamtp.core.InputError
+import gemmamtp.core.LoadGraphs
+import gemmamtp.core.Manifest
+import gemmamtp.core.Message
+import gemmamtp.core.Options
+import gemmamtp.core.Sampling
+import gemmamtp.core.Stream
+import gemmamtp.core.Token
+import gemmamtp.core.openDecoder
+import gemmamtp.core.readManifest
+import java.io.File
+
+private const val PER_LAYER = "embed_tokens_per_layer"
+
+/**
+ * Opens real bundles.
+ *
+ * @param costs folder for what passes cost on this device.
+ */
+class BundleOpener(private val loadGraphs: LoadGraphs, private val costs: File) : Opener {
+    override fun memoryNeeded(bundle: File): Long = memoryNeeded(readManifest(bundle))
+
+    override fun open(bundle: File, verify: Boolean, report: Report): Model {
+        val manifest = readManifest(bundle)
+        val total = manifest.files.values.sumOf { it.size }
+        costs.mkdirs()
+        try {
+            val kept = File(costs, "${manifest.digest}.json")
+            val load = LoadGraphs { dir, facts, threads ->
+                report.at(Work(Step.LOADING, 0, 0))
+                loadGraphs.load(dir, facts, threads)
+            }
+            return DecoderModel(openDecoder(bundle, load, null, kept, verify, counted(Step.CHECKING, total, report)))
+        } catch (error: LinkageError) { // native libraries that are not in the APK, or not for this processor
+            throw InputError(
+                "$bundle: this app has no ${manifest.backend} libraries for this device (${error.message}); build it" +
+                    " with Gradle",
+                error,
+            )
+        }
+    }
+}
+
+/**
+ * Bytes that an open bundle takes at most: its weights, which both runtimes repack into memory of their own, and the KV
+ * cache of a text that fills the context. The per-layer table is mapped, and the system may drop what was read of it.
+ */
+fun memoryNeeded(manifest: Manifest): Long {
+    fun filesOf(table: String) = manifest.tables.getValue(table).let { listOfNotNull(it.data.file, it.scales?.file) }
+    val mapped = filesOf(PER_LAYER) - manifest.tables.keys.filter { it != PER_LAYER }.flatMap(::filesOf).toSet()
+    val weights = manifest.files.filterKeys { it !in mapped }.values.sumOf { it.size }
+    val cache = manifest.kv.sumOf {
+        val rows = manifest.limits.getValue(if (it.sliding) "window_rows" else "cache_rows")
+        Float.SIZE_BYTES.toLong() * it.numKeyValueHeads * rows * it.headDim
+    }
+    return weights + cache
+}
+
+private class DecoderModel(private val decoder: Decoder) : Model {
+    override val chats get() = decoder.chat != null
+    override val defaultDraftTokens get() = decoder.manifest.defaultDraftTokens
+    override val sampling: Sampling get() = decoder.manifest.sampling
+
+    override fun write(messages: List<Message>, options: Options): Writing = StreamWriting(
+        if (chats) decoder.chat(messages, options) else decoder.stream(messages.last().content, options),
+    )
+
+    override fun forget() = decoder.forget()
+    override fun close() = decoder.close()
+}
+
+private class StreamWriting(private val stream: Stream) : Writing {
+    override val counts: Counts
+        get() = stream.stats.let {
+            val last = if (it.rounds > 0) it.lastDrafted else null
+            Counts(
+                stream.tokens.size, it.decodeSeconds, it.acceptanceRate, it.meanTokensPerRound, last, it.finishReason,
+            )
+        }
+
+    override fun hasNext() = stream.hasNext()
+    override fun next(): Token = stream.next()
+    override fun cancel() = stream.cancel()
+}

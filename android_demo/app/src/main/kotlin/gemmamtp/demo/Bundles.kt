@@ -1,0 +1,148 @@
+package gemmamtp.demo
+
+import gemmamtp.core.InputError
+import gemmamtp.core.MANIFEST
+import gemmamtp.core.Progress
+import gemmamtp.core.changedFiles
+import gemmamtp.core.readManifest
+import java.io.Closeable
+import java.io.File
+import java.io.FileOutputStream
+import java.io.IOException
+import java.io.InputStream
+
+/**
+ * A bundle that can be opened.
+ *
+ * @property verified whether its files were checked when they came here.
+ */
+data class BundleFolder(val dir: File, val verified: Boolean) {
+    val name: String get() = dir.name
+}
+
+/** A file of a source, and its size in bytes as far as that is known, else 0. */
+class SourceFile(val name: String, val size: Long, val open: () -> InputStream)
+
+/** Somewhere a bundle can be copied from. A bundle is mapped into memory, so it must be files of its own. */
+interface BundleSource : Closeable {
+    val name: String
+
+    /** Its files, without those in folders; throws IOException. */
+    fun files(): List<SourceFile>
+}
+
+/**
+ * The bundles of this device.
+ *
+ * @property installed where the app keeps its copies.
+ * @param pushed folders that others may put bundles into, or that are bundles.
+ */
+class Bundles(private val installed: File, private val pushed: List<File>) {
+    /** All of them, by name; folders that cannot be read have none. */
+    fun list(): List<BundleFolder> {
+        val others = pushed.flatMap { folder -> listOf(folder) + folder.listFiles().orEmpty().sorted() }
+        return found(installed.listFiles().orEmpty().sorted(), true) + found(others, false)
+    }
+
+    private fun found(folders: List<File>, verified: Boolean) =
+        folders.filter { !it.name.startsWith(".") && File(it, MANIFEST).isFile }.map { BundleFolder(it, verified) }
+
+    /**
+     * Copy a bundle into the app's storage, written aside, checked against its manifest and renamed.
+     *
+     * One of the same name is replaced, unless it has the same manifest: then nothing is copied.
+     *
+     * @throws InputError it is not a bundle, does not fit, cannot be read, or is damaged.
+     */
+    fun install(source: BundleSource, report: Report): BundleFolder =
+        try {
+            clean()
+            install(safeName(source.name), source.files(), report)
+        } catch (error: IOException) {
+            throw InputError("the bundle cannot be copied (${error.message}); try again, or pick another folder", error)
+        } finally {
+            clean()
+        }
+
+    private fun install(name: String, files: List<SourceFile>, report: Report): BundleFolder {
+        val manifest = files.find { it.name == MANIFEST }
+            ?: throw InputError("$name: not a bundle, $MANIFEST is missing; pick the folder that `export` wrote")
+        val place = File(installed, name)
+        val known = File(place, MANIFEST)
+        if (!known.isFile || !manifest.open().use { it.readBytes() }.contentEquals(known.readBytes())) {
+            val aside = File(installed, ".$name")
+            if (!aside.mkdirs()) throw IOException("$aside cannot be made")
+            copy(name, files, aside, report)
+            check(name, aside, report)
+            replace(place, aside)
+        }
+        return BundleFolder(place, true)
+    }
+
+    private fun copy(name: String, files: List<SourceFile>, aside: File, report: Report) {
+        val total = files.sumOf { it.size }
+        if (total > aside.usableSpace) {
+            throw InputError(
+                "$name: has ${megabytes(total)} MB, ${megabytes(aside.usableSpace)} MB of storage are free; make room",
+            )
+        }
+        val block = ByteArray(1 shl 18)
+        var done = 0L
+        for (file in files) {
+            file.open().use { from ->
+                FileOutputStream(File(aside, safeName(file.name))).use { to ->
+                    while (true) {
+                        report.at(Work(Step.COPYING, done, total))
+                        val count = from.read(block)
+                        if (count < 0) break
+                        to.write(block, 0, count)
+                        done += count
+                    }
+                    to.fd.sync() // a renamed bundle must not lose its bytes when the battery does
+                }
+            }
+        }
+    }
+
+    private fun check(name: String, aside: File, report: Report) {
+        val manifest = readManifest(aside)
+        val total = manifest.files.values.sumOf { it.size }
+        val changed = changedFiles(aside, manifest, counted(Step.CHECKING, total, report))
+        if (changed.isNotEmpty()) {
+            throw InputError("$name: ${changed.joinToString()}: not as $MANIFEST says; copy it to the phone again")
+        }
+    }
+
+    private fun replace(place: File, aside: File) {
+        val old = File(installed, ".old-${place.name}")
+        if (place.exists() && !place.renameTo(old)) throw IOException("$place cannot be replaced")
+        if (!aside.renameTo(place)) {
+            old.renameTo(place)
+            throw IOException("$place cannot be made")
+        }
+    }
+
+    /** Remove what this, or a process that was killed, left half done. */
+    private fun clean() {
+        for (file in installed.listFiles().orEmpty()) if (file.name.startsWith(".")) file.deleteRecursively()
+    }
+}
+
+/** A progress that adds up to a [total] of bytes. */
+fun counted(step: Step, total: Long, report: Report): Progress {
+    var done = 0L
+    return Progress { _, bytes ->
+        done += bytes
+        report.at(Work(step, done, total))
+    }
+}
+
+/** A name from elsewhere, which must not lead out of the folder that it is put into. */
+private fun safeName(name: String): String {
+    if (name.isEmpty() || name.startsWith(".") || File(name).name != name) {
+        throw InputError("'$name': not a name for a file of a bundle; rename it")
+    }
+    return name
+}
+
+private fun megabytes(bytes: Long) = (bytes + 999_999) / 1_000_000

@@ -1,0 +1,70 @@
+package gemmamtp.demo
+
+import android.app.ActivityManager
+import android.app.Application
+import android.content.ComponentCallbacks2
+import android.content.Context
+import android.os.Handler
+import android.os.Looper
+import android.os.SystemClock
+import gemmamtp.engines.Engines
+import java.io.File
+import java.util.concurrent.Executors
+
+/** At most so often is the screen drawn anew: tokens may come faster than eyes. */
+private const val FRAME_MILLIS = 66L
+
+/** Holds the session, which outlives activities: a rotation neither stops an answer nor opens a bundle again. */
+class DemoApp : Application() {
+    val bundles: Bundles by lazy {
+        val pushed = listOfNotNull(getExternalFilesDir("bundles"), File("/data/local/tmp/gemma-mtp"))
+        Bundles(File(filesDir, "bundles").apply { mkdirs() }, pushed)
+    }
+    val session: Session by lazy {
+        Session(
+            bundles,
+            BundleOpener(Engines, File(noBackupFilesDir, "costs")),
+            ::availableMemory,
+            Executors.newSingleThreadExecutor { Thread(it, "decoder") },
+            pace::request,
+        )
+    }
+    private val main = Handler(Looper.getMainLooper())
+    private val pace = Paced(FRAME_MILLIS, SystemClock::uptimeMillis, { delay, run -> main.postDelayed(run, delay) }) {
+        view?.invoke(session.screen)
+    }
+
+    // The main thread's own: what draws a screen while an activity is in view.
+    private var view: ((Screen) -> Unit)? = null
+
+    /** An activity came into view, and draws from now on; the main thread calls it. */
+    fun attach(view: (Screen) -> Unit) {
+        this.view = view
+        view(session.screen)
+    }
+
+    /** The activity went out of view. */
+    fun detach() {
+        view = null
+    }
+
+    override fun onTrimMemory(level: Int) {
+        super.onTrimMemory(level)
+        when {
+            level >= ComponentCallbacks2.TRIM_MEMORY_BACKGROUND -> session.memoryShort(visible = false)
+            level == ComponentCallbacks2.TRIM_MEMORY_RUNNING_CRITICAL -> session.memoryShort(visible = view != null)
+        }
+    }
+
+    override fun onLowMemory() {
+        super.onLowMemory()
+        session.memoryShort(visible = view != null)
+    }
+
+    /** What can be taken before the system begins to kill others for it. */
+    private fun availableMemory(): Long {
+        val found = ActivityManager.MemoryInfo()
+        (getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(found)
+        return maxOf(0, found.availMem - found.threshold)
+    }
+}

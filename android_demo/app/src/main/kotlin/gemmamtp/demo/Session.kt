@@ -1,0 +1,198 @@
+package gemmamtp.demo
+
+import gemmamtp.core.InputError
+import gemmamtp.core.Message
+import gemmamtp.core.Options
+import java.util.concurrent.Executor
+
+const val MAX_NEW_TOKENS = 512
+
+/**
+ * The app's state and its one worker: a bundle, a conversation, and whatever is going on.
+ *
+ * All methods return at once and may be called from any thread; what asks for something while the session is busy is
+ * refused and returns false. The worker alone touches the model.
+ *
+ * @param available bytes of memory that a bundle may take now.
+ * @param worker runs one thing at a time, in order.
+ * @param changed called after each change of [screen], on whichever thread made it.
+ */
+class Session(
+    private val bundles: Bundles,
+    private val opener: Opener,
+    private val available: () -> Long,
+    private val worker: Executor,
+    private val changed: () -> Unit,
+) {
+    @Volatile
+    var screen = Screen()
+        private set
+
+    // Set and read by several threads: whoever sets one of them looks at the other after that.
+    @Volatile
+    private var stopping = false
+
+    @Volatile
+    private var writing: Writing? = null
+
+    // The worker's own.
+    private var model: Model? = null
+    private var asked: BundleFolder? = null
+
+    /** Open a bundle, in place of the one that is open. */
+    fun open(bundle: BundleFolder): Boolean = start(Phase.OPENING) { load(bundle, false) }
+
+    /** Copy a bundle into the app's storage and open it. */
+    fun install(source: BundleSource): Boolean {
+        val started = start(Phase.COPYING) {
+            val bundle = source.use { bundles.install(it, ::report) }
+            update { it.copy(phase = Phase.OPENING) }
+            load(bundle, false)
+        }
+        if (!started) source.close()
+        return started
+    }
+
+    /** Open the bundle that was asked for last, short of memory or not. */
+    fun reopen(): Boolean = start(Phase.OPENING) { asked?.let { load(it, true) } }
+
+    /** Answer a prompt. */
+    fun send(prompt: String): Boolean = start(Phase.WRITING, Phase.READY) {
+        val model = checkNotNull(model)
+        val messages = screen.talk.filter { it.answer.isNotEmpty() }
+            .flatMap { listOf(Message("user", it.prompt), Message("assistant", it.answer)) } + Message("user", prompt)
+        val answer = StringBuilder()
+        val before = screen.talk
+        update { it.copy(talk = before + Exchange(prompt, ""), counts = null) }
+        write(model.write(messages, Options(MAX_NEW_TOKENS, draftTokens(model), model.sampling))) { token, counts ->
+            answer.append(token)
+            update { it.copy(talk = before + Exchange(prompt, answer.toString()), counts = counts) }
+        }
+    }
+
+    /** Time the answer to a prompt, plain and with drafts; the conversation stays as it is. */
+    fun benchmark(prompt: String): Boolean = start(Phase.BENCHMARKING, Phase.READY) {
+        val model = checkNotNull(model)
+        val drafts = if (screen.drafting == Drafting.OFF) model.defaultDraftTokens else draftTokens(model)
+        val comparison = benchmark(model, prompt, drafts, ::report) { writing ->
+            val tokens = write(writing) { _, counts -> update { it.copy(counts = counts) } }
+            if (stopping) throw Stopped()
+            tokens
+        }
+        update { it.copy(comparison = comparison) }
+    }
+
+    /** Choose how many drafts the next answer has. */
+    fun draft(drafting: Drafting) = update { it.copy(drafting = drafting) }
+
+    /** Forget the conversation. */
+    fun newChat() = update {
+        if (it.busy) it else it.copy(talk = emptyList(), counts = null, comparison = null, problem = null)
+    }
+
+    /** End whatever is going on, as soon as it can. */
+    fun stop() {
+        stopping = true
+        writing?.cancel()
+    }
+
+    /** The app went out of view: stop writing. Copying and opening may go on. */
+    fun background() {
+        if (screen.phase == Phase.WRITING || screen.phase == Phase.BENCHMARKING) stop()
+    }
+
+    /** The system asks for memory: stop, and if nobody looks, close the bundle. */
+    fun memoryShort(visible: Boolean) {
+        val stopped = screen.busy
+        stop()
+        worker.execute {
+            if (visible) {
+                if (stopped) update { it.copy(problem = Problem.StoppedForMemory) }
+            } else if (model != null) {
+                // In one step, so that nothing starts on a model that is about to go; what started before keeps it.
+                update { if (it.busy) it else it.copy(phase = Phase.IDLE, problem = Problem.ClosedForMemory) }
+                if (screen.phase == Phase.IDLE) close()
+            }
+        }
+    }
+
+    private fun draftTokens(model: Model): Int? = when (screen.drafting) {
+        Drafting.OFF -> 0
+        Drafting.ON -> model.defaultDraftTokens
+        Drafting.AUTO -> null
+    }
+
+    private fun load(bundle: BundleFolder, anyway: Boolean) {
+        close() // two bundles at once would not fit
+        val same = asked == bundle
+        asked = bundle
+        update { it.copy(bundle = bundle.name, talk = if (same) it.talk else emptyList(), counts = null) }
+        val needed = opener.memoryNeeded(bundle.dir)
+        val free = available()
+        if (needed > free && !anyway) {
+            update { it.copy(problem = Problem.MemoryShort(needed, free)) }
+            return
+        }
+        report(Work(Step.LOADING, 0, 0))
+        val opened = opener.open(bundle.dir, !bundle.verified, ::report)
+        model = opened
+        update { it.copy(chats = opened.chats) }
+    }
+
+    /** Write a text to its end, or until it is stopped; returns its tokens. */
+    private fun write(text: Writing, token: (String, Counts) -> Unit): List<Int> {
+        val tokens = ArrayList<Int>()
+        writing = text
+        if (stopping) text.cancel()
+        try {
+            for (new in text) {
+                tokens.add(new.id)
+                token(new.text, text.counts)
+            }
+        } finally {
+            writing = null
+        }
+        return tokens
+    }
+
+    private fun report(work: Work) {
+        if (stopping) throw Stopped()
+        update { it.copy(work = work) }
+    }
+
+    private fun close() {
+        model?.close()
+        model = null
+    }
+
+    /** Take up something, unless the session is busy, or not in the phase [from]. */
+    private fun start(phase: Phase, from: Phase? = null, job: () -> Unit): Boolean {
+        synchronized(this) {
+            if (screen.busy || (from != null && screen.phase != from)) return false
+            stopping = false
+            screen = screen.copy(phase = phase, problem = null, comparison = null, work = null)
+        }
+        changed()
+        worker.execute {
+            var problem: Problem? = null
+            try {
+                job()
+            } catch (error: InputError) {
+                problem = Problem.Refused(error.message.orEmpty())
+            } catch (_: Stopped) {
+                // as asked
+            } catch (_: OutOfMemoryError) {
+                close()
+                problem = Problem.OutOfMemory
+            }
+            val end = if (model == null) Phase.IDLE else Phase.READY
+            update { it.copy(phase = end, work = null, problem = problem ?: it.problem) }
+        }
+        return true
+    }
+
+    private fun update(change: (Screen) -> Screen) {
+        synchronized(this) { screen = change(screen) }
+        changed()
+    }
+}
