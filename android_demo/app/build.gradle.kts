@@ -31,7 +31,7 @@ android {
     sourceSets["main"].assets.srcDir(rootProject.layout.projectDirectory.dir("build/assets"))
 
     androidResources {
-        // Files of a bundle hardly compress, and are read faster as they are.
+        // The files of a bundle are stored, so that copying them out is no more than that.
         noCompress += listOf("json", "onnx", "pte", "table", "weights")
     }
 }
