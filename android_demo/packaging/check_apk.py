@@ -160,7 +160,7 @@ def main(apk: Path, bundle: Path) -> int:
     for check in CHECKS:
         try:
             print(f"  {check.__name__.replace('_', ' ')}: {check(apk, bundle)}")
-        except WrongError as error:
+        except (WrongError, zipfile.BadZipFile) as error:
             wrong += 1
             print(f"  {check.__name__.replace('_', ' ')}: WRONG: {error}")
     size = apk.stat().st_size / 1e6
