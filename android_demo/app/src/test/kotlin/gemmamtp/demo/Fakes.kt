@@ -1,0 +1,147 @@
+package gemmamtp.demo
+
+import gemmamtp.core.FileFacts
+import gemmamtp.core.InputError
+import gemmamtp.core.Message
+import gemmamtp.core.Options
+import gemmamtp.core.Sampling
+import gemmamtp.core.Token
+import gemmamtp.core.fileSha256
+import java.io.File
+import java.util.ArrayDeque
+import java.util.concurrent.Executor
+
+/** Runs what it is given when the test says so. */
+class ManualWorker : Executor {
+    private val jobs = ArrayDeque<Runnable>()
+
+    override fun execute(job: Runnable) = jobs.addLast(job)
+
+    fun runAll() {
+        while (jobs.isNotEmpty()) jobs.removeFirst().run()
+    }
+}
+
+/** Writes "0 1 2 ...", one second a token plain and half of one with drafts. */
+class FakeModel(override val chats: Boolean = true, private val length: Int = 5) : Model {
+    override val defaultDraftTokens = 4
+    override val sampling = Sampling(temperature = 0.7)
+    val prompts = ArrayList<List<String>>()
+    val options = ArrayList<Options>()
+    var forgotten = 0
+    var closed = false
+    var beforeToken: (Int) -> Unit = {}
+    var token: (Options, Int) -> Int = { _, at -> at }
+
+    override fun write(messages: List<Message>, options: Options): Writing {
+        prompts.add(messages.map { "${it.role}: ${it.content}" })
+        this.options.add(options)
+        if (messages.last().content == "bad") throw InputError("the prompt is bad; write a better one")
+        return object : Writing {
+            var at = 0
+            var cancelled = false
+            override val counts
+                get() = Counts(
+                    at, (at - 1) * if (options.numDraftTokens == 0) 1.0 else 0.5, 0.5, 2.0, options.numDraftTokens,
+                    if (hasNext()) "" else if (cancelled) "cancelled" else "eos",
+                )
+
+            override fun hasNext() = at < minOf(length, options.maxNewTokens) && !(cancelled && at > 0)
+            override fun next(): Token {
+                beforeToken(at)
+                return Token(token(options, at), "${at++} ", 0.0)
+            }
+
+            override fun cancel() {
+                cancelled = true
+            }
+        }
+    }
+
+    override fun forget() {
+        forgotten++
+    }
+
+    override fun close() {
+        closed = true
+    }
+}
+
+/** Opens the model it holds, unless it is told to fail. */
+class FakeOpener(var needed: Long = 100) : Opener {
+    var model = FakeModel()
+    var failure: Throwable? = null
+    val verified = ArrayList<Boolean>()
+
+    override fun memoryNeeded(bundle: File) = needed
+
+    override fun open(bundle: File, verify: Boolean, report: Report): Model {
+        verified.add(verify)
+        failure?.let { throw it }
+        report.at(Work(Step.CHECKING, 1, 2))
+        return model
+    }
+}
+
+/** A source of files in memory; `failing` is a name whose stream breaks off. */
+class FakeSource(
+    override val name: String,
+    private val content: Map<String, ByteArray>,
+    private val failing: String? = null,
+) : BundleSource {
+    var opened = ArrayList<String>()
+    var closed = false
+
+    override fun files() = content.map { (name, bytes) ->
+        SourceFile(name, bytes.size.toLong()) {
+            opened.add(name)
+            if (name == failing) throw java.io.IOException("the cable is out")
+            bytes.inputStream()
+        }
+    }
+
+    override fun close() {
+        closed = true
+    }
+}
+
+/** The files of the smallest bundle whose manifest can be read: graphs are never loaded here. */
+fun tinyBundle(weights: String = "w".repeat(128)): Map<String, ByteArray> {
+    val files = mapOf("model.pte" to weights.toByteArray(), "per_layer.table" to ByteArray(1000))
+    val facts = files.map { (name, bytes) ->
+        val file = File.createTempFile("facts", null).apply { writeBytes(bytes) }
+        name to FileFacts(file.length(), fileSha256(file)).also { file.delete() }
+    }
+    fun table(columns: Int, file: String) = """{
+        "rows": 8, "columns": $columns, "encoding": "float32", "row_bytes": ${4 * columns}, "group_size": $columns,
+        "data": {"file": "$file", "offset": 0}
+    }"""
+    fun kv(name: String, type: String) =
+        """{"name":"$name","layer":0,"layer_type":"$type","num_key_value_heads":2,"head_dim":3}"""
+    val graph = """{"file":"model.pte","inputs":[{"name":"key_0"},{"name":"key_1"}],"outputs":[]}"""
+    val manifest = """{
+        "format_version": 2, "backend": {"name": "executorch"}, "recipe": "int4", "max_seq_len": 100,
+        "target": {"vocab_size": 8, "hidden_size": 4, "sliding_window": 10},
+        "drafter": {}, "two_stage": null, "source": {}, "num_draft_tokens": {"default": 4, "max": 8},
+        "limits": {"num_tokens": 16, "num_outputs": 10, "cache_rows": 500, "window_rows": 256}, "row_multiple": 1,
+        "tokens": {"bos": 2, "eos": [1], "pad": 0},
+        "kv": {"buffers": [${kv("key_0", "full_attention")}, ${kv("key_1", "sliding_attention")}]},
+        "graphs": {"target": $graph, "drafter": $graph},
+        "tables": {"embed_tokens": ${table(4, "model.pte")}, "embed_tokens_per_layer": ${table(2, "per_layer.table")}},
+        "files": {${facts.joinToString { (name, it) -> """"$name": {"size": ${it.size}, "sha256": "${it.sha256}"}""" }}}
+    }"""
+    return files + ("manifest.json" to manifest.toByteArray())
+}
+
+/** A new empty folder, removed when the JVM ends. */
+fun newFolder(): File = File.createTempFile("demo", null).apply {
+    delete()
+    mkdir()
+    val folder = this
+    Runtime.getRuntime().addShutdownHook(Thread { folder.deleteRecursively() })
+}
+
+fun put(folder: File, files: Map<String, ByteArray>) {
+    folder.mkdirs()
+    for ((name, bytes) in files) File(folder, name).writeBytes(bytes)
+}

@@ -1,0 +1,54 @@
+package gemmamtp.demo
+
+import kotlin.test.Test
+import kotlin.test.assertEquals
+
+class PacedTest {
+    private var now = 0L
+    private val waiting = ArrayList<Pair<Long, () -> Unit>>()
+    private val runs = ArrayList<Long>()
+    private val paced = Paced(66, { now }, { delay, run -> waiting.add(now + delay to run) }, { runs.add(now) })
+
+    private fun passTo(time: Long) {
+        while (true) {
+            val next = waiting.filter { it.first <= time }.minByOrNull { it.first } ?: break
+            waiting.remove(next)
+            now = maxOf(now, next.first)
+            next.second()
+        }
+        now = time
+    }
+
+    @Test
+    fun aThousandRequestsASecondRunFifteenTimes() {
+        for (time in 0L..1000L) {
+            passTo(time)
+            paced.request()
+        }
+        assertEquals((0L..990L step 66).toList(), runs)
+    }
+
+    @Test
+    fun theLastRequestIsNeverLost() {
+        paced.request()
+        passTo(1)
+        paced.request()
+        passTo(500)
+        assertEquals(listOf(0L, 66L), runs)
+        paced.request()
+        passTo(500)
+        assertEquals(listOf(0L, 66L, 500L), runs)
+    }
+
+    @Test
+    fun aRequestDuringARunIsNotLost() {
+        var times = 0
+        lateinit var again: Paced
+        again = Paced(66, { now }, { delay, run -> waiting.add(now + delay to run) }) {
+            if (times++ == 0) again.request()
+        }
+        again.request()
+        passTo(500)
+        assertEquals(2, times)
+    }
+}

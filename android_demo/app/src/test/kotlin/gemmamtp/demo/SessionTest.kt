@@ -1,0 +1,300 @@
+package gemmamtp.demo
+
+import gemmamtp.core.InputError
+import java.io.File
+import java.util.concurrent.CountDownLatch
+import java.util.concurrent.Executors
+import java.util.concurrent.TimeUnit
+import kotlin.test.Test
+import kotlin.test.assertEquals
+import kotlin.test.assertFalse
+import kotlin.test.assertNull
+import kotlin.test.assertTrue
+
+class SessionTest {
+    private val worker = ManualWorker()
+    private val opener = FakeOpener()
+    private val installed = newFolder()
+    private val seen = ArrayList<Screen>()
+    private var free = 1000L
+    private val session: Session = Session(Bundles(installed, emptyList()), opener, { free }, worker) { see() }
+    private val bundle = BundleFolder(File("pair"), verified = true)
+    private val model get() = opener.model
+
+    private fun see() {
+        seen.add(session.screen)
+    }
+
+    private fun opened() {
+        assertTrue(session.open(bundle))
+        worker.runAll()
+    }
+
+    private fun say(prompt: String) {
+        assertTrue(session.send(prompt))
+        worker.runAll()
+    }
+
+    @Test
+    fun opensWritesAndEndsReady() {
+        opened()
+        say("hello")
+        assertEquals(listOf(Phase.OPENING, Phase.READY, Phase.WRITING, Phase.READY), phases())
+        assertEquals(listOf(Exchange("hello", "0 1 2 3 4 ")), session.screen.talk)
+        assertEquals("eos", session.screen.counts?.finish)
+        assertEquals(2.0, session.screen.counts?.tokensPerSecond)
+        assertEquals("pair", session.screen.bundle)
+    }
+
+    @Test
+    fun showsTheAnswerAsItGrows() {
+        opened()
+        seen.clear()
+        say("hello")
+        val answers = seen.mapNotNull { it.talk.lastOrNull()?.answer }.distinct()
+        assertEquals(listOf("", "0 ", "0 1 ", "0 1 2 ", "0 1 2 3 ", "0 1 2 3 4 "), answers)
+    }
+
+    @Test
+    fun whoeverIsNotReadyIsRefused() {
+        assertFalse(session.send("hello"))
+        assertFalse(session.benchmark("hello"))
+        opened()
+        assertTrue(session.send("one"))
+        assertFalse(session.send("two"))
+        assertFalse(session.open(bundle))
+        val source = FakeSource("other", tinyBundle())
+        assertFalse(session.install(source))
+        assertTrue(source.closed)
+        worker.runAll()
+        assertEquals(listOf(listOf("user: one")), model.prompts)
+    }
+
+    @Test
+    fun aConversationIsPassedOnUntilItIsNew() {
+        opened()
+        say("one")
+        say("two")
+        session.newChat()
+        say("three")
+        assertEquals(listOf("user: one", "assistant: 0 1 2 3 4 ", "user: two"), model.prompts[1])
+        assertEquals(listOf("user: three"), model.prompts[2])
+    }
+
+    @Test
+    fun draftingIsTheSwitch() {
+        opened()
+        for (drafting in Drafting.values()) {
+            session.draft(drafting)
+            say("x")
+        }
+        assertEquals(listOf(0, 4, null), model.options.map { it.numDraftTokens })
+        assertEquals(setOf(model.sampling), model.options.map { it.sampling }.toSet())
+    }
+
+    @Test
+    fun aStoppedAnswerStaysInTheConversation() {
+        opened()
+        model.beforeToken = { if (it == 2) session.stop() }
+        say("one")
+        assertEquals("0 1 2 ", session.screen.talk.single().answer)
+        assertEquals("cancelled", session.screen.counts?.finish)
+        model.beforeToken = {}
+        say("two")
+        assertEquals(listOf("user: one", "assistant: 0 1 2 ", "user: two"), model.prompts[1])
+        assertEquals("0 1 2 3 4 ", session.screen.talk.last().answer)
+    }
+
+    @Test
+    fun stopBeforeTheWorkerBeginsIsNotLost() {
+        opened()
+        session.send("one")
+        session.stop()
+        worker.runAll()
+        assertEquals("0 ", session.screen.talk.single().answer)
+    }
+
+    @Test
+    fun theBackgroundStopsWritingAndMeasuringButNotOpening() {
+        session.open(bundle)
+        session.background()
+        worker.runAll()
+        assertEquals(Phase.READY, session.screen.phase)
+        model.beforeToken = { if (it == 1) session.background() }
+        say("one")
+        assertEquals("0 1 ", session.screen.talk.single().answer)
+        session.benchmark("one")
+        worker.runAll()
+        assertEquals(Phase.READY, session.screen.phase)
+        assertNull(session.screen.comparison)
+        assertNull(session.screen.problem)
+    }
+
+    @Test
+    fun anErrorIsOneLineAndGoesWithTheNextThing() {
+        opened()
+        say("bad")
+        assertEquals(Problem.Refused("the prompt is bad; write a better one"), session.screen.problem)
+        assertEquals(Phase.READY, session.screen.phase)
+        say("good")
+        assertNull(session.screen.problem)
+        assertEquals(listOf("user: good"), model.prompts.last(), "what has no answer is no part of the conversation")
+    }
+
+    @Test
+    fun aBundleThatCannotBeOpenedLeavesNone() {
+        opened()
+        opener.failure = InputError("pair: not a bundle")
+        opened()
+        assertTrue(model.closed)
+        assertEquals(Phase.IDLE, session.screen.phase)
+        assertEquals(Problem.Refused("pair: not a bundle"), session.screen.problem)
+        assertFalse(session.screen.canReopen)
+    }
+
+    @Test
+    fun whatWasPushedIsVerifiedAndWhatWasInstalledIsNot() {
+        opened()
+        session.open(bundle.copy(verified = false))
+        worker.runAll()
+        assertEquals(listOf(false, true), opener.verified)
+    }
+
+    @Test
+    fun shortMemoryIsSaidBeforeOpeningAndCanBeOverruled() {
+        opener.needed = 1001
+        opened()
+        assertEquals(Problem.MemoryShort(1001, 1000), session.screen.problem)
+        assertEquals(Phase.IDLE, session.screen.phase)
+        assertEquals(emptyList(), opener.verified)
+        assertTrue(session.screen.canReopen)
+        session.reopen()
+        worker.runAll()
+        assertEquals(Phase.READY, session.screen.phase)
+        opener.needed = 1000
+        opened()
+        assertNull(session.screen.problem)
+    }
+
+    @Test
+    fun outOfMemoryWhileOpeningOrWritingClosesTheBundle() {
+        opener.failure = OutOfMemoryError()
+        opened()
+        assertEquals(Problem.OutOfMemory, session.screen.problem)
+        assertEquals(Phase.IDLE, session.screen.phase)
+        opener.failure = null
+        session.reopen()
+        worker.runAll()
+        model.beforeToken = { if (it == 1) throw OutOfMemoryError() }
+        say("one")
+        assertEquals(Problem.OutOfMemory, session.screen.problem)
+        assertEquals(Phase.IDLE, session.screen.phase)
+        assertTrue(model.closed)
+    }
+
+    @Test
+    fun memoryShortInViewStopsAndKeepsTheBundle() {
+        opened()
+        model.beforeToken = { if (it == 1) session.memoryShort(visible = true) }
+        say("one")
+        assertEquals("0 1 ", session.screen.talk.single().answer)
+        assertEquals(Problem.StoppedForMemory, session.screen.problem)
+        assertFalse(model.closed)
+        session.newChat()
+        session.memoryShort(visible = true)
+        worker.runAll()
+        assertNull(session.screen.problem, "nothing was stopped, so nothing is said")
+    }
+
+    @Test
+    fun memoryShortOutOfViewClosesTheBundleAndKeepsTheConversation() {
+        opened()
+        model.beforeToken = { if (it == 1) session.memoryShort(visible = false) }
+        say("one")
+        assertTrue(model.closed)
+        assertEquals(Phase.IDLE, session.screen.phase)
+        assertEquals(Problem.ClosedForMemory, session.screen.problem)
+        opener.model = FakeModel()
+        assertTrue(session.screen.canReopen)
+        session.reopen()
+        worker.runAll()
+        say("two")
+        assertEquals(listOf("user: one", "assistant: 0 1 ", "user: two"), model.prompts.single())
+        session.memoryShort(visible = false)
+        session.send("three")
+        worker.runAll()
+        assertFalse(model.closed, "it was wanted again before it was closed")
+    }
+
+    @Test
+    fun anotherBundleBeginsAnotherConversation() {
+        opened()
+        say("one")
+        opened()
+        assertEquals(1, session.screen.talk.size)
+        session.open(BundleFolder(File("other"), true))
+        worker.runAll()
+        assertEquals(emptyList(), session.screen.talk)
+    }
+
+    @Test
+    fun installsThenOpens() {
+        val source = FakeSource("toy", tinyBundle())
+        session.install(source)
+        worker.runAll()
+        assertEquals(listOf(Phase.COPYING, Phase.OPENING, Phase.READY), phases())
+        val steps = seen.mapNotNull { it.work?.step }.distinct()
+        assertEquals(listOf(Step.COPYING, Step.CHECKING, Step.LOADING), steps)
+        assertEquals("toy", session.screen.bundle)
+        assertTrue(source.closed)
+    }
+
+    @Test
+    fun aStoppedCopyLeavesNothingAndSaysNothing() {
+        val source = FakeSource("toy", tinyBundle())
+        session.install(source)
+        session.stop()
+        worker.runAll()
+        assertEquals(Phase.IDLE, session.screen.phase)
+        assertNull(session.screen.problem)
+        assertEquals(emptyList(), installed.list().orEmpty().toList())
+        assertTrue(source.closed)
+    }
+
+    @Test
+    fun benchmarksWithoutTouchingTheConversation() {
+        opened()
+        say("one")
+        session.draft(Drafting.OFF)
+        session.benchmark("two")
+        worker.runAll()
+        val found = checkNotNull(session.screen.comparison)
+        assertEquals(2.0, found.ratio)
+        assertEquals(1, session.screen.talk.size)
+        assertEquals(setOf<Int?>(0, 4), model.options.drop(1).map { it.numDraftTokens }.toSet())
+        assertEquals(Phase.READY, session.screen.phase)
+    }
+
+    @Test
+    fun stopsFromAnotherThread() {
+        val thread = Executors.newSingleThreadExecutor()
+        val written = CountDownLatch(1)
+        val done = CountDownLatch(1)
+        opener.model = FakeModel(length = Int.MAX_VALUE)
+        lateinit var session: Session
+        session = Session(Bundles(installed, emptyList()), opener, { free }, thread) {
+            if (session.screen.ready && session.screen.talk.isNotEmpty()) done.countDown()
+        }
+        session.open(bundle)
+        thread.submit {}.get(10, TimeUnit.SECONDS)
+        model.beforeToken = { if (it == 3) written.countDown() }
+        session.send("one")
+        assertTrue(written.await(10, TimeUnit.SECONDS))
+        session.stop()
+        assertTrue(done.await(10, TimeUnit.SECONDS))
+        thread.shutdown()
+    }
+
+    private fun phases() =
+        seen.map { it.phase }.fold(listOf<Phase>()) { all, new -> if (all.lastOrNull() == new) all else all + new }
+}
