@@ -37,5 +37,7 @@ fun floats(count: Int): FloatBuffer = direct(count.toLong() * Float.SIZE_BYTES).
 /** Zeros in direct memory. */
 fun longs(count: Int): LongBuffer = direct(count.toLong() * Long.SIZE_BYTES).asLongBuffer()
 
-private fun direct(bytes: Long): ByteBuffer =
-    ByteBuffer.allocateDirect(Math.toIntExact(bytes)).order(ByteOrder.nativeOrder())
+private fun direct(bytes: Long): ByteBuffer {
+    check(bytes <= Int.MAX_VALUE) { "$bytes bytes are more than one buffer holds" }
+    return ByteBuffer.allocateDirect(bytes.toInt()).order(ByteOrder.nativeOrder())
+}
