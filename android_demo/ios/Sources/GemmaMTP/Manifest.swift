@@ -1,0 +1,202 @@
+// NOT COMPILED by this project: only its syntax was checked. It follows runtime_ref/manifest.py and FORMAT.md.
+import CryptoKit
+import Foundation
+
+/// What a person can mend: one line that names the offender, what was expected, what was found and what to do.
+public struct InputError: Swift.Error, CustomStringConvertible {
+    public let description: String
+
+    public init(_ description: String) {
+        self.description = description
+    }
+}
+
+/// K or V of one storing layer: `[numKeyValueHeads, rows, headDim]` float32.
+public struct KVBuffer: Decodable {
+    public let name: String
+    public let layerType: String
+    public let numKeyValueHeads: Int
+    public let headDim: Int
+
+    enum CodingKeys: String, CodingKey {
+        case name
+        case layerType = "layer_type"
+        case numKeyValueHeads = "num_key_value_heads"
+        case headDim = "head_dim"
+    }
+}
+
+/// A method of the program and the names of its inputs and outputs, in order.
+public struct Graph: Decodable {
+    public struct Port: Decodable {
+        public let name: String
+    }
+
+    public let file: String
+    public let inputs: [Port]
+    public let outputs: [Port]
+}
+
+/// Where a table's rows or scales lie.
+public struct Place: Decodable {
+    public let file: String
+    public let offset: Int
+    public let dtype: String?
+}
+
+/// How a table of embeddings holds its rows.
+public struct TableFacts: Decodable {
+    public let rows: Int
+    public let columns: Int
+    public let rowBytes: Int
+    public let groupSize: Int
+    public let encoding: String
+    public let data: Place
+    public let scales: Place?
+
+    enum CodingKeys: String, CodingKey {
+        case rows, columns, encoding, data, scales
+        case rowBytes = "row_bytes"
+        case groupSize = "group_size"
+    }
+}
+
+/// What a runtime needs of a bundle's manifest.json; keys that it does not know are ignored.
+public struct Manifest: Decodable {
+    public struct Backend: Decodable {
+        public let name: String
+    }
+
+    public struct DraftTokens: Decodable {
+        public let `default`: Int
+        public let max: Int
+    }
+
+    public struct Limits: Decodable {
+        public let numTokens: Int
+        public let numOutputs: Int
+        public let cacheRows: Int
+        public let windowRows: Int
+
+        enum CodingKeys: String, CodingKey {
+            case numTokens = "num_tokens"
+            case numOutputs = "num_outputs"
+            case cacheRows = "cache_rows"
+            case windowRows = "window_rows"
+        }
+    }
+
+    public struct Tokens: Decodable {
+        public let bos: Int
+        public let eos: [Int]
+    }
+
+    public struct Usual: Decodable {
+        public let temperature: Double
+        public let topK: Int
+        public let topP: Double
+
+        enum CodingKeys: String, CodingKey {
+            case temperature
+            case topK = "top_k"
+            case topP = "top_p"
+        }
+    }
+
+    public struct Target: Decodable {
+        public let vocabSize: Int
+        public let hiddenSize: Int
+        public let slidingWindow: Int
+
+        enum CodingKeys: String, CodingKey {
+            case vocabSize = "vocab_size"
+            case hiddenSize = "hidden_size"
+            case slidingWindow = "sliding_window"
+        }
+    }
+
+    public struct KV: Decodable {
+        public let buffers: [KVBuffer]
+    }
+
+    public struct File: Decodable {
+        public let size: Int
+        public let sha256: String
+    }
+
+    public static let name = "manifest.json"
+    public static let formatVersion = 2
+
+    public let backend: Backend
+    public let maxSeqLen: Int
+    public let numDraftTokens: DraftTokens
+    public let limits: Limits
+    public let rowMultiple: Int
+    public let tokens: Tokens
+    public let sampling: Usual?
+    public let target: Target
+    public let kv: KV
+    public let graphs: [String: Graph]
+    public let tables: [String: TableFacts]
+    public let files: [String: File]
+
+    enum CodingKeys: String, CodingKey {
+        case backend, limits, tokens, sampling, target, kv, graphs, tables, files
+        case maxSeqLen = "max_seq_len"
+        case numDraftTokens = "num_draft_tokens"
+        case rowMultiple = "row_multiple"
+    }
+
+    /// Reads a bundle's manifest and checks that every file is there with its size.
+    ///
+    /// Throws `InputError`: not a bundle, another format or backend, a broken manifest, an incomplete bundle.
+    public static func read(bundle: URL) throws -> Manifest {
+        struct Version: Decodable {
+            let format_version: Int
+        }
+        let path = bundle.appendingPathComponent(name)
+        guard let data = try? Data(contentsOf: path) else {
+            throw InputError("\(bundle.path): not a bundle, \(name) is missing; expected the output of `export`")
+        }
+        let version = try? JSONDecoder().decode(Version.self, from: data).format_version
+        guard version == formatVersion else {
+            let found = version.map(String.init) ?? "missing"
+            throw InputError("\(path.path): format_version is \(found), expected \(formatVersion); export it again")
+        }
+        let manifest: Manifest
+        do {
+            manifest = try JSONDecoder().decode(Manifest.self, from: data)
+        } catch {
+            throw InputError("\(path.path): incomplete or malformed (\(error)); export the bundle again")
+        }
+        guard manifest.backend.name == "executorch" else {
+            let found = manifest.backend.name
+            throw InputError("\(bundle.path): made for backend \(found), expected executorch; export it for that")
+        }
+        guard manifest.graphs["target"] != nil, manifest.graphs["drafter"] != nil, !manifest.kv.buffers.isEmpty,
+              manifest.tables["embed_tokens"] != nil, manifest.tables["embed_tokens_per_layer"] != nil
+        else {
+            throw InputError("\(path.path): lacks graphs, tables or kv buffers; export the bundle again")
+        }
+        for (file, facts) in manifest.files {
+            let attributes = try? FileManager.default.attributesOfItem(atPath: bundle.appendingPathComponent(file).path)
+            guard let size = (attributes?[.size] as? NSNumber)?.intValue, size == facts.size else {
+                throw InputError("\(file) of \(bundle.path): absent, or not of \(facts.size) bytes; copy the bundle again")
+            }
+        }
+        return manifest
+    }
+
+    /// Names of the files whose sha256 is not the manifest's; to be called once, when a bundle was installed.
+    public func changedFiles(bundle: URL) throws -> [String] {
+        try files.filter { file, facts in
+            let handle = try FileHandle(forReadingFrom: bundle.appendingPathComponent(file))
+            defer { try? handle.close() }
+            var digest = SHA256()
+            while let block = try handle.read(upToCount: 1 << 22), !block.isEmpty {
+                digest.update(data: block)
+            }
+            return digest.finalize().map { String(format: "%02x", $0) }.joined() != facts.sha256
+        }.keys.sorted()
+    }
+}

@@ -1,0 +1,64 @@
+// NOT COMPILED by this project: only its syntax was checked. It follows runtime_ref/sampling.py and acceptance.py.
+import Foundation
+
+/// Temperature 0 is greedy; `topP` 1 keeps every one of the `topK` largest logits.
+public struct Sampling {
+    public static let largestTopK = 64 // logits that a bundle's target gives for each position
+
+    public var temperature: Double
+    public var topP: Double
+    public var seed: UInt64
+    public var topK: Int
+
+    public init(temperature: Double = 0, topP: Double = 1, seed: UInt64 = 0, topK: Int = largestTopK) throws {
+        guard temperature >= 0, temperature < .infinity else {
+            throw InputError("temperature is \(temperature), expected 0 (greedy) or a positive number")
+        }
+        guard topP > 0, topP <= 1 else {
+            throw InputError("top-p is \(topP), expected more than 0 and at most 1")
+        }
+        guard (1...Sampling.largestTopK).contains(topK) else {
+            throw InputError("top-k is \(topK), expected 1 to \(Sampling.largestTopK): a bundle gives no more logits")
+        }
+        (self.temperature, self.topP, self.seed, self.topK) = (temperature, topP, seed, topK)
+    }
+}
+
+/// Noise in [0, 1) for the token at a position: top 24 bits of SplitMix64.
+///
+/// The same seed and position give the same number in every call, so that a token does not depend on whether it was
+/// drafted.
+public func uniform(seed: UInt64, position: Int) -> Double {
+    let golden: UInt64 = 0x9E37_79B9_7F4A_7C15
+    var x = (seed ^ (UInt64(position) &* golden)) &+ golden
+    x = (x ^ (x >> 30)) &* 0xBF58_476D_1CE4_E5B9
+    x = (x ^ (x >> 27)) &* 0x94D0_49BB_1331_11EB
+    return Double((x ^ (x >> 31)) >> 40) / 16_777_216
+}
+
+/// Chooses the token at `position` from its largest logits, in falling order; returns its index there.
+///
+/// Greedy takes the first. Sampling takes the first whose cumulative probability, after temperature, the top-k cut and
+/// the top-p cut, exceeds the position's noise. In float64, as everything after the logits.
+public func choose(_ logits: [Float], position: Int, sampling: Sampling) -> Int {
+    if sampling.temperature == 0 {
+        return 0
+    }
+    let weights = logits.prefix(sampling.topK).map { exp((Double($0) - Double(logits[0])) / sampling.temperature) }
+    let sum = weights.reduce(0, +)
+    var cumulative: [Double] = []
+    for weight in weights {
+        cumulative.append((cumulative.last ?? 0) + weight / sum)
+    }
+    let last = cumulative.firstIndex { $0 >= sampling.topP } ?? cumulative.count - 1
+    let noise = uniform(seed: sampling.seed, position: position)
+    return cumulative[...last].firstIndex { $0 / cumulative[last] > noise } ?? last
+}
+
+/// Longest prefix of K drafts that equals the target's own K+1 choices, then the bonus token.
+///
+/// Returns how many drafts were accepted, and the tokens that the round adds.
+public func accept(drafts: [Int], choices: [Int]) -> (accepted: Int, tokens: [Int]) {
+    let accepted = zip(drafts, choices).prefix(while: { $0 == $1 }).count
+    return (accepted, Array(choices.prefix(accepted + 1)))
+}
