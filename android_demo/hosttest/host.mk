@@ -1,0 +1,56 @@
+# Host tests: the app's own core and engines on the JVM, over stand-ins of both runtimes' Java classes (standins/).
+# Those call the libraries inside the wheels of the virtual environment (jni/). A JDK 17 and g++ are needed.
+#
+# The Kotlin is compiled against the real classes of ExecuTorch and run on the stand-ins: where they differ, it fails.
+# ORT_JAVA=PATH does the same with the real classes of ONNX Runtime (classes.jar of the AAR onnxruntime-android).
+PARTS := build/parts
+HOST_PACKAGES := .packages/.host-tests
+ORT_JAVA ?= $(PARTS)/standins-ort
+KOTLIN_SOURCES = $(shell find core/src engines/src hosttest/src -name '*.kt')
+CORE_TESTS = $(subst /,.,$(patsubst core/src/test/kotlin/%.kt,%,$(shell find core/src/test -name '*Test.kt')))
+HOST_BUNDLES := onnx-fp32 onnx-int4 executorch-fp32
+KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit \
+    gson/gson junit/junit4 junit/hamcrest-core,:.packages/$(jar).jar)
+HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/standins-ort:$(PARTS)/standins-et$(KOTLIN_JARS))
+
+test: $(PARTS)/kotlin/.built build/host build/engines $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
+	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(CORE_TESTS)
+	$(BIN)/pytest hosttest
+
+$(HOST_PACKAGES): tools/packages.sh
+	@command -v javac g++ >/dev/null || { echo "make test needs a JDK 17 and g++; install them" >&2; exit 3; }
+	tools/packages.sh kotlin gson junit executorch-java onnxruntime-headers
+	touch $@
+
+$(PARTS)/standins-%/.built: $(wildcard hosttest/standins/*/*/*.java hosttest/standins/*/*/*/*.java)
+	mkdir -p $(@D)
+	javac -Xlint:all,-serial -d $(@D) $(shell find hosttest/standins/$(if $(filter ort,$*),ai,org) -name '*.java')
+	touch $@
+
+# One compilation for all: starting the compiler is most of its time.
+$(PARTS)/kotlin/.built: $(KOTLIN_SOURCES) $(HOST_PACKAGES) $(PARTS)/standins-ort/.built
+	rm -rf $(@D) && mkdir -p $(@D)
+	java -Xmx1g -cp '.packages/kotlin/lib/*' org.jetbrains.kotlin.cli.jvm.K2JVMCompiler -no-reflect -jvm-target 11 \
+	    -kotlin-home .packages/kotlin -module-name gemmamtp -d $(@D) \
+	    -cp $(subst $() ,,$(ORT_JAVA):.packages/executorch-java/classes.jar$(KOTLIN_JARS)) $(filter %.kt,$^)
+	touch $@
+
+$(PARTS)/native/.built: hosttest/native.sh $(wildcard hosttest/jni/*) $(HOST_PACKAGES)
+	mkdir -p $(@D)
+	hosttest/native.sh $(BIN) $(@D)
+	touch $@
+
+# Commands that run one of hosttest's main functions from anywhere.
+build/host: MAIN := MainKt
+build/engines: MAIN := EngineCheckKt
+build/engines: OPTIONS := -Xcheck:jni
+build/host build/engines: hosttest/host.mk $(PARTS)/native/.built $(PARTS)/standins-ort/.built $(PARTS)/standins-et/.built
+	printf '%s\n' '#!/bin/sh' 'cd $(CURDIR) || exit' \
+	    'exec java -Xmx1g $(OPTIONS) -Djava.library.path=$(PARTS)/native \' \
+	    '    -cp $(HOST_CLASSES) gemmamtp.hosttest.$(MAIN) "$$@"' >$@
+	chmod +x $@
+
+build/bundle-%/manifest.json: $(shell find ../exporter ../runtime_ref -name '*.py')
+	mkdir -p build
+	$(BIN)/gemma-mtp-export export --target ../exporter/demo/pair/target --drafter ../exporter/demo/pair/drafter \
+	    --output $(@D) --backend $(word 1,$(subst -, ,$*)) --recipe $(word 2,$(subst -, ,$*)) --force
