@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from exporter.backends import load_backend
+from exporter.chat_format import chat_format
 from exporter.files import check_directory, check_room, replacing
 from exporter.generation import chat_template
 from exporter.graphs import kv_ports, size_limits
@@ -60,6 +61,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             shutil.copyfile(source, directory / TOKENIZER)
         if template is not None:
             (directory / CHAT_TEMPLATE).write_bytes(template.encode())
+        chat = chat_format(directory, pair.tokens)
         if pair.table and pair.two_stage and pair.clusters_origin != "checkpoint":
             (directory / CLUSTERS).write_bytes(pair.table.to_bytes(pair.two_stage.top_k_clusters))
         manifest = {
@@ -73,6 +75,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             "row_multiple": backend.row_multiple(),
             "tables": {"embed_tokens": exported.embedding, "embed_tokens_per_layer": per_layer},
             **describe(pair, options.backend),
+            **({"chat": asdict(chat)} if chat else {}),
             "source": {"target": pair.target_checkpoint.sha256(), "drafter": pair.drafter_checkpoint.sha256()},
             "files": {
                 file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}

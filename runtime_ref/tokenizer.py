@@ -1,20 +1,29 @@
 """Text to tokens and back, by the bundle's tokenizer.json."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from tokenizers import Tokenizer
 
 from runtime_ref.errors import InputError
-from runtime_ref.manifest import Manifest
 
 TOKENIZER = "tokenizer.json"
+
+
+class Ends(Protocol):
+    """The tokens that begin and end a text: of a manifest, or of a checkpoint that has none yet."""
+
+    @property
+    def bos(self) -> int: ...
+    @property
+    def eos(self) -> Collection[int]: ...
 
 
 class TextTokenizer:
     """A tokenizer.json, with the beginning-of-text token that Gemma expects before every prompt."""
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+    def __init__(self, bundle: Path, ends: Ends) -> None:
         """Raises InputError if the bundle has no tokenizer, or one that cannot be read."""
         path = bundle / TOKENIZER
         if not path.exists():
@@ -23,9 +32,9 @@ class TextTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{path}: cannot be read as a tokenizer ({error}); export the bundle again") from error
-        self._bos = manifest.bos
+        self._bos = ends.bos
         # Spelled out for chat templates. Of several end tokens the lowest is Gemma's `<eos>`; others end a turn only.
-        ids = {"bos_token": manifest.bos, "eos_token": min(manifest.eos, default=manifest.bos)}
+        ids = {"bos_token": ends.bos, "eos_token": min(ends.eos, default=ends.bos)}
         named = {name: self._tokenizer.id_to_token(token) for name, token in ids.items()}
         self.special = {name: token for name, token in named.items() if token is not None}
 

@@ -46,6 +46,34 @@ TEMPLATE = """\
 {%- endif %}
 """
 
+# Thinking is dropped from answers, answers in a row are one turn, and the next answer begins after empty thinking.
+CHANNELS = """\
+{{ bos_token }}
+{%- for message in messages -%}
+    {%- set kept = namespace(text=message.content) -%}
+    {%- if message.role == 'assistant' -%}
+        {%- set kept.text = '' -%}
+        {%- for part in message.content.split('<channel|>') -%}
+            {%- set kept.text = kept.text ~ part.split('<|channel>')[0] -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- if loop.first or message.role == 'user' or loop.previtem.role != message.role -%}
+        {{ '<|turn>' ~ {'assistant': 'model'}.get(message.role, message.role) ~ '\\n' }}
+    {%- endif -%}
+    {{ kept.text | trim }}{{ '<turn|>\\n' }}
+{%- endfor -%}
+{{ '<|turn>model\\n<|channel>thought\\n<channel|>' if add_generation_prompt }}
+"""
+# Contents as they are, in any order, without a beginning-of-text token.
+VERBATIM = """\
+{% for message in messages %}
+{% if message.role not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}
+[{{ message.role }}] {{ message.content }}[end]
+{% endfor %}
+[assistant]
+{{- ' ' }}
+"""
+
 
 def save_chat_pair(directory: Path) -> tuple[Path, Path]:
     """A tiny random pair with the vocabulary of the tokenizer; both write plenty of text, little of it sense."""
