@@ -37,7 +37,6 @@ android {
 }
 
 kotlin {
-    jvmToolchain(17)
     compilerOptions {
         jvmTarget.set(JvmTarget.JVM_11)
     }
@@ -46,4 +45,6 @@ kotlin {
 dependencies {
     implementation(project(":core"))
     implementation(project(":engines"))
+    testImplementation(libs.junit)
+    testImplementation(libs.kotlin.test.junit)
 }

@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 BIN=$1
 OUT=build/apk
 P=.packages
+rm -rf $OUT # a check that is skipped leaves no APK of an earlier one
+mkdir -p $OUT/{standins,res,java,classes}
 
 skip() { # REASON
     echo "ANDROID PACKAGING NOT CHECKED: NO APK WAS BUILT, because $1" >&2
@@ -40,8 +42,6 @@ said=$(tools/packages.sh kotlin gson android apk-tools 2>&1) || got=$?
 [[ $got == 0 ]] || { echo "$said" >&2 && exit 1; }
 export PATH="$PWD/$P/apk-tools/bin:$PWD/$P/android/bin:$PATH"
 
-rm -rf $OUT
-mkdir -p $OUT/{standins,res,java,classes}
 STDLIB=$P/kotlin/lib/kotlin-stdlib.jar
 GSON=$P/gson/gson.jar
 ID=$(number applicationId)

@@ -58,9 +58,8 @@ def dex_files(apk: Path, bundle: Path) -> str:
     text = dex(apk)
     classes = len(re.findall(r"^  Class descriptor  :", text, re.M))
     methods = len(re.findall(r"^      name          : .*\n      type          : '\(", text, re.M))
-    expect(
-        "classes, by the header and by the list", searched(r"class_defs_size +: (\d+)", text, "dexdump"), str(classes)
-    )
+    header = searched(r"class_defs_size +: (\d+)", text, "dexdump")
+    expect("classes listed, by the header", header, str(classes))
     return f"{classes} classes, {methods} methods"
 
 
