@@ -44,7 +44,7 @@ $(PARTS)/native/.built: hosttest/native.sh $(wildcard hosttest/jni/*) $(HOST_PAC
 build/host: MAIN := MainKt
 build/engines: MAIN := EngineCheckKt
 build/engines: OPTIONS := -Xcheck:jni
-build/host build/engines: hosttest/host.mk $(PARTS)/native/.built $(PARTS)/standins-ort/.built $(PARTS)/standins-et/.built
+build/host build/engines: hosttest/host.mk $(foreach part,native standins-ort standins-et,$(PARTS)/$(part)/.built)
 	printf '%s\n' '#!/bin/sh' 'cd $(CURDIR) || exit' \
 	    'exec java -Xmx1g $(OPTIONS) -Djava.library.path=$(PARTS)/native \' \
 	    '    -cp $(HOST_CLASSES) gemmamtp.hosttest.$(MAIN) "$$@"' >$@

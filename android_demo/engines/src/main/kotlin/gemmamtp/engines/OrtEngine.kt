@@ -2,6 +2,7 @@ package gemmamtp.engines
 
 import ai.onnxruntime.OnnxTensor
 import ai.onnxruntime.OrtEnvironment
+import ai.onnxruntime.OrtException
 import ai.onnxruntime.OrtLoggingLevel
 import ai.onnxruntime.OrtSession
 import gemmamtp.core.BoundGraph
@@ -34,11 +35,16 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
     init {
         try {
             options = OrtSession.SessionOptions()
-            options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
-            if (threads != null) options.setIntraOpNumThreads(threads)
-            // A spinning thread pool starves whatever shares the phone.
-            options.addConfigEntry("session.intra_op.allow_spinning", "0")
-            session = OrtEnvironment.getEnvironment().createSession(file.path, options)
+            session = try {
+                options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
+                if (threads != null) options.setIntraOpNumThreads(threads)
+                // A spinning thread pool starves whatever shares the phone.
+                options.addConfigEntry("session.intra_op.allow_spinning", "0")
+                OrtEnvironment.getEnvironment().createSession(file.path, options)
+            } catch (error: OrtException) {
+                options.close()
+                throw error
+            }
         } catch (error: Exception) {
             val version = OrtEnvironment.getEnvironment().version
             throw InputError("$file: ONNX Runtime $version cannot load it (${line(error)})", error)
