@@ -6,15 +6,18 @@
 PARTS := build/parts
 HOST_PACKAGES := .packages/.host-tests
 ORT_JAVA ?= $(PARTS)/standins-ort
-KOTLIN_SOURCES = $(shell find core/src engines/src hosttest/src -name '*.kt')
-CORE_TESTS = $(subst /,.,$(patsubst core/src/test/kotlin/%.kt,%,$(shell find core/src/test -name '*Test.kt')))
+# All but the parts of the app that know Android.
+KOTLIN_SOURCES = $(shell find core/src engines/src hosttest/src app/src/test -name '*.kt') \
+    $(shell grep -rL '^import android' app/src/main/kotlin)
+KOTLIN_TESTS = $(subst /,.,$(shell find core/src/test app/src/test -name '*Test.kt' | sed 's|.*/kotlin/||; s|.kt$$||'))
 HOST_BUNDLES := onnx-fp32 onnx-int4 executorch-fp32
 KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit \
     gson/gson junit/junit4 junit/hamcrest-core,:.packages/$(jar).jar)
 HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/standins-ort:$(PARTS)/standins-et$(KOTLIN_JARS))
 
 test: $(PARTS)/kotlin/.built build/host build/engines $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
-	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(CORE_TESTS)
+	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(KOTLIN_TESTS)
+	$(BIN)/python app/check_resources.py
 	$(BIN)/pytest hosttest
 
 $(HOST_PACKAGES): tools/packages.sh
