@@ -26,7 +26,7 @@ OTHER_PAIRS = (
 )
 TEXTS = {"TextView", "Button", "RadioButton", "EditText"}
 TARGETS = {"Button", "ImageButton", "RadioButton", "EditText"}
-SPOKEN = ("text", "hint", "contentDescription", "label", "title")
+SPOKEN = ("text", "hint", "contentDescription", "label", "title", "tooltipText")
 ABSOLUTE = re.compile(r"(layout_)?(margin|padding|alignParent)(Left|Right)$")
 
 

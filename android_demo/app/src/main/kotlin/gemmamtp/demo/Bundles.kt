@@ -38,6 +38,10 @@ interface BundleSource : Closeable {
  * @param pushed folders that others may put bundles into, or that are bundles.
  */
 class Bundles(private val installed: File, private val pushed: List<File>) {
+    init {
+        clean()
+    }
+
     /** All of them, by name; folders that cannot be read have none. */
     fun list(): List<BundleFolder> {
         val others = pushed.flatMap { folder -> listOf(folder) + folder.listFiles().orEmpty().sorted() }
@@ -56,7 +60,6 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
      */
     fun install(source: BundleSource, report: Report): BundleFolder =
         try {
-            clean()
             install(safeName(source.name), source.files(), report)
         } catch (error: IOException) {
             throw InputError("the bundle cannot be copied (${error.message}); try again, or pick another folder", error)

@@ -88,6 +88,7 @@ class MainActivity : Activity() {
         set(status, words.status(screen))
         val color = if (screen.problem == null) R.color.text_secondary else R.color.error
         status.setTextColor(getColor(color))
+        transcript.keepScreenOn = screen.busy // else the display goes dark in a long benchmark, and that ends it
         reopen.visibility = visible(screen.canReopen)
         reopen.setText(if (screen.problem is Problem.MemoryShort) R.string.open_anyway else R.string.open_again)
         showWork(screen)

@@ -17,7 +17,7 @@ class Paced(
     private val waiting = AtomicBoolean()
 
     @Volatile
-    private var next = Long.MIN_VALUE
+    private var next = 0L
 
     /** Any thread may call it. */
     fun request() {

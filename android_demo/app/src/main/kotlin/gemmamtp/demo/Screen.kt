@@ -31,13 +31,13 @@ sealed class Problem {
     data class MemoryShort(val needed: Long, val available: Long) : Problem()
 
     /** Memory ran out; the bundle was closed. */
-    object OutOfMemory : Problem()
+    data object OutOfMemory : Problem()
 
     /** The system asked for memory while the app was in view. */
-    object StoppedForMemory : Problem()
+    data object StoppedForMemory : Problem()
 
     /** The system asked for memory while the app was not in view. */
-    object ClosedForMemory : Problem()
+    data object ClosedForMemory : Problem()
 }
 
 /** All that the activity shows. */

@@ -46,7 +46,7 @@ class Session(
     fun install(source: BundleSource): Boolean {
         val started = start(Phase.COPYING) {
             val bundle = source.use { bundles.install(it, ::report) }
-            update { it.copy(phase = Phase.OPENING) }
+            update { it.copy(phase = Phase.OPENING, work = null) }
             load(bundle, false)
         }
         if (!started) source.close()
@@ -103,6 +103,7 @@ class Session(
 
     /** The system asks for memory: stop, and if nobody looks, close the bundle. */
     fun memoryShort(visible: Boolean) {
+        if (screen.phase == Phase.COPYING) return // it takes none, and would have to begin again
         val stopped = screen.busy
         stop()
         worker.execute {

@@ -107,7 +107,7 @@ class FakeSource(
 
 /** The files of the smallest bundle whose manifest can be read: graphs are never loaded here. */
 fun tinyBundle(weights: String = "w".repeat(128)): Map<String, ByteArray> {
-    val files = mapOf("model.pte" to weights.toByteArray(), "per_layer.table" to ByteArray(1000))
+    val files = mapOf("model.pte" to weights.toByteArray(), "per_layer.table" to "p".repeat(1000).toByteArray())
     val facts = files.map { (name, bytes) ->
         val file = File.createTempFile("facts", null).apply { writeBytes(bytes) }
         name to FileFacts(file.length(), fileSha256(file)).also { file.delete() }

@@ -2,12 +2,20 @@ package gemmamtp.demo
 
 import kotlin.test.Test
 import kotlin.test.assertEquals
+import kotlin.test.assertTrue
+
+private const val START = 1_000_000_000L
 
 class PacedTest {
-    private var now = 0L
+    private var now = START // a device that has been on for long
     private val waiting = ArrayList<Pair<Long, () -> Unit>>()
     private val runs = ArrayList<Long>()
-    private val paced = Paced(66, { now }, { delay, run -> waiting.add(now + delay to run) }, { runs.add(now) })
+    private val paced = Paced(66, { now }, ::later, { runs.add(now - START) })
+
+    private fun later(delay: Long, run: () -> Unit) {
+        assertTrue(delay in 0..66, "$delay")
+        waiting.add(now + delay to run)
+    }
 
     private fun passTo(time: Long) {
         while (true) {
@@ -22,7 +30,7 @@ class PacedTest {
     @Test
     fun aThousandRequestsASecondRunFifteenTimes() {
         for (time in 0L..1000L) {
-            passTo(time)
+            passTo(START + time)
             paced.request()
         }
         assertEquals((0L..990L step 66).toList(), runs)
@@ -31,12 +39,12 @@ class PacedTest {
     @Test
     fun theLastRequestIsNeverLost() {
         paced.request()
-        passTo(1)
+        passTo(START + 1)
         paced.request()
-        passTo(500)
+        passTo(START + 500)
         assertEquals(listOf(0L, 66L), runs)
         paced.request()
-        passTo(500)
+        passTo(START + 500)
         assertEquals(listOf(0L, 66L, 500L), runs)
     }
 
@@ -44,11 +52,11 @@ class PacedTest {
     fun aRequestDuringARunIsNotLost() {
         var times = 0
         lateinit var again: Paced
-        again = Paced(66, { now }, { delay, run -> waiting.add(now + delay to run) }) {
+        again = Paced(66, { now }, ::later) {
             if (times++ == 0) again.request()
         }
         again.request()
-        passTo(500)
+        passTo(START + 500)
         assertEquals(2, times)
     }
 }

@@ -227,6 +227,15 @@ class SessionTest {
     }
 
     @Test
+    fun memoryShortDoesNotStopACopy() {
+        session.install(FakeSource("toy", tinyBundle()))
+        session.memoryShort(visible = false)
+        worker.runAll()
+        assertEquals(Phase.READY, session.screen.phase)
+        assertNull(session.screen.problem)
+    }
+
+    @Test
     fun anotherBundleBeginsAnotherConversation() {
         opened()
         say("one")
