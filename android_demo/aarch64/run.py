@@ -1,12 +1,13 @@
 """Runs a bundle with runtime_ref and writes what it said: on any machine, so that compare.py can compare two.
 
-    run.py BUNDLE OUTPUT [--prompts N] [--tokens N] [--executorch MODULE]
+    run.py BUNDLE OUTPUT [--prompts N] [--tokens N] [--executorch MODULE] [--without-kleidiai]
 
 OUTPUT.json has the texts, plain and speculative, greedy and sampled, and whether a row is the same whatever is verified
 with it; OUTPUT.npz has the outputs of rows of fixed texts, each verified alone.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
+
 import runtime_ref.engine
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine
@@ -34,6 +37,7 @@ PROMPTS = (
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_p=0.95, seed=7)}
 BASES = (1, 30, 100, 252)  # where rows are compared: the first one, and across a growth of the cache
 PASSES = (2, 3, 5)  # tokens verified together
+FOURS = 4  # what rows go by in the kernels of ARM
 
 
 def main() -> None:
@@ -43,22 +47,39 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--executorch", help="module that runs ExecuTorch's methods in place of runtime_ref's")
+    parser.add_argument("--without-kleidiai", action="store_true", help="with MLAS's own kernels, in fours of rows")
     arguments = parser.parse_args()
     if arguments.executorch:
         runtime_ref.engine.GRAPH_MODULES["executorch"] = arguments.executorch
     started = time.perf_counter()
     manifest = read_manifest(arguments.bundle)
+    if arguments.without_kleidiai:
+        manifest = without_kleidiai(manifest)
     engine = load_engine(arguments.bundle, manifest, threads=1)
     found = {
         "machine": platform.machine(),
         "backend": manifest.backend,
         "recipe": manifest.recipe,
+        "kleidiai": not arguments.without_kleidiai,
         "texts": texts(engine, TextTokenizer(arguments.bundle, manifest), arguments.prompts, arguments.tokens),
     }
     alone, found["rows"] = rows(engine)
     found["seconds"] = round(time.perf_counter() - started, 1)
-    np.savez(arguments.output.with_suffix(".npz"), **alone)
-    arguments.output.with_suffix(".json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    np.savez(arguments.output.with_name(f"{arguments.output.name}.npz"), **alone)
+    arguments.output.with_name(f"{arguments.output.name}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def without_kleidiai(manifest: Manifest) -> Manifest:
+    """Let ONNX Runtime use its own kernels on ARM, which compute as those on x86-64 do, but only in fours alike."""
+    made = onnxruntime.SessionOptions
+
+    def options() -> Any:
+        found = made()
+        found.add_session_config_entry("mlas.disable_kleidiai", "1")
+        return found
+
+    onnxruntime.SessionOptions = options  # which runtime_ref looks up there
+    return dataclasses.replace(manifest, row_multiple=FOURS)
 
 
 def texts(engine: GraphEngine, tokenizer: TextTokenizer, prompts: int, tokens: int) -> list[dict[str, Any]]:
@@ -74,30 +95,37 @@ def texts(engine: GraphEngine, tokenizer: TextTokenizer, prompts: int, tokens: i
     return found
 
 
-def rows(engine: GraphEngine) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
-    """Outputs of rows alone, and for each pass of `PASSES` tokens how far its rows are from them."""
+def rows(engine: GraphEngine) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """Outputs of rows alone, and how far the rows of longer passes are from them, by what passes are filled up to.
+
+    A runtime fills passes up to `row_multiple` tokens, so that a row is the same whatever is verified with it.
+    """
     manifest = engine.manifest
     text = np.random.default_rng(0).integers(3, manifest.vocab_size, BASES[-1] + PASSES[-1]).tolist()
-    alone: list[list[np.ndarray]] = []
-    found = {count: {"rows": 0, "differ": 0, "ids_differ": 0, "logits": 0.0, "state": 0.0} for count in PASSES}
+    kept: list[list[np.ndarray]] = []
+    found = []
+    for multiple in sorted({manifest.row_multiple, FOURS}):
+        found += [{"multiple": multiple, "tokens": count, "rows": 0, "differ": 0, "state": 0.0} for count in PASSES]
     for base in BASES:
+        engine.manifest = manifest
         prefill(engine, manifest, text[:base])
-        for i in range(PASSES[-1]):
-            engine.position = base + i
-            alone.append([output[0].copy() for output in engine.run_target([text[base + i]], [0])])
-        for count, seen in found.items():
+        for seen in found:
+            engine.manifest = dataclasses.replace(manifest, row_multiple=seen["multiple"])
+            if seen["tokens"] == PASSES[0]:
+                alone = []
+                for i in range(PASSES[-1]):
+                    engine.position = base + i
+                    alone.append([output[0].copy() for output in engine.run_target([text[base + i]], [0])])
+                kept += alone if seen["multiple"] == manifest.row_multiple else []
             engine.position = base
-            together = engine.run_target(text[base : base + count], range(count))
-            for i, one in enumerate(alone[-PASSES[-1] :][:count]):
+            together = engine.run_target(text[base : base + seen["tokens"]], range(seen["tokens"]))
+            for i, one in enumerate(alone[: seen["tokens"]]):
                 several = [output[i] for output in together]
                 seen["rows"] += 1
                 seen["differ"] += any(not np.array_equal(a, b) for a, b in zip(one, several, strict=True))
-                for key, value in distance(one, several).items():
-                    seen[key] = seen[key] + value if key == "ids_differ" else max(seen[key], value)
+                seen["state"] = max(seen["state"], distance(one, several)["state"])
     names = ("logits", "ids", "state")
-    return {name: np.array(values) for name, values in zip(names, zip(*alone, strict=True), strict=True)}, {
-        str(count): seen for count, seen in found.items()
-    }
+    return {name: np.array(values) for name, values in zip(names, zip(*kept, strict=True), strict=True)}, found
 
 
 def distance(ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, float]:

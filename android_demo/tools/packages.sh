@@ -26,6 +26,11 @@ arm64                debian  bookworm/arm64  libpython3.11-minimal libpython3.11
 arm64                debian  bookworm/arm64  libbz2-1.0 libcrypt1 libdb5.3 libexpat1 libffi8 liblzma5 libncursesw6
 arm64                debian  bookworm/arm64  libnsl2 libreadline8 libsqlite3-0 libssl3 libtinfo6 libtirpc3 libuuid1
 arm64                debian  bookworm/arm64  zlib1g
+cross                debian  bookworm        g++-12-aarch64-linux-gnu gcc-12-aarch64-linux-gnu cpp-12-aarch64-linux-gnu
+cross                debian  bookworm        binutils-aarch64-linux-gnu libbinutils libc6-arm64-cross libc6-dev-arm64-cross
+cross                debian  bookworm        libgcc-12-dev-arm64-cross libgcc-s1-arm64-cross libstdc++-12-dev-arm64-cross
+cross                debian  bookworm        libstdc++6-arm64-cross linux-libc-dev-arm64-cross
+cross                debian  bookworm        libctf0 libctf-nobfd0 libgmp10 libisl23 libjansson4 libmpc3 libmpfr6 libzstd1
 '
 
 # What a user of the folder looks for: links to where the package has it, and commands that find their own libraries.
@@ -47,6 +52,8 @@ apk-tools            bin/dexdump        native usr/bin/dexdump
 apk-tools            bin/apksigner      java usr/share/java/apksigner.jar
 apk-tools            bin/proguard       java usr/share/java/proguard.jar
 qemu                 bin/qemu-aarch64   native usr/bin/qemu-aarch64
+cross                bin/aarch64-g++    native usr/bin/aarch64-linux-gnu-g++-12
+cross                bin/aarch64-nm     native usr/bin/aarch64-linux-gnu-nm
 '
 
 # Large packages of which only these places are kept.
