@@ -31,7 +31,7 @@ internal fun <T : Closeable> openGraphs(manifest: Manifest, open: (String, Graph
     val opened = LinkedHashMap<String, T>()
     try {
         for ((name, graph) in manifest.graphs) opened[name] = open(name, graph)
-    } catch (error: InputError) {
+    } catch (error: Throwable) { // memory may run out as well
         opened.values.forEach { it.close() }
         throw error
     }

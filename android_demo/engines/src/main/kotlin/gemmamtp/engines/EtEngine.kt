@@ -27,7 +27,7 @@ internal fun loadEt(bundle: File, manifest: Manifest, threads: Int?): Map<String
             val program = programs.getOrPut(graph.file) { Program(File(bundle, graph.file), threads ?: 0) }
             EtGraph(program, name, graph)
         }
-    } catch (error: InputError) {
+    } catch (error: Throwable) { // memory may run out as well
         programs.values.forEach { it.close() }
         throw error
     }
