@@ -1,6 +1,7 @@
 # A packaging check: the app's own sources, resources and a bundle in a signed APK. Nothing is run.
 EXPORTER := $(shell find ../exporter ../clustering ../runtime_ref -name '*.py' -o -path '*/pair/*' -type f)
 
+.PHONY: apk
 apk: build/assets/bundle/manifest.json
 	packaging/apk.sh $(BIN)
 
