@@ -11,11 +11,17 @@ from hypothesis import strategies as st
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
 from runtime_ref.tokenizer import TextTokenizer
+from tests.vectors import make_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(bundle: Callable[[str], Path]) -> TextTokenizer:
     return TextTokenizer(bundle("demo"), read_manifest(bundle("demo")))
+
+
+def test_the_vectors_are_what_their_script_makes() -> None:
+    assert make_tokenizer.GEMMA_SHAPE.read_text(encoding="utf-8") == make_tokenizer.gemma_shape()
+    assert make_tokenizer.FILE.read_text(encoding="utf-8") == make_tokenizer.text()
 
 
 def streamed(tokenizer: TextTokenizer, tokens: list[int]) -> str:

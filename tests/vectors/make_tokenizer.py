@@ -1,0 +1,192 @@
+"""Writes tokenizer.json and gemma_shape.json, which other runtimes' tokenizers and chats are held to.
+
+`python -m tests.vectors.make_tokenizer`. Ids and texts are those of the `tokenizers` library, with `runtime_ref`'s
+streams, and prompts those of jinja2. gemma_shape.json is a small tokenizer built like Gemma's own: a whole text is one
+word, and runs of newlines and blanks are added tokens. An id list of a long text is kept as its sha256.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from exporter.chat_format import ChatFormat, chat_format
+from exporter.demo import PAIR
+from exporter.generation import SpecialTokens
+from runtime_ref.chat import ChatTemplate
+from runtime_ref.tokenizer import TextStream, TextTokenizer
+from tests.chats import CHANNELS, TEMPLATE, VERBATIM
+
+FILE = Path(__file__).with_name("tokenizer.json")
+GEMMA_SHAPE = Path(__file__).with_name("gemma_shape.json")
+BUILT_IN = PAIR / "target" / "tokenizer.json"
+TOKENIZERS = {"exporter/demo/pair/target/tokenizer.json": BUILT_IN, "tests/vectors/gemma_shape.json": GEMMA_SHAPE}
+ENDS = SpecialTokens(2, (1,), 0)
+MERGES = 160  # of the built-in pair's, which has 1677
+
+TEXTS = (
+    *("", " ", "  ", "\n", "\n\n\n\n\n\n", "a", "Hello, world!", " leading and trailing ", "tabs\tand\r\nlines"),
+    *("def f(x):\n    return x[0] + 1  # two\n\n\nprint(f([1]))", "a" * 50, "the " * 20 + " " * 40 + "end"),
+    *(
+        "na\u00efve caf\u00e9 cafe\u0301",
+        "中文和日本語のテキスト",
+        "👩‍💻👨‍👩‍👧 👍🏽",
+        "\U00010348\U000e0001\U0010ffff",
+        "\u0000\u001f\u00a0\u3000\ufeff",
+    ),
+    *("<bos>twice", "x<eos>y<pad><unk>", "<|turn>user\nhi<turn|>\n", "<|turn", "<0x41><0xE2>", "▁▁▁ ▁x", "<<bos>>"),
+    *(
+        "<bos>",
+        "\ue000\ufffd\u2028\u202e",
+        "1234567890.5e-3",
+        "عربى \u05e2\u05d1\u05e8\u05d9\u05ea",
+        "<table><td>\n</table>",
+    ),
+)
+PARAGRAPH = 'The quick brown fox\u2019s  code:\n\n\tif (a <b> && c) { return "中"; } // 😀 naïve caf\u00e9 <|turn>\n'
+BROKEN = ("é", "中", "😀", "👩‍💻", "\U00010348")
+
+
+def gemma_shape() -> str:
+    """The text of gemma_shape.json."""
+    found = json.loads(BUILT_IN.read_text(encoding="utf-8"))
+    model = found["model"]
+    merges = model["merges"][:MERGES]
+    runs = (
+        ["\n" * n for n in range(1, 9)] + ["▁" * n for n in range(2, 9)] + ["<table>", "</table>", "<|turn>", "<turn|>"]
+    )
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    letters = sorted(
+        {part for merge in merges for part in merge if len(part) == 1} | set(".,:;()[]{}<>|/=\"'01") | {"中"}
+    )
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", *runs, *bytes_, *letters, *("".join(merge) for merge in merges)]
+    model["vocab"] = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    model["merges"] = merges
+    special = {"<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    found["added_tokens"] = [
+        {"id": i, "content": name, **flags, "special": name in special}
+        for name, i in model["vocab"].items()
+        if name in special or name in runs
+    ]
+    found["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
+    return json.dumps(found, ensure_ascii=False, indent=0) + "\n"
+
+
+def texts(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, object]]:
+    """Texts and the ids of their prompts."""
+    vocab = sorted(tokenizer.get_vocab())
+    rows: list[dict[str, object]] = [{"text": text, "ids": prompt(tokenizer, text)} for text in TEXTS]
+    for _ in range(40):
+        parts = generator.choices([*vocab, *BROKEN, " ", "\n", "<", "▁"], k=generator.randrange(1, 20))
+        text = "".join(parts).replace("▁", generator.choice("▁ "))
+        rows.append({"text": text, "ids": prompt(tokenizer, text)})
+    for text in (PARAGRAPH, "anthein "):
+        times = 20_000 // len(text)
+        ids = prompt(tokenizer, text * times)
+        rows.append({"text": text, "times": times, "count": len(ids), "sha256": sha256(ids)})
+    return rows
+
+
+def prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids = list(tokenizer.encode(text, add_special_tokens=False).ids)
+    return ids if ids[:1] == [ENDS.bos] else [ENDS.bos, *ids]
+
+
+def sha256(ids: list[int]) -> str:
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+
+
+def streams(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, object]]:
+    """Ids, their text, and what each of them gives out, sometimes up to a stop string."""
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    byte = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    size = tokenizer.get_vocab_size()
+    rows: list[dict[str, object]] = []
+    for number in range(60):
+        ids: list[int] = []
+        for _ in range(generator.randrange(8)):
+            spelled = [byte[b] for b in generator.choice(BROKEN).encode()]
+            parts = ([generator.randrange(size + 3)], spelled, spelled[:-1], [generator.choice(byte)])
+            ids += generator.choice([*parts, prompt(tokenizer, generator.choice(TEXTS))[1:9]])
+        text = decode(ids)
+        at = generator.randrange(len(text) or 1)
+        stop = [part for part in (text[at : at + 1 + number % 3], "zz") if part] if number % 2 else []
+        stream = TextStream(decode, stop)
+        pieces = [stream.add(token, i == len(ids) - 1) for i, token in enumerate(ids)]
+        rows.append({"ids": ids, "text": text, "stop": stop, "pieces": pieces, "stopped": stream.stopped})
+    return rows
+
+
+def chats(template: str, generator: random.Random) -> tuple[ChatFormat, list[dict[str, object]]]:
+    """A template's plain form, and chats with the prompts that the template itself gives."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        shutil.copyfile(BUILT_IN, directory / "tokenizer.json")
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+        form = chat_format(directory, ENDS)
+        render = ChatTemplate(directory, TextTokenizer(directory, ENDS)).render
+        assert form
+        blanks = [
+            "\t",
+            "\u001c",
+            "\u0085",
+            "\u00a0",
+            "\u1680",
+            "\u200a",
+            "\u2029",
+            "\u202f",
+            "\u205f",
+            "\u3000",
+            "\u200b",
+        ]
+        pieces = ["a", "é", " ", "\n", *generator.sample(blanks, 6), "<|channel>", "<channel|>", "<turn|>", "<bos>"]
+        rows: list[dict[str, object]] = []
+        for number in range(40):
+            roles = [("user", "assistant")[i % 2] for i in range(2 * (number % 4) + 1)]
+            if not form.alternate:
+                generator.shuffle(roles)
+            if "system" in form.turns and number % 3 == 0:
+                roles.insert(0, "system")
+            contents = ("".join(generator.choices(pieces, k=generator.randrange(8))) for _ in roles)
+            messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+            rows.append({"messages": messages, "prompt": render(messages)})
+    return form, rows
+
+
+def vectors() -> dict[str, list[Any]]:
+    """All of tokenizer.json: tokenizers and formats, and rows that name them by number."""
+    generator = random.Random(0)
+    found: dict[str, list[Any]] = {"files": [], "texts": [], "streams": [], "formats": [], "chats": []}
+    for number, (name, path) in enumerate(TOKENIZERS.items()):
+        tokenizer = Tokenizer.from_str(gemma_shape() if path == GEMMA_SHAPE else path.read_text(encoding="utf-8"))
+        found["files"].append({"file": name, "bos": ENDS.bos})
+        found["texts"] += [{"file": number, **row} for row in texts(tokenizer, generator)]
+        found["streams"] += [{"file": number, **row} for row in streams(tokenizer, generator)]
+    for number, template in enumerate((TEMPLATE, CHANNELS, VERBATIM)):
+        form, rows = chats(template, generator)
+        found["formats"].append(asdict(form))
+        found["chats"] += [{"format": number, **row} for row in rows]
+    return found
+
+
+def text() -> str:
+    """The content of tokenizer.json: a row a line."""
+    parts = (f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in vectors().items())
+    return "{" + ",\n".join(parts) + "}\n"
+
+
+if __name__ == "__main__":
+    GEMMA_SHAPE.write_text(gemma_shape(), encoding="utf-8")
+    FILE.write_text(text(), encoding="utf-8")
