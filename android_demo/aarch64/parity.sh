@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # aarch64/parity.sh BIN NAME...: runs build/bundle-NAME here and under aarch64 emulation and compares. Exit status 1 if
-# tokens differ; what cannot be had to do so is told in capitals, and nothing is compared then. NAME+mlas is NAME with
-# the kernels of ONNX Runtime that compute as those of x86-64 do.
+# tokens differ; what cannot be had to do so is told in capitals, and nothing is compared then.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=$1
@@ -10,7 +9,7 @@ if ! reason=$({ tools/packages.sh qemu arm64 cross && aarch64/wheels.sh "$BIN/py
     echo "AARCH64 PARITY SKIPPED: ${reason##*$'\n'}"
     exit 0
 fi
-for name in "$@"; do "${MAKE:-make}" --silent --no-print-directory "BIN=$BIN" "build/bundle-${name%+*}/manifest.json"; done
+"${MAKE:-make}" --silent --no-print-directory "BIN=$BIN" $(printf 'build/bundle-%s/manifest.json ' "$@")
 
 ROOT=$PWD/.packages/arm64 WHEELS=$PWD/.packages/aarch64-wheels OUT=build/aarch64-parity
 export PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1
@@ -23,12 +22,10 @@ emulated() { # the processor of a phone of 2022
 rm -rf "$OUT"
 mkdir -p "$OUT/here" "$OUT/emulated"
 for name in "$@"; do
-    bundle=${name%+*}
     options=(--prompts "${AARCH64_PROMPTS:-3}" --tokens "${AARCH64_TOKENS:-24}")
-    [[ -e $OUT/here/$bundle.json ]] || here aarch64/run.py "build/bundle-$bundle" "$OUT/here/$bundle" "${options[@]}"
-    [[ $name != *+mlas ]] || options+=(--without-kleidiai)
+    here aarch64/run.py "build/bundle-$name" "$OUT/here/$name" "${options[@]}"
     # Both runtimes say on stderr what they cannot find out about an emulated processor.
-    emulated aarch64/run.py "build/bundle-$bundle" "$OUT/emulated/$name" "${options[@]}" \
+    emulated aarch64/run.py "build/bundle-$name" "$OUT/emulated/$name" "${options[@]}" \
         --executorch executorch_graphs 2>"$OUT/emulated/$name.log" || { cat "$OUT/emulated/$name.log" >&2 && exit 1; }
 done
 here aarch64/compare.py "$OUT/here" "$OUT/emulated" "$OUT/parity.json" "$@"

@@ -1,6 +1,6 @@
 """Runs a bundle with runtime_ref and writes what it said: on any machine, so that compare.py can compare two.
 
-    run.py BUNDLE OUTPUT [--prompts N] [--tokens N] [--executorch MODULE] [--without-kleidiai]
+    run.py BUNDLE OUTPUT [--prompts N] [--tokens N] [--executorch MODULE]
 
 OUTPUT.json has the texts, plain and speculative, greedy and sampled, and whether a row is the same whatever is verified
 with it; OUTPUT.npz has the outputs of rows of fixed texts, each verified alone.
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 import runtime_ref.engine
 from runtime_ref.decoder import Options, generate
@@ -47,39 +46,22 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--executorch", help="module that runs ExecuTorch's methods in place of runtime_ref's")
-    parser.add_argument("--without-kleidiai", action="store_true", help="with MLAS's own kernels, in fours of rows")
     arguments = parser.parse_args()
     if arguments.executorch:
         runtime_ref.engine.GRAPH_MODULES["executorch"] = arguments.executorch
     started = time.perf_counter()
     manifest = read_manifest(arguments.bundle)
-    if arguments.without_kleidiai:
-        manifest = without_kleidiai(manifest)
     engine = load_engine(arguments.bundle, manifest, threads=1)
     found = {
         "machine": platform.machine(),
         "backend": manifest.backend,
         "recipe": manifest.recipe,
-        "kleidiai": not arguments.without_kleidiai,
         "texts": texts(engine, TextTokenizer(arguments.bundle, manifest), arguments.prompts, arguments.tokens),
     }
     alone, found["rows"] = rows(engine)
     found["seconds"] = round(time.perf_counter() - started, 1)
     np.savez(arguments.output.with_name(f"{arguments.output.name}.npz"), **alone)
     arguments.output.with_name(f"{arguments.output.name}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-
-
-def without_kleidiai(manifest: Manifest) -> Manifest:
-    """Let ONNX Runtime use its own kernels on ARM, which compute as those on x86-64 do, but only in fours alike."""
-    made = onnxruntime.SessionOptions
-
-    def options() -> Any:
-        found = made()
-        found.add_session_config_entry("mlas.disable_kleidiai", "1")
-        return found
-
-    onnxruntime.SessionOptions = options  # which runtime_ref looks up there
-    return dataclasses.replace(manifest, row_multiple=FOURS)
 
 
 def texts(engine: GraphEngine, tokenizer: TextTokenizer, prompts: int, tokens: int) -> list[dict[str, Any]]:
