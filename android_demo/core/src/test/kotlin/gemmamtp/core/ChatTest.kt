@@ -18,9 +18,9 @@ class ChatTest {
         val rows = found.rows("chats")
         assertTrue(rows.size > 100)
         for (row in rows) {
-            val messages = row.rows("messages").map { Message(it.text("role"), it.text("content")) }
+            val messages = row.rows("messages").map { Message(it.string("role"), it.string("content")) }
             val template = ChatTemplate(chatFormat(formats[row["format"].asInt]))
-            assertEquals(row.text("prompt"), template.render(messages), row.toString())
+            assertEquals(row.string("prompt"), template.render(messages), row.toString())
         }
     }
 

@@ -1,8 +1,6 @@
 package gemmamtp.core
 
 import com.google.gson.JsonObject
-import com.google.gson.JsonParser
-import java.io.File
 import kotlin.test.Test
 import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
@@ -10,23 +8,21 @@ import kotlin.test.assertTrue
 
 /** The vectors that all languages are held to. */
 class SamplingTest {
-    private val vectors = JsonParser.parseString(vector("sampling.json").readText()).asJsonObject
+    private val found = vectors("sampling.json")
 
-    private fun rows(name: String): List<JsonObject> = vectors.getAsJsonArray(name).map { it.asJsonObject }
-
-    private fun JsonObject.seed() = get("seed").asString.toULong().toLong()
+    private fun JsonObject.seed() = string("seed").toULong().toLong()
 
     @Test
     fun noise() {
-        for (row in rows("noise")) {
-            val found = uniform(row.seed(), row.get("position").asInt) * (1 shl 24)
-            assertEquals(row.get("u_times_2_to_the_24").asDouble, found, "$row")
+        for (row in found.rows("noise")) {
+            val noise = uniform(row.seed(), row.get("position").asInt) * (1 shl 24)
+            assertEquals(row.get("u_times_2_to_the_24").asDouble, noise, "$row")
         }
     }
 
     @Test
     fun chosenTokens() {
-        val rows = rows("choose")
+        val rows = found.rows("choose")
         assertTrue(rows.size > 150)
         for (row in rows) {
             val (temperature, topP) = listOf("temperature", "top_p").map { row.get(it).asDouble }
@@ -58,7 +54,3 @@ class SamplingTest {
         }
     }
 }
-
-/** A file of tests/vectors, from wherever in the repository the tests run. */
-fun vector(name: String): File =
-    generateSequence(File("").absoluteFile) { it.parentFile }.map { File(it, "tests/vectors/$name") }.first { it.exists() }

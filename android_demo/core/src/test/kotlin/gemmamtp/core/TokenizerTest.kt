@@ -14,7 +14,7 @@ import kotlin.test.assertTrue
 
 class TokenizerTest {
     private val found = vectors("tokenizer.json")
-    private val tokenizers = found.rows("files").map { Tokenizer(File(repository, it.text("file")), it["bos"].asInt) }
+    private val tokenizers = found.rows("files").map { Tokenizer(File(repository, it.string("file")), it["bos"].asInt) }
 
     private fun tokenizer(row: JsonObject) = tokenizers[row["file"].asInt]
 
@@ -23,20 +23,20 @@ class TokenizerTest {
         val rows = found.rows("texts")
         assertTrue(rows.size > 100)
         for (row in rows) {
-            val ids = tokenizer(row).encode(row.text("text").repeat(row["times"]?.asInt ?: 1)).toList()
+            val ids = tokenizer(row).encode(row.string("text").repeat(row["times"]?.asInt ?: 1)).toList()
             if (row.has("ids")) {
-                assertEquals(row.ints("ids"), ids, row.text("text"))
+                assertEquals(row.ints("ids"), ids, row.string("text"))
             } else {
                 assertEquals(row["count"].asInt, ids.size)
                 val digest = MessageDigest.getInstance("SHA-256").digest(ids.joinToString(",").toByteArray())
-                assertEquals(row.text("sha256"), digest.joinToString("") { "%02x".format(it) })
+                assertEquals(row.string("sha256"), digest.joinToString("") { "%02x".format(it) })
             }
         }
     }
 
     @Test
     fun `ids become its texts`() {
-        for (row in found.rows("streams")) assertEquals(row.text("text"), tokenizer(row).decode(row.ints("ids")))
+        for (row in found.rows("streams")) assertEquals(row.string("text"), tokenizer(row).decode(row.ints("ids")))
     }
 
     @Test

@@ -18,6 +18,6 @@ internal fun vectors(name: String): JsonObject {
 }
 
 internal fun JsonObject.rows(name: String): List<JsonObject> = getAsJsonArray(name).map(JsonElement::getAsJsonObject)
-internal fun JsonObject.text(name: String): String = get(name).asString
+internal fun JsonObject.string(name: String): String = get(name).asString
 internal fun JsonObject.ints(name: String): List<Int> = getAsJsonArray(name).map(JsonElement::getAsInt)
 internal fun JsonObject.texts(name: String): List<String> = getAsJsonArray(name).map(JsonElement::getAsString)
