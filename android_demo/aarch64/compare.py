@@ -69,7 +69,11 @@ def compared(name: str, ours: Path, theirs: Path) -> dict[str, Any]:
             "largest_state_difference": max(one["state"] for one in apart),
             "seconds": them["seconds"],
         },
-        "rows": [{"machine": side["machine"], **row} for side in (us, them) for row in side["rows"]],
+        "rows": [
+            {"machine": machine, **row}
+            for machine, side in (("here", us), (them["machine"], them))
+            for row in side["rows"]
+        ],
         "told": differ if other_rounding else [],
         "wrong": inside + ([] if other_rounding else differ),
     }
@@ -108,7 +112,7 @@ def unlike(facts: dict[str, Any]) -> str:
 
 
 def shown(value: float) -> str:
-    return f"{value:.1e}" if isinstance(value, float) and value < 1 else str(value)
+    return str(value) if isinstance(value, int) else f"{value:.1e}" if value < 1 else f"{value:.1f}"
 
 
 def aligned(lines: list[tuple[str, ...]]) -> str:

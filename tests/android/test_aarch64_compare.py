@@ -21,7 +21,7 @@ def main(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Main:
     """Compares two machines that agree, but for what is changed on the other one; gives exit status and output."""
 
     def compared(texts: list[dict[str, Any]] = TEXTS, off: float = 0.0, **facts: Any) -> tuple[int, str]:
-        for side, said, change in (("here", TEXTS, 0.0), ("there", texts, off)):
+        for side, said, change in (("x86_64", TEXTS, 0.0), ("there", texts, off)):
             (tmp_path / side).mkdir()
             path = tmp_path / side / "b"
             rows = [{"multiple": 2, "tokens": 3, "rows": 3, "differ": 0, "state": 0.0}]
@@ -29,7 +29,7 @@ def main(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Main:
             Path(f"{path}.json").write_text(json.dumps({"texts": said, "rows": rows, **about}))
             logits = np.array([[2.0, 1.0 + change]], np.float32)
             np.savez(f"{path}.npz", logits=logits, ids=np.array([[8, 9]]), state=np.zeros((1, 4), np.float32))
-        status = compare.main(*(str(tmp_path / part) for part in ("here", "there", "out.json")), "b")
+        status = compare.main(*(str(tmp_path / part) for part in ("x86_64", "there", "out.json")), "b")
         return status, capsys.readouterr().out
 
     return compared
