@@ -179,9 +179,10 @@ public struct Manifest: Decodable {
             throw InputError("\(path.path): lacks graphs, tables or kv buffers; export the bundle again")
         }
         for (file, facts) in manifest.files {
-            let attributes = try? FileManager.default.attributesOfItem(atPath: bundle.appendingPathComponent(file).path)
+            let path = bundle.appendingPathComponent(file).path
+            let attributes = try? FileManager.default.attributesOfItem(atPath: path)
             guard let size = (attributes?[.size] as? NSNumber)?.intValue, size == facts.size else {
-                throw InputError("\(file) of \(bundle.path): absent, or not of \(facts.size) bytes; copy the bundle again")
+                throw InputError("\(path): absent, or not of \(facts.size) bytes; copy the bundle again")
             }
         }
         return manifest
