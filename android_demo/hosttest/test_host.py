@@ -5,13 +5,17 @@ Run by `make android-test`, which builds what is compared here.
 
 import json
 import math
+import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from exporter.chat_format import chat_format
+from exporter.generation import SpecialTokens
 from runtime_ref import decoder as decoder_module
 from runtime_ref import streaming
 from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate
@@ -27,6 +31,11 @@ BUNDLES = ("onnx-fp32", "onnx-int4", "executorch-fp32")
 TEXT = (
     "Return the exception instance, or None if the future is done. The event loop calls the given function with"
     " the current context, and the result is a list of tuples.\n\n"
+)
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '[' + message['role'] + '] ' + message['content'] | trim + '\\n' }}"
+    "{% endfor %}{{ '[assistant] ' }}"
 )
 USUAL = {"max_new_tokens": 60, "num_draft_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": 64, "seed": "0"}
 
@@ -99,7 +108,9 @@ def in_python(bundle: Path, wanted: list[dict[str, Any]], monkeypatch: pytest.Mo
 
         monkeypatch.setattr(streaming, "rounds", recorded)
         options = {key: text[key] for key in ("max_new_tokens", "num_draft_tokens", "temperature", "top_p", "top_k")}
-        stream = decoder.stream(text["prompt"], **options, seed=int(text["seed"]), stop=text["stop"])
+        chats = isinstance(text["prompt"][:1], list) and isinstance(text["prompt"][0], dict)
+        write = decoder.chat if chats else decoder.stream
+        stream = write(text["prompt"], **options, seed=int(text["seed"]), stop=text["stop"])
         pieces, logprobs = [], []
         for token in stream:
             pieces.append(token.text)
@@ -136,13 +147,8 @@ def in_kotlin(bundle: Path, wanted: list[dict[str, Any]], directory: Path) -> li
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", BUNDLES)
-def test_kotlin_does_what_python_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = BUILD / f"bundle-{name}"
-    wanted = texts(bundle)
-    kotlin = in_kotlin(bundle, wanted, tmp_path)
-    python = in_python(bundle, wanted, monkeypatch)
-    assert len(kotlin) == len(python) == len(wanted)
+def compare(wanted: list[dict[str, Any]], kotlin: list[dict[str, Any]], python: list[dict[str, Any]]) -> list[str]:
+    """A line for each text that differs, and in what."""
     wrong = []
     for text, ours, theirs in zip(wanted, kotlin, python, strict=True):
         pairs = zip(ours.pop("logprobs"), theirs.pop("logprobs"), strict=False)
@@ -152,13 +158,45 @@ def test_kotlin_does_what_python_does(name: str, tmp_path: Path, monkeypatch: py
         if ours != theirs or not close:
             parts = [key for key in theirs if ours[key] != theirs[key]] or ["logprobs or seconds"]
             wrong.append(f"{text | {'prompt': str(text['prompt'])[:40]}}: {', '.join(parts)}")
-    assert wrong == []
+    return wrong
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_kotlin_does_what_python_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = BUILD / f"bundle-{name}"
+    wanted = texts(bundle)
+    kotlin = in_kotlin(bundle, wanted, tmp_path)
+    python = in_python(bundle, wanted, monkeypatch)
+    assert compare(wanted, kotlin, python) == []
     # What makes it worth comparing: drafts were accepted and rejected, from both sources, and texts ended in all ways.
     assert 0 < sum(text["accepted"] for text in python) < sum(text["drafted"] for text in python)
     assert {source.split()[0] for text in python for source in text["sources"]} == {"drafter", "lookup"}
     reasons = {text["finish_reason"] for text in python}
     assert reasons >= {"length", "max_seq_len", "stop", "cancelled"}
     assert any(text["reused"] for text in python)
+
+
+def test_kotlin_chats_as_the_template_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kotlin by the manifest's `chat`, Python by the template itself; a turn runs only what is new."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(BUILD / "bundle-onnx-int4", bundle)
+    (bundle / CHAT_TEMPLATE).write_text(TEMPLATE)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    form = chat_format(bundle, SpecialTokens(manifest["tokens"]["bos"], tuple(manifest["tokens"]["eos"]), 0))
+    assert form is not None
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"chat": asdict(form)}))
+    system = {"role": "system", "content": "Answer in prose."}
+    talk = [
+        {"role": "user", "content": "  What is a future? \n"},
+        {"role": "assistant", "content": "a result\n that is not there yet  "},
+        {"role": "user", "content": "And a task, naïve one?"},
+    ]
+    chats = [talk[:1], talk, [system, *talk[:1]], [system, *talk]]
+    usual = USUAL | {"stop": [], "num_draft_tokens": None, "max_new_tokens": 30}
+    wanted = [usual | {"prompt": chat} for chat in chats]
+    python = in_python(bundle, wanted, monkeypatch)
+    assert compare(wanted, in_kotlin(bundle, wanted, tmp_path), python) == []
+    assert python[1]["reused"] > 10
 
 
 @pytest.mark.parametrize("name", BUNDLES)
