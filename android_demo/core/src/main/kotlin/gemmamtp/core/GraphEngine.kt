@@ -2,6 +2,7 @@ package gemmamtp.core
 
 import java.io.Closeable
 import java.io.File
+import java.io.IOException
 import java.nio.Buffer
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
@@ -181,15 +182,23 @@ class GraphEngine(
     override fun close() = graphs.values.forEach { it.close() }
 }
 
-/** Open a bundle whose files are trusted already. */
+/** Open a bundle whose files are trusted already; throws InputError. */
 fun loadEngine(bundle: File, manifest: Manifest, loadGraphs: LoadGraphs, threads: Int? = null): GraphEngine {
     if (threads != null && threads < 1) throw InputError("threads is $threads, expected at least 1")
     val tables = try {
         manifest.tables.mapValues { (_, facts) -> Table(bundle, facts) }
     } catch (error: IllegalArgumentException) {
         throw InputError("$bundle: tables are malformed (${oneLine(error)}); export the bundle again", error)
+    } catch (error: IOException) {
+        throw InputError("$bundle: tables cannot be mapped (${oneLine(error)}); copy the bundle again", error)
     }
-    return GraphEngine(manifest, loadGraphs.load(bundle, manifest, threads), tables)
+    val graphs = loadGraphs.load(bundle, manifest, threads)
+    try {
+        return GraphEngine(manifest, graphs, tables)
+    } catch (error: Throwable) { // memory may run out for its buffers, and nobody else knows the graphs
+        graphs.values.forEach { it.close() }
+        throw error
+    }
 }
 
 /** The list with its last item repeated up to a multiple. */

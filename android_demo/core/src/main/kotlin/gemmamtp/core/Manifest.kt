@@ -92,9 +92,15 @@ fun readManifest(bundle: File): Manifest {
     return manifest
 }
 
-/** Names of the files whose sha256 is not the manifest's. */
+/** Names of the files whose sha256 is not the manifest's; throws InputError if one cannot be read. */
 fun changedFiles(bundle: File, manifest: Manifest, progress: Progress = Progress { _, _ -> }): List<String> =
-    manifest.files.filter { (name, facts) -> fileSha256(File(bundle, name), progress) != facts.sha256 }.keys.toList()
+    manifest.files.filter { (name, facts) ->
+        try {
+            fileSha256(File(bundle, name), progress) != facts.sha256
+        } catch (error: IOException) {
+            throw InputError("${File(bundle, name)}: cannot be read (${error.message}); copy the bundle again", error)
+        }
+    }.keys.toList()
 
 /** Hexadecimal sha256 of a file, read block by block. */
 fun fileSha256(file: File, progress: Progress = Progress { _, _ -> }): String {

@@ -29,11 +29,13 @@ class Table(bundle: File, private val facts: TableFacts) {
     val columns = facts.columns
     private val encoding =
         requireNotNull(ENCODINGS[facts.encoding]) { "a table has encoding '${facts.encoding}', which is none" }
-    private val groups = (facts.columns + facts.groupSize - 1) / facts.groupSize
+    private val groups: Int
     private val data = Rows(bundle, facts.data, facts.rows, facts.rowBytes)
     private val scales: Rows?
 
     init {
+        require(columns > 0 && facts.groupSize > 0) { "a table has $columns columns in groups of ${facts.groupSize}" }
+        groups = (columns + facts.groupSize - 1) / facts.groupSize
         require(facts.rowBytes * 8L >= columns.toLong() * encoding.bits) {
             "a table has ${facts.rowBytes} bytes for $columns numbers in ${facts.encoding}"
         }
@@ -103,7 +105,7 @@ internal fun halfToFloat(bits: Int): Float {
 
 /** Rows of bytes where they lie in a file, mapped. */
 private class Rows(bundle: File, place: Place, rows: Int, private val rowBytes: Int) {
-    private val perPiece = maxOf(1, (PIECE_BYTES / rowBytes).toInt())
+    private val perPiece: Int
     private val pieces: List<ByteBuffer>
 
     init {
@@ -111,6 +113,7 @@ private class Rows(bundle: File, place: Place, rows: Int, private val rowBytes: 
         require(rowBytes > 0 && place.offset >= 0 && place.offset + rows.toLong() * rowBytes <= file.length()) {
             "${place.file} is too short for a table of $rows rows of $rowBytes bytes"
         }
+        perPiece = maxOf(1, (PIECE_BYTES / rowBytes).toInt())
         pieces = RandomAccessFile(file, "r").use { open ->
             (0 until rows step perPiece).map { first ->
                 val size = minOf(perPiece, rows - first).toLong() * rowBytes

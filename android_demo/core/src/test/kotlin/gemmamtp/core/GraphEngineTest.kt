@@ -7,6 +7,7 @@ import java.nio.FloatBuffer
 import java.nio.LongBuffer
 import kotlin.test.Test
 import kotlin.test.assertEquals
+import kotlin.test.assertFailsWith
 import kotlin.test.assertTrue
 
 private const val WINDOW = 40
@@ -22,6 +23,7 @@ private fun chosenAfter(text: List<Int>): Int {
 /** A target over two buffers of two heads whose rows hold the token, and a drafter that guesses one more. */
 private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
     private var cache = emptyMap<String, Tensor>()
+    var closed = false
 
     override fun bind(cache: Map<String, Tensor>) {
         this.cache = cache
@@ -72,12 +74,16 @@ private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
         )
     }
 
-    override fun close() = Unit
+    override fun close() {
+        closed = true
+    }
 }
 
 /** The cache: it grows, moves and rolls back without losing a row. */
 class GraphEngineTest {
-    private fun engine(directory: File): GraphEngine {
+    private val graphs = mapOf("target" to FakeGraph(true), "drafter" to FakeGraph(false))
+
+    private fun engine(directory: File, numTokens: Int = 16): GraphEngine {
         val numbers = ByteBuffer.allocate(4 * VOCAB).order(ByteOrder.LITTLE_ENDIAN)
         for (token in 0 until VOCAB) numbers.putFloat(token.toFloat())
         File(directory, "rows").writeBytes(numbers.array())
@@ -87,12 +93,11 @@ class GraphEngineTest {
             maxSeqLen = 900,
             maxDraftTokens = 5,
             slidingWindow = WINDOW,
-            numTokens = 16,
+            numTokens = numTokens,
             rowMultiple = 2,
             kv = listOf(KVBuffer("key_full", false, 2, 1), KVBuffer("key_sliding", true, 2, 1)),
             tables = TABLES.associateWith { facts },
         )
-        val graphs = mapOf("target" to FakeGraph(true), "drafter" to FakeGraph(false))
         return loadEngine(directory, manifest, { _, _, _ -> graphs })
     }
 
@@ -120,5 +125,11 @@ class GraphEngineTest {
         engine.prefill(List(600) { 3 }, Sampling())
         assertTrue(engine.keeps(599))
         assertEquals(false, engine.keeps(100))
+    }
+
+    @Test
+    fun graphsAreClosedWhereItsBuffersDoNotFit() = inTemporaryDirectory { directory ->
+        assertFailsWith<IllegalStateException> { engine(directory, numTokens = Int.MAX_VALUE) }
+        assertTrue(graphs.values.all { it.closed })
     }
 }

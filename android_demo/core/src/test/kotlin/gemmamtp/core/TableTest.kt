@@ -67,12 +67,14 @@ class TableTest {
     @Test
     fun whatIsNotATable() = inTemporaryDirectory { directory ->
         File(directory, "data").writeBytes(ByteArray(40))
-        fun table(encoding: String, rows: Int = 2, rowBytes: Int = 20) =
-            Table(directory, TableFacts(rows, 5, rowBytes, encoding, 5, Place("data", 0, ""), null))
+        fun table(encoding: String, rows: Int = 2, rowBytes: Int = 20, groupSize: Int = 5) =
+            Table(directory, TableFacts(rows, 5, rowBytes, encoding, groupSize, Place("data", 0, ""), null))
         assertFailsWith<IllegalArgumentException> { table("float64") }
         assertFailsWith<IllegalArgumentException> { table("int8") }
         assertFailsWith<IllegalArgumentException> { table("float32", rows = 3) }
         assertFailsWith<IllegalArgumentException> { table("float32", rowBytes = 16) }
+        assertFailsWith<IllegalArgumentException> { table("float32", rowBytes = 0) }
+        assertFailsWith<IllegalArgumentException> { table("float32", groupSize = 0) }
         val error = assertFailsWith<InputError> { table("float32").read(listOf(2), floats(5)) }
         assertTrue("has 2 rows, token 2 was chosen" in error.message!!)
     }
