@@ -89,6 +89,9 @@ fun readManifest(bundle: File): Manifest {
             throw InputError("$file: is ${file.length()} bytes, $MANIFEST says ${facts.size}; copy the bundle again")
         }
     }
+    bundle.list().orEmpty().sorted().firstOrNull { it.endsWith(".weights") && it !in manifest.files }?.let {
+        throw InputError("$bundle/$it: not named in $MANIFEST, so it cannot be checked; export the bundle again")
+    }
     return manifest
 }
 

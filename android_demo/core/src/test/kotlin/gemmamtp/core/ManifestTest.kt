@@ -85,6 +85,8 @@ class ManifestTest {
         assertEquals(listOf("w"), changedFiles(bundle, readManifest(bundle)))
         assertEquals("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", fileSha256(File(bundle, "w")))
         val manifest = readManifest(bundle)
+        File(bundle, "target.weights").writeText("of another export")
+        assertTrue("target.weights: not named in manifest.json" in error())
         File(bundle, "w").delete()
         assertTrue("/w: cannot be read" in assertFailsWith<InputError> { changedFiles(bundle, manifest) }.message!!)
     }
