@@ -2,6 +2,7 @@ package gemmamtp.core
 
 import com.google.gson.JsonObject
 import java.io.File
+import java.io.FileOutputStream
 import java.io.IOException
 import java.util.TreeMap
 
@@ -135,7 +136,12 @@ fun loadCosts(file: File, manifest: Manifest, threads: Int?): Costs {
 @Throws(IOException::class)
 fun saveCosts(costs: Costs, file: File, manifest: Manifest, threads: Int?) {
     val aside = File(file.path + ".new")
-    aside.writeText(costs.toJson().apply { add("of", identity(manifest, threads)) }.toString())
+    val text = costs.toJson().apply { add("of", identity(manifest, threads)) }.toString()
+    FileOutputStream(aside).use {
+        it.write(text.toByteArray())
+        // Else it may be empty after the battery fails, and the bundle is refused until somebody deletes it.
+        it.fd.sync()
+    }
     if (!aside.renameTo(file)) throw IOException("$file: cannot be replaced")
 }
 
