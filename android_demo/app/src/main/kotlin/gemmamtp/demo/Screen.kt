@@ -36,7 +36,7 @@ sealed class Problem {
     /** The system asked for memory while the app was in view. */
     data object StoppedForMemory : Problem()
 
-    /** The system asked for memory while the app was not in view. */
+    /** The system asked for memory while the app was not in view; it need not be short for that. */
     data object ClosedForMemory : Problem()
 }
 

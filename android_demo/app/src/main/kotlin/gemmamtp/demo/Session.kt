@@ -109,7 +109,7 @@ class Session(
         worker.execute {
             if (visible) {
                 if (stopped) update { it.copy(problem = Problem.StoppedForMemory) }
-            } else if (model != null) {
+            } else if (model != null || (stopped && screen.problem == null)) { // opening is stopped as well
                 // In one step, so that nothing starts on a model that is about to go; what started before keeps it.
                 update { if (it.busy) it else it.copy(phase = Phase.IDLE, problem = Problem.ClosedForMemory) }
                 if (screen.phase == Phase.IDLE) close()

@@ -227,6 +227,18 @@ class SessionTest {
     }
 
     @Test
+    fun memoryShortOutOfViewStopsOpeningAndSaysSo() {
+        session.open(bundle)
+        session.memoryShort(visible = false)
+        worker.runAll()
+        assertEquals(Phase.IDLE, session.screen.phase)
+        assertEquals(Problem.ClosedForMemory, session.screen.problem)
+        session.reopen()
+        worker.runAll()
+        assertEquals(Phase.READY, session.screen.phase)
+    }
+
+    @Test
     fun memoryShortDoesNotStopACopy() {
         session.install(FakeSource("toy", tinyBundle()))
         session.memoryShort(visible = false)
