@@ -31,6 +31,9 @@ interface BundleSource : Closeable {
     fun files(): List<SourceFile>
 }
 
+/** What the name of a copy begins with while another takes its place. */
+private const val OLD = ".old-"
+
 /**
  * The bundles of this device.
  *
@@ -73,7 +76,7 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
         val place = File(installed, name)
         val known = File(place, MANIFEST)
         if (!known.isFile || !manifest.open().use { it.readBytes() }.contentEquals(known.readBytes())) {
-            val aside = File(installed, ".$name")
+            val aside = File(installed, ".new-$name")
             if (!aside.mkdirs()) throw IOException("$aside cannot be made")
             copy(name, files, aside, report)
             check(name, aside, report)
@@ -117,7 +120,7 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
     }
 
     private fun replace(place: File, aside: File) {
-        val old = File(installed, ".old-${place.name}")
+        val old = File(installed, OLD + place.name)
         if (place.exists() && !place.renameTo(old)) throw IOException("$place cannot be replaced")
         if (!aside.renameTo(place)) {
             old.renameTo(place)
@@ -125,9 +128,13 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
         }
     }
 
-    /** Remove what this, or a process that was killed, left half done. */
+    /** Remove what this, or a process that was killed, left half done; a bundle that was to be replaced comes back. */
     private fun clean() {
-        for (file in installed.listFiles().orEmpty()) if (file.name.startsWith(".")) file.deleteRecursively()
+        for (file in installed.listFiles().orEmpty().filter { it.name.startsWith(".") }) {
+            val place = File(installed, file.name.removePrefix(OLD))
+            val lost = file.name.startsWith(OLD) && !place.exists()
+            if (!lost || !file.renameTo(place)) file.deleteRecursively()
+        }
     }
 }
 

@@ -84,10 +84,21 @@ class BundlesTest {
 
     @Test
     fun leftoversOfAKilledProcessAreNoBundlesAndGo() {
-        put(File(installed, ".toy"), tinyBundle())
+        put(File(installed, ".new-toy"), tinyBundle())
         assertEquals(emptyList(), bundles.list())
         Bundles(installed, emptyList())
         assertEquals(emptyList(), installed.list().orEmpty().toList())
+    }
+
+    @Test
+    fun whatWasBeingReplacedComesBack() {
+        put(File(installed, ".old-toy"), tinyBundle())
+        put(File(installed, ".new-toy"), tinyBundle())
+        put(File(installed, ".old-done"), tinyBundle())
+        put(File(installed, "done"), tinyBundle("n".repeat(128)))
+        Bundles(installed, emptyList())
+        assertEquals(listOf("done", "toy"), installed.list().orEmpty().sorted())
+        assertEquals("n".repeat(128), File(installed, "done/model.pte").readText())
     }
 
     @Test

@@ -56,8 +56,9 @@ class GraphEngine(
     private val hidden = manifest.hiddenSize
     private val state = floats(hidden)
     private val nextState = floats(hidden)
-    private var cache: Map<String, Tensor> =
-        manifest.kv.associate { it.name to Tensor(floats(0), it.numKeyValueHeads.toLong(), 0, it.headDim.toLong()) }
+    private val cache = manifest.kv.associateTo(HashMap()) {
+        it.name to Tensor(floats(0), it.numKeyValueHeads.toLong(), 0, it.headDim.toLong())
+    }
 
     // Inputs that are filled anew for each pass: allocated once, for the largest.
     private val embedded = floats(manifest.limits.getValue("num_tokens") * hidden)
@@ -166,17 +167,17 @@ class GraphEngine(
             for (kv in manifest.kv.filter { it.sliding }) moveUp(cache.getValue(kv.name), start - windowStart)
             windowStart = start
         }
-        var grown = false
-        cache = manifest.kv.associate { kv ->
-            val old = cache.getValue(kv.name)
-            val used = position + count - if (kv.sliding) windowStart else 0
+        val used = { kv: KVBuffer -> position + count - if (kv.sliding) windowStart else 0 }
+        val short = manifest.kv.filter { used(it) > cache.getValue(it.name).shape[1] }
+        if (short.isEmpty()) return
+        // Nobody else holds an old buffer while a new one is made, so only one of them exists twice.
+        graphs.values.forEach { it.bind(emptyMap()) }
+        for (kv in short) {
             val limit = if (kv.sliding) windowRows else manifest.limits.getValue("cache_rows")
-            kv.name to if (used <= old.shape[1]) old else {
-                grown = true
-                grow(old, minOf((used + CACHE_STEP - 1) / CACHE_STEP * CACHE_STEP, limit))
-            }
+            val rows = minOf((used(kv) + CACHE_STEP - 1) / CACHE_STEP * CACHE_STEP, limit)
+            cache[kv.name] = grow(cache.getValue(kv.name), rows)
         }
-        if (grown) graphs.values.forEach { it.bind(cache) }
+        graphs.values.forEach { it.bind(cache) }
     }
 
     override fun close() = graphs.values.forEach { it.close() }
