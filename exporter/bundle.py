@@ -72,7 +72,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             "max_seq_len": max_seq_len,
             "num_draft_tokens": {"default": min(4, options.max_draft_tokens), "max": options.max_draft_tokens},
             "limits": limits,
-            "row_multiple": backend.row_multiple(),
+            **backend.row_multiples(),
             "tables": {"embed_tokens": exported.embedding, "embed_tokens_per_layer": per_layer},
             **describe(pair, options.backend),
             **({"chat": asdict(chat)} if chat else {}),

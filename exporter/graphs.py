@@ -14,7 +14,7 @@ from runtime_ref.graph_engine import CACHE_STEP
 from runtime_ref.manifest import window_rows
 
 TOP_LOGITS = 64  # choices the target returns for each position, the most that sampling may use
-ROW_MULTIPLE = 2  # of tokens and outputs, where a backend computes a lone row in another order than two
+ROW_MULTIPLE = 4  # of tokens and outputs: what any backend on any processor may have to fill passes up to
 PREFILL_CHUNK = 128  # most tokens a pass: bounds the attention scores, which grow with tokens times cache rows
 
 

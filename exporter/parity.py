@@ -204,7 +204,7 @@ def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
         yield Check("source", f"{kind} checkpoint", same, detail=detail)
     expected = json.loads(json.dumps(describe(pair, manifest.backend)))
     expected["limits"] = size_limits(manifest.max_seq_len, manifest.max_draft_tokens, pair.target.sliding_window)
-    expected["row_multiple"] = load_backend(manifest.backend).row_multiple()
+    expected |= load_backend(manifest.backend).row_multiples()
     differing = [key for key, value in expected.items() if manifest.raw.get(key) != value]
     if manifest.max_seq_len > pair.target.max_position_embeddings:
         differing.append("max_seq_len")

@@ -1,6 +1,7 @@
 """The bundle's manifest: the one contract between exporting and running. FORMAT.md specifies it in prose."""
 
 import hashlib
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SAMPLING_KEYS = ("temperature", "top_k", "top_p")
 TABLES = ("embed_tokens", "embed_tokens_per_layer")
+ARM64 = ("aarch64", "arm64")  # as platforms call it
 SLIDE = 128  # rows that sliding layers' buffers move by: sums in blocks of so many rows stay the same sums
 
 # Told what is being worked on and how many bytes of it were done.
@@ -131,7 +133,7 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         default_draft_tokens=int(raw["num_draft_tokens"]["default"]),
         max_draft_tokens=int(raw["num_draft_tokens"]["max"]),
         limits={name: int(size) for name, size in raw["limits"].items()},
-        row_multiple=int(raw["row_multiple"]),
+        row_multiple=_row_multiple(raw),
         sampling=_sampling(raw.get("sampling")),
         bos=int(raw["tokens"]["bos"]),
         eos=frozenset(int(token) for token in raw["tokens"]["eos"]),
@@ -144,6 +146,12 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         files={name: (int(facts["size"]), str(facts["sha256"])) for name, facts in raw["files"].items()},
         raw=raw,
     )
+
+
+def _row_multiple(raw: Mapping[str, Any]) -> int:
+    """Kernels of a processor differ in how many rows they sum alike."""
+    arm64 = "row_multiple_arm64"
+    return int(raw[arm64 if arm64 in raw and platform.machine().lower() in ARM64 else "row_multiple"])
 
 
 def _sampling(found: Mapping[str, Any] | None) -> Sampling:

@@ -7,7 +7,6 @@ with it; OUTPUT.npz has the outputs of rows of fixed texts, each verified alone.
 """
 
 import argparse
-import dataclasses
 import json
 import platform
 import time
@@ -21,7 +20,7 @@ import runtime_ref.engine
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.graph_engine import GraphEngine
-from runtime_ref.manifest import Manifest, read_manifest
+from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 from runtime_ref.tokenizer import TextTokenizer
@@ -35,8 +34,7 @@ PROMPTS = (
 )
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_p=0.95, seed=7)}
 BASES = (1, 30, 100, 252)  # where rows are compared: the first one, and across a growth of the cache
-PASSES = (2, 3, 5)  # tokens verified together
-FOURS = 4  # what rows go by in the kernels of ARM
+PASSES = (2, 3, 5, 9)  # tokens verified together
 
 
 def main() -> None:
@@ -56,6 +54,7 @@ def main() -> None:
         "machine": platform.machine(),
         "backend": manifest.backend,
         "recipe": manifest.recipe,
+        "row_multiple": manifest.row_multiple,
         "texts": texts(engine, TextTokenizer(arguments.bundle, manifest), arguments.prompts, arguments.tokens),
     }
     alone, found["rows"] = rows(engine)
@@ -78,27 +77,18 @@ def texts(engine: GraphEngine, tokenizer: TextTokenizer, prompts: int, tokens: i
 
 
 def rows(engine: GraphEngine) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """Outputs of rows alone, and how far the rows of longer passes are from them, by what passes are filled up to.
-
-    A runtime fills passes up to `row_multiple` tokens, so that a row is the same whatever is verified with it.
-    """
-    manifest = engine.manifest
-    text = np.random.default_rng(0).integers(3, manifest.vocab_size, BASES[-1] + PASSES[-1]).tolist()
+    """Outputs of rows alone, and how far the rows of longer passes are from them."""
+    text = np.random.default_rng(0).integers(3, engine.manifest.vocab_size, BASES[-1] + PASSES[-1]).tolist()
     kept: list[list[np.ndarray]] = []
-    found = []
-    for multiple in sorted({manifest.row_multiple, FOURS}):
-        found += [{"multiple": multiple, "tokens": count, "rows": 0, "differ": 0, "state": 0.0} for count in PASSES]
+    found = [{"tokens": count, "rows": 0, "differ": 0, "state": 0.0} for count in PASSES]
     for base in BASES:
-        engine.manifest = manifest
-        prefill(engine, manifest, text[:base])
+        prefill(engine, text[:base])
+        alone = []
+        for i in range(PASSES[-1]):
+            engine.position = base + i
+            alone.append([output[0].copy() for output in engine.run_target([text[base + i]], [0])])
+        kept += alone
         for seen in found:
-            engine.manifest = dataclasses.replace(manifest, row_multiple=seen["multiple"])
-            if seen["tokens"] == PASSES[0]:
-                alone = []
-                for i in range(PASSES[-1]):
-                    engine.position = base + i
-                    alone.append([output[0].copy() for output in engine.run_target([text[base + i]], [0])])
-                kept += alone if seen["multiple"] == manifest.row_multiple else []
             engine.position = base
             together = engine.run_target(text[base : base + seen["tokens"]], range(seen["tokens"]))
             for i, one in enumerate(alone[: seen["tokens"]]):
@@ -125,11 +115,11 @@ def distance(ours: list[np.ndarray], theirs: list[np.ndarray]) -> Mapping[str, f
     }
 
 
-def prefill(engine: GraphEngine, manifest: Manifest, tokens: list[int]) -> None:
+def prefill(engine: GraphEngine, tokens: list[int]) -> None:
     """Write a text from position 0 on."""
-    engine.position = 0
-    for start in range(0, len(tokens), manifest.limits["num_tokens"]):
-        chunk = tokens[start : start + manifest.limits["num_tokens"]]
+    engine.position, step = 0, engine.manifest.limits["num_tokens"]
+    for start in range(0, len(tokens), step):
+        chunk = tokens[start : start + step]
         engine.run_target(chunk, [len(chunk) - 1])
         engine.position += len(chunk)
 

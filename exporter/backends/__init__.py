@@ -28,8 +28,8 @@ class Backend(Protocol):
         """File, and inputs and outputs, of each graph."""
         ...
 
-    def row_multiple(self) -> int:
-        """What the tokens and the output rows of one pass of the target must be a multiple of."""
+    def row_multiples(self) -> dict[str, int]:
+        """What the tokens and the output rows of each pass must be a multiple of, as the manifest has it."""
         ...
 
     def scales(self) -> Scales:

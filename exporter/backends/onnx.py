@@ -16,7 +16,7 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from exporter.graphs import ROW_MULTIPLE, GraphSpec, drafter_graph, target_graph, trace_arguments
+from exporter.graphs import GraphSpec, drafter_graph, target_graph, trace_arguments
 from exporter.modeling.layers import Ops
 from exporter.pair import Pair
 from exporter.parts import GraphParts
@@ -57,9 +57,12 @@ def runtime() -> dict[str, Any]:
     return {"name": "onnx", "opset": OPSET, "onnxruntime": onnxruntime.__version__}
 
 
-def row_multiple() -> int:
-    """MatMulNBits has a kernel of its own for one row, which sums in another order than those for several."""
-    return ROW_MULTIPLE
+def row_multiples() -> dict[str, int]:
+    """MatMulNBits has a kernel of its own for one row, which sums in another order than those for several.
+
+    On ARM so do all products, for up to three rows.
+    """
+    return {"row_multiple": 2, "row_multiple_arm64": 4}
 
 
 def graph_specs(pair: Pair) -> dict[str, tuple[str, GraphSpec]]:

@@ -20,13 +20,13 @@ TEXTS = [{"prompt": "a", "way": "greedy", "drafts": drafts, "tokens": [5, 6, 7]}
 def main(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Main:
     """Compares two machines that agree, but for what is changed on the other one; gives exit status and output."""
 
-    def compared(texts: list[dict[str, Any]] = TEXTS, off: float = 0.0, **facts: Any) -> tuple[int, str]:
+    def compared(texts: list[dict[str, Any]] = TEXTS, off: float = 0.0, rows: int = 0, **facts: Any) -> tuple[int, str]:
         for side, said, change in (("x86_64", TEXTS, 0.0), ("there", texts, off)):
             (tmp_path / side).mkdir()
             path = tmp_path / side / "b"
-            rows = [{"multiple": 2, "tokens": 3, "rows": 3, "differ": 0, "state": 0.0}]
-            about = {"machine": side, "backend": "onnx", "recipe": "fp32", "seconds": 1.0, **facts}
-            Path(f"{path}.json").write_text(json.dumps({"texts": said, "rows": rows, **about}))
+            passes = [{"tokens": 3, "rows": 3, "differ": rows if side == "there" else 0, "state": 0.0}]
+            about = {"machine": side, "recipe": "fp32", "row_multiple": 2, "seconds": 1.0, **facts}
+            Path(f"{path}.json").write_text(json.dumps({"texts": said, "rows": passes, **about}))
             logits = np.array([[2.0, 1.0 + change]], np.float32)
             np.savez(f"{path}.npz", logits=logits, ids=np.array([[8, 9]]), state=np.zeros((1, 4), np.float32))
         status = compare.main(*(str(tmp_path / part) for part in ("x86_64", "there", "out.json")), "b")
@@ -50,7 +50,7 @@ def test_differences_of_logits_are_told(main: Main, tmp_path: Path) -> None:
 def test_other_tokens_fail(main: Main) -> None:
     status, output = main(changed(0, 1))
     assert status == 1
-    assert "TOKENS DIFFER: b, here and on there: 'a' greedy, 4 drafts, from token 2 on" in output
+    assert "DIFFERENT: b, here and on there: 'a' greedy, 4 drafts, from token 2 on" in output
 
 
 def test_tokens_of_few_bits_are_told(main: Main) -> None:
@@ -62,4 +62,10 @@ def test_tokens_of_few_bits_are_told(main: Main) -> None:
 def test_drafting_must_never_change_tokens(main: Main) -> None:
     status, output = main(changed(1), recipe="int4")
     assert status == 1
-    assert "TOKENS DIFFER: b, there, plain and speculative: 'a' greedy, from token 2 on" in output
+    assert "DIFFERENT: b, there, plain and speculative: 'a' greedy, from token 2 on" in output
+
+
+def test_rows_must_not_depend_on_what_is_verified_with_them(main: Main) -> None:
+    status, output = main(rows=2, recipe="int4")
+    assert status == 1
+    assert "DIFFERENT: b, there: 2 of 3 rows, alone and in a pass of 3 tokens" in output

@@ -2,16 +2,19 @@
 
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from exporter.recipes import RECIPES
+from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import SLIDE, read_manifest
+from runtime_ref.stats import Stats
 
 
 def test_cache_is_written_in_place(backend: str, bundle: Callable[..., Path]) -> None:
@@ -29,6 +32,30 @@ def test_cache_is_written_in_place(backend: str, bundle: Callable[..., Path]) ->
         untouched = [row for row in range(buffer.shape[1]) if row not in (3, 4)]
         assert np.array_equal(buffer[:, untouched], before[name][:, untouched])
         assert not (buffer[:, 3:5] == 9.0).any()
+
+
+@pytest.mark.parametrize(("machine", "multiple"), [("x86_64", 2), ("aarch64", 4), ("arm64", 4)])
+def test_passes_are_filled_up_as_the_processor_needs(
+    machine: str, multiple: int, bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for the surplus rows up to the last position, and they change nothing."""
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    path = bundle("e2b", "onnx")
+    engine = load_engine(path, replace(read_manifest(path), eos=frozenset()), threads=1)
+    passes = set()
+    run = engine.graphs["target"].run
+
+    def recorded(**inputs: np.ndarray) -> list[np.ndarray]:
+        passes.update((len(inputs["embedded"]), len(inputs["output_rows"])))
+        return run(**inputs)
+
+    monkeypatch.setattr(engine.graphs["target"], "run", recorded)
+    prompt = [3 + i % 200 for i in range(engine.manifest.max_seq_len - 43)]
+    texts = [list(generate(engine, prompt, Options(100, drafts), Stats())) for drafts in (0, 3, 8)]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 43
+    assert min(passes) == multiple
+    assert {count % multiple for count in passes} == {0}
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="kernels of other processors are not promised to do so")

@@ -16,6 +16,9 @@ val TABLES = listOf("embed_tokens", "embed_tokens_per_layer")
 /** Rows that sliding layers' buffers move by: sums in blocks of so many rows stay the same sums. */
 const val SLIDE = 128
 
+/** As platforms call it. */
+private val ARM64 = listOf("aarch64", "arm64")
+
 /** Told what is being worked on and how many bytes of it were done. */
 fun interface Progress {
     fun done(name: String, bytes: Long)
@@ -132,14 +135,24 @@ internal fun readJson(path: File, expected: String): JsonElement =
 
 internal fun oneLine(error: Throwable): String = (error.message ?: error.javaClass.simpleName).lineSequence().first()
 
-/** The manifest in a JSON document; `origin` is what errors name. */
-internal fun parseManifest(found: JsonElement, origin: String, digest: String): Manifest {
+/**
+ * The manifest in a JSON document.
+ *
+ * @param origin what errors name.
+ * @param arm64 whether this is such a processor: they differ in how many rows their kernels sum alike.
+ */
+internal fun parseManifest(
+    found: JsonElement,
+    origin: String,
+    digest: String,
+    arm64: Boolean = System.getProperty("os.arch") in ARM64,
+): Manifest {
     val version = (found as? JsonObject)?.get("format_version")
     if (version == null || version.toString() != FORMAT_VERSION.toString()) {
         throw InputError("$origin: format_version is $version, this version reads $FORMAT_VERSION; export it again")
     }
     try {
-        return parse(found, digest).also(::check)
+        return parse(found, digest, arm64).also(::check)
     } catch (error: RuntimeException) { // whatever is missing, of another type, or does not fit
         val reason = "${error.javaClass.simpleName}: ${oneLine(error)}"
         throw InputError("$origin: incomplete or malformed ($reason); export the bundle again", error)
@@ -148,7 +161,7 @@ internal fun parseManifest(found: JsonElement, origin: String, digest: String): 
     }
 }
 
-private fun parse(raw: JsonObject, digest: String): Manifest {
+private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
     val target = raw.part("target")
     val drafts = raw.part("num_draft_tokens")
     for (name in listOf("drafter", "two_stage", "source")) require(raw.has(name)) { "$name is missing" }
@@ -162,7 +175,7 @@ private fun parse(raw: JsonObject, digest: String): Manifest {
         defaultDraftTokens = drafts.int("default"),
         maxDraftTokens = drafts.int("max"),
         limits = raw.part("limits").asMap().mapValues { it.value.asInt },
-        rowMultiple = raw.int("row_multiple"),
+        rowMultiple = raw.int(if (arm64 && raw.has("row_multiple_arm64")) "row_multiple_arm64" else "row_multiple"),
         sampling = raw.optional("sampling")?.let {
             Sampling(it.number("temperature"), it.number("top_p"), topK = it.int("top_k"))
         } ?: Sampling(),

@@ -48,6 +48,15 @@ class ManifestTest {
     }
 
     @Test
+    fun passesAreFilledUpAsTheProcessorNeeds() {
+        val json = JsonParser.parseString(text).asJsonObject
+        assertEquals(listOf(2, 2), listOf(false, true).map { parseManifest(json, "", "", arm64 = it).rowMultiple })
+        json.addProperty("row_multiple_arm64", 4)
+        json.getAsJsonObject("limits").addProperty("cache_rows", 67)
+        assertEquals(listOf(2, 4), listOf(false, true).map { parseManifest(json, "", "", arm64 = it).rowMultiple })
+    }
+
+    @Test
     fun whatDoesNotFit() {
         for (
             (expected, change) in listOf<Pair<String, (JsonObject) -> Unit>>(
