@@ -26,7 +26,7 @@ types: .venv/installed-dev
 
 # See android_demo/README.md: neither needs the Android SDK or a phone.
 android-test: .venv/installed-dev
-	$(MAKE) -C android_demo test BIN=$(abspath $(BIN))
+	$(MAKE) -j2 -C android_demo test BIN=$(abspath $(BIN))
 
 android-apk: .venv/installed-dev
 	$(MAKE) -C android_demo apk BIN=$(abspath $(BIN))
