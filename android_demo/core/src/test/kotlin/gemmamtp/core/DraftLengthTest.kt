@@ -43,6 +43,7 @@ class DraftLengthTest {
         assertEquals(0, costs.unknown(8))
         repeat(2) { for (drafts in listOf(0, 2, 4, 8)) costs.measured(drafts, 1.0 + drafts, 0.5 * drafts) }
         assertEquals(null, costs.unknown(8))
+        costs.measured(4, 50.0, 9.0) // whatever else runs only ever adds
         assertEquals(1.0, costs.verifySeconds(1)) // filled up to the same pass
         assertEquals(7.0, costs.verifySeconds(6)) // half way from 6 tokens' 5 seconds to 10 tokens' 9
         assertEquals(7.0, costs.relative(DRAFTER, 4)) // the pass, and four steps

@@ -26,6 +26,7 @@ private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
     var closed = false
 
     override fun bind(cache: Map<String, Tensor>) {
+        assertTrue(cache.isEmpty() || this.cache.isEmpty(), "old buffers are still held while new ones are made")
         this.cache = cache
     }
 
