@@ -24,7 +24,7 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
-# See android_demo/README.md: neither needs the Android SDK or a phone.
+# See android_demo/README.md: none of these needs the Android SDK or a phone.
 android-test: .venv/installed-dev
 	$(MAKE) -j2 -C android_demo test BIN=$(abspath $(BIN))
 
