@@ -52,8 +52,3 @@ build/host build/engines: hosttest/host.mk $(foreach part,native standins-ort st
 	    'exec java -Xmx1g $(OPTIONS) -Djava.library.path=$(PARTS)/native \' \
 	    '    -cp $(HOST_CLASSES) gemmamtp.hosttest.$(MAIN) "$$@"' >$@
 	chmod +x $@
-
-build/bundle-%/manifest.json: $(shell find ../exporter ../runtime_ref -name '*.py')
-	mkdir -p build
-	$(BIN)/gemma-mtp-export export --target ../exporter/demo/pair/target --drafter ../exporter/demo/pair/drafter \
-	    --output $(@D) --backend $(word 1,$(subst -, ,$*)) --recipe $(word 2,$(subst -, ,$*)) --force

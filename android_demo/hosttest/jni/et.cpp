@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "text.h"
+
 #define NATIVE(type, name) extern "C" JNIEXPORT type JNICALL Java_org_pytorch_executorch_Module_##name
 
 // The wheel has this header, but not the one of pthreadpool that it includes.
@@ -99,13 +101,6 @@ bool failed(JNIEnv* env, Error error, const std::string& what) {
   jmethodID make = env->GetMethodID(type, "<init>", "(ILjava/lang/String;)V");
   env->Throw((jthrowable)env->NewObject(type, make, (jint)error, env->NewStringUTF(what.c_str())));
   return true;
-}
-
-std::string text(JNIEnv* env, jstring from) {
-  const char* chars = env->GetStringUTFChars(from, nullptr);
-  std::string copy(chars);
-  env->ReleaseStringUTFChars(from, chars);
-  return copy;
 }
 
 // Null, with an exception pending, if it cannot be loaded.

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "text.h"
+
 #define NATIVE(type, name) extern "C" JNIEXPORT type JNICALL Java_ai_onnxruntime_Native_##name
 
 namespace {
@@ -23,13 +25,6 @@ bool failed(JNIEnv* env, OrtStatus* status) {
   env->Throw((jthrowable)env->NewObject(type, make, (jint)api()->GetErrorCode(status), message));
   api()->ReleaseStatus(status);
   return true;
-}
-
-std::string text(JNIEnv* env, jstring from) {
-  const char* chars = env->GetStringUTFChars(from, nullptr);
-  std::string copy(chars);
-  env->ReleaseStringUTFChars(from, chars);
-  return copy;
 }
 
 std::vector<std::string> texts(JNIEnv* env, jobjectArray from) {

@@ -9,7 +9,6 @@ import gemmamtp.core.Options
 import gemmamtp.core.Sampling
 import gemmamtp.core.Stream
 import gemmamtp.core.Token
-import gemmamtp.core.loadCosts
 import gemmamtp.core.openDecoder
 import gemmamtp.core.readManifest
 import java.io.File
@@ -30,11 +29,6 @@ class BundleOpener(private val loadGraphs: LoadGraphs, private val costs: File) 
         costs.mkdirs()
         try {
             val kept = File(costs, "${manifest.digest}.json")
-            try {
-                loadCosts(kept, manifest, null)
-            } catch (_: InputError) {
-                kept.delete() // nobody can do that where it lies; they are measured again
-            }
             val load = LoadGraphs { dir, facts, threads ->
                 report.at(Work(Step.LOADING, 0, 0))
                 loadGraphs.load(dir, facts, threads)

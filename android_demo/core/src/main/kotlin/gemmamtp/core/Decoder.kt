@@ -138,7 +138,8 @@ typealias Stream = Decoder.Stream
  * What passes cost is measured while it writes, and kept in [costsFile] for the next time.
  *
  * @param threads threads inside an operation; null lets the backend choose.
- * @param costsFile outside of the bundle, which is the same on all devices; null keeps nothing.
+ * @param costsFile outside of the bundle, which is the same on all devices; null keeps nothing. One that cannot be read
+ *     is measured and written anew.
  * @param verify compare every file's sha256 with the manifest's, needed once after a bundle was copied.
  * @param progress told of the files as they are verified.
  * @throws InputError not a bundle, incomplete, changed, or not for these runtimes.
@@ -158,7 +159,11 @@ fun openDecoder(
         }
     }
     val tokenizer = if (File(bundle, TOKENIZER).exists()) Tokenizer(bundle, manifest) else null
-    val costs = costsFile?.let { loadCosts(it, manifest, threads) } ?: Costs(manifest.maxDraftTokens, manifest.rowMultiple)
+    val costs = try {
+        costsFile?.let { loadCosts(it, manifest, threads) }
+    } catch (_: InputError) {
+        null // nobody can delete it in an app's own storage: it is written anew
+    } ?: Costs(manifest.maxDraftTokens, manifest.rowMultiple)
     val length = DraftLength(manifest.maxDraftTokens, costs)
     val engine = loadEngine(bundle, manifest, loadGraphs, threads)
     val keep = {

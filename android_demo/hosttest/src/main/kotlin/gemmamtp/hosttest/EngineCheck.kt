@@ -18,7 +18,7 @@ import java.nio.FloatBuffer
 import java.nio.LongBuffer
 import kotlin.system.exitProcess
 
-/** The passes that engine_check.py runs as well; every output and the cache after each pass goes to a file. */
+/** The passes that test_engines.py runs as well; every output and the cache after each pass goes to a file. */
 private class Check(private val manifest: Manifest, bundle: File, private val graphs: Map<String, BoundGraph>) {
     private val tables = manifest.tables.mapValues { Table(bundle, it.value) }
     private var cache = cacheOf(128)
