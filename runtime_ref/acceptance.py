@@ -23,6 +23,20 @@ class Round:
         )
 
 
+def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
+    """Length of the longest common prefix of two sequences.
+
+    Args:
+        one: tokens or characters, of any length.
+        other: the sequence it is compared with, of any length.
+
+    Returns:
+        The index of the first difference; the shorter length if one sequence continues the other.
+    """
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def accept(drafts: Sequence[int], choices: Sequence[int]) -> tuple[int, list[int]]:
     """Longest prefix of drafts that equals the target's own choices, then the bonus token.
 
@@ -33,7 +47,5 @@ def accept(drafts: Sequence[int], choices: Sequence[int]) -> tuple[int, list[int
     Returns:
         How many drafts were accepted, and the tokens that the round adds: the accepted drafts and one more.
     """
-    accepted = 0
-    while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
-        accepted += 1
+    accepted = common_prefix(drafts, choices)
     return accepted, list(choices[: accepted + 1])

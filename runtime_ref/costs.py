@@ -12,7 +12,7 @@ import numpy as np
 
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
-from runtime_ref.manifest import MANIFEST, Manifest
+from runtime_ref.manifest import MANIFEST, Manifest, round_up
 
 DRAFTER = "drafter"  # the source of drafts whose steps take time
 
@@ -104,7 +104,7 @@ class Costs:
         self._refresh()
 
     def _filled(self, drafts: int) -> int:
-        return -(-(drafts + 1) // self._row_multiple) * self._row_multiple
+        return round_up(drafts + 1, self._row_multiple)
 
 
 def costs_file(bundle: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from runtime_ref.acceptance import Round
+from runtime_ref.acceptance import Round, common_prefix
 from runtime_ref.costs import DRAFTER
 from runtime_ref.draft_length import DraftLength, Plan
 from runtime_ref.engine import Engine
@@ -63,7 +63,6 @@ class PlannedDrafts:
             length.learn(self._plan.source, drafted, done.accepted)
         elif self._found:
             seen = min(len(done.tokens), len(self._found))
-            pairs = zip(self._found, done.tokens[:seen], strict=False)
-            right = next((i for i, (found, token) in enumerate(pairs) if found != token), seen)
+            right = common_prefix(self._found, done.tokens)
             length.learn(self._kind, min(right + 1, seen), right)
         self.lookup.extend(done.tokens[:-1])

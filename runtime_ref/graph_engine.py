@@ -1,12 +1,12 @@
 """The round on a bundle's two graphs, whatever runs them: a target and a drafter over one KV cache in host memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from runtime_ref.acceptance import Round, accept
-from runtime_ref.manifest import SLIDE, Manifest
+from runtime_ref.manifest import SLIDE, Manifest, round_up
 from runtime_ref.sampling import Sampling, choose, log_probabilities
 
 CACHE_STEP = 256  # rows the cache grows by: short texts stay small, and growing is too rare to matter
@@ -49,9 +49,7 @@ class GraphEngine:
         self._sliding = {kv.name for kv in manifest.kv if kv.layer_type == "sliding_attention"}
 
     def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
-        step = self.manifest.limits["num_tokens"]
-        for self.position in range(start, len(tokens), step):
-            chunk = tokens[self.position : self.position + step]
+        for self.position, chunk in chunks(tokens, self.manifest.limits["num_tokens"], start):
             logits, ids, states = self.run_target(chunk, [len(chunk) - 1])
         self.position = len(tokens)
         return self._chosen([], logits, ids, states, sampling)
@@ -129,7 +127,7 @@ class GraphEngine:
             used = self.position + count - (self.window_start if name in self._sliding else 0)
             if used > old.shape[1]:
                 limit = limits["window_rows" if name in self._sliding else "cache_rows"]
-                rows = min(-(-used // CACHE_STEP) * CACHE_STEP, limit)
+                rows = min(round_up(used, CACHE_STEP), limit)
                 self.cache[name] = np.zeros((old.shape[0], rows, old.shape[2]), np.float32)
                 self.cache[name][:, : old.shape[1]] = old
                 grown = True
@@ -138,6 +136,12 @@ class GraphEngine:
                 graph.bind(self.cache)
 
 
+def chunks(tokens: Sequence[int], size: int, start: int = 0) -> Iterator[tuple[int, Sequence[int]]]:
+    """Tokens from index `start` on in passes of at most `size`, each with the index of its first token."""
+    for first in range(start, len(tokens), size):
+        yield first, tokens[first : first + size]
+
+
 def _filled(items: list[int], multiple: int) -> list[int]:
     """The list with its last item repeated up to a multiple."""
-    return items + items[-1:] * (-len(items) % multiple)
+    return items + items[-1:] * (round_up(len(items), multiple) - len(items))

@@ -116,9 +116,14 @@ def file_sha256(file: Path, progress: Progress = lambda *_: None) -> str:
     return digest.hexdigest()
 
 
+def round_up(count: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that is not below `count`; both are positive."""
+    return -(-count // multiple) * multiple
+
+
 def window_rows(sliding_window: int, num_tokens: int) -> int:
     """Rows of a sliding layer's buffer: what the next pass sees (the drafter one row more), writes, and one move."""
-    return -(-(sliding_window + 2 + num_tokens + SLIDE) // SLIDE) * SLIDE
+    return round_up(sliding_window + 2 + num_tokens + SLIDE, SLIDE)
 
 
 def _parse(raw: Mapping[str, Any]) -> Manifest:

@@ -1,12 +1,12 @@
 """Texts from a bundle, token by token: what an application calls."""
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime_ref.acceptance import common_prefix
 from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message
 from runtime_ref.costs import load_costs, save_costs
 from runtime_ref.decoder import Options, check_options, check_prompt, rounds
@@ -125,8 +125,7 @@ class Decoder:
         if self.written is None:
             return 0
         cached = [*self.written.prompt, *self.written.tokens][: self.engine.position]
-        pairs = zip(cached, prompt[:-1], strict=False)
-        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        shared = common_prefix(cached, prompt[:-1])
         return shared if self.engine.keeps(shared) else 0
 
 
