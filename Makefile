@@ -11,15 +11,17 @@ test: .venv/installed-dev
 	$(BIN)/pytest
 
 bench: .venv/installed
-	$(BIN)/python -m exporter.bench.heads
-	$(BIN)/python -m exporter.bench.acceptance
-	$(BIN)/python -m exporter.bench.clusters
-	$(BIN)/python -m exporter.bench.recipes
-	$(BIN)/python -m exporter.bench.draft_length
+	$(BIN)/python -m exporter.studies.two_stage_speed
+	$(BIN)/python -m exporter.studies.cluster_acceptance
+	$(BIN)/python -m exporter.studies.kmeans_comparison
+	$(BIN)/python -m exporter.studies.recipe_speed
+	$(BIN)/python -m exporter.studies.draft_planning
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
 
 types: .venv/installed-dev
 	$(BIN)/mypy

@@ -8,10 +8,12 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from runtime_ref.errors import InputError
+from runtime_ref.json_file import read_json
 
 
 def human_bytes(size: float) -> str:
@@ -79,13 +81,10 @@ def check_directory(output: Path, force: bool, is_ours: Callable[[Path], bool], 
 def check_room(output: Path, disk: int, memory: int) -> None:
     """Refuse to start what would run out of disk beside `output`, or of memory where the system tells how much is left.
 
-    What killed processes left there for this output is removed first: it takes the room that is asked for.
-
     Raises:
         InputError: so many bytes are not there.
     """
     output = output.resolve()
-    _remove_leftovers(output)
     parent = next(path for path in output.parents if path.exists())
     if disk > (free := shutil.disk_usage(parent).free):
         raise InputError(
@@ -101,6 +100,30 @@ def check_room(output: Path, disk: int, memory: int) -> None:
 
 
 _MEMORY = Path("/proc/meminfo")
+
+
+def holds_only(directory: Path, marker: str, listed: Callable[[Any], Iterable[str]]) -> bool:
+    """Whether a directory is empty, or holds a marker file and nothing that the marker does not list.
+
+    Args:
+        directory: an existing directory.
+        marker: name of a JSON file in it.
+        listed: gives the paths, relative to the directory, that the marker's content lists; it may raise KeyError or
+            TypeError for content of another kind.
+    """
+    paths = [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir() or not any(path.iterdir())]
+    names = {path.relative_to(directory).as_posix() for path in paths}
+    if marker not in names:
+        return not names
+    try:
+        return names <= {marker, *listed(read_json(directory / marker, "a JSON object"))}
+    except (InputError, KeyError, TypeError):
+        return False
+
+
+def directory_bytes(directory: Path) -> int:
+    """Sum of the sizes, in bytes, of the files that lie directly in a directory."""
+    return sum(file.stat().st_size for file in directory.iterdir())
 
 
 @contextlib.contextmanager
@@ -141,11 +164,12 @@ def replacing(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_leftovers(output: Path) -> None:
-    """Remove what processes of this machine wrote aside for an output before they were killed; it bears their number.
+def remove_leftovers(output: Path) -> None:
+    """Remove partial outputs that killed processes of this machine left beside `output`; the names carry process ids.
 
-    What was to be replaced takes its place again, if nothing else has.
+    An output that such a process was about to replace is put back, unless there is another one by now.
     """
+    output = output.resolve()
     for leftover in sorted(output.parent.glob(f".{glob.escape(output.name)}.partial-*"), reverse=True):
         owner = re.fullmatch(r"(\d+)@(.+?)-[^-]+(-old)?", leftover.name.removeprefix(f".{output.name}.partial-"))
         if owner is None or owner[2] != socket.gethostname() or _runs(int(owner[1])):

@@ -49,7 +49,8 @@ class GraphEngine:
         self._sliding = {kv.name for kv in manifest.kv if kv.layer_type == "sliding_attention"}
 
     def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
-        for self.position, chunk in chunks(tokens, self.manifest.limits["num_tokens"], start):
+        for first, chunk in chunks(tokens, self.manifest.limits["num_tokens"], start):
+            self.position = first
             logits, ids, states = self.run_target(chunk, [len(chunk) - 1])
         self.position = len(tokens)
         return self._chosen([], logits, ids, states, sampling)

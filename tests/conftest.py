@@ -12,9 +12,9 @@ import pytest
 import threadpoolctl
 import torch
 
-from exporter import cli
-from exporter.backends import BACKENDS
+from exporter.cli import main as cli
 from exporter.demo import PAIR
+from exporter.graphs.backend import BACKENDS
 from tests.chats import save_chat_pair
 from tests.exports import export
 from tests.pairs import SHAPES, save_pair

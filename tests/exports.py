@@ -5,9 +5,9 @@ from pathlib import Path
 import threadpoolctl
 import torch
 
-from exporter.bundle import ExportOptions, export_bundle
-from exporter.clusters import ClusterOptions, make_clusters
-from exporter.pair import open_pair
+from exporter.bundle.export import ExportOptions, export_bundle
+from exporter.checkpoint.pair import open_pair
+from exporter.heads.clusters import ClusterOptions, make_clusters
 
 MAX_SEQ_LEN = 600  # sliding layers' buffers move twice in that many
 

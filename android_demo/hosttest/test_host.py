@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from exporter.chat_format import chat_format
-from exporter.generation import SpecialTokens
+from exporter.bundle.chat_format import chat_format
+from exporter.checkpoint.generation_config import SpecialTokens
 from runtime_ref import decoder as decoder_module
 from runtime_ref import streaming
 from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from exporter.bench import spread
+from exporter.bench.timing import spread
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import GRAPH_MODULES, load_engine
 from runtime_ref.errors import InputError

@@ -1,15 +1,16 @@
 """What drafting gains: computed from what passes cost, and measured with acceptance forced to a schedule."""
 
 import random
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from exporter.bench.timing import turns
 from runtime_ref.acceptance import Round
 from runtime_ref.decoder import Options, generate
 from runtime_ref.graph_engine import GraphEngine
+from runtime_ref.manifest import round_up
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
@@ -45,7 +46,7 @@ def speedups(
 
 def gains(costs: Mapping[int, float], draft: float, tokens: Sequence[float], row_multiple: int = 1) -> list[float]:
     """The same where it is known how many tokens a round of 1, 2, .. drafts adds on average."""
-    filled = [-(-(k + 1) // row_multiple) * row_multiple for k in range(1, len(tokens) + 1)]
+    filled = [round_up(k + 1, row_multiple) for k in range(1, len(tokens) + 1)]
     return [
         added / (verify_cost(costs, rows) + k * draft)
         for k, (added, rows) in enumerate(zip(tokens, filled, strict=True), start=1)
@@ -105,10 +106,7 @@ def forced_generation(
     """
     runs: dict[int, list[Stats]] = {k: [] for k in (0, *drafts)}
     equal, engine.scheduled, engine.acceptance = True, 0, acceptance
-    until = time.perf_counter() + seconds * len(runs)
-    for turn in range(TURNS[1]):
-        if turn >= TURNS[0] and time.perf_counter() > until:
-            break
+    for turn in turns(seconds * len(runs), *TURNS):
         for k, done in runs.items():
             stats = Stats()
             engine.chance = random.Random(1000 * turn + k)

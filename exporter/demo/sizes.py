@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from exporter.config import LAYER_TYPES, AttentionConfig, DrafterConfig, TextConfig
+from exporter.modeling.config import LAYER_TYPES, AttentionConfig, DrafterConfig, TextConfig
 
 SLIDING, FULL = LAYER_TYPES
 

@@ -15,18 +15,17 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from rich.console import Console
 
-from clustering.table import CENTROIDS, TOKEN_ORDERING
-from exporter.checkpoint import TARGET_PREFIXES, drafter_names, parameter_shapes
-from exporter.config import DrafterConfig, TextConfig, read_object
-from exporter.console import peak_bytes, progress_bar, run_command
+from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING
+from exporter.checkpoint.names import TARGET_PREFIXES, drafter_names
+from exporter.demo.shards import SHARD_BYTES, TensorToWrite, write_shards
 from exporter.demo.sizes import SIZES, drafter_json, target_json
-from exporter.files import check_directory, check_room, human_bytes, replacing
+from exporter.files import check_directory, check_room, holds_only, human_bytes, remove_leftovers, replacing
+from exporter.modeling.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
-from exporter.shards import SHARD_BYTES, TensorToWrite, write_shards
-from runtime_ref.errors import InputError
+from exporter.modeling.weights import parameter_shapes
+from exporter.terminal import err, peak_bytes, progress_bar, run_command
 from runtime_ref.manifest import Progress
 
 PERIOD = 2**24 - 3  # prime
@@ -57,7 +56,10 @@ class SyntheticPair:
         Raises:
             InputError: the output exists, cannot be written or does not fit on its disk; nothing is left behind.
         """
-        check_directory(output, force, _only_a_pair, "a synthetic pair")
+        check_directory(
+            output, force, lambda found: holds_only(found, MARKER, lambda pair: pair["files"]), "a synthetic pair"
+        )
+        remove_leftovers(output)
         check_room(output, self.size + 10**6, MEMORY)
         with replacing(output) as directory:
             for name, tensors in self.tensors.items():
@@ -104,16 +106,6 @@ def _files(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
 
 
-def _only_a_pair(directory: Path) -> bool:
-    """Whether a directory is empty, or holds one of our markers and nothing but what that names."""
-    if not (directory / MARKER).exists():
-        return not any(directory.iterdir())
-    try:
-        return {*_files(directory)} <= {MARKER, *read_object(directory / MARKER)["files"]}
-    except (InputError, KeyError, TypeError):
-        return False
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--size", type=click.Choice(list(SIZES)), required=True, help="e2b takes 9.4 GB, e4b 15.1 GB.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="For `target` and `drafter`.")
@@ -124,7 +116,7 @@ def synthetic(size: str, output: Path, seed: int, force: bool, as_json: bool) ->
     """Write checkpoints of a target and its drafter with random weights in their true shapes."""
     started = time.perf_counter()
     pair = SyntheticPair(*SIZES[size], seed)
-    with progress_bar(Console(stderr=True, markup=False, soft_wrap=True), "writing", pair.size) as progress:
+    with progress_bar(err, "writing", pair.size) as progress:
         pair.write(output, force, progress)
     seconds, peak = time.perf_counter() - started, peak_bytes()
     if as_json:

@@ -1,0 +1,1 @@
+"""Why few drafts are accepted: experiments for each known cause."""

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exporter.checkpoint.pair import Pair
+from exporter.doctor.faults import FAULTS, ROWS, STATE, WINDOW
 from exporter.doctor.study import (
     AS_IT_SHOULD,
     CHOICES,
@@ -30,7 +32,6 @@ from exporter.doctor.study import (
     STATES,
     STEPS,
     UNROUNDED,
-    Fault,
     Study,
 )
 from exporter.doctor.template import check_template
@@ -46,15 +47,12 @@ from exporter.doctor.verdicts import (
     is_clear,
     mean,
 )
-from exporter.drafting import DRAFT_STEPS, Change
-from exporter.pair import Pair
-from exporter.parity import Note, default_prompts, refuse_other_shapes
-from exporter.recipes import RECIPES
-from runtime_ref.decoder import Options, check_prompt, generate
+from exporter.parity.drafting import DRAFT_STEPS
+from exporter.parity.stages import Note, default_prompts, read_comparable
+from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
-from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
@@ -64,25 +62,6 @@ NO_TEXT = "the texts are too short to draft on; raise --max-new-tokens, or expor
 
 # Drafts that may differ where no activation is rounded, and how many more must fit a softcap than not: ties.
 SOME_DRAFTS, MIN_DRAFTS = 0.05, 2
-
-STATE, ROWS, WINDOW = "state after the final norm", "KV rows", "sliding window"
-# Experiment, what the fault is, and the change that makes it.
-FAULTS = (
-    Fault(STATE, "the state comes before the target's final norm", Change(before_norm=True)),
-    Fault("embedding scale", "embeddings are not multiplied by sqrt(hidden size)", Change(scaled=False)),
-    Fault("position", "the position is 1 too low", Change(position=-1)),
-    Fault("position", "the position is 1 too high", Change(position=1)),
-    Fault("position", "position and rows in view are 1 too low", Change(position=-1, masks=True)),
-    Fault("position", "position and rows in view are 1 too high", Change(position=1, masks=True)),
-    Fault("position", "the position advances with each draft step", Change(advance=1)),
-    Fault("position", "position and rows in view advance with each draft step", Change(advance=1, masks=True)),
-    Fault(ROWS, "the newest row is not in view", Change(newest=-1)),
-    Fault(ROWS, "a row that no accepted token wrote is in view", Change(newest=1)),
-    Fault(ROWS, "rows lie 1 too far down", Change(shift=1)),
-    Fault(ROWS, "rows lie 1 too far up", Change(shift=-1)),
-    Fault(WINDOW, "the window is 1 shorter", Change(window=-1)),
-    Fault(WINDOW, "the window is 1 longer", Change(window=1)),
-)
 
 
 @dataclass(frozen=True)
@@ -112,14 +91,9 @@ def run_doctor(
     Raises:
         InputError: the bundle cannot be read or run, or is of other shapes than the pair.
     """
-    manifest = read_manifest(bundle)
-    if manifest.recipe not in RECIPES:
-        raise InputError(f"{bundle}: recipe {manifest.recipe!r} is unknown; expected one of {', '.join(RECIPES)}")
+    manifest = read_comparable(bundle, pair, prompts)
     if not manifest.max_draft_tokens:
         raise InputError(f"{bundle}: was exported for no drafts; export it with --max-draft-tokens 4 or more")
-    for prompt in prompts:
-        check_prompt(manifest, prompt)
-    refuse_other_shapes(bundle, manifest, pair)
     found = diagnose(load_engine(bundle, manifest, threads=1), pair, prompts, max_new_tokens, note)
     template = check_template(bundle, pair.target_checkpoint.directory, prompts)
     return Diagnosis([*found.experiments, template], found.acceptance_rate)

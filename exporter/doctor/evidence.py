@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.drafting import DRAFT_STEPS, KV
+from exporter.checkpoint.pair import Pair
+from exporter.modeling.drafter import KV, kv_by_type
 from exporter.modeling.target import Target, empty_kv
-from exporter.pair import Pair
+from exporter.parity.drafting import DRAFT_STEPS
 from runtime_ref.graph_engine import BoundGraph, GraphEngine
 from runtime_ref.sampling import Sampling
 
@@ -83,7 +84,7 @@ class Reading:
     kv: list[Tensor]
 
     def shared(self, pair: Pair) -> KV:
-        return {kind: (self.kv[2 * i], self.kv[2 * i + 1]) for kind, i in pair.shared_kv.items()}
+        return kv_by_type(self.kv, pair.shared_kv)
 
 
 def read(target: Target, text: Sequence[int], start: int) -> Reading:

@@ -2,21 +2,21 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from exporter.backends import load_backend
+from exporter.checkpoint.pair import Pair
 from exporter.doctor.evidence import Probe, Reading, Written, probes, read, row_distance, row_errors, write
+from exporter.doctor.faults import Change, Fault, changed_step, with_softcap
 from exporter.doctor.verdicts import FLOOR, allowed, gain, stored_as
-from exporter.drafting import DRAFT_STEPS, KV, Change, draft_rounds, draft_step, with_softcap
-from exporter.graphs import PREFILL_CHUNK
-from exporter.modeling.drafter import Drafter
-from exporter.pair import Pair
-from exporter.quality import bundle_logits
-from exporter.recipes import RECIPES
-from exporter.reference import Reference
+from exporter.graphs.backend import load_backend
+from exporter.graphs.spec import PREFILL_CHUNK
+from exporter.modeling.drafter import KV, Drafter
+from exporter.parity.drafting import DRAFT_STEPS, draft_rounds
+from exporter.parity.quality import bundle_logits
+from exporter.parity.reference import Reference
+from exporter.quantization.recipes import RECIPES
 from runtime_ref.graph_engine import GraphEngine
 
 # Variants besides the faults: the right one, and one with something else in the place of a part.
@@ -31,15 +31,6 @@ LOGITS, CHOICES, STATES, STEPS, DRAFTS = "logits", "choices", "states", "steps",
 # What may be wrong with the cache.
 SHIFTED, STALE, NUMBERS = "shifted", "stale", "numbers"
 CLOSE = 0.1  # rows of another token are about 1 off, rounding to 8 bits makes 0.01
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A change, the experiment that it belongs to, and what it is, to follow an "if"."""
-
-    experiment: str
-    label: str
-    change: Change
 
 
 class Study:
@@ -169,7 +160,7 @@ class Study:
         start, right = torch.tensor([probe.window_start]), self._drafters[AS_IT_SHOULD]
 
         def keep(name: str, drafter: Drafter, change: Change = Change()) -> None:
-            hidden, states = draft_step(drafter, *inputs, start, probe.kv, change)
+            hidden, states = changed_step(change)(drafter, *inputs, start, probe.kv)
             self._keep(STEPS, name, states)
             self._keep(DRAFTS, name, drafter.head(hidden))
 
@@ -190,9 +181,9 @@ class Study:
         def run(
             drafter: Drafter, states: Tensor, kv: KV, wanted: Tensor, change: Change = Change()
         ) -> tuple[Tensor, Tensor, Tensor]:
-            parts = []
+            parts, step = [], changed_step(change)
             for rows in torch.arange(len(tokens)).split(PREFILL_CHUNK):
-                parts.append(draft_rounds(drafter, tokens[rows], states[rows], positions[rows], kv, change))
+                parts.append(draft_rounds(drafter, tokens[rows], states[rows], positions[rows], kv, step))
             hidden, drafts = (torch.cat(part) for part in zip(*parts, strict=True))
             return (drafts == wanted).cumprod(1).sum(1), hidden.flatten(0, 1), drafts.flatten()
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporter.checkpoint import checkpoint_json
-from exporter.config import read_object
+from exporter.checkpoint.config_json import checkpoint_json, read_object
 from exporter.doctor.verdicts import FINDING, PASS, SKIPPED, Experiment
 from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.errors import InputError

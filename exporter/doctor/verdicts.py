@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from exporter.parity import CEILING, EAGER_FACTOR
+from exporter.parity.stages import CEILING, EAGER_FACTOR
 
 PASS, FINDING, SKIPPED = "pass", "finding", "skipped"
 

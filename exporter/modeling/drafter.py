@@ -1,14 +1,28 @@
 """The drafter: a small decoder with no KV of its own that reads the target's cache."""
 
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from clustering.table import TwoStageSizes
-from exporter.config import DrafterConfig
+from clustering.cluster_table import TwoStageSizes
+from exporter.modeling.config import DrafterConfig
 from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
 from exporter.modeling.two_stage import DenseHead, TwoStageHead
+
+# K and V, each [N, S, D], by layer type.
+KV = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def kv_by_type(kv: Sequence[Tensor], layers: Mapping[str, int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pick the K and V that a drafter reads from a target's cache.
+
+    Args:
+        kv: K, then V, of each storing layer, each [N, S, D] (a batch may come first).
+        layers: index of the storing layer by layer type, as `exporter.modeling.config.shared_kv` gives it.
+    """
+    return {layer_type: (kv[2 * layer], kv[2 * layer + 1]) for layer_type, layer in layers.items()}
 
 
 class Drafter(nn.Module):
@@ -35,9 +49,7 @@ class Drafter(nn.Module):
         else:
             self.head = TwoStageHead(text.hidden_size, two_stage, ops, cluster_bits)
 
-    def forward(
-        self, tokens: Tensor, states: Tensor, positions: Tensor, kv: dict[str, tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, states: Tensor, positions: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
         """One draft step for each of T independent rounds; inference has T = 1.
 
         Args:
@@ -59,7 +71,7 @@ class Drafter(nn.Module):
         states: Tensor,
         positions: Tensor,
         window_start: Tensor,
-        kv: dict[str, tuple[Tensor, Tensor]],
+        kv: KV,
     ) -> tuple[Tensor, Tensor]:
         """`forward` for tokens that were looked up already, and without the head.
 

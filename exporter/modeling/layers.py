@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.config import AttentionConfig, TextConfig
+from exporter.modeling.config import AttentionConfig, TextConfig
 
 
 def write_rows(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from exporter.config import TextConfig
+from exporter.modeling.config import TextConfig
 from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
+from clustering.cluster_table import ClusterTable
 from clustering.kmeans import _fill, default_clusters, equal_clusters
-from clustering.table import ClusterTable
 
 
 def rows(count: int, seed: int = 0, centers: int = 12) -> np.ndarray:

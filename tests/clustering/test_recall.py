@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from clustering.cluster_table import ClusterTable
 from clustering.kmeans import equal_clusters
 from clustering.recall import best_logits, cluster_ranks, fit_centroids, recall_curve
-from clustering.table import ClusterTable
 from runtime_ref.two_stage import two_stage_token
 
 V, E, C = 203, 12, 24  # some clusters have a token twice

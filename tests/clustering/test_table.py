@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from clustering.table import CENTROIDS, TOKEN_ORDERING, ClusterTable, TwoStageSizes, load_table
+from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING, ClusterTable, TwoStageSizes, load_table
 from runtime_ref.errors import InputError
 
 TABLE = ClusterTable(np.arange(12, dtype=np.float32).reshape(3, 4), np.array([7, 2, 0, 1, 5, 6, 3, 4]))

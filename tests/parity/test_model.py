@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from exporter.checkpoint.pair import open_pair
 from exporter.modeling.target import empty_kv
-from exporter.pair import open_pair
 from tests.pairs import SHAPES, load_reference, to_published
 
 TOLERANCE = 1e-4  # float32 sums in another order; the first layers agree to 1e-6

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.bench.simulation import (
+from exporter.studies.simulation import (
     COSTS,
     MOST,
     CostTable,

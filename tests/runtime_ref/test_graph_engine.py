@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.recipes import RECIPES
+from exporter.quantization.recipes import RECIPES
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.graphs import PREFILL_CHUNK
+from exporter.graphs.spec import PREFILL_CHUNK
 from runtime_ref.costs import Costs
 from runtime_ref.decoder import Options, generate
 from runtime_ref.draft_length import DraftLength

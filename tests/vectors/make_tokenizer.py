@@ -16,9 +16,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from exporter.chat_format import ChatFormat, chat_format
+from exporter.bundle.chat_format import ChatFormat, chat_format
+from exporter.checkpoint.generation_config import SpecialTokens
 from exporter.demo import PAIR
-from exporter.generation import SpecialTokens
 from runtime_ref.chat import ChatTemplate
 from runtime_ref.tokenizer import TextStream, TextTokenizer
 from tests.chats import CHANNELS, TEMPLATE, VERBATIM

@@ -1,0 +1,1 @@
+"""What ships: exporting a bundle, and inspecting one."""

@@ -1,0 +1,106 @@
+"""What a bundle or a checkpoint holds, as plain facts."""
+
+from collections import Counter
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.checkpoint.config_json import read_drafter_config, read_object, read_target_config
+from exporter.checkpoint.names import drafter_weights, read_cluster_table, target_weights
+from exporter.checkpoint.tensors import Checkpoint
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifest
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Facts of a bundle or of a checkpoint directory, which is checked as an export would check it.
+
+    Raises:
+        InputError: neither a bundle nor a Gemma 4 checkpoint, or a broken one.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: not a directory; expected a bundle or a checkpoint")
+    if (path / MANIFEST).exists():
+        manifest = read_manifest(path)
+        facts = {k: manifest.raw[k] for k in ("recipe", "max_seq_len", "num_draft_tokens", "tokens")}
+        return {
+            "kind": "bundle",
+            "backend": _with_shares(path, manifest.raw["backend"]),
+            **facts,
+            "target": _sizes(manifest.raw["target"]),
+            "drafter": _sizes(manifest.raw["drafter"]["text"]),
+            "two_stage": manifest.raw["two_stage"],
+            "kv_bytes_per_token": _row_bytes(manifest, "full_attention"),
+            "kv_sliding_bytes": manifest.limits["window_rows"] * _row_bytes(manifest, "sliding_attention"),
+            "tables": manifest.raw["tables"],
+            "files": {name: size for name, (size, _) in manifest.files.items()},
+            "total_bytes": sum(size for size, _ in manifest.files.values()),
+            "changed_files": changed_files(path, manifest),
+        }
+    if read_object(path / "config.json").get("model_type") == "gemma4_assistant":
+        return _inspect_drafter(path)
+    return _inspect_target(path)
+
+
+def _row_bytes(manifest: Manifest, layer_type: str) -> int:
+    """Bytes that K and V of one position take in all layers of a type."""
+    buffers = [kv for kv in manifest.kv if kv.layer_type == layer_type]
+    return sum(4 * kv.num_key_value_heads * kv.head_dim for kv in buffers)
+
+
+def _with_shares(path: Path, backend: dict[str, Any]) -> dict[str, Any]:
+    """A backend's facts, and of each graph that it delegates the share that it took."""
+    if "delegation" not in backend:
+        return backend
+    graphs = {}
+    try:
+        for name, facts in backend["delegation"].items():
+            shares = {}
+            for part in ("ops", "weight_bytes"):
+                taken = facts[f"delegated_{part}"]
+                shares[f"delegated_{part}_share"] = round(taken / (taken + facts[f"portable_{part}"]), 3)
+            graphs[name] = {**shares, **facts}
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path / MANIFEST}: backend.delegation is malformed ({reason}); export again") from error
+    return {**backend, "delegation": graphs}
+
+
+def _inspect_target(path: Path) -> dict[str, Any]:
+    config, checkpoint = read_target_config(path), Checkpoint(path)
+    used = target_weights(checkpoint, config)
+    return {"kind": "target", "target": _sizes(asdict(config)), **_tensors(checkpoint, len(used))}
+
+
+def _inspect_drafter(path: Path) -> dict[str, Any]:
+    config, checkpoint = read_drafter_config(path), Checkpoint(path)
+    table = read_cluster_table(checkpoint, config)
+    # Checks every name and shape; the target's embedding is not read.
+    used = drafter_weights(checkpoint, config, None, {"embed_tokens.weight": lambda: torch.empty(0)})
+    return {
+        "kind": "drafter",
+        "drafter": _sizes(asdict(config.text)),
+        "backbone_hidden_size": config.backbone_hidden_size,
+        "two_stage": table and asdict(table.sizes(config.centroid_intermediate_top_k)),
+        **_tensors(checkpoint, len(used) - 1 + (0 if table is None else 2)),
+    }
+
+
+def _tensors(checkpoint: Checkpoint, used: int) -> dict[str, Any]:
+    entries = checkpoint.entries.values()
+    return {
+        "tensors": len(entries),
+        "tensors_used": used,
+        "parameters": sum(prod(entry.shape) for entry in entries),
+        "dtypes": dict(sorted(Counter(entry.dtype for entry in entries).items())),
+        "files": {file.name: file.stat().st_size for file in checkpoint.files},
+        "total_bytes": sum(file.stat().st_size for file in checkpoint.files),
+    }
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """A text config with its layer pattern counted instead of listed."""
+    return {**config, "layer_types": dict(Counter(config["layer_types"]))}

@@ -1,0 +1,164 @@
+"""Tensor names: which tensor of a checkpoint is which parameter of the model, by dialect."""
+
+import fnmatch
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING, ClusterTable
+from exporter.checkpoint.tensors import FLOAT_DTYPES, Checkpoint, Stored, TensorEntry
+from exporter.modeling.config import DrafterConfig, TextConfig
+from exporter.modeling.drafter import Drafter
+from exporter.modeling.target import Target
+from exporter.modeling.weights import Weights, parameter_shapes
+from runtime_ref.errors import InputError
+
+# Where the target's text decoder stands in a checkpoint, by dialect; the first that holds an embedding counts.
+TARGET_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+
+# Target tensors that are left out on purpose, as patterns on the name in the checkpoint.
+IGNORED_TARGET = {
+    "*vision_tower.*": "vision",
+    "*audio_tower.*": "audio",
+    "*embed_vision.*": "vision",
+    "*embed_audio.*": "audio",
+    "*lm_head.weight": "tied to the embedding",
+}
+
+# Target tensors that KV-shared layers may carry and nothing reads.
+IGNORED_ON_SHARED_LAYERS = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight")
+
+# Drafter tensors: module name <- name in the checkpoint; `{}` is the rest of the name.
+DRAFTER_NAMES = {
+    "layers.{}": "model.layers.{}",
+    "norm.weight": "model.norm.weight",
+    "pre_projection.weight": "pre_projection.weight",
+    "post_projection.weight": "post_projection.weight",
+}
+
+DRAFTER_EMBEDDING = "model.embed_tokens.weight"
+
+
+def target_weights(checkpoint: Checkpoint, config: TextConfig, mapped: bool = False) -> Weights:
+    """Readers for every parameter of `Target`; every tensor of the checkpoint is used, ignored by a rule or refused.
+
+    `mapped` weights are those of `Checkpoint.map`.
+
+    Raises:
+        InputError: a tensor is missing, unknown, of the wrong shape or quantized.
+    """
+    names = checkpoint.entries.keys()
+    prefix = next((p for p in TARGET_PREFIXES if f"{p}embed_tokens.weight" in names), TARGET_PREFIXES[0])
+    shapes = parameter_shapes(lambda: Target(config))
+    ignored = _shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
+    ignored |= {name for name in names for pattern in IGNORED_TARGET if fnmatch.fnmatchcase(name, pattern)}
+    names_in_file = {name: prefix + name for name in shapes}
+    _refuse_unknown(checkpoint, set(names_in_file.values()) | ignored)
+    readers = _select(checkpoint, names_in_file, shapes)
+    return {n: functools.partial(checkpoint.map, r.name) for n, r in readers.items()} if mapped else readers
+
+
+def drafter_weights(
+    checkpoint: Checkpoint, config: DrafterConfig, table: ClusterTable | None, target: Weights
+) -> Weights:
+    """Readers for every parameter of `Drafter`, whose head is clustered if a table is given, else dense.
+
+    Raises:
+        InputError: a tensor is missing, unknown, of the wrong shape or quantized.
+    """
+    shapes = parameter_shapes(lambda: Drafter(config, None))
+    names_in_file = drafter_names(shapes)
+    ignored = _shared_layer_tensors("model.", range(config.text.num_hidden_layers))
+    _refuse_unknown(checkpoint, {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, "lm_head.weight"} | ignored)
+    weights: dict[str, Callable[[], Tensor]] = dict(_select(checkpoint, names_in_file, shapes))
+    weights["target_embed_tokens.weight"] = target["embed_tokens.weight"]
+    if table is not None:
+        embedding, members = weights.pop("head.weight"), torch.from_numpy(table.members)
+        weights["head.centroids"] = lambda: torch.from_numpy(table.centroids)
+        weights["head.clusters"] = lambda: embedding()[members.flatten()].reshape(len(members), -1)
+        weights["head.token_ids"] = members.float
+    return weights
+
+
+def drafter_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Name in the checkpoint of each parameter of a drafter with a dense head; the target's embedding is not there."""
+    names = {"head.weight": DRAFTER_EMBEDDING}
+    for ours, stored in DRAFTER_NAMES.items():
+        stem = ours.removesuffix("{}")
+        names |= {name: stored.replace("{}", name.removeprefix(stem)) for name in shapes if name.startswith(stem)}
+    return names
+
+
+def read_cluster_table(checkpoint: Checkpoint, config: DrafterConfig) -> ClusterTable | None:
+    """The clusters that the checkpoint carries, None for a dense head: presence decides, whatever the config says.
+
+    Raises:
+        InputError: half a table, one that does not fit the config, or an ordering that is not a permutation.
+    """
+    entries = checkpoint.entries
+    if CENTROIDS not in entries and TOKEN_ORDERING not in entries:
+        return None
+    expected = {
+        CENTROIDS: (config.num_centroids, config.text.hidden_size),
+        TOKEN_ORDERING: (config.text.vocab_size,),
+    }
+    for name, dtypes in ((CENTROIDS, FLOAT_DTYPES), (TOKEN_ORDERING, ("I64", "I32"))):
+        if name not in entries:
+            raise InputError(f"{checkpoint.directory}: tensor {name} is missing, but its partner is there")
+        _check_entry(entries[name], name, expected[name], dtypes)
+    table = ClusterTable(checkpoint.load(CENTROIDS).numpy(), checkpoint.load(TOKEN_ORDERING).long().numpy())
+    source = str(entries[TOKEN_ORDERING].file)
+    table.check(source)
+    if config.text.vocab_size % config.num_centroids:
+        raise InputError(
+            f"{source}: {config.text.vocab_size} tokens do not split into {config.num_centroids} clusters of equal"
+            " size; check num_centroids"
+        )
+    if config.centroid_intermediate_top_k > config.num_centroids:
+        raise InputError(
+            f"{checkpoint.directory}: centroid_intermediate_top_k is {config.centroid_intermediate_top_k}, more than"
+            f" the {config.num_centroids} clusters there are; correct config.json"
+        )
+    return table
+
+
+def _select(
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Stored]:
+    """Readers for module parameters whose names in the checkpoint are given; shapes and dtypes must fit."""
+    for name, stored in names.items():
+        entry = checkpoint.entries.get(stored)
+        if entry is None:
+            raise InputError(f"{checkpoint.directory}: tensor {stored} is missing; restore the checkpoint")
+        _check_entry(entry, stored, shapes[name], FLOAT_DTYPES)
+    return {name: Stored(checkpoint, stored) for name, stored in names.items()}
+
+
+def _check_entry(entry: TensorEntry, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    if entry.shape != shape:
+        raise InputError(
+            f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)};"
+            " the weights and the config belong to different models"
+        )
+    if entry.dtype not in dtypes:
+        raise InputError(
+            f"{entry.file}: tensor {name} is {entry.dtype}, expected one of {', '.join(dtypes)}; pass an unquantized"
+            " checkpoint"
+        )
+
+
+def _refuse_unknown(checkpoint: Checkpoint, known: set[str]) -> None:
+    if unknown := sorted(checkpoint.entries.keys() - known):
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise InputError(
+            f"{checkpoint.entries[unknown[0]].file}: unknown tensor {unknown[0]}{more}: neither mapped nor ignored by"
+            " a rule; this is not a plain Gemma 4 checkpoint of that kind"
+        )
+
+
+def _shared_layer_tensors(prefix: str, layers: range) -> set[str]:
+    return {f"{prefix}layers.{i}.self_attn.{name}" for i in layers for name in IGNORED_ON_SHARED_LAYERS}

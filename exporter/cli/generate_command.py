@@ -1,0 +1,94 @@
+"""`generate`: text from a bundle."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from exporter.cli.conversation import converse
+from exporter.cli.options import DraftTokens, bundle_argument, json_option, prompt_ids_option
+from exporter.cli.printing import print_continuation, print_stream
+from exporter.terminal import err, progress_bar
+from runtime_ref.chat import NO_TEMPLATE
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import read_manifest
+from runtime_ref.prompts import read_prompt_ids
+from runtime_ref.streaming import Decoder, open_decoder
+
+
+@click.command()
+@bundle_argument
+@click.option("--prompt", help="Text to continue.")
+@click.option("--chat", is_flag=True, help="Answer the prompt as a chat's first message, by the checkpoint's template.")
+@prompt_ids_option()
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128)
+@click.option("--mode", type=click.Choice(["speculative", "plain"]), default="speculative")
+@click.option(
+    "--num-draft-tokens",
+    type=DraftTokens(),
+    default="auto",
+    help="Drafts a round; auto is as many as pay, none included.",
+)
+@click.option("--temperature", type=click.FloatRange(0), help="0 is greedy.  [default: the checkpoint's]")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="[default: the checkpoint's]")
+@click.option("--top-k", type=int, help="At most 64.  [default: the checkpoint's]")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0)
+@json_option
+def generate(
+    bundle: Path,
+    prompt: str | None,
+    chat: bool,
+    prompt_ids: Path | None,
+    max_new_tokens: int,
+    mode: str,
+    num_draft_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Continue prompts with a bundle; without a prompt, on a terminal, chat."""
+    interactive = prompt is None and prompt_ids is None and not as_json and sys.stdin.isatty()
+    if (prompt is None) == (prompt_ids is None) and not interactive:
+        raise click.UsageError("give either --prompt or --prompt-ids")
+    if chat and prompt_ids is not None:
+        raise click.UsageError("--chat goes with --prompt: token ids are run as they are")
+    if prompt == "":
+        raise InputError("the prompt is empty: expected some text")
+    decoder = open_bundle(bundle)
+    if chat and decoder.template is None:
+        raise InputError(f"{bundle}: {NO_TEMPLATE}")
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "num_draft_tokens": 0 if mode == "plain" else num_draft_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    if interactive:
+        converse(decoder, given)
+        return
+    prompts: list[Any] = [prompt] if prompt_ids is None else list(read_prompt_ids(prompt_ids))
+    results = []
+    for item in prompts:
+        decoder.forget()  # prompts of a file are measured alike, whatever they share
+        stream = decoder.chat([{"role": "user", "content": item}], **given) if chat else decoder.stream(item, **given)
+        if not as_json:
+            print_stream(stream) if chat else print_continuation(decoder, stream)
+            continue
+        for _ in stream:
+            pass
+        text = stream.text if decoder.tokenizer else None
+        results.append({"tokens": stream.tokens, "text": text, **stream.stats.as_dict()})
+    if as_json:
+        click.echo(json.dumps(results[0] if len(results) == 1 else results))
+
+
+def open_bundle(bundle: Path) -> Decoder:
+    """Load a bundle, with a progress bar while its files are checked."""
+    with progress_bar(err, "checking files", sum(size for size, _ in read_manifest(bundle).files.values())) as progress:
+        return open_decoder(bundle, progress=progress)

@@ -1,0 +1,1 @@
+"""How the built-in pair was trained."""

@@ -1,0 +1,1 @@
+"""The graphs of a bundle and the backends that trace them."""

@@ -1,0 +1,1 @@
+"""Vocabulary clusters for drafters that have none: made, judged and drawn."""

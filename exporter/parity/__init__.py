@@ -1,0 +1,1 @@
+"""Whether a bundle computes what its checkpoints compute, judged against eager torch."""

@@ -1,0 +1,271 @@
+"""The bundle as a whole: reproducible, all or nothing, guarded against change."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.bundle.export import ExportOptions, check_output, export_bundle
+from exporter.checkpoint.pair import open_pair
+from exporter.graphs.onnx import stored_weights
+from exporter.graphs.spec import size_limits
+from exporter.parity.stages import run_parity
+from runtime_ref.decoder import Options, generate
+from runtime_ref.engine import open_engine
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import MANIFEST, read_manifest
+from runtime_ref.stats import Stats
+from tests.exports import MAX_SEQ_LEN
+
+Directories = tuple[Path, Path]
+SCRIPT = """
+import os, resource, signal, sys
+from pathlib import Path
+from exporter import cli
+how, target, drafter, output = sys.argv[1:]
+if how == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+else:
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
+    real = cli.export_bundle
+    cli.export_bundle = lambda pair, out, options, progress: real(pair, out, options, stop)
+sys.argv = ["x", "export", "--target", target, "--drafter", drafter, "--output", output]
+cli.main()
+"""
+
+
+@pytest.fixture
+def copy(bundle: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle("dense"), tmp_path / "copy"))
+
+
+def test_second_export_is_byte_identical(
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
+) -> None:
+    """In another process, with another hash seed, and through the command line."""
+    target, drafter = map(str, pair_dirs("dense"))
+    command = [sys.executable, "-m", "exporter.cli.main", "export", "--target", target, "--drafter", drafter]
+    command += ["--output", str(tmp_path / "again"), "--max-seq-len", str(MAX_SEQ_LEN), "--json"]
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    first, again = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (bundle("dense"), tmp_path / "again"))
+    assert first == again
+    assert json.loads(result.stdout)["bytes"] == sum(map(len, again.values()))
+
+
+@pytest.mark.parametrize("how", ["full", "kill", "stop"])
+def test_broken_export_leaves_no_bundle(how: str, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    """A full disk, a kill and a polite stop in the middle of writing weights."""
+    output = tmp_path / "bundle"
+    command = [sys.executable, "-c", SCRIPT, how, *map(str, pair_dirs("dense")), str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not output.exists()
+    assert not list(tmp_path.rglob(MANIFEST))
+    if how == "kill":
+        assert result.returncode == -signal.SIGKILL
+        return
+    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in result.stderr
+    assert result.returncode == {"full": 2, "stop": 143}[how]
+    if how == "full":
+        assert "writing failed (File too large); free some space" in result.stderr.splitlines()[-1]
+
+
+def test_existing_output_is_kept(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"exists already; choose another --output, or pass --force"):
+        check_output(bundle("dense"), force=False)
+    check_output(bundle("dense"), force=True)
+    (tmp_path / "notes.txt").write_text("precious")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(InputError, match=r"is not a bundle, so it will not be replaced"):
+            check_output(path, force=True)
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "a web page"}', "[", None])
+def test_only_our_own_bundles_are_replaced(manifest: str | None, copy: Path) -> None:
+    """Others use the name manifest.json too, and a bundle may have become somebody's working directory."""
+    if manifest is None:
+        (copy / "notes.txt").write_text("precious")
+    else:
+        (copy / MANIFEST).write_text(manifest)
+    with pytest.raises(InputError, match=r"is not a bundle, so it will not be replaced"):
+        check_output(copy, force=True)
+
+
+def test_a_link_is_followed(copy: Path, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(copy)
+    export_bundle(open_pair(*pair_dirs("dense")), link, ExportOptions(force=True))
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
+    assert read_manifest(copy).max_seq_len == 4096  # it was another
+
+
+def test_default_context_is_what_the_target_knows(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    pair = open_pair(*pair_dirs("dense"))
+    short = replace(pair, target=replace(pair.target, max_position_embeddings=1000))
+    export_bundle(short, tmp_path / "b", ExportOptions())
+    assert read_manifest(tmp_path / "b").max_seq_len == 1000
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 32])
+def test_few_and_many_drafts(drafts: int, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    """The dimension of a pass's outputs may be as small as two."""
+    options = ExportOptions(max_seq_len=64, max_draft_tokens=drafts)
+    export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "bundle", options)
+    engine = open_engine(tmp_path / "bundle")
+    plain, found = (list(generate(engine, [5, 6], Options(40, n), Stats())) for n in (0, drafts))
+    assert found == plain
+
+
+def test_context_longer_than_the_target_knows(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--max-seq-len is 200000, the target knows 131072 positions"):
+        export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions(max_seq_len=200_000))
+
+
+def test_tampered_bundle_is_refused(copy: Path) -> None:
+    content = bytearray((copy / "target.weights").read_bytes())
+    content[-5] ^= 1
+    (copy / "target.weights").write_bytes(content)
+    with pytest.raises(InputError, match=r"target.weights: sha256 differs"):
+        open_engine(copy)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda b: (b / "drafter.onnx").unlink(), r"drafter.onnx: named in manifest.json but absent"),
+        (lambda b: (b / "drafter.onnx").write_bytes(b"x"), r"drafter.onnx: is 1 bytes, manifest.json says"),
+        (lambda b: (b / MANIFEST).unlink(), r"not a bundle, manifest.json is missing"),
+        (lambda b: (b / MANIFEST).write_text("{"), r"cannot be read as JSON"),
+        (lambda b: edit_manifest(b, format_version=3), r"format_version is 3, this version reads 2"),
+        (lambda b: edit_manifest(b, graphs=None), r"incomplete or malformed"),
+        (lambda b: edit_manifest(b, files={"../x": {"size": 1, "sha256": ""}}), r"'../x', outside the bundle"),
+        (lambda b: edit_manifest(b, files={}), r"file of graph target is not in files"),
+        (lambda b: edit_manifest(b, files=[]), r"incomplete or malformed"),
+        (lambda b: edit_manifest(b, max_seq_len=float("inf")), r"incomplete or malformed"),
+        (lambda b: edit_manifest(b, num_draft_tokens={"default": 9, "max": 8}), r"default must be between 0 and max"),
+        (lambda b: edit_manifest(b, kv={"buffers": []}), r"kv.buffers are not inputs"),
+        (lambda b: edit_manifest(b, limits={"num_tokens": 9}), r"incomplete or malformed"),
+        (lambda b: edit_manifest(b, limits=size_limits(400, 8, 16)), r"limits leave no room"),
+        (lambda b: edit_manifest(b, limits=size_limits(MAX_SEQ_LEN, 2, 16)), r"limits leave no room"),
+        (lambda b: edit_manifest(b, tokens={"bos": "x", "eos": 1}), r"incomplete or malformed"),
+        (lambda b: (b / "extra.weights").write_text(""), r"extra.weights: not named in manifest.json"),
+    ],
+    ids=[
+        *("missing file", "short file", "no manifest", "bad JSON", "newer format", "malformed", "path outside"),
+        *("no files", "files is a list", "endless", "more drafts than allowed", "no cache"),
+        *("half the limits", "few cache rows", "few outputs", "odd tokens", "extra file"),
+    ],
+)
+def test_incomplete_bundle_is_refused(break_it: Callable[[Path], object], message: str, copy: Path) -> None:
+    read_manifest(copy)  # sound before
+    break_it(copy)
+    with pytest.raises(InputError, match=message):
+        read_manifest(copy)
+
+
+def test_unknown_manifest_keys_are_ignored(copy: Path) -> None:
+    kv = read_manifest(copy).raw["kv"]
+    kv["buffers"][0]["news"] = 1
+    edit_manifest(copy, news=1, kv=kv)
+    assert [buffer.name for buffer in read_manifest(copy).kv] == [buffer["name"] for buffer in kv["buffers"]]
+
+
+def edit_manifest(bundle: Path, **changes: object) -> None:
+    path = bundle / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_parity_passes_and_names_what_it_compared(
+    backend: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], Directories]
+) -> None:
+    """The last prompt is longer than a prefill chunk."""
+    prompts = [[5], list(range(3, 40)), list(range(3, 250))]
+    checks = run_parity(bundle("e4b", backend), open_pair(*pair_dirs("e4b")), prompts, 12)
+    assert [check for check in checks if not check.passed] == []
+    assert {"files", "source", "weights", "graphs", "plain", "speculative"} == {check.stage for check in checks}
+    assert all(0 < c.error <= c.tolerance for c in checks if c.error is not None and c.tolerance is not None)
+
+
+@pytest.mark.parametrize("weights", ["target.weights", "drafter.weights"])
+@pytest.mark.parametrize("cover_up", [False, True], ids=["plain", "with a new digest"])
+def test_parity_sees_one_changed_weight(
+    weights: str, cover_up: bool, copy: Path, pair_dirs: Callable[[str], Directories]
+) -> None:
+    """The lowest bit of one weight, even if the manifest is made to agree."""
+    content = bytearray((copy / weights).read_bytes())
+    content[-4] ^= 1
+    (copy / weights).write_bytes(content)
+    if cover_up:
+        files = read_manifest(copy).raw["files"]
+        files[weights]["sha256"] = hashlib.sha256(content).hexdigest()
+        edit_manifest(copy, files=files)
+    failed = {check.stage for check in run_parity(copy, open_pair(*pair_dirs("dense")), [[5]], 2) if not check.passed}
+    assert "weights" in failed
+    assert ("files" in failed) != cover_up
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": {"bos": 2, "eos": [7], "pad": 0}},
+        {"max_seq_len": 10**7, "limits": size_limits(10**7, 8, 16)},
+        {"limits": size_limits(MAX_SEQ_LEN, 8, 16) | {"num_outputs": 64}},
+        {"two_stage": {"num_clusters": 1}},
+    ],
+)
+def test_parity_sees_a_changed_manifest(
+    changes: dict[str, object], copy: Path, pair_dirs: Callable[[str], Directories]
+) -> None:
+    """A phone acts on these, and no digest covers them."""
+    edit_manifest(copy, **changes)
+    checks = run_parity(copy, open_pair(*pair_dirs("dense")), [[5]], 2)
+    failed = [check for check in checks if not check.passed]
+    assert [(check.stage, check.output) for check in failed] == [("source", "manifest")]
+    assert next(iter(changes)) in failed[0].detail
+
+
+def test_parity_reports_a_bundle_that_cannot_run(
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
+) -> None:
+    """Cluster members beyond the vocabulary make the drafter fail in mid-run: a failed check, not a crash."""
+    broken = Path(shutil.copytree(bundle("e2b"), tmp_path / "broken"))
+    entry = stored_weights(broken / "drafter.onnx")["head.token_ids"]
+    content = bytearray((broken / "drafter.weights").read_bytes())
+    content[entry.offset : entry.offset + entry.length] = np.float32(256).tobytes() * (entry.length // 4)
+    (broken / "drafter.weights").write_bytes(content)
+    failed = {check.stage for check in run_parity(broken, open_pair(*pair_dirs("e2b")), [[5]], 4) if not check.passed}
+    assert {"files", "weights", "bundle"} <= failed
+
+
+def test_parity_sees_what_is_not_finite(copy: Path, pair_dirs: Callable[[str], Directories]) -> None:
+    """NaN in the embedding of a token that the second prompt alone has."""
+    row = 77 * read_manifest(copy).tables["embed_tokens_per_layer"]["row_bytes"]
+    content = bytearray((copy / "per_layer.table").read_bytes())
+    content[row : row + 4] = b"\x00\x00\xc0\x7f"
+    (copy / "per_layer.table").write_bytes(content)
+    checks = run_parity(copy, open_pair(*pair_dirs("dense")), [[5], [5, 77]], 2)
+    assert "not finite" in {check.detail for check in checks if check.stage == "graphs" and not check.passed}
+
+
+def test_parity_sees_another_checkpoint(
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(pair_dirs("dense")[0], tmp_path / "target"))
+    content = bytearray((target / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (target / "model.safetensors").write_bytes(content)
+    checks = run_parity(bundle("dense"), open_pair(target, pair_dirs("dense")[1]), [[5]], 2)
+    assert {"source", "weights"} <= {check.stage for check in checks if not check.passed}

@@ -1,0 +1,93 @@
+"""What a checkpoint's generation_config.json says travels in the bundle."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporter.checkpoint.generation_config import default_sampling, special_tokens
+from exporter.checkpoint.pair import open_pair
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import read_manifest
+from runtime_ref.sampling import Sampling
+from runtime_ref.streaming import open_decoder
+from tests.conftest import Directories, Run
+
+
+@pytest.fixture
+def says(tmp_path: Path) -> Callable[..., Path]:
+    """A directory with this generation_config.json."""
+
+    def write(**found: object) -> Path:
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "generation_config.json").write_text(json.dumps(found))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("found", "sampling"),
+    [
+        ({}, Sampling(0.0)),
+        ({"temperature": 0.7, "top_k": 20}, Sampling(0.0, top_k=20)),
+        ({"do_sample": False, "temperature": 0.7}, Sampling(0.0)),
+        ({"do_sample": True}, Sampling(1.0)),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20}, Sampling(0.7, 0.9, top_k=20)),
+        ({"do_sample": True, "temperature": None, "top_k": 0, "top_p": None}, Sampling(1.0)),
+        ({"do_sample": True, "top_k": 64.0}, Sampling(1.0, top_k=64)),
+    ],
+)
+def test_defaults(says: Callable[..., Path], found: dict, sampling: Sampling) -> None:
+    assert default_sampling(says(**found)) == sampling
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"top_k": 65}, r"generation_config.json: top-k is 65, expected 1 to 64: a bundle gives no more .*; correct"),
+        ({"top_k": 2.5}, r"top_k is 2.5, expected a whole number"),
+        ({"top_k": "many"}, r"top_k is 'many', expected a number"),
+        ({"top_k": float("inf")}, r"expected a whole number"),
+        ({"do_sample": True, "temperature": -1}, r"temperature is -1.0"),
+        ({"top_p": 0.0}, r"top-p is 0.0"),
+        ({"do_sample": "yes"}, r"do_sample is 'yes'"),
+    ],
+)
+def test_impossible_values_are_refused(says: Callable[..., Path], found: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        default_sampling(says(**found))
+
+
+def test_every_end_token_counts(says: Callable[..., Path]) -> None:
+    assert special_tokens(says(eos_token_id=[106, 1, 50, 1])).eos == (1, 50, 106)
+
+
+def test_a_bundle_samples_as_its_checkpoint_says(
+    run: Run, pair_dirs: Callable[[str], Directories], tmp_path: Path
+) -> None:
+    target, drafter = pair_dirs("dense")
+    shutil.copytree(target, tmp_path / "target")
+    facts = {"do_sample": True, "temperature": 1.3, "top_k": 30, "top_p": 0.9, "eos_token_id": [7, 9]}
+    (tmp_path / "target" / "generation_config.json").write_text(json.dumps(facts))
+    output = tmp_path / "bundle"
+    assert open_pair(tmp_path / "target", drafter).sampling == Sampling(1.3, 0.9, top_k=30)
+    code, _, err = run("export", "--target", tmp_path / "target", "--drafter", drafter, "--output", output)
+    assert code == 0, err
+    manifest = read_manifest(output)
+    assert manifest.sampling == Sampling(1.3, 0.9, top_k=30)
+    assert manifest.eos == {7, 9}
+    decoder = open_decoder(output, threads=1)
+
+    def ids(**options: object) -> list[int]:
+        return [token.id for token in decoder.stream([3, 4, 5], max_new_tokens=12, **options)]  # type: ignore[arg-type]
+
+    assert ids(seed=5) == ids(seed=5, temperature=1.3, top_k=30, top_p=0.9, num_draft_tokens=0)
+    assert ids(seed=5) != ids(seed=6)
+    assert ids(temperature=0.0) == ids(temperature=0.0, seed=9)
+    (output / "manifest.json").write_text((output / "manifest.json").read_text().replace('"top_k": 30', '"top_k": 99'))
+    code, _, err = run("generate", output, "--prompt", "a")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "top-k is 99" in err

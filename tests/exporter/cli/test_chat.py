@@ -1,0 +1,300 @@
+"""A checkpoint's chat template on its way into a bundle, and the chat as a person at a terminal has it."""
+
+import codecs
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.bundle.export import ExportOptions, export_bundle
+from exporter.checkpoint.generation_config import chat_template
+from exporter.checkpoint.pair import open_pair
+from exporter.cli.conversation import converse
+from runtime_ref.engine import open_engine
+from runtime_ref.errors import InputError
+from runtime_ref.streaming import Decoder, open_decoder
+from tests.chats import TEMPLATE, with_template
+from tests.conftest import Directories, Run
+
+CONFIGS: dict[str, tuple[object, str | None]] = {
+    "text": ("{{ 1 }}", "{{ 1 }}"),
+    "list": ([{"name": "tool_use", "template": "{{ 2 }}"}, {"name": "default", "template": "{{ 1 }}"}], "{{ 1 }}"),
+    "null": (None, None),
+}
+BROKEN: dict[str, tuple[str, str, str]] = {
+    "syntax": (
+        "tokenizer_config.json",
+        '{"chat_template": "{% if %}"}',
+        r"chat_template: not a chat template \(line 1",
+    ),
+    "number": ("tokenizer_config.json", '{"chat_template": 3}', r"chat_template is 3, expected text or a list"),
+    "no default": ("tokenizer_config.json", '{"chat_template": [{"name": "rag"}]}', r"template named default; correct"),
+    "odd default": (
+        "tokenizer_config.json",
+        '{"chat_template": [{"name": "default", "template": 1}]}',
+        r"is 1, expected",
+    ),
+    "JSON": ("tokenizer_config.json", "{", r"tokenizer_config.json"),
+    "file": ("chat_template.jinja", "a\n{% endif %}", r"not a chat template \(line 2: .*\); correct or remove it"),
+    "bytes": ("chat_template.jinja", "\udcff", r"cannot be read \(.*\); correct or remove it"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_template_of_the_tokenizer_config(name: str, tmp_path: Path) -> None:
+    found, expected = CONFIGS[name]
+    assert chat_template(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": found}))
+    assert chat_template(tmp_path) == expected
+    (tmp_path / "chat_template.jinja").write_text("{{ 3 }}")
+    assert chat_template(tmp_path) == "{{ 3 }}"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_template_stops_an_export(name: str, chat_pair: Directories, tmp_path: Path) -> None:
+    file, content, message = BROKEN[name]
+    target = Path(shutil.copytree(chat_pair[0], tmp_path / "target"))
+    (target / file).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=message) as found:
+        export_bundle(open_pair(target, chat_pair[1]), tmp_path / "bundle", ExportOptions(max_seq_len=64))
+    assert str(found.value).startswith(str(target / file))
+    assert len(str(found.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_bundle_has_the_template(chat_bundle: Path) -> None:
+    assert (chat_bundle / "chat_template.jinja").read_text() == TEMPLATE
+    assert "chat_template.jinja" in open_engine(chat_bundle).manifest.files
+
+
+def test_chat_flag(run: Run, chat_bundle: Path) -> None:
+    command = ("generate", chat_bundle, "--prompt", "Return the", "--max-new-tokens", 12)
+    answer = json.loads(run(*command, "--chat", "--json")[1])
+    assert answer["tokens"] != json.loads(run(*command, "--json")[1])["tokens"]
+    stream = open_decoder(chat_bundle).chat([{"role": "user", "content": "Return the"}], max_new_tokens=12)
+    assert [token.id for token in stream] == answer["tokens"]
+    code, out, err = run(*command, "--chat")
+    assert (code, out) == (0, answer["text"] + "\n")
+    assert "12 tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "terminal", "message"),
+    [
+        (("--chat", "--prompt-ids", "ids.json"), True, "--chat goes with --prompt: token ids are run as they are"),
+        (("--prompt", "a", "--prompt-ids", "ids.json"), True, "give either --prompt or --prompt-ids"),
+        (("--json",), True, "give either --prompt or --prompt-ids"),
+        (("--chat",), False, "give either --prompt or --prompt-ids"),
+        (("--chat",), True, "has no chat_template.jinja or no tokenizer.json"),
+        (("--chat", "--prompt", "a"), False, "has no chat_template.jinja or no tokenizer.json"),
+        ((), True, "has no tokenizer.json, which a chat needs; pass --prompt-ids"),
+    ],
+)
+def test_errors(
+    arguments: tuple[str, ...],
+    terminal: bool,
+    message: str,
+    run: Run,
+    bundle: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: terminal, raising=False)
+    path = bundle("dense")
+    capsys.readouterr()  # what was said while that was made
+    code, out, err = run("generate", path, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoder, list[str | type[BaseException]]], list[Any]]:
+    """Hold a chat in which these lines are typed, or keys pressed; the messages of each turn, and its stream."""
+
+    def hold(decoder: Decoder, lines: list[str | type[BaseException]]) -> list[Any]:
+        left, turns = iter([*lines, EOFError]), []
+        chat = decoder.chat
+
+        def recorded(messages: Any, **options: Any) -> Any:
+            turns.append(([message["content"] for message in messages], stream := chat(messages, **options)))
+            return stream
+
+        def line(sign: str) -> str:
+            if isinstance(found := next(left), str):
+                return found
+            raise found
+
+        monkeypatch.setattr("builtins.input", line)
+        monkeypatch.setattr(decoder, "chat", recorded)
+        converse(decoder, {"max_new_tokens": 20, "num_draft_tokens": 2})
+        return turns
+
+    return hold
+
+
+def test_interrupted_answer_stays(
+    typed: Callable[..., list[Any]], chat_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    decoder = open_decoder(chat_bundle, threads=1)
+    verify, calls, before = decoder.engine.verify, [0], signal.getsignal(signal.SIGINT)
+
+    def interrupted(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            signal.raise_signal(signal.SIGINT)
+        return verify(*arguments)
+
+    monkeypatch.setattr(decoder.engine, "verify", interrupted)
+    first, second, third = typed(decoder, ["a", KeyboardInterrupt, "b", "  ", KeyboardInterrupt, " /new ", "c"])
+    assert (first[1].stats.finish_reason, second[1].stats.finish_reason) == ("cancelled", "length")
+    assert 1 < len(first[1].tokens) < 20
+    assert second[0] == ["a", first[1].text, "b"]
+    assert second[1].stats.reused_tokens >= len(first[1].prompt) - 1
+    assert third[0] == ["c"]
+    assert signal.getsignal(signal.SIGINT) is before
+    err = capsys.readouterr().err
+    assert err.count("ends the chat") == 1
+    assert f"{second[1].stats.reused_tokens} prompt tokens reused" in err
+
+
+def test_full_context_is_said(typed: Callable[..., list[Any]], chat_bundle: Path, capsys: Any) -> None:
+    """And the line that did not fit is not in the conversation."""
+    long = "return " * 700
+    first, second = typed(open_decoder(chat_bundle, threads=1), [long, "a", long, "\udcff", "b"])
+    assert (first[0], second[0]) == (["a"], ["a", first[1].text, "b"])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 3
+    assert re.match(r"error: the prompt has \d+ tokens, the bundle's context has 600 .*--max-seq-len$", errors[0])
+    assert re.match(r"error: the prompt has \d+ tokens, .*--max-seq-len, or start over with /new$", errors[1])
+    assert re.match(r"error: the prompt is not valid UTF-8", errors[2])
+
+
+# Answers are slow until the first of them is stopped, so that there is time for that.
+SCRIPT = """
+import fcntl, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # keys pressed there are signals to this process
+from exporter import cli
+from runtime_ref.graph_engine import GraphEngine
+from runtime_ref.streaming import Stream
+verify, cancel, pause = GraphEngine.verify, Stream.cancel, [0.2]
+def slow(*arguments):
+    time.sleep(pause[0])
+    return verify(*arguments)
+def cancelled(stream):
+    pause[0] = 0
+    cancel(stream)
+GraphEngine.verify, Stream.cancel = slow, cancelled
+cli.main()
+"""
+
+
+class Person:
+    """Somebody at a terminal."""
+
+    def __init__(self, home: Path, *arguments: object) -> None:
+        self.terminal, side = pty.openpty()
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 300, 0, 0))
+        (home / "inputrc").write_text("set enable-bracketed-paste off\nset editing-mode emacs\n")
+        environment = os.environ | {"TERM": "dumb", "INPUTRC": str(home / "inputrc"), "OMP_NUM_THREADS": "1"}
+        self.program = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *map(str, arguments)],
+            stdin=side,
+            stdout=side,
+            stderr=side,
+            start_new_session=True,
+            env=environment,
+        )
+        os.close(side)
+        self.seen, self._decode = "", codecs.getincrementaldecoder("utf-8")().decode
+
+    def types(self, keys: str) -> None:
+        os.write(self.terminal, keys.encode())
+
+    def reads(self, pattern: str, seconds: float = 120) -> str:
+        """What comes up to the pattern, which must come; later reads begin behind it."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen, re.S)):
+            ready, *_ = select.select([self.terminal], [], [], max(end - time.monotonic(), 0))
+            assert ready, f"no {pattern!r} in {seconds} s, but {self.seen!r}"
+            try:
+                new = os.read(self.terminal, 4096)
+            except OSError:  # how Linux says that nobody is at the other end
+                new = b""
+            assert new, f"the program ended, and what it said has no {pattern!r}: {self.seen!r}"
+            self.seen += self._decode(new)
+        text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return text
+
+    def leaves(self) -> int:
+        """Exit code of the program after Ctrl-D."""
+        self.types("\x04")
+        return self.program.wait(120)
+
+
+@pytest.fixture
+def person(tmp_path: Path) -> Iterator[Callable[..., Person]]:
+    people: list[Person] = []
+
+    def sit_down(*arguments: object) -> Person:
+        people.append(Person(tmp_path, *arguments))
+        return people[-1]
+
+    yield sit_down
+    for one in people:
+        one.program.kill()
+        one.program.wait()
+        os.close(one.terminal)
+
+
+def test_conversation_on_a_terminal(person: Callable[..., Person], chat_bundle: Path) -> None:
+    """Ctrl-C in an answer that would take a minute, then at the prompt, and the chat goes on."""
+    somebody = person("generate", chat_bundle, "--max-new-tokens", 300, "--mode", "plain")
+    assert "A conversation: /new starts over" in somebody.reads(r"\n> ")
+    somebody.types("return the value\r")
+    somebody.reads(r"return the value\s*\S")  # some of the answer, while it is being written
+    assert somebody.program.poll() is None
+    somebody.types("\x03")
+    assert "(cancelled)" in somebody.reads(r"tokens \(\w+\).*?\n> ")
+    somebody.types("and then\r")
+    told = somebody.reads(r"\d+ tokens \(\w+\).*?\n> ")
+    assert int(re.findall(r"(\d+) prompt tokens reused", told)[0]) > 4
+    assert re.findall(r"(\d+) tokens \((?:length|eos)\)", told)
+    somebody.types("half a li")
+    somebody.reads("half a li")  # a terminal forgets what was typed before Ctrl-C and not read yet
+    somebody.types("\x03")
+    assert "Ctrl-D or /quit ends the chat." in somebody.reads(r"\n> ")
+    somebody.types("/new\r")
+    somebody.reads(r"/new\s+> ")
+    somebody.types("a\x7fwhy\r")
+    somebody.reads(r"why\s.*\d+ tokens \(\w+\).*?\n> ")
+    assert somebody.leaves() == 0
+
+
+def test_lines_on_a_terminal(person: Callable[..., Person], chat_bundle: Path, tmp_path: Path) -> None:
+    without = with_template(chat_bundle, tmp_path / "without", None)
+    somebody = person("generate", without, "--max-new-tokens", 3)
+    assert "no chat template, so each line is continued on its own" in somebody.reads(r"\n> ")
+    expected = "".join(token.text for token in open_decoder(without).stream("return the value", max_new_tokens=3))
+    for _ in range(2):
+        somebody.types("return the value\r")
+        told = somebody.reads(r"\d+ tokens \(\w+\).*?\n> ")
+        answer = expected.replace("\n", "\r\n")
+        assert f"return the value\r\n{answer}\r\n3 tokens (length)" in told
+    somebody.types("/quit\r")
+    assert somebody.program.wait(120) == 0

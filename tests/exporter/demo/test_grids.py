@@ -1,0 +1,42 @@
+"""The built-in pair lies on grids of few bits, exactly."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from exporter.demo.training.qat import five_bits, grid, on_grid, snap
+
+Directories = tuple[Path, Path]
+
+
+def test_every_matrix_of_the_built_in_pair_is_on_its_grid(pair_dirs: Callable[[str], Directories]) -> None:
+    for directory in pair_dirs("demo"):
+        for name, tensor in load_file(directory / "model.safetensors").items():
+            if tensor.dim() == 2 and "masked_embedding" not in name:
+                assert tensor.dtype == torch.bfloat16
+                assert on_grid(tensor, *grid(name, tensor.shape)), name
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 16), (3, 16)])
+def test_snapped_weights_stay_what_they_are(bits: int, group: int) -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 2, 64)[:, None]
+    weight[3] = 0
+    snapped = snap(weight, bits, group)
+    assert on_grid(snapped, bits, group)
+    assert snap(snapped, bits, group).equal(snapped)
+    assert snapped.bfloat16().float().equal(snapped)
+    assert not on_grid(weight.bfloat16(), bits, group)
+    snapped[5, 7] *= 1.0625
+    assert not on_grid(snapped, bits, group)
+
+
+def test_the_best_of_several_scales_errs_less_than_the_widest() -> None:
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    widest = five_bits(weight.abs().amax(-1, keepdim=True) / 7)
+    plain = (weight / widest).round() * widest
+    error, of_plain = ((found - weight).square().mean(-1) for found in (snap(weight, 4, 32), plain))
+    assert (error <= of_plain).all()
+    assert error.mean() < 0.9 * of_plain.mean()

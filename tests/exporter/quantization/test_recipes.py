@@ -1,0 +1,109 @@
+"""Bundles of few bits: what they hold, what they cost, and that a trained grid survives them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from exporter.bundle.export import ExportOptions, export_bundle
+from exporter.checkpoint.pair import open_pair
+from exporter.demo.corpus import documents
+from exporter.graphs.onnx import stored_weights
+from exporter.parity.quality import measure_quality
+from exporter.parity.stages import run_parity
+from exporter.quantization.recipes import RECIPES
+from runtime_ref.engine import load_engine
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import MANIFEST, read_manifest
+from runtime_ref.tokenizer import TextTokenizer
+
+Pairs = Callable[[str], tuple[Path, Path]]
+Bundle = Callable[..., Path]
+
+
+def test_int4_keeps_the_built_in_pairs_choices(bundle: Bundle, pair_dirs: Pairs) -> None:
+    """At least 97 % of them, on texts that it was not trained on; its weights lie on the recipe's grids."""
+    path = bundle("demo", "onnx", "int4")
+    engine = load_engine(path, read_manifest(path), threads=1)
+    tokenizer = TextTokenizer(path, engine.manifest)
+    prompts = [tokenizer.encode(text)[:60] for text in documents()[1][:12]]
+    quality = measure_quality(engine, open_pair(*pair_dirs("demo")), prompts, 12)
+    assert quality.positions > 400
+    assert quality.agreement >= 0.97
+    assert quality.sqnr > 35
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "fp32"])
+def test_parity_passes_and_shows_what_a_recipe_costs(recipe: str, bundle: Bundle, pair_dirs: Pairs) -> None:
+    checks = run_parity(bundle("e2b", "onnx", recipe), open_pair(*pair_dirs("e2b")), [[5], list(range(3, 40))], 12)
+    assert [check for check in checks if not check.passed] == []
+    assert [c.output.partition(" ")[0] for c in checks if c.stage == "recipe"] == ["logits", "choices", "drafts"]
+
+
+def test_parity_passes_on_executorch(bundle: Bundle, pair_dirs: Pairs) -> None:
+    path = bundle("e2b", "executorch", "int4")
+    checks = run_parity(path, open_pair(*pair_dirs("e2b")), [[5], list(range(3, 40))], 12)
+    assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("file", ["target.weights", "drafter.weights", "per_layer.table"])
+def test_parity_sees_one_changed_number(file: str, bundle: Bundle, pair_dirs: Pairs, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(bundle("e2b", "onnx", "int4"), tmp_path / "broken"))
+    content = bytearray((broken / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (broken / file).write_bytes(content)
+    failed = {check.stage for check in run_parity(broken, open_pair(*pair_dirs("e2b")), [[5]], 2) if not check.passed}
+    assert {"files", "weights"} <= failed
+
+
+def test_a_trained_grid_survives_an_export(pair_dirs: Pairs, tmp_path: Path) -> None:
+    """A checkpoint on a grid of 32, its scales of either sign, comes out of an int4 export with no error at all."""
+    source = Path(shutil.copytree(pair_dirs("e2b")[0], tmp_path / "target"))
+    tensors = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and "per_layer" not in name:
+            numbers = torch.randint(-8, 8, (len(tensor), tensor.shape[1] // 32, 32), generator=generator)
+            scales = (torch.randn(numbers.shape[:2], generator=generator) * tensor.shape[1] ** -0.5 / 8).half().float()
+            tensors[name] = (numbers * scales.unsqueeze(2)).view(tensor.shape)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    export_bundle(open_pair(source, pair_dirs("e2b")[1]), tmp_path / "b", ExportOptions(recipe="int4", max_seq_len=64))
+    manifest = read_manifest(tmp_path / "b")
+    table = load_engine(tmp_path / "b", manifest, threads=1).tables["embed_tokens"]
+    wanted = tensors["model.embed_tokens.weight"].numpy()
+    assert np.array_equal(table[range(len(wanted))], wanted)
+    stored = stored_weights(tmp_path / "b" / "target.onnx")
+    name = "layers.0.mlp.down_proj.weight"
+    packed, scales_ = stored[name].numpy(), stored[f"{name}.scales"].numpy()
+    numbers_ = np.stack((packed & 15, packed >> 4), -1).reshape(*scales_.shape, 32).astype(np.float32) - 8
+    assert np.array_equal((numbers_ * scales_[..., None]).reshape(len(packed), -1), tensors[f"model.{name}"].numpy())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t.update(encoding="uint5"), "uint5"),
+        (lambda t: t["data"].update(offset=10**9), "tables are malformed"),
+        (lambda t: t.pop("scales"), "tables are malformed"),
+        (lambda t: t["data"].update(file="../manifest.json"), "is not in files"),
+        (lambda t: t.update(columns="x"), "is not as wide as hidden_size"),
+        (lambda t: t.update(group_size=10**30), "tables are malformed"),
+        (lambda t: t.update(rows=7), "has not a row for each token"),
+    ],
+    ids=["encoding", "offset", "no scales", "file", "columns", "groups", "rows"],
+)
+def test_malformed_tables_are_one_line(
+    change: Callable[[dict], object], reason: str, bundle: Bundle, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(bundle("e2b", "onnx", "int4"), tmp_path / "broken"))
+    manifest = json.loads((broken / MANIFEST).read_text())
+    change(manifest["tables"]["embed_tokens"])
+    (broken / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=reason) as caught:
+        load_engine(broken, read_manifest(broken), threads=1)
+    assert "\n" not in str(caught.value)
