@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint types android-test android-apk aarch64-parity clean
+.PHONY: demo test bench lint types docs dist android-test android-apk aarch64-parity clean
 
 demo: .venv/installed
 	$(BIN)/gemma-mtp-export demo
@@ -26,6 +26,14 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
+docs: .venv/installed
+	$(BIN)/python -m exporter.cli.reference > docs/cli.md
+
+# REPOSITORY is where its files can be read, such as https://HOST/OWNER/NAME/blob/main: PyPI shows README.md alone.
+dist: .venv/installed-dev
+	@test -n "$(REPOSITORY)" || { echo "make dist REPOSITORY=https://HOST/OWNER/NAME/blob/main"; exit 2; }
+	REPOSITORY=$(REPOSITORY) $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
 # See android_demo/README.md: none of these needs the Android SDK or a phone.
 android-test: .venv/installed-dev
 	$(MAKE) -j2 -C android_demo test BIN=$(abspath $(BIN))
@@ -40,7 +48,7 @@ aarch64-parity: .venv/installed-dev
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gemma-mtp-export needs Python 3.11 or later: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml
+.venv/installed: .venv/bin/python pyproject.toml setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 

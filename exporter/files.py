@@ -1,4 +1,8 @@
-"""Output files and directories: refused if they exist, written aside and renamed."""
+"""Write output files and directories as a whole or not at all.
+
+Outputs that exist are refused unless the user allows their replacement. New ones are written under a temporary name
+beside their final place, and renamed when they are complete.
+"""
 
 import contextlib
 import errno
@@ -17,7 +21,7 @@ from runtime_ref.json_file import read_json
 
 
 def human_bytes(size: float) -> str:
-    """Decimal units, as file managers and app stores count."""
+    """Format a number of bytes in decimal units, as file managers and app stores do."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -26,13 +30,18 @@ def human_bytes(size: float) -> str:
 
 
 def check_file(file: Path, force: bool) -> None:
-    """Refuse a file to write that is there already or has no directory to be in, before any work is done.
+    """Check that an output file can be written, before any work is done.
+
+    Args:
+        file: path of the file to write.
+        force: whether an existing file may be replaced.
 
     Raises:
-        InputError: it exists and is not to be replaced, is no file, or its directory is not there or not writable.
+        InputError: the file exists and may not be replaced, the path is not that of a file, or its directory is missing
+            or cannot be written to.
     """
     if not os.access(file.parent, os.W_OK | os.X_OK) or not file.parent.is_dir():
-        raise InputError(f"{file}: its directory is not there or cannot be written; create it, or choose another file")
+        raise InputError(f"{file}: its directory is missing or cannot be written to; create it, or choose another file")
     if file.exists() and not file.is_file():
         raise InputError(f"{file}: exists and is not a file; choose another one")
     if (file.exists() or file.is_symlink()) and not force:
@@ -40,10 +49,14 @@ def check_file(file: Path, force: bool) -> None:
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """Write a whole file or nothing; through a link, what it points to is replaced.
+    """Write a file as a whole or not at all.
+
+    Args:
+        file: path of the file; an existing one is replaced. If it is a symbolic link, its destination is replaced.
+        content: all bytes of the file.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     file = file.resolve()
     try:
@@ -61,11 +74,17 @@ def write_file(file: Path, content: bytes) -> None:
         raise InputError(f"{file}: cannot be written ({reason}); choose another file") from error
 
 
-def check_directory(output: Path, force: bool, is_ours: Callable[[Path], bool], kind: str) -> None:
-    """Refuse a directory to write that exists, before any work is done; `force` replaces what `is_ours` knows.
+def check_directory(output: Path, force: bool, is_replaceable: Callable[[Path], bool], expected: str) -> None:
+    """Check that an output directory can be written, before any work is done.
+
+    Args:
+        output: path of the directory to write.
+        force: whether an existing directory may be replaced, if `is_replaceable` allows it.
+        is_replaceable: gets an existing directory and returns whether it holds nothing but an earlier output.
+        expected: what such an output is called in messages, such as "a bundle".
 
     Raises:
-        InputError: it exists, and is not to be or must not be replaced.
+        InputError: the directory exists and may not be replaced, or its path cannot be used.
     """
     try:
         if not output.exists() and not output.is_symlink():
@@ -74,42 +93,49 @@ def check_directory(output: Path, force: bool, is_ours: Callable[[Path], bool], 
         raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
     if not force:
         raise InputError(f"{output}: exists already; choose another --output, or pass --force to replace it")
-    if not output.is_dir() or not is_ours(output):
-        raise InputError(f"{output}: is not {kind}, so it will not be replaced; choose another --output")
+    if not output.is_dir() or not is_replaceable(output):
+        raise InputError(f"{output}: is not {expected}, so it will not be replaced; choose another --output")
 
 
-def check_room(output: Path, disk: int, memory: int) -> None:
-    """Refuse to start what would run out of disk beside `output`, or of memory where the system tells how much is left.
+def check_free_space(output: Path, disk_bytes: int, memory_bytes: int) -> None:
+    """Check that disk and memory suffice, before any work is done.
+
+    Args:
+        output: path to be written; its nearest existing parent directory decides which disk is checked.
+        disk_bytes: bytes that will be written.
+        memory_bytes: peak memory that is needed. It is checked on Linux only.
 
     Raises:
-        InputError: so many bytes are not there.
+        InputError: there is less free disk space or available memory than that.
     """
     output = output.resolve()
     parent = next(path for path in output.parents if path.exists())
-    if disk > (free := shutil.disk_usage(parent).free):
+    if disk_bytes > (free := shutil.disk_usage(parent).free):
         raise InputError(
-            f"{output}: needs {human_bytes(disk)} of disk, {human_bytes(free)} are free; free some space, or choose"
-            " another --output"
+            f"{output}: needs {human_bytes(disk_bytes)} of disk, {human_bytes(free)} are free; free some space, or"
+            " choose another --output"
         )
-    found = re.findall(r"^(?:MemAvailable|SwapFree): +(\d+) kB", _MEMORY.read_text(), re.M) if _MEMORY.exists() else []
-    if found and memory > (free := sum(map(int, found)) * 1024):
+    if not _MEMINFO.exists():
+        return
+    available_kib = re.findall(r"^(?:MemAvailable|SwapFree): +(\d+) kB", _MEMINFO.read_text(), re.M)
+    if available_kib and memory_bytes > (free := sum(map(int, available_kib)) * 1024):
         raise InputError(
-            f"{output}: needs about {human_bytes(memory)} of memory, {human_bytes(free)} are free; close other"
+            f"{output}: needs about {human_bytes(memory_bytes)} of memory, {human_bytes(free)} are free; close other"
             " programs, or use a larger machine"
         )
 
 
-_MEMORY = Path("/proc/meminfo")
+_MEMINFO = Path("/proc/meminfo")
 
 
 def holds_only(directory: Path, marker: str, listed: Callable[[Any], Iterable[str]]) -> bool:
-    """Whether a directory is empty, or holds a marker file and nothing that the marker does not list.
+    """Return whether a directory is empty, or holds a marker file and otherwise only files that the marker lists.
 
     Args:
         directory: an existing directory.
-        marker: name of a JSON file in it.
-        listed: gives the paths, relative to the directory, that the marker's content lists; it may raise KeyError or
-            TypeError for content of another kind.
+        marker: name of a JSON file in the directory.
+        listed: gets the marker's parsed content and returns the paths that it lists, relative to the directory. For
+            content of another form it may raise KeyError or TypeError.
     """
     paths = [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir() or not any(path.iterdir())]
     names = {path.relative_to(directory).as_posix() for path in paths}
@@ -122,20 +148,25 @@ def holds_only(directory: Path, marker: str, listed: Callable[[Any], Iterable[st
 
 
 def directory_bytes(directory: Path) -> int:
-    """Sum of the sizes, in bytes, of the files that lie directly in a directory."""
+    """Return the sum of the sizes, in bytes, of the files directly in a directory."""
     return sum(file.stat().st_size for file in directory.iterdir())
 
 
 @contextlib.contextmanager
 def replacing(output: Path) -> Iterator[Path]:
-    """A fresh directory beside `output` that takes its place if the block succeeds, and vanishes if it does not.
+    """Yield an empty temporary directory that replaces `output` when the block ends without an error.
 
-    What says that the directory is whole is to be written last, so that a killed process leaves nothing that looks so.
+    The temporary directory is beside `output`. After an error it is removed, and `output` stays as it was. The block
+    should write the file that marks the directory as complete last: a killed process then leaves no directory that
+    looks complete.
+
+    Args:
+        output: the directory to create or replace. If it is a symbolic link, its destination is replaced.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the directory cannot be written.
     """
-    output = output.resolve()  # through a link, what it points to is replaced
+    output = output.resolve()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         owner = f"{os.getpid()}@{socket.gethostname()}"
@@ -165,14 +196,18 @@ def replacing(output: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove partial outputs that killed processes of this machine left beside `output`; the names carry process ids.
+    """Remove the temporary directories that killed processes of this machine left beside `output`.
 
-    An output that such a process was about to replace is put back, unless there is another one by now.
+    Their names contain the host and the process id. If such a process was just replacing an output, the old output is
+    put back, unless `output` exists again.
+
+    Args:
+        output: the directory that was to be written, as `replacing` got it.
     """
     output = output.resolve()
     for leftover in sorted(output.parent.glob(f".{glob.escape(output.name)}.partial-*"), reverse=True):
         owner = re.fullmatch(r"(\d+)@(.+?)-[^-]+(-old)?", leftover.name.removeprefix(f".{output.name}.partial-"))
-        if owner is None or owner[2] != socket.gethostname() or _runs(int(owner[1])):
+        if owner is None or owner[2] != socket.gethostname() or _is_running(int(owner[1])):
             continue
         if owner[3] and not output.exists():
             leftover.rename(output)
@@ -180,11 +215,11 @@ def remove_leftovers(output: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _runs(process: int) -> bool:
+def _is_running(process_id: int) -> bool:
     try:
-        os.kill(process, 0)  # signal 0 is not sent
+        os.kill(process_id, 0)  # signal 0 only checks that the process exists
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # somebody else's
+    except OSError:  # it exists, and belongs to another user
         return True
     return True

@@ -1,4 +1,4 @@
-"""Standard output and standard error of every command: consoles, progress bars, exit codes."""
+"""What all commands share on a terminal: consoles, progress bars and exit codes."""
 
 import contextlib
 import resource
@@ -12,14 +12,21 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from runtime_ref.errors import CheckError, InputError
 
-# No markup: paths and token texts may have brackets.
+# No markup: rich would take brackets in paths and token texts for styles.
 err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 out = Console(markup=False, highlight=False)
 
 
 def run_command(command: click.Command) -> None:
-    """Run a command; unusable input ends in one line and exit 2, a failed check in exit 1."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped export cleans up after itself
+    """Run a command with the arguments in `sys.argv`, and exit the process unless it succeeds.
+
+    Errors are printed in one line on standard error. The exit code is 2 for bad input or usage, 1 for a failed check,
+    130 after Ctrl-C and 143 after SIGTERM.
+
+    Args:
+        command: a click command or group.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that a stopped export cleans up
     try:
         command.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -42,13 +49,22 @@ def run_command(command: click.Command) -> None:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process was resident in so far, files that it mapped included."""
+    """Return the peak resident memory of this process so far, in bytes, mapped files included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager
 def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar on standard error; the block calls what it yields with a step's name and its share of the total."""
+    """Show a progress bar while the block runs, if the console is a terminal.
+
+    Args:
+        console: where the bar is shown.
+        title: text before the bar.
+        total: amount of work, usually in bytes.
+
+    Yields:
+        A function to call with the name of the current step and the amount of work that was done since the last call.
+    """
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)

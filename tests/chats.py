@@ -1,4 +1,4 @@
-"""A checkpoint that chats: the built-in pair's tokenizer with turn tokens, and a template in the manner of Gemma's."""
+"""Checkpoints with a chat template: the built-in pair's tokenizer with turn tokens, and templates like Gemma's."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from exporter.demo import PAIR
 from tests.pairs import SHAPES, save_pair
 
-TURN, END_OF_TURN = 2048, 2049  # ids of the tokens that the vocabulary of 2048 gets on top
+TURN, END_OF_TURN = 2048, 2049  # ids of tokens that are added to the tokenizer's vocabulary of 2048
 VOCAB = 2064
 
 TEMPLATE = """\
@@ -46,7 +46,7 @@ TEMPLATE = """\
 {%- endif %}
 """
 
-# Thinking is dropped from answers, answers in a row are one turn, and the next answer begins after empty thinking.
+# Thinking is removed from answers, successive answers are one turn, and the next answer begins after empty thinking.
 CHANNELS = """\
 {{ bos_token }}
 {%- for message in messages -%}
@@ -64,7 +64,7 @@ CHANNELS = """\
 {%- endfor -%}
 {{ '<|turn>model\\n<|channel>thought\\n<channel|>' if add_generation_prompt }}
 """
-# Contents as they are, in any order, without a beginning-of-text token.
+# Contents are not stripped, roles can have any order, and there is no beginning-of-text token.
 VERBATIM = """\
 {% for message in messages %}
 {% if message.role not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}
@@ -76,7 +76,14 @@ VERBATIM = """\
 
 
 def save_chat_pair(directory: Path) -> tuple[Path, Path]:
-    """A tiny random pair with the vocabulary of the tokenizer; both write plenty of text, little of it sense."""
+    """Save a tiny random pair with a tokenizer and `TEMPLATE`; it generates long, meaningless text.
+
+    Args:
+        directory: gets `target` and `drafter`.
+
+    Returns:
+        The directories of target and drafter.
+    """
     shape = replace(SHAPES["e2b"], vocab=VOCAB)
     target, drafter = save_pair(shape, directory)
     tokenizer = json.loads((PAIR / "target" / "tokenizer.json").read_text())
@@ -91,7 +98,16 @@ def save_chat_pair(directory: Path) -> tuple[Path, Path]:
 
 
 def with_template(bundle: Path, copy: Path, template: str | None) -> Path:
-    """A copy of a bundle with another template, or with none; the manifest no longer names it."""
+    """Copy a bundle, with another chat template or with none.
+
+    Args:
+        bundle: bundle directory.
+        copy: directory to write. Its manifest no longer lists the template.
+        template: text of the template; None for none.
+
+    Returns:
+        `copy`.
+    """
     shutil.copytree(bundle, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"].pop("chat_template.jinja", None)

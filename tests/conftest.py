@@ -1,4 +1,4 @@
-"""Pairs and bundles that many tests share, made once a session."""
+"""Fixtures that many tests share: pairs and bundles, made once in a session, and the command line."""
 
 import functools
 import os
@@ -30,7 +30,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="session")
 def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Directories]:
-    """Target and drafter directory of a shape; `demo` is the built-in pair."""
+    """Make the pair of a shape: directories of target and drafter. `demo` is the built-in pair."""
 
     @functools.cache
     def make(name: str) -> Directories:
@@ -47,11 +47,12 @@ def bundle(
     pair_dirs: Callable[[str], Directories],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., Path]]:
-    """The bundle of a shape, backend and recipe; tests that change one work on a copy.
+    """Make the bundle of a shape, backend and recipe. Tests must not change it; they work on a copy.
 
-    `kmeans` is the shape `dense` with clusters of its own, in a number that does not divide its vocabulary.
+    `kmeans` is the shape `dense` with new clusters, whose number does not divide its vocabulary.
 
-    Lowering to ExecuTorch takes a minute each, so a whole run makes all of those at once, in processes of their own.
+    Lowering a pair to ExecuTorch takes a minute, so a run of the whole suite lowers all pairs in two other processes
+    while the first tests run.
     """
     directory = tmp_path_factory.mktemp("bundles")
 
@@ -71,7 +72,8 @@ def bundle(
                 return lowered(name, recipe).result()
             return export(*arguments(name, backend, recipe))
 
-        if len(request.session.items) > 200:
+        items = request.session.items
+        if len(items) > 200 and any("executorch" in item.name for item in items):
             for name in ("dense", "e4b", "demo", "kmeans", *SHAPES):
                 lowered(name, "fp32")
             lowered("e2b", "int4")
@@ -81,25 +83,25 @@ def bundle(
 
 @pytest.fixture(scope="session")
 def chat_pair(tmp_path_factory: pytest.TempPathFactory) -> Directories:
-    """Target and drafter with turn tokens and a chat template."""
+    """Directories of a target and a drafter with turn tokens and a chat template."""
     return save_chat_pair(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="session")
 def chat_bundle(chat_pair: Directories, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Their ONNX bundle."""
+    """The ONNX bundle of `chat_pair`."""
     return export(*chat_pair, tmp_path_factory.mktemp("chat") / "bundle", "onnx")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn."""
+    """Run a test with each backend."""
     return request.param
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call the command line: exit code, standard output, standard error."""
+    """Run the command line in this process; returns exit code, standard output and standard error."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["gemma-mtp-export", *map(str, arguments)])

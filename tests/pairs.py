@@ -1,4 +1,4 @@
-"""Tiny seeded pairs built with the reference implementation, saved in both published dialects."""
+"""Tiny seeded pairs, made with the reference implementation (transformers) and saved in both published dialects."""
 
 import json
 from dataclasses import dataclass, field
@@ -14,7 +14,26 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a pair; `shared` is the number of KV-shared layers."""
+    """Sizes of a pair.
+
+    Attributes:
+        layer_types: type of each layer of the target.
+        shared: number of KV-shared layers of the target.
+        vocab: tokens of the vocabulary.
+        hidden: hidden size of the target.
+        inner: MLP size of the target.
+        heads: attention heads.
+        kv_heads: KV heads.
+        head_dim: head dim of sliding layers.
+        full_head_dim: head dim of full layers.
+        window: tokens that sliding layers see.
+        double_wide: whether the MLP of KV-shared layers has twice the size.
+        ple: numbers of a token and layer in the per-layer embeddings.
+        softcap: softcap of the target's logits, or None.
+        clusters: clusters of the drafter's head, or None for a dense head.
+        top_k: clusters that the first stage keeps.
+        drafter: hidden size and MLP size of the drafter.
+    """
 
     layer_types: tuple[str, ...]
     shared: int
@@ -35,11 +54,11 @@ class Shape:
 
 
 SHAPES = {
-    # E2B with fewer layers: one KV head, MLP doubled in the KV-shared layers, four sliding layers to a full one.
+    # E2B with fewer layers: one KV head, double MLP in the KV-shared layers, four sliding layers before a full one.
     "e2b": Shape((SLIDING,) * 4 + (FULL,) + (SLIDING, FULL), shared=2, double_wide=True),
-    # E4B: two KV heads, no doubling, five to one.
+    # E4B with fewer layers: two KV heads, no double MLP, five sliding layers before a full one.
     "e4b": Shape((SLIDING,) * 5 + (FULL,) + (SLIDING, FULL), shared=2, kv_heads=2),
-    # Nothing a power of two, more layers shared than stored, no softcap.
+    # No size is a power of two, more layers are KV-shared than not, and there is no softcap.
     "odd": Shape(
         (SLIDING, FULL) * 3,
         shared=4,
@@ -62,7 +81,7 @@ SHAPES = {
 
 
 def target_model(shape: Shape, seed: int = 0) -> Gemma4ForCausalLM:
-    """A random target of the reference implementation, its norms and layer scalars away from 1."""
+    """Make a random target of the reference implementation, whose norms and layer scalars are not 1."""
     config = Gemma4TextConfig(
         hidden_size_per_layer_input=shape.ple,
         vocab_size_per_layer_input=shape.vocab,
@@ -75,7 +94,7 @@ def target_model(shape: Shape, seed: int = 0) -> Gemma4ForCausalLM:
 
 
 def drafter_model(shape: Shape, seed: int = 1) -> Gemma4AssistantForCausalLM:
-    """A random drafter of the reference implementation, for `target_model(shape)`."""
+    """Make a random drafter of the reference implementation, for `target_model(shape)`."""
     layer_types = (SLIDING,) * 3 + (FULL,)
     text = Gemma4TextConfig(
         hidden_size_per_layer_input=0,
@@ -97,7 +116,7 @@ def drafter_model(shape: Shape, seed: int = 1) -> Gemma4AssistantForCausalLM:
 
 
 def save_pair(shape: Shape, directory: Path) -> tuple[Path, Path]:
-    """Save target and drafter as transformers does (the text-only dialect, float32, one file)."""
+    """Save target and drafter as transformers does (text-only dialect, float32, one file), and return their paths."""
     target, drafter = directory / "target", directory / "drafter"
     target_model(shape).save_pretrained(target)
     drafter_model(shape).save_pretrained(drafter)
@@ -105,7 +124,15 @@ def save_pair(shape: Shape, directory: Path) -> tuple[Path, Path]:
 
 
 def to_published(source: Path, output: Path) -> Path:
-    """Rewrite a text-only target as Google publishes it: nested config and names, bfloat16 shards, other modalities."""
+    """Rewrite a text-only target as Google publishes it: nested config and names, bfloat16 shards, other modalities.
+
+    Args:
+        source: directory of a target that `save_pair` wrote.
+        output: directory to write.
+
+    Returns:
+        `output`.
+    """
     output.mkdir(parents=True)
     text = json.loads((source / "config.json").read_text())
     overrides = text.pop("per_layer_config")
@@ -131,7 +158,7 @@ def to_published(source: Path, output: Path) -> Path:
     tensors["model.audio_tower.layers.0.norm.weight"] = torch.ones(8, dtype=torch.bfloat16)
     tensors["model.embed_vision.embedding_projection.weight"] = torch.ones(8, 8, dtype=torch.bfloat16)
     tensors["model.embed_audio.embedding_projection.weight"] = torch.ones(8, 8, dtype=torch.bfloat16)
-    last = text["num_hidden_layers"] - 1  # published checkpoints carry K and V weights that nothing reads
+    last = text["num_hidden_layers"] - 1  # published checkpoints have K and V weights that no layer reads
     tensors[f"model.language_model.layers.{last}.self_attn.k_proj.weight"] = torch.ones(4, 4, dtype=torch.bfloat16)
     names = sorted(tensors)
     index: dict[str, Any] = {"metadata": {}, "weight_map": {}}
@@ -165,8 +192,8 @@ def _randomise(model: torch.nn.Module, seed: int) -> Any:
         if name.endswith("layer_scalar"):
             tensor.uniform_(0.6, 1.2)
         elif "q_norm" in name or "k_norm" in name:
-            # Attention has scale 1: trained norms bring the scores down, and random ones must, or softmax turns into
-            # argmax and the network amplifies rounding tenfold, in the reference as in ours.
+            # Attention scores are not scaled, so the norms must keep them small, as trained ones do. Otherwise softmax
+            # becomes argmax and amplifies rounding tenfold, in the reference as well.
             tensor.uniform_(0.5, 1.5).mul_(tensor.numel() ** -0.25)
         elif "norm" in name:
             tensor.uniform_(0.5, 1.5)
@@ -176,7 +203,7 @@ def _randomise(model: torch.nn.Module, seed: int) -> Any:
 
 
 def load_reference(target: Path, drafter: Path) -> tuple[Gemma4ForCausalLM, Gemma4AssistantForCausalLM]:
-    """Both checkpoints in the reference implementation, float32, whatever their dialect."""
+    """Load target and drafter of either dialect into the reference implementation, in float32."""
     raw = json.loads((target / "config.json").read_text())
     text = raw.get("text_config", raw)
     model = Gemma4ForCausalLM(
@@ -210,7 +237,19 @@ def reference_greedy(
     assistant: Gemma4AssistantForCausalLM | None = None,
     num_draft_tokens: int = 4,
 ) -> tuple[list[int], int]:
-    """The reference's greedy tokens and the number of passes of the target that it took after the prefill."""
+    """Generate greedily with the reference implementation.
+
+    Args:
+        model: the target.
+        prompt: token ids.
+        max_new_tokens: maximum number of new tokens.
+        eos: ids of end tokens.
+        assistant: the drafter, for speculative decoding.
+        num_draft_tokens: draft tokens in a round.
+
+    Returns:
+        The new tokens, and the number of passes of the target after the prefill.
+    """
     passes = 0
 
     def count(*_: Any) -> None:

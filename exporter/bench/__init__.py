@@ -1,1 +1,1 @@
-"""What the `bench` command measures: time and memory of a bundle on this machine."""
+"""Measurements of the `bench` command: time and memory of a bundle on this machine."""

@@ -1,8 +1,8 @@
-"""What loading a bundle takes, in a process of its own: `python -m exporter.bench.footprint BUNDLE THREADS`.
+"""Load time and memory of a bundle, measured in its own process: `python -m exporter.bench.footprint BUNDLE THREADS`.
 
-Only `runtime_ref` is imported, so on ONNX there is no torch in the process. What the backend's runtime takes by itself
-is imported before the first look, and so is in the totals but not in the differences. Files are as warm as the page
-cache has them; nothing is hashed. Prints one JSON document, with an `error` where the bundle cannot be loaded.
+Only `runtime_ref` is imported, so a process that loads an ONNX bundle never imports torch. The backend's runtime is
+imported before the first reading of memory: its memory is in the totals but not in the differences. No file is hashed,
+and the page cache is left as it is. Prints one JSON document, which is `{"error": ...}` if the bundle cannot be loaded.
 """
 
 import contextlib
@@ -24,48 +24,63 @@ from runtime_ref.manifest import read_manifest
 from runtime_ref.quiet import EXECUTORCH, quiet
 from runtime_ref.stats import Stats
 
-STATUS = Path("/proc/self/status")
-PROMPT, NEW_TOKENS = 16, 64
-LOADS, SECONDS = 3, 5.0  # loads that are timed, and what they may take together after the first
+PROCESS_STATUS = Path("/proc/self/status")
+MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 16, 64  # of the generation after which memory is read again
+MAX_LOADS, RELOAD_SECONDS = 3, 5.0  # loads that are timed, and the budget of those after the first
 
 
-def resident() -> dict[str, int] | None:
-    """Bytes of this process in memory, its own (`anonymous`) and those of mapped files; None where there is no /proc.
+def resident_bytes() -> dict[str, int] | None:
+    """Return the bytes of this process that are in memory.
 
-    Pages of files can be dropped and read again, so a system short of memory takes those first.
+    Returns:
+        `anonymous`, memory that the process allocated, and `files`, pages of mapped files. The system can drop those
+        and read them again, and does so first when it runs short of memory. None where there is no /proc.
     """
-    if not STATUS.exists():
+    if not PROCESS_STATUS.exists():
         return None
-    lines = (line.partition(":") for line in STATUS.read_text().splitlines())
+    lines = (line.partition(":") for line in PROCESS_STATUS.read_text().splitlines())
     fields = {name: value.split() for name, _, value in lines}
     if "RssAnon" not in fields or "RssFile" not in fields:
         return None
     return {"anonymous": 1024 * int(fields["RssAnon"][0]), "files": 1024 * int(fields["RssFile"][0])}
 
 
-def grown(before: dict[str, int] | None, now: dict[str, int] | None) -> dict[str, Any] | None:
-    """What is resident now: in total, and more than before."""
+def growth(before: dict[str, int] | None, now: dict[str, int] | None) -> dict[str, Any] | None:
+    """Compare two results of `resident_bytes`: for `anonymous` and `files`, `total_bytes` now and `added_bytes`."""
     if before is None or now is None:
         return None
-    return {kind: {"total_bytes": now[kind], "added_bytes": now[kind] - before[kind]} for kind in now}
+    return {name: {"total_bytes": now[name], "added_bytes": now[name] - before[name]} for name in now}
 
 
 def measure(bundle: Path, threads: int) -> dict[str, Any]:
-    """Seconds of loads, and what is resident after the first one and after a short speculative generation."""
+    """Time loads of a bundle in this process, and read its memory after the first load and a speculative generation.
+
+    Args:
+        bundle: a bundle's directory.
+        threads: number of threads that the runtime may use.
+
+    Returns:
+        `seconds` of each load, `resident` memory before, after the first load and after `generated_tokens`, and
+        whether torch was imported.
+
+    Raises:
+        InputError: not a bundle, or one that cannot be loaded or run.
+    """
     manifest = replace(read_manifest(bundle), eos=frozenset())
     if manifest.backend in GRAPH_MODULES:
-        with contextlib.suppress(ImportError), quiet(*EXECUTORCH):  # load_engine has words for it
+        # load_engine reports a missing package.
+        with contextlib.suppress(ImportError), quiet(*EXECUTORCH):
             importlib.import_module(GRAPH_MODULES[manifest.backend])
-    before, started = resident(), time.perf_counter()
+    before, started = resident_bytes(), time.perf_counter()
     engine = load_engine(bundle, manifest, threads)
     seconds = [time.perf_counter() - started]
-    loaded = resident()
-    room = manifest.max_seq_len
-    prompt = [(7 + 31 * i) % manifest.vocab_size for i in range(min(PROMPT, room - 1))]
-    tokens = list(generate(engine, prompt, Options(NEW_TOKENS, manifest.default_draft_tokens), Stats()))
-    generated = resident()
-    until = time.perf_counter() + SECONDS
-    while len(seconds) < LOADS and time.perf_counter() + max(seconds) < until:
+    loaded = resident_bytes()
+    prompt_tokens = min(MAX_PROMPT_TOKENS, manifest.max_seq_len - 1)
+    prompt = [(7 + 31 * i) % manifest.vocab_size for i in range(prompt_tokens)]
+    tokens = list(generate(engine, prompt, Options(MAX_NEW_TOKENS, manifest.default_draft_tokens), Stats()))
+    generated = resident_bytes()
+    until = time.perf_counter() + RELOAD_SECONDS
+    while len(seconds) < MAX_LOADS and time.perf_counter() + max(seconds) < until:
         del engine
         gc.collect()
         started = time.perf_counter()
@@ -75,8 +90,8 @@ def measure(bundle: Path, threads: int) -> dict[str, Any]:
         "seconds": seconds,
         "resident": {
             "before": before,
-            "loaded": grown(before, loaded),
-            "generated": grown(before, generated),
+            "loaded": growth(before, loaded),
+            "generated": growth(before, generated),
             "generated_tokens": len(tokens),
         },
         "torch_imported": "torch" in sys.modules,
@@ -84,21 +99,30 @@ def measure(bundle: Path, threads: int) -> dict[str, Any]:
 
 
 def footprint(bundle: Path, threads: int) -> dict[str, Any]:
-    """Load time and memory, from this module in a process that has imported nothing else.
+    """Run `measure` in a new Python process.
+
+    Args:
+        bundle: a bundle's directory.
+        threads: number of threads that the runtime may use.
+
+    Returns:
+        The document of `measure`, its `seconds` summarized by `spread`.
 
     Raises:
-        InputError: the bundle cannot be loaded.
+        InputError: the bundle cannot be loaded or run, or the process crashed.
     """
     command = [sys.executable, "-m", "exporter.bench.footprint", str(bundle), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        facts = json.loads(done.stdout.splitlines()[-1])
+        measurements = json.loads(process.stdout.splitlines()[-1])
     except (IndexError, ValueError) as error:
-        reason = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1]
-        raise InputError(f"{bundle}: cannot be loaded in a process of its own ({reason})") from error
-    if "error" in facts:
-        raise InputError(facts["error"])
-    return {**facts, "seconds": spread(facts["seconds"])}
+        reason = (process.stderr.strip() or f"exit {process.returncode}").splitlines()[-1]
+        raise InputError(
+            f"{bundle}: a new process could not load it and generate ({reason}); run `parity` on the bundle"
+        ) from error
+    if "error" in measurements:
+        raise InputError(measurements["error"])
+    return {**measurements, "seconds": spread(measurements["seconds"])}
 
 
 if __name__ == "__main__":

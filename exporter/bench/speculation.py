@@ -1,4 +1,4 @@
-"""What drafting gains: computed from what passes cost, and measured with acceptance forced to a schedule."""
+"""Speed-up of speculative decoding: computed from the costs of passes, and measured at a forced acceptance rate."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -14,60 +14,97 @@ from runtime_ref.manifest import round_up
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
-TURNS = (3, 12)  # least and most
+MIN_TURNS, MAX_TURNS = 3, 12
 
 
 def expected_tokens(drafts: int, acceptance: float) -> float:
-    """Tokens that a round adds on average, if a draft after accepted ones is accepted with this chance.
+    """Compute the mean number of tokens that a round adds.
 
-    The sum of a^i up to a^K: token i + 1 is there if i drafts before it were accepted, and the first one always is.
+    It is the sum of a^i for i from 0 to K: the round adds token i + 1 if its first i drafts are accepted, and always
+    adds the first token.
+
+    Args:
+        drafts: draft tokens of the round, K.
+        acceptance: probability a that a draft is accepted if all drafts before it were.
     """
     return float(sum(acceptance**i for i in range(drafts + 1)))
 
 
 def verify_cost(costs: Mapping[int, float], tokens: int) -> float:
-    """Cost of a pass of so many tokens, relative to one, on the line between those that were measured."""
+    """Return the cost of a pass over `tokens` tokens, interpolated linearly between the costs that were measured.
+
+    Args:
+        costs: costs by number of tokens, relative to a pass over one token.
+        tokens: tokens of the pass.
+    """
     measured = sorted(costs)
     return float(np.interp(tokens, measured, [costs[t] for t in measured]))
 
 
 def speedups(
-    costs: Mapping[int, float], draft: float, acceptance: float, most: int, row_multiple: int = 1
+    costs: Mapping[int, float], draft_cost: float, acceptance: float, max_drafts: int, row_multiple: int = 1
 ) -> list[float]:
-    """How many times faster than plain decoding rounds of 1 to `most` drafts are.
+    """Compute how many times faster than plain decoding rounds of 1 to `max_drafts` drafts are.
 
     Args:
-        costs: of a pass of T tokens, relative to one.
-        draft: cost of a draft step, relative to a pass of one token.
-        row_multiple: what passes are filled up to.
+        costs: costs of passes by number of tokens, relative to a pass over one token.
+        draft_cost: cost of a draft step, relative to a pass over one token.
+        acceptance: probability that a draft is accepted if all drafts before it were.
+        max_drafts: drafts of the longest round.
+        row_multiple: passes are padded to a multiple of this many tokens.
     """
-    return gains(costs, draft, [expected_tokens(k, acceptance) for k in range(1, most + 1)], row_multiple)
+    tokens = [expected_tokens(k, acceptance) for k in range(1, max_drafts + 1)]
+    return speedups_from_tokens(costs, draft_cost, tokens, row_multiple)
 
 
-def gains(costs: Mapping[int, float], draft: float, tokens: Sequence[float], row_multiple: int = 1) -> list[float]:
-    """The same where it is known how many tokens a round of 1, 2, .. drafts adds on average."""
-    filled = [round_up(k + 1, row_multiple) for k in range(1, len(tokens) + 1)]
+def speedups_from_tokens(
+    costs: Mapping[int, float], draft_cost: float, tokens: Sequence[float], row_multiple: int = 1
+) -> list[float]:
+    """Compute how many times faster than plain decoding rounds of 1, 2, ... drafts are.
+
+    Args:
+        costs: costs of passes by number of tokens, relative to a pass over one token.
+        draft_cost: cost of a draft step, relative to a pass over one token.
+        tokens: mean tokens that a round of 1, 2, ... drafts adds.
+        row_multiple: passes are padded to a multiple of this many tokens.
+    """
+    padded = [round_up(k + 1, row_multiple) for k in range(1, len(tokens) + 1)]
     return [
-        added / (verify_cost(costs, rows) + k * draft)
-        for k, (added, rows) in enumerate(zip(tokens, filled, strict=True), start=1)
+        added / (verify_cost(costs, rows) + k * draft_cost)
+        for k, (added, rows) in enumerate(zip(tokens, padded, strict=True), start=1)
     ]
 
 
 class ForcedEngine(GraphEngine):
-    """Really drafts, then puts tokens in the place of the drafts that are known to be right or wrong.
+    """Replaces its drafts by tokens that are known to be right or wrong, after really drafting.
 
-    So the pattern of acceptance is a given one on any weights, and the work is that of real drafting. A prompt that is
-    in the cache already is not run again.
+    So the acceptance rate is a chosen one for any weights, while the work is that of real drafting. A prompt whose rows
+    are still in the cache is not run again.
+
+    Attributes:
+        answer: tokens of plain decoding after the prompt.
+        acceptance: probability that a draft is right if all drafts before it in the round are.
+        generator: draws which drafts are right.
+        scheduled: drafts made so far that are right, and so must be accepted.
     """
 
-    answer: Sequence[int] = ()  # what plain decoding says after the prompt
+    answer: Sequence[int] = ()
     acceptance = 0.0
-    chance = random.Random(0)
-    scheduled = 0  # accepted drafts that were asked for
+    generator = random.Random(0)
+    scheduled = 0
     _start: tuple[list[int], int, Round, np.ndarray] | None = None
 
     def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
-        """Start from the rows of the last prefill if they are this prompt's and all there still."""
+        """Return to the end of the prompt if the last prefill was of the same tokens and its rows are still there.
+
+        Args:
+            tokens: token ids of the prompt.
+            sampling: how the first token is chosen.
+            start: how many tokens of the prompt are in the cache already.
+
+        Returns:
+            The round that adds the first token after the prompt.
+        """
         if self._start is not None and self._start[:2] == (list(tokens), self.window_start):
             self.position, self._state = len(tokens), self._start[3]
             return self._start[2]
@@ -76,16 +113,22 @@ class ForcedEngine(GraphEngine):
         return first
 
     def forget(self) -> None:
-        """Run the next prompt whatever is in the cache."""
+        """Make the next prefill run its prompt, even if its rows are in the cache."""
         self._start = None
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
+        """Draft, then return forced drafts instead; there are fewer where `answer` ends.
+
+        Args:
+            last: token id after which drafts are made.
+            num_draft_tokens: how many drafts are made.
+        """
         super().draft(last, num_draft_tokens)
         assert self._start is not None
         at = self.position + 1 - len(self._start[0])
         drafts, right = [], True
         for token in self.answer[at : at + num_draft_tokens]:
-            right = right and self.chance.random() < self.acceptance
+            right = right and self.generator.random() < self.acceptance
             self.scheduled += right
             drafts.append(token if right else (token + 1) % self.manifest.vocab_size)
         return drafts
@@ -99,23 +142,34 @@ def forced_generation(
     drafts: Sequence[int],
     seconds: float,
 ) -> dict[str, Any]:
-    """Plain decoding and rounds of each number of drafts, in turns, each turn with chances of its own.
+    """Time plain decoding and rounds of each number of drafts, in turns, with newly drawn acceptances in each turn.
 
-    Turns end when `seconds` for each of these have passed, but there are three at least. Rates are of decoding, without
-    the prefill. `times_faster` is of the seconds of all turns: the fastest one may just have had luck with its drafts.
+    Rates are of decoding alone, without the prefill. `times_faster` compares the seconds of all turns together: the
+    fastest turn may only have drawn more accepted drafts than the others.
+
+    Args:
+        engine: an engine of the bundle.
+        prompt: token ids.
+        new_tokens: tokens of each continuation.
+        acceptance: probability that a draft is accepted if all drafts before it were.
+        drafts: numbers of drafts per round to measure.
+        seconds: time budget in seconds for each of them and for plain decoding; there are at least three turns.
+
+    Returns:
+        The keys of `generation` in the document of `bench --json`, except `context` and `expected_times_faster`.
     """
     runs: dict[int, list[Stats]] = {k: [] for k in (0, *drafts)}
     equal, engine.scheduled, engine.acceptance = True, 0, acceptance
-    for turn in turns(seconds * len(runs), *TURNS):
-        for k, done in runs.items():
+    for turn in turns(seconds * len(runs), MIN_TURNS, MAX_TURNS):
+        for k, run in runs.items():
             stats = Stats()
-            engine.chance = random.Random(1000 * turn + k)
+            engine.generator = random.Random(1000 * turn + k)
             tokens = list(generate(engine, prompt, Options(new_tokens, k), stats))
             if k == 0 and turn == 0:
                 engine.answer = tokens
             equal = equal and tokens == engine.answer
-            done.append(stats)
-    plain = sum(stats.decode_seconds for stats in runs[0])
+            run.append(stats)
+    plain_seconds = sum(stats.decode_seconds for stats in runs[0])
     speculative = []
     for k in drafts:
         rounds, accepted = sum(s.rounds for s in runs[k]), sum(s.accepted for s in runs[k])
@@ -125,7 +179,7 @@ def forced_generation(
                 **_rates(runs[k], new_tokens),
                 "tokens_per_round": 1 + accepted / rounds,
                 "expected_tokens_per_round": expected_tokens(k, acceptance),
-                "times_faster": plain / sum(stats.decode_seconds for stats in runs[k]),
+                "times_faster": plain_seconds / sum(stats.decode_seconds for stats in runs[k]),
             }
         )
     return {

@@ -1,4 +1,4 @@
-"""What `make bench` measures. Nothing here is a test: figures are ratios within one run, on the machine they name."""
+"""Timing of calls that are compared with each other: they run in turns, within one run, on a named machine."""
 
 import platform
 import random
@@ -12,9 +12,9 @@ Name = TypeVar("Name")
 
 
 def machine() -> str:
-    """Processor and system, as a figure should name them."""
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    """Return the names of the processor and the operating system, to be printed with every measurement."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor() or platform.machine()}, {platform.system()}"
 
@@ -22,7 +22,18 @@ def machine() -> str:
 def milliseconds(
     calls: Mapping[Name, Callable[[], object]], rounds: int = 8, repeats: int = 20
 ) -> dict[Name, tuple[float, float]]:
-    """Median and minimum of each call, in turns of `repeats`, so that what else the machine does hits all alike."""
+    """Time short calls.
+
+    The calls take turns, so that other load on the machine affects all of them alike.
+
+    Args:
+        calls: functions without arguments, by name.
+        rounds: how many turns each call gets.
+        repeats: how often a call is timed in one turn, after one that is not timed and fills the caches.
+
+    Returns:
+        Median and minimum of each call, in milliseconds, by name.
+    """
     times: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -31,7 +42,7 @@ def milliseconds(
                 started = time.perf_counter()
                 call()
                 times[name].append(1000 * (time.perf_counter() - started))
-    return {name: (statistics.median(found), min(found)) for name, found in times.items()}
+    return {name: (statistics.median(measured), min(measured)) for name, measured in times.items()}
 
 
 def turns(seconds: float, min_turns: int, max_turns: int) -> Iterator[int]:
@@ -44,16 +55,25 @@ def turns(seconds: float, min_turns: int, max_turns: int) -> Iterator[int]:
 
 
 def in_turns(
-    calls: Mapping[Name, Callable[[], object]], seconds: float, least: int = 3, most: int = 200
+    calls: Mapping[Name, Callable[[], object]], seconds: float, min_turns: int = 3, max_turns: int = 200
 ) -> dict[Name, list[float]]:
-    """Milliseconds of each call, one call a turn; for calls that take long, where `milliseconds` would take minutes.
+    """Time long calls, for which `milliseconds` would take minutes.
 
-    Turns end when `seconds` for each call have passed, but not before `least`, and not after `most` of them. Each has
-    another order, so that no call always finds the processor's caches as the same other one left them.
+    Every turn runs each call once, in a new order, so that no call always finds the processor's caches as the same
+    other call left them.
+
+    Args:
+        calls: functions without arguments, by name.
+        seconds: time budget in seconds for each call; the turns end when that of all calls together is spent.
+        min_turns: turns that are run even if the budget is spent.
+        max_turns: turns after which timing ends even if the budget is not spent.
+
+    Returns:
+        Milliseconds of each turn, by name.
     """
     times: dict[Name, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls.items()), random.Random(0).shuffle
-    for _ in turns(seconds * len(calls), least, most):
+    for _ in turns(seconds * len(calls), min_turns, max_turns):
         shuffle(order)
         for name, call in order:
             started = time.perf_counter()
@@ -63,6 +83,6 @@ def in_turns(
 
 
 def spread(times: Sequence[float]) -> dict[str, Any]:
-    """Median, lower quartile and minimum of times, and how many there are."""
+    """Summarize times of any unit: `median`, lower `quartile`, `min` and `count`."""
     quartile = sorted(times)[(len(times) - 1) // 4]
     return {"median": statistics.median(times), "quartile": quartile, "min": min(times), "count": len(times)}

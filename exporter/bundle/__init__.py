@@ -1,1 +1,1 @@
-"""What ships: exporting a bundle, and inspecting one."""
+"""Export a bundle, and inspect one."""

@@ -1,4 +1,4 @@
-"""The plain form of a chat template, for devices that have no Jinja. FORMAT.md, "Chat", has the rule."""
+"""Derive from a chat template a description of its prompts that needs no Jinja. FORMAT.md, "Chat", specifies it."""
 
 import random
 import re
@@ -15,23 +15,30 @@ from runtime_ref.tokenizer import TextTokenizer
 Render = Callable[[Sequence[Message]], str]
 Roles = tuple[str, ...]
 
-# What may stand in a template for more than itself: `<|channel>`, `</s>`.
+# Texts that a template may treat in a special way, such as `<|channel>` and `</s>`.
 MARKER = re.compile(r"<[^<>\s]{1,40}>")
-BLANKS = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
-# Blanks inside and around, characters that only look blank, what other template languages would take for code.
-CONTENTS = (
+WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
+# Contents with whitespace inside and around, with invisible characters that are not whitespace, and with text that
+# Jinja or HTML would interpret.
+PROBE_CONTENTS = (
     *("{{ bos_token }}", "{% raw %}", "{# #}", "<b>&amp;\"'\\n", "user", "system", "e\u0301", "中文👩‍💻", "x" * 3000),
-    *("", " ", "\n", "x", "  x\n", f"{BLANKS}x{BLANKS}", "\u200bx\ufeff", "\u180ex\u2060", "a  b\n\n c", "\r\nx\r\n"),
+    *("", " ", "\n", "x", "  x\n", f"{WHITESPACE}x{WHITESPACE}"),
+    *("\u200bx\ufeff", "\u180ex\u2060", "a  b\n\n c", "\r\nx\r\n"),
 )
-RANDOM_CHATS = 200
+NUM_RANDOM_PROBES = 200
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What stands before and after each role's content, and what becomes of contents.
+    """How messages become a prompt: the manifest's `chat`.
 
-    `alternate` if only chats in which user and assistant take turns have this form; `hidden` are the marks that begin
-    and end what is dropped from an assistant's content, if anything is.
+    Attributes:
+        begin: text before the first message.
+        turns: by role, the text before and the text after the content.
+        answer: text after the last message.
+        trim: whether contents are trimmed.
+        alternate: whether the format holds only for chats in which user and assistant take turns.
+        hidden: the two markers between which text is dropped from an assistant's content; None if nothing is dropped.
     """
 
     begin: str
@@ -42,7 +49,11 @@ class ChatFormat:
     hidden: tuple[str, str] | None
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt for the answer to the last of the messages, which must suit the format."""
+        """Return the prompt for the answer to the last message.
+
+        Args:
+            messages: a chat whose roles are in `turns` and which alternates if `alternate` asks for it.
+        """
         texts = [self.begin]
         for message in messages:
             before, after = self.turns[message["role"]]
@@ -58,7 +69,15 @@ class ChatFormat:
 
 
 def chat_format(bundle: Path, tokens: SpecialTokens) -> ChatFormat | None:
-    """The form of a bundle's template; None if there is none, or no tokenizer that can be read.
+    """Return the format of a bundle's chat template.
+
+    Args:
+        bundle: a directory that has the template and the tokenizer, if there are any.
+        tokens: the tokens that begin and end a text, which a template can spell out.
+
+    Returns:
+        The format; None if no format gives the template's prompts, if there is no template, or if there is no tokenizer
+        that can be read.
 
     Raises:
         InputError: the template cannot be read.
@@ -70,47 +89,52 @@ def chat_format(bundle: Path, tokens: SpecialTokens) -> ChatFormat | None:
     except InputError:  # the bundle runs on token ids alone
         return None
     source = (bundle / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    if "strftime_now" in source:  # another prompt each day
+    if "strftime_now" in source:  # its prompts depend on the date
         return None
     markers = dict.fromkeys([*MARKER.findall(source), *tokenizer.special.values()])
-    return plain_form(ChatTemplate(bundle, tokenizer).render, tuple(markers))
+    return find_chat_format(ChatTemplate(bundle, tokenizer).render, tuple(markers))
 
 
-def plain_form(render: Render, markers: Sequence[str]) -> ChatFormat | None:
-    """The first form that gives the same prompt as the template does for each of the probes; None if none does.
+def find_chat_format(render: Render, markers: Sequence[str]) -> ChatFormat | None:
+    """Return the first format that gives the template's prompt for every probe; None if no format does.
 
     Args:
-        render: the template; it raises InputError for messages that it refuses.
-        markers: texts that the template may treat unlike others.
+        render: the template: it returns the prompt for messages, or raises InputError for messages that it refuses.
+        markers: texts that the template may treat in a special way.
     """
     try:
         full = _turns(render)
         hidden = _hidden(render, markers)
     except (InputError, ValueError):
         return None
-    without = {role: turn for role, turn in full.turns.items() if role != "system"}
-    for turns in (full.turns, without) if "system" in full.turns else (without,):
+    no_system = {role: turn for role, turn in full.turns.items() if role != "system"}
+    for turns in (full.turns, no_system) if "system" in full.turns else (no_system,):
         for alternate in (False, True):
             for trim in (True, False):
-                form = replace(full, turns=turns, alternate=alternate, trim=trim, hidden=hidden)
-                if all(_same(render, form, messages) for messages in probes(form, markers)):
-                    return form
+                candidate = replace(full, turns=turns, alternate=alternate, trim=trim, hidden=hidden)
+                if all(_same_prompt(render, candidate, messages) for messages in probes(candidate, markers)):
+                    return candidate
     return None
 
 
-def probes(form: ChatFormat, markers: Sequence[str]) -> Iterator[list[Message]]:
-    """Chats that a form must render as the template does; those most likely to tell come first."""
-    for roles in _role_orders(form):
+def probes(candidate: ChatFormat, markers: Sequence[str]) -> Iterator[list[Message]]:
+    """Yield chats for which a format must give the template's prompt; those that most likely fail come first.
+
+    Args:
+        candidate: the format to compare with the template.
+        markers: texts that the template may treat in a special way.
+    """
+    for roles in _role_orders(candidate):
         yield [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
-    systems: tuple[Roles, ...] = ((), ("system",)) if "system" in form.turns else ((),)
+    systems: tuple[Roles, ...] = ((), ("system",)) if "system" in candidate.turns else ((),)
     marked = [text for marker in markers for text in (marker, f"a{marker}b", f" {marker}\n")]
-    for content in (*CONTENTS, *marked):
+    for content in (*PROBE_CONTENTS, *marked):
         for start in systems:
             yield [{"role": role, "content": content} for role in (*start, "user", "assistant", "user")]
     generator = random.Random(0)
-    often = list(form.hidden or ()) * 6
-    pieces = ["a", "b", " ", "\n", "\u3000", *often, *generator.sample(markers, min(len(markers), 8))]
-    for _ in range(RANDOM_CHATS):
+    frequent = list(candidate.hidden or ()) * 6
+    pieces = ["a", "b", " ", "\n", "\u3000", *frequent, *generator.sample(markers, min(len(markers), 8))]
+    for _ in range(NUM_RANDOM_PROBES):
         start, pairs = generator.choice(systems), generator.randrange(4)
         yield [
             {"role": role, "content": "".join(generator.choices(pieces, k=generator.randrange(9)))}
@@ -118,9 +142,9 @@ def probes(form: ChatFormat, markers: Sequence[str]) -> Iterator[list[Message]]:
         ]
 
 
-def _role_orders(form: ChatFormat) -> Iterator[Roles]:
-    """Without `alternate` every order of up to four messages, else turns taken up to nine."""
-    if form.alternate:
+def _role_orders(candidate: ChatFormat) -> Iterator[Roles]:
+    """Yield all orders of up to four messages, or with `alternate` the alternating ones of up to nine messages."""
+    if candidate.alternate:
         orders: list[Roles] = [("user", *("assistant", "user") * pairs) for pairs in range(5)]
     else:
         orders = [()]
@@ -129,75 +153,76 @@ def _role_orders(form: ChatFormat) -> Iterator[Roles]:
     for order in orders:
         if order:
             yield order
-        if "system" in form.turns:
+        if "system" in candidate.turns:
             yield ("system", *order)
 
 
-def _same(render: Render, form: ChatFormat, messages: Sequence[Message]) -> bool:
+def _same_prompt(render: Render, candidate: ChatFormat, messages: Sequence[Message]) -> bool:
     try:
-        return render(messages) == form.render(messages)
+        return render(messages) == candidate.render(messages)
     except InputError:
         return False
 
 
 def _turns(render: Render) -> ChatFormat:
-    """What stands between contents, shared out so that it fits; of contents themselves nothing is known yet.
+    """Return a format with the texts around contents; its `trim`, `alternate` and `hidden` are not determined yet.
 
     Raises:
-        InputError: the template refuses a user's message, or its answer.
-        ValueError: it does not write contents one after another.
+        InputError: the template refuses a user's message, or an answer to it.
+        ValueError: the prompt does not have each content exactly once, in order.
     """
-    first, last = _around(render, ("user",))
-    _, to_assistant, to_user, _ = _around(render, ("user", "assistant", "user"))
-    user = _common_end(first, to_user)
-    begin, closed = first.removesuffix(user), to_user.removesuffix(user)
-    # A turn of either role most likely ends alike.
-    alike = to_assistant.startswith(closed) and last.startswith(closed)
-    asked = closed if alike else _common_start(to_assistant, last)
-    turns = {"user": (user, asked), "assistant": (to_assistant.removeprefix(asked), closed)}
+    # `to_user` is the text between an assistant's content and the user's after it, `to_assistant` the reverse.
+    first, last = _texts_around(render, ("user",))
+    _, to_assistant, to_user, _ = _texts_around(render, ("user", "assistant", "user"))
+    user_start = _common_end(first, to_user)
+    begin, assistant_end = first.removesuffix(user_start), to_user.removesuffix(user_start)
+    # Most templates end the turns of both roles with the same text.
+    same_end = to_assistant.startswith(assistant_end) and last.startswith(assistant_end)
+    user_end = assistant_end if same_end else _common_start(to_assistant, last)
+    turns = {"user": (user_start, user_end), "assistant": (to_assistant.removeprefix(user_end), assistant_end)}
     try:
-        first, to_user, _ = _around(render, ("system", "user"))
-        if first.startswith(begin) and to_user.endswith(user):
-            turns = {"system": (first.removeprefix(begin), to_user.removesuffix(user)), **turns}
+        first, to_user, _ = _texts_around(render, ("system", "user"))
+        if first.startswith(begin) and to_user.endswith(user_start):
+            turns = {"system": (first.removeprefix(begin), to_user.removesuffix(user_start)), **turns}
     except (InputError, ValueError):
-        pass  # a chat has no system message then
-    return ChatFormat(begin, turns, last.removeprefix(asked), trim=False, alternate=True, hidden=None)
+        pass  # the template has no system messages
+    return ChatFormat(begin, turns, last.removeprefix(user_end), trim=False, alternate=True, hidden=None)
 
 
 def _hidden(render: Render, markers: Sequence[str]) -> tuple[str, str] | None:
-    """The first two markers between which an assistant's content is dropped."""
-    first, to_assistant, to_user, last = _around(render, ("user", "assistant", "user"))
+    """Return the first pair of markers between which text is dropped from an assistant's content."""
+    first, to_assistant, to_user, last = _texts_around(render, ("user", "assistant", "user"))
     before, after = f"{first}0{to_assistant}", f"{to_user}2{last}"
 
-    def left(content: str) -> str:
+    def remaining(content: str) -> str:
         roles = (("user", "0"), ("assistant", content), ("user", "2"))
-        found = render([{"role": role, "content": text} for role, text in roles])
-        return found.removeprefix(before).removesuffix(after)
+        prompt = render([{"role": role, "content": text} for role, text in roles])
+        return prompt.removeprefix(before).removesuffix(after)
 
     for begin in markers:
-        if left(f"a{begin}b") == "a":
+        if remaining(f"a{begin}b") == "a":
             for end in markers:
-                if left(f"a{begin}b{end}c") == "ac":
+                if remaining(f"a{begin}b{end}c") == "ac":
                     return begin, end
     return None
 
 
-def _around(render: Render, roles: Roles) -> list[str]:
-    """The texts around contents."""
+def _texts_around(render: Render, roles: Roles) -> list[str]:
+    """Return the texts before, between and after the contents of a chat with these roles."""
     contents = [f"Content{i}." for i in range(len(roles))]
     text = render([{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)])
-    around = []
+    texts = []
     for content in contents:
-        before, found, text = text.partition(content)
-        if not found or content in text:
-            raise ValueError(f"{content} is not there once")
-        around.append(before)
-    return [*around, text]
+        before, match, text = text.partition(content)
+        if not match or content in text:
+            raise ValueError(f"the prompt does not have {content!r} exactly once")
+        texts.append(before)
+    return [*texts, text]
 
 
-def _common_start(one: str, other: str) -> str:
-    return one[: common_prefix(one, other)]
+def _common_start(first: str, second: str) -> str:
+    return first[: common_prefix(first, second)]
 
 
-def _common_end(one: str, other: str) -> str:
-    return _common_start(one[::-1], other[::-1])[::-1]
+def _common_end(first: str, second: str) -> str:
+    return _common_start(first[::-1], second[::-1])[::-1]

@@ -1,4 +1,4 @@
-"""Write a bundle: graphs, weights, tokenizer and manifest, all of it or nothing."""
+"""Write a bundle: graphs, weights, tokenizer and manifest, as a whole or not at all."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ import torch
 from exporter.bundle.chat_format import chat_format
 from exporter.checkpoint.generation_config import chat_template
 from exporter.checkpoint.pair import Pair
-from exporter.files import check_directory, check_room, holds_only, remove_leftovers, replacing
+from exporter.files import check_directory, check_free_space, holds_only, remove_leftovers, replacing
 from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import GraphParts, graph_parts
 from exporter.graphs.spec import kv_ports, size_limits
@@ -26,13 +26,22 @@ from runtime_ref.errors import InputError
 from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, SAMPLING_KEYS, Progress, file_sha256
 from runtime_ref.tokenizer import TOKENIZER
 
-# Clusters that are in no checkpoint, so that a bundle can be checked against its checkpoints.
+# Clusters that no checkpoint has. With this file, a bundle can still be checked against its checkpoints.
 CLUSTERS = "clusters.safetensors"
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the user chose. No `max_seq_len` means 4096, or all the positions a target knows if they are fewer."""
+    """How to export a pair.
+
+    Attributes:
+        backend: a key of `exporter.graphs.backend.BACKENDS`.
+        recipe: a key of `exporter.quantization.recipes.RECIPES`.
+        max_seq_len: maximum number of tokens of prompt and answer together; None for 4096, or for the target's
+            `max_position_embeddings` if that is smaller.
+        max_draft_tokens: maximum number of draft tokens in a round.
+        force: whether an existing bundle may be replaced.
+    """
 
     backend: str = "onnx"
     recipe: str = "fp32"
@@ -42,11 +51,17 @@ class ExportOptions:
 
 
 def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Progress = lambda *_: None) -> None:
-    """Export a pair. The same pair and tool give the same bytes.
+    """Export a pair into a bundle. The same pair, options and tool version give the same bytes.
+
+    Args:
+        pair: the target and its drafter.
+        output: the directory to write; it is created or replaced when the bundle is complete.
+        options: backend, recipe and limits.
+        progress: called with what is being written and how many bytes of float32 weights were processed.
 
     Raises:
-        InputError: the output exists, cannot be written, a weight is not finite, or the chat template is none; nothing
-            is left behind.
+        InputError: the output exists or cannot be written, `max_seq_len` is too large, disk or memory do not suffice, a
+            weight is not finite, or the chat template is not valid. The output is then as it was before.
     """
     check_output(output, options.force)
     remove_leftovers(output)
@@ -67,13 +82,13 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         manifest = {
             "format_version": FORMAT_VERSION,
             "tool_version": version("gemma-mtp-export"),
-            "backend": {**backend.runtime(), **exported.backend},
+            "backend": {**backend.backend_metadata(), **exported.backend_metadata},
             "recipe": options.recipe,
             "max_seq_len": max_seq_len,
             "num_draft_tokens": {"default": min(4, options.max_draft_tokens), "max": options.max_draft_tokens},
             "limits": limits,
             **backend.row_multiples(),
-            "tables": {"embed_tokens": exported.embedding, "embed_tokens_per_layer": per_layer},
+            "tables": {"embed_tokens": exported.embedding_table, "embed_tokens_per_layer": per_layer},
             **describe(pair, options.backend),
             **({"chat": asdict(chat)} if chat else {}),
             "source": {"target": pair.target_checkpoint.sha256(), "drafter": pair.drafter_checkpoint.sha256()},
@@ -86,38 +101,51 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
 
 
 def plan_export(pair: Pair, output: Path, options: ExportOptions) -> tuple[int, dict[str, GraphParts]]:
-    """What an export is told by its pair and options: most tokens of prompt and answer, and what its graphs hold.
+    """Check that an export is possible, before any work is done.
+
+    Args:
+        pair: the target and its drafter. Its head may differ from the one that will be exported.
+        output: the directory to write.
+        options: backend, recipe and limits.
+
+    Returns:
+        The maximum number of tokens of prompt and answer together, and what each graph consists of, by graph name.
 
     Raises:
-        InputError: the target knows fewer positions, or disk or memory would run out.
+        InputError: the target has fewer positions, or disk or memory do not suffice.
     """
-    max_seq_len, recipe = sequence_limit(pair, options), RECIPES[options.recipe]
+    max_seq_len, recipe = resolve_max_seq_len(pair, options), RECIPES[options.recipe]
     parts = graph_parts(pair, recipe)
-    stored = sum(part.stored_bytes for part in parts.values())
-    stored += prod(parts["target"].shapes[PER_LAYER]) * recipe.per_layer.bits // 8
-    # A hundredth more for scales of PLE, graphs and tokenizer.
-    check_room(output, stored * 101 // 100, load_backend(options.backend).memory(parts))
+    stored_bytes = sum(part.stored_bytes for part in parts.values())
+    stored_bytes += prod(parts["target"].shapes[PER_LAYER]) * recipe.per_layer.bits // 8
+    # One percent more for the scales of PLE, the graphs and the tokenizer.
+    check_free_space(output, stored_bytes * 101 // 100, load_backend(options.backend).export_memory_bytes(parts))
     return max_seq_len, parts
 
 
-def sequence_limit(pair: Pair, options: ExportOptions) -> int:
-    """Most tokens of prompt and answer together.
+def resolve_max_seq_len(pair: Pair, options: ExportOptions) -> int:
+    """Return the maximum number of tokens of prompt and answer together: the option's, or its default.
 
     Raises:
-        InputError: the target knows fewer positions.
+        InputError: the target has fewer positions than the option asks for.
     """
-    known = pair.target.max_position_embeddings
+    positions = pair.target.max_position_embeddings
     if options.max_seq_len is None:
-        return min(4096, known)
-    if options.max_seq_len > known:
+        return min(4096, positions)
+    if options.max_seq_len > positions:
         raise InputError(
-            f"--max-seq-len is {options.max_seq_len}, the target knows {known} positions; ask for at most that"
+            f"--max-seq-len is {options.max_seq_len}, but the target has {positions} positions; pass at most that many"
         )
     return options.max_seq_len
 
 
 def describe(pair: Pair, backend: str) -> dict[str, Any]:
-    """The part of a manifest that checkpoints and backend decide, as FORMAT.md specifies it."""
+    """Return the manifest entries that follow from the checkpoints and the backend. FORMAT.md specifies them.
+
+    Args:
+        pair: the target and its drafter, with the head that is exported.
+        backend: a key of `exporter.graphs.backend.BACKENDS`.
+    """
     target = pair.target
     buffers = []
     for port in kv_ports(target):
@@ -153,7 +181,7 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tracing and quantizing are many small operations: a second thread gains little, and waits where others work."""
+    """Run with one torch thread: tracing and quantizing are many small operations, which gain little from a second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -163,10 +191,14 @@ def _one_thread() -> Iterator[None]:
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Refuse an output that exists, before any work is done; `force` replaces a bundle, never anything else.
+    """Check, before any work is done, that a bundle can be written.
+
+    Args:
+        output: the directory to write.
+        force: whether an existing bundle may be replaced; anything else is never replaced.
 
     Raises:
-        InputError: it exists, and is not to be or must not be replaced.
+        InputError: the output exists and may not be replaced.
     """
     check_directory(output, force, lambda directory: holds_only(directory, MANIFEST, _listed_files), "a bundle")
 

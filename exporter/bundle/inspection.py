@@ -1,4 +1,4 @@
-"""What a bundle or a checkpoint holds, as plain facts."""
+"""Summarize a bundle or a checkpoint, for the `inspect` command."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -16,20 +16,26 @@ from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifes
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Facts of a bundle or of a checkpoint directory, which is checked as an export would check it.
+    """Return the properties of a bundle or a checkpoint, as the JSON document of `inspect --json`.
+
+    A checkpoint's names and shapes are checked as an export would check them. Files of a bundle whose digests differ
+    from the manifest's are listed in `changed_files`.
+
+    Args:
+        path: directory of a bundle, a target or a drafter.
 
     Raises:
-        InputError: neither a bundle nor a Gemma 4 checkpoint, or a broken one.
+        InputError: the path is neither a bundle nor a Gemma 4 checkpoint, or what it holds is broken.
     """
     if not path.is_dir():
-        raise InputError(f"{path}: not a directory; expected a bundle or a checkpoint")
+        raise InputError(f"{path}: not a directory; pass the directory of a bundle or a checkpoint")
     if (path / MANIFEST).exists():
         manifest = read_manifest(path)
-        facts = {k: manifest.raw[k] for k in ("recipe", "max_seq_len", "num_draft_tokens", "tokens")}
+        copied = {key: manifest.raw[key] for key in ("recipe", "max_seq_len", "num_draft_tokens", "tokens")}
         return {
             "kind": "bundle",
-            "backend": _with_shares(path, manifest.raw["backend"]),
-            **facts,
+            "backend": _with_delegated_fractions(path, manifest.raw["backend"]),
+            **copied,
             "target": _sizes(manifest.raw["target"]),
             "drafter": _sizes(manifest.raw["drafter"]["text"]),
             "two_stage": manifest.raw["two_stage"],
@@ -46,26 +52,28 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _row_bytes(manifest: Manifest, layer_type: str) -> int:
-    """Bytes that K and V of one position take in all layers of a type."""
+    """Return the bytes that K and V of one position take in all storing layers of a type."""
     buffers = [kv for kv in manifest.kv if kv.layer_type == layer_type]
     return sum(4 * kv.num_key_value_heads * kv.head_dim for kv in buffers)
 
 
-def _with_shares(path: Path, backend: dict[str, Any]) -> dict[str, Any]:
-    """A backend's facts, and of each graph that it delegates the share that it took."""
+def _with_delegated_fractions(path: Path, backend: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest's `backend`, with the delegated fraction, 0 to 1, of each graph's operations and weights."""
     if "delegation" not in backend:
         return backend
     graphs = {}
     try:
-        for name, facts in backend["delegation"].items():
-            shares = {}
+        for name, counts in backend["delegation"].items():
+            fractions = {}
             for part in ("ops", "weight_bytes"):
-                taken = facts[f"delegated_{part}"]
-                shares[f"delegated_{part}_share"] = round(taken / (taken + facts[f"portable_{part}"]), 3)
-            graphs[name] = {**shares, **facts}
+                delegated = counts[f"delegated_{part}"]
+                fractions[f"delegated_{part}_share"] = round(delegated / (delegated + counts[f"portable_{part}"]), 3)
+            graphs[name] = {**fractions, **counts}
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path / MANIFEST}: backend.delegation is malformed ({reason}); export again") from error
+        raise InputError(
+            f"{path / MANIFEST}: backend.delegation is malformed ({reason}); export the bundle again"
+        ) from error
     return {**backend, "delegation": graphs}
 
 
@@ -78,7 +86,7 @@ def _inspect_target(path: Path) -> dict[str, Any]:
 def _inspect_drafter(path: Path) -> dict[str, Any]:
     config, checkpoint = read_drafter_config(path), Checkpoint(path)
     table = read_cluster_table(checkpoint, config)
-    # Checks every name and shape; the target's embedding is not read.
+    # This checks every name and shape; a drafter shares the target's embedding, which is not needed for that.
     used = drafter_weights(checkpoint, config, None, {"embed_tokens.weight": lambda: torch.empty(0)})
     return {
         "kind": "drafter",
@@ -89,11 +97,11 @@ def _inspect_drafter(path: Path) -> dict[str, Any]:
     }
 
 
-def _tensors(checkpoint: Checkpoint, used: int) -> dict[str, Any]:
+def _tensors(checkpoint: Checkpoint, tensors_used: int) -> dict[str, Any]:
     entries = checkpoint.entries.values()
     return {
         "tensors": len(entries),
-        "tensors_used": used,
+        "tensors_used": tensors_used,
         "parameters": sum(prod(entry.shape) for entry in entries),
         "dtypes": dict(sorted(Counter(entry.dtype for entry in entries).items())),
         "files": {file.name: file.stat().st_size for file in checkpoint.files},
@@ -102,5 +110,5 @@ def _tensors(checkpoint: Checkpoint, used: int) -> dict[str, Any]:
 
 
 def _sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """A text config with its layer pattern counted instead of listed."""
+    """Return a text config with the number of layers of each type in place of the list of types."""
     return {**config, "layer_types": dict(Counter(config["layer_types"]))}

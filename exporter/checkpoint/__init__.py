@@ -1,1 +1,1 @@
-"""What comes in: Hugging Face checkpoint directories of a target and its drafter."""
+"""Read Hugging Face checkpoint directories of a target and its drafter."""

@@ -1,4 +1,4 @@
-"""Read config.json in either dialect of Gemma 4 checkpoints."""
+"""Read config.json of Gemma 4 checkpoints, in the published or the text-only dialect."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ IGNORED_TEXT_KEYS = frozenset(
     top_k_experts torch_dtype transformers_version use_cache _sliding_window_pattern _attn_implementation""".split()
 )
 
-# Keys that are accepted with these values only: anything else is another architecture.
+# Keys that are accepted with these values only; any other value means another architecture.
 FIXED_TEXT_KEYS: Mapping[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "attention_k_eq_v": (False, None),
@@ -39,22 +39,22 @@ _REQUIRED_INTS = (
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON object of a checkpoint.
+    """Parse a JSON file of a checkpoint, which must hold an object.
 
     Raises:
-        InputError: no such file, not JSON, or not an object.
+        InputError: the file does not exist, is not JSON, or holds no object.
     """
     value = read_json(path, "a Hugging Face checkpoint directory with this file")
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}; correct the file")
     return value
 
 
 def read_target_config(directory: Path) -> TextConfig:
-    """Read a target's config.json in the published (`gemma4`) or the text-only (`gemma4_text`) dialect.
+    """Read config.json of a target's directory, in the published (`gemma4`) or the text-only (`gemma4_text`) dialect.
 
     Raises:
-        InputError: no such file, another `model_type`, or a value this exporter cannot honour.
+        InputError: no such file, another `model_type`, or a value that is not supported.
     """
     path = directory / "config.json"
     raw = read_object(path)
@@ -75,24 +75,27 @@ def read_target_config(directory: Path) -> TextConfig:
     if config.vocab_size_per_layer_input < config.vocab_size:
         raise InputError(
             f"{path}: vocab_size_per_layer_input is {config.vocab_size_per_layer_input}, less than vocab_size"
-            f" ({config.vocab_size}): some tokens would have no per-layer embedding; correct the file"
+            f" ({config.vocab_size}), so that some tokens have no per-layer embedding; correct the file"
         )
     if config.num_kv_shared_layers >= config.num_hidden_layers:
         raise InputError(
             f"{path}: num_kv_shared_layers is {config.num_kv_shared_layers}, expected 0 to"
-            f" {config.num_hidden_layers - 1}; a target stores the K/V of at least one layer"
+            f" {config.num_hidden_layers - 1}, because at least one layer of a target stores K/V; correct the file"
         )
     stored = set(config.layer_types[: config.num_kv_layers])
     if missing := set(config.layer_types) - stored:
-        raise InputError(f"{path}: KV-shared layers of type {missing.pop()!r} have no storing layer before them")
+        raise InputError(
+            f"{path}: no {missing.pop()} layer stores K/V, expected one for the KV-shared layers of that type;"
+            " correct layer_types or num_kv_shared_layers"
+        )
     return config
 
 
 def read_drafter_config(directory: Path) -> DrafterConfig:
-    """Read a drafter's config.json (`gemma4_assistant`).
+    """Read config.json of a drafter's directory (`gemma4_assistant`).
 
     Raises:
-        InputError: no such file, another `model_type`, or a value this exporter cannot honour.
+        InputError: no such file, another `model_type`, or a value that is not supported.
     """
     path = directory / "config.json"
     raw = read_object(path)
@@ -103,11 +106,14 @@ def read_drafter_config(directory: Path) -> DrafterConfig:
     text = parse_text_config(_text_section(raw, path), path)
     if text.num_kv_shared_layers not in (0, text.num_hidden_layers):
         raise InputError(
-            f"{path}: num_kv_shared_layers is {text.num_kv_shared_layers}, expected {text.num_hidden_layers}:"
-            " every layer of a drafter reads the target's K/V"
+            f"{path}: num_kv_shared_layers is {text.num_kv_shared_layers}, expected {text.num_hidden_layers}, because"
+            " every layer of a drafter reads the target's K/V; correct the file"
         )
     if text.hidden_size_per_layer_input or text.use_double_wide_mlp:
-        raise InputError(f"{path}: a drafter has no per-layer embeddings and no double-wide MLP; check the file")
+        raise InputError(
+            f"{path}: hidden_size_per_layer_input is {text.hidden_size_per_layer_input} and use_double_wide_mlp is"
+            f" {text.use_double_wide_mlp}, expected 0 and False for a drafter; correct the file"
+        )
     return DrafterConfig(
         text=text,
         backbone_hidden_size=_positive_int(raw, "backbone_hidden_size", path, 1536),
@@ -119,39 +125,57 @@ def read_drafter_config(directory: Path) -> DrafterConfig:
 def check_pair(target: TextConfig, drafter: DrafterConfig, drafter_dir: Path) -> None:
     """Refuse a drafter that was made for another target.
 
+    Args:
+        target: config of the target.
+        drafter: config of the drafter.
+        drafter_dir: the drafter's directory, which messages name.
+
     Raises:
-        InputError: hidden size, vocabulary, layer types, KV heads or head sizes disagree.
+        InputError: hidden sizes, vocabularies, layer types, numbers of KV heads or head sizes differ.
     """
     text = drafter.text
-    facts = [
+    sizes = [
         ("backbone_hidden_size", drafter.backbone_hidden_size, target.hidden_size),
         ("vocab_size", text.vocab_size, target.vocab_size),
     ]
     for layer_type in sorted(set(text.layer_types)):
         if layer_type not in target.layer_types:
-            raise InputError(f"{drafter_dir}: the drafter has {layer_type} layers, the target has none")
-        ours, theirs = text.attention(layer_type), target.attention(layer_type)
-        facts.append((f"{layer_type} num_key_value_heads", ours.num_key_value_heads, theirs.num_key_value_heads))
-        facts.append((f"{layer_type} head_dim", ours.head_dim, theirs.head_dim))
-    for name, found, expected in facts:
-        if found != expected:
             raise InputError(
-                f"{drafter_dir}: made for another target: {name} is {found}, the target needs {expected};"
+                f"{drafter_dir}: made for another target: it has {layer_type} layers, the target has none;"
+                " pass the drafter that belongs to this target"
+            )
+        actual, expected = text.attention(layer_type), target.attention(layer_type)
+        sizes.append((f"{layer_type} num_key_value_heads", actual.num_key_value_heads, expected.num_key_value_heads))
+        sizes.append((f"{layer_type} head_dim", actual.head_dim, expected.head_dim))
+    for name, drafter_size, target_size in sizes:
+        if drafter_size != target_size:
+            raise InputError(
+                f"{drafter_dir}: made for another target: {name} is {drafter_size}, the target needs {target_size};"
                 " pass the drafter that belongs to this target"
             )
 
 
 def parse_text_config(text: Mapping[str, Any], path: Path) -> TextConfig:
-    """Build a TextConfig from a text config in either dialect; unknown keys that are set are an error."""
+    """Build a TextConfig from the text section of a config.json, in either dialect.
+
+    Args:
+        text: the JSON object with the decoder's sizes.
+        path: the file, which messages name.
+
+    Raises:
+        InputError: a key is unknown and set, a required one is missing, or a value is not supported.
+    """
     for key, allowed in FIXED_TEXT_KEYS.items():
         if key in text and text[key] not in allowed:
-            raise InputError(f"{path}: {key} is {text[key]!r}, only {allowed[0]!r} is supported")
+            raise InputError(
+                f"{path}: {key} is {text[key]!r}, only {allowed[0]!r} is supported; pass an E2B or E4B checkpoint"
+            )
     known = IGNORED_TEXT_KEYS | FIXED_TEXT_KEYS.keys() | set(_REQUIRED_INTS) | _OPTIONAL_KEYS
     for key, value in text.items():
-        # A null or false value is a feature that is switched off.
+        # Null or false switches a feature off.
         if key not in known and value not in (None, False):
             raise InputError(
-                f"{path}: unknown key {key!r} = {value!r}: it may change what the model computes;"
+                f"{path}: unknown key {key!r} = {value!r}, which may change what the model computes;"
                 " update gemma-mtp-export, or remove the key if it does not matter"
             )
     ints = {key: _positive_int(text, key, path) for key in _REQUIRED_INTS}
@@ -196,30 +220,34 @@ _DEFAULT_ROPE: Mapping[str, Mapping[str, Any]] = {
 def _text_section(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     text = raw.get("text_config")
     if not isinstance(text, dict):
-        raise InputError(f"{path}: text_config is missing, expected an object with the decoder's sizes")
+        raise InputError(
+            f"{path}: text_config is missing, expected an object with the decoder's sizes; correct the file"
+        )
     if raw.get("tie_word_embeddings", True) is not True:
-        raise InputError(f"{path}: tie_word_embeddings is false, only tied embeddings are supported")
+        raise InputError(
+            f"{path}: tie_word_embeddings is not true, only true is supported; pass an E2B or E4B checkpoint"
+        )
     return text
 
 
-def _int(raw: Mapping[str, Any], key: str, path: Path, default: int, least: int = 0) -> int:
-    found = raw.get(key)
-    value = default if found is None else found
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-        kind = "a positive integer" if least else "an integer that is not negative"
-        raise InputError(f"{path}: {key} is {found!r}, expected {kind}; correct the file")
+def _int(raw: Mapping[str, Any], key: str, path: Path, default: int, minimum: int = 0) -> int:
+    stored = raw.get(key)
+    value = default if stored is None else stored
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31:
+        expected = "a positive integer" if minimum else "an integer that is not negative"
+        raise InputError(f"{path}: {key} is {stored!r}, expected {expected}; correct the file")
     return value
 
 
 def _positive_int(raw: Mapping[str, Any], key: str, path: Path, default: int = 0) -> int:
-    return _int(raw, key, path, default, least=1)
+    return _int(raw, key, path, default, minimum=1)
 
 
 def _positive_float(raw: Mapping[str, Any], key: str, path: Path, default: float | None = None) -> float:
-    found = raw.get(key)
-    value = default if found is None else found
+    stored = raw.get(key)
+    value = default if stored is None else stored
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise InputError(f"{path}: {key} is {found!r}, expected a positive number; correct the file")
+        raise InputError(f"{path}: {key} is {stored!r}, expected a positive number; correct the file")
     return float(value)
 
 
@@ -232,25 +260,25 @@ def _object(raw: Mapping[str, Any], key: str, path: Path, default: Mapping[str, 
 
 def _layer_types(text: Mapping[str, Any], num_layers: int, path: Path) -> tuple[str, ...]:
     # The default pattern and the forced last layer are those of transformers' Gemma4TextConfig.
-    found = text.get("layer_types") or [LAYER_TYPES[(i + 1) % 6 == 0] for i in range(num_layers)]
-    known = isinstance(found, list) and all(isinstance(kind, str) and kind in LAYER_TYPES for kind in found)
-    if not known or len(found) != num_layers:
+    types = text.get("layer_types") or [LAYER_TYPES[(i + 1) % 6 == 0] for i in range(num_layers)]
+    known = isinstance(types, list) and all(isinstance(name, str) and name in LAYER_TYPES for name in types)
+    if not known or len(types) != num_layers:
         raise InputError(
-            f"{path}: layer_types is {found!r}, expected a list of num_hidden_layers ({num_layers}) entries of"
+            f"{path}: layer_types is {types!r}, expected a list of num_hidden_layers ({num_layers}) entries of"
             f" {' and '.join(LAYER_TYPES)}; correct the file"
         )
-    return (*found[:-1], "full_attention")
+    return (*types[:-1], "full_attention")
 
 
 def _attention_config(
     text: Mapping[str, Any], ints: Mapping[str, int], layer_types: tuple[str, ...], layer_type: str, path: Path
 ) -> AttentionConfig:
-    """Sizes of one layer type: `per_layer_config` in the text-only dialect, `global_head_dim` in the published one."""
+    """Sizes of one layer type, from `per_layer_config` (text-only dialect) or `global_head_dim` (published dialect)."""
     sizes = {"head_dim": ints["head_dim"], "num_key_value_heads": ints["num_key_value_heads"]}
     if "per_layer_config" in text:
         sizes |= _layer_overrides(text, layer_types, layer_type, path)
     elif layer_type == "full_attention":
-        # num_global_key_value_heads counts only with attention_k_eq_v, which is refused above.
+        # num_global_key_value_heads counts only with attention_k_eq_v, which FIXED_TEXT_KEYS refuses.
         sizes["head_dim"] = _positive_int(text, "global_head_dim", path, 512)
     if ints["num_attention_heads"] % sizes["num_key_value_heads"]:
         raise InputError(
@@ -258,14 +286,21 @@ def _attention_config(
             f" num_key_value_heads ({sizes['num_key_value_heads']}); correct the file"
         )
     if sizes["head_dim"] % 2:
-        raise InputError(f"{path}: head_dim of {layer_type} is {sizes['head_dim']}, expected an even number")
+        raise InputError(
+            f"{path}: head_dim of {layer_type} is {sizes['head_dim']}, expected an even number; correct the file"
+        )
     rope = _object(_object(text, "rope_parameters", path, _DEFAULT_ROPE), layer_type, path, _DEFAULT_ROPE[layer_type])
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ("default", "proportional"):
-        raise InputError(f"{path}: rope_type of {layer_type} is {rope_type!r}, expected 'default' or 'proportional'")
+        raise InputError(
+            f"{path}: rope_type of {layer_type} is {rope_type!r}, expected 'default' or 'proportional';"
+            " correct the file"
+        )
     partial = _positive_float(rope, "partial_rotary_factor", path, 1.0)
     if partial > 1:
-        raise InputError(f"{path}: partial_rotary_factor of {layer_type} is {partial}, expected at most 1")
+        raise InputError(
+            f"{path}: partial_rotary_factor of {layer_type} is {partial}, expected at most 1; correct the file"
+        )
     return AttentionConfig(
         **sizes,
         rope_theta=_positive_float(rope, "rope_theta", path),
@@ -278,22 +313,32 @@ def _attention_config(
 def _layer_overrides(
     text: Mapping[str, Any], layer_types: tuple[str, ...], layer_type: str, path: Path
 ) -> dict[str, int]:
-    """Head sizes that `per_layer_config` gives the layers of one type, all alike; keys are zero-padded."""
+    """Head sizes of the layers of one type in `per_layer_config`, which must be equal; keys are zero-padded."""
     overrides = _object(text, "per_layer_config", path, {})
     if not all(key.isdecimal() and isinstance(value, dict) for key, value in overrides.items()):
-        raise InputError(f"{path}: per_layer_config is {overrides!r}, expected objects by layer number")
+        raise InputError(
+            f"{path}: per_layer_config is {overrides!r}, expected objects by layer number; correct the file"
+        )
     by_layer = {int(key): value for key, value in overrides.items()}
-    of_type = [by_layer.get(i, {}) for i, kind in enumerate(layer_types) if kind == layer_type]
+    of_type = [by_layer.get(i, {}) for i, name in enumerate(layer_types) if name == layer_type]
     first = of_type[0] if of_type else {}
     if any(other != first for other in of_type) or first.keys() - {"head_dim", "num_key_value_heads"}:
         raise InputError(
-            f"{path}: per_layer_config must give all {layer_type} layers the same head_dim and num_key_value_heads,"
-            " and nothing else"
+            f"{path}: per_layer_config gives {layer_type} layers different sizes or other keys, expected the same"
+            " head_dim and num_key_value_heads for all, and nothing else; correct the file"
         )
     return {key: _positive_int(first, key, path) for key in first}
 
 
 def checkpoint_json(directory: Path, name: str) -> dict[str, Any]:
-    """An optional JSON file of a checkpoint, empty if it is not there."""
+    """Parse an optional JSON file of a checkpoint; an empty object if it does not exist.
+
+    Args:
+        directory: the checkpoint's directory.
+        name: the file's name in it.
+
+    Raises:
+        InputError: the file is not JSON, or holds no object.
+    """
     path = directory / name
     return read_object(path) if path.exists() else {}

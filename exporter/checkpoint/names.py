@@ -1,4 +1,4 @@
-"""Tensor names: which tensor of a checkpoint is which parameter of the model, by dialect."""
+"""Tables of tensor names: which tensor of a checkpoint is which parameter of the model, in each dialect."""
 
 import fnmatch
 import functools
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING, ClusterTable
-from exporter.checkpoint.tensors import FLOAT_DTYPES, Checkpoint, Stored, TensorEntry
+from exporter.checkpoint.tensors import FLOAT_DTYPES, Checkpoint, TensorEntry, TensorReader
 from exporter.modeling.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from exporter.modeling.weights import Weights, parameter_shapes
 from runtime_ref.errors import InputError
 
-# Where the target's text decoder stands in a checkpoint, by dialect; the first that holds an embedding counts.
+# Prefixes of the target's text decoder in a checkpoint, by dialect; the first with an embedding applies.
 TARGET_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 
-# Target tensors that are left out on purpose, as patterns on the name in the checkpoint.
+# Target tensors that are not exported: patterns of names in the checkpoint, and the reason.
 IGNORED_TARGET = {
     "*vision_tower.*": "vision",
     "*audio_tower.*": "audio",
@@ -27,10 +27,10 @@ IGNORED_TARGET = {
     "*lm_head.weight": "tied to the embedding",
 }
 
-# Target tensors that KV-shared layers may carry and nothing reads.
+# Tensors that a checkpoint may hold for KV-shared layers, and that nothing reads.
 IGNORED_ON_SHARED_LAYERS = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight")
 
-# Drafter tensors: module name <- name in the checkpoint; `{}` is the rest of the name.
+# Drafter tensors: name in the module, and name in the checkpoint; `{}` is the rest of the name.
 DRAFTER_NAMES = {
     "layers.{}": "model.layers.{}",
     "norm.weight": "model.norm.weight",
@@ -42,9 +42,13 @@ DRAFTER_EMBEDDING = "model.embed_tokens.weight"
 
 
 def target_weights(checkpoint: Checkpoint, config: TextConfig, mapped: bool = False) -> Weights:
-    """Readers for every parameter of `Target`; every tensor of the checkpoint is used, ignored by a rule or refused.
+    """Return a reader for each parameter of `Target`; other tensors of the checkpoint are ignored by a rule or refused.
 
-    `mapped` weights are those of `Checkpoint.map`.
+    Args:
+        checkpoint: the target's tensors.
+        config: the target's config.
+        mapped: whether readers map tensors with the dtype they are stored in (`Checkpoint.map`); otherwise they read
+            them as float32.
 
     Raises:
         InputError: a tensor is missing, unknown, of the wrong shape or quantized.
@@ -63,7 +67,13 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig, mapped: bool = Fa
 def drafter_weights(
     checkpoint: Checkpoint, config: DrafterConfig, table: ClusterTable | None, target: Weights
 ) -> Weights:
-    """Readers for every parameter of `Drafter`, whose head is clustered if a table is given, else dense.
+    """Return a reader for each parameter of `Drafter`.
+
+    Args:
+        checkpoint: the drafter's tensors.
+        config: the drafter's config.
+        table: the clusters of a two-stage head; None for a dense head.
+        target: the target's readers, for the embedding table that the drafter reads as well.
 
     Raises:
         InputError: a tensor is missing, unknown, of the wrong shape or quantized.
@@ -83,19 +93,30 @@ def drafter_weights(
 
 
 def drafter_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Name in the checkpoint of each parameter of a drafter with a dense head; the target's embedding is not there."""
+    """Return the name in the checkpoint of each parameter of a drafter with a dense head, by name in the module.
+
+    `target_embed_tokens.weight` is left out, because the target's checkpoint holds it.
+
+    Args:
+        shapes: shape of each parameter of the drafter, by name.
+    """
     names = {"head.weight": DRAFTER_EMBEDDING}
-    for ours, stored in DRAFTER_NAMES.items():
-        stem = ours.removesuffix("{}")
+    for module_name, stored in DRAFTER_NAMES.items():
+        stem = module_name.removesuffix("{}")
         names |= {name: stored.replace("{}", name.removeprefix(stem)) for name in shapes if name.startswith(stem)}
     return names
 
 
 def read_cluster_table(checkpoint: Checkpoint, config: DrafterConfig) -> ClusterTable | None:
-    """The clusters that the checkpoint carries, None for a dense head: presence decides, whatever the config says.
+    """Read the clusters of a drafter's checkpoint; None if it holds none, whatever the config says.
+
+    Args:
+        checkpoint: the drafter's tensors.
+        config: the drafter's config.
 
     Raises:
-        InputError: half a table, one that does not fit the config, or an ordering that is not a permutation.
+        InputError: one of the two tensors is missing, the clusters do not fit the config, centroids hold NaN or
+            infinity, or the token ordering is not a permutation.
     """
     entries = checkpoint.entries
     if CENTROIDS not in entries and TOKEN_ORDERING not in entries:
@@ -106,7 +127,10 @@ def read_cluster_table(checkpoint: Checkpoint, config: DrafterConfig) -> Cluster
     }
     for name, dtypes in ((CENTROIDS, FLOAT_DTYPES), (TOKEN_ORDERING, ("I64", "I32"))):
         if name not in entries:
-            raise InputError(f"{checkpoint.directory}: tensor {name} is missing, but its partner is there")
+            raise InputError(
+                f"{checkpoint.directory}: tensor {name} is missing, expected both of {CENTROIDS} and {TOKEN_ORDERING}"
+                " or neither; restore the checkpoint"
+            )
         _check_entry(entries[name], name, expected[name], dtypes)
     table = ClusterTable(checkpoint.load(CENTROIDS).numpy(), checkpoint.load(TOKEN_ORDERING).long().numpy())
     source = str(entries[TOKEN_ORDERING].file)
@@ -114,7 +138,7 @@ def read_cluster_table(checkpoint: Checkpoint, config: DrafterConfig) -> Cluster
     if config.text.vocab_size % config.num_centroids:
         raise InputError(
             f"{source}: {config.text.vocab_size} tokens do not split into {config.num_centroids} clusters of equal"
-            " size; check num_centroids"
+            " size; correct num_centroids in config.json"
         )
     if config.centroid_intermediate_top_k > config.num_centroids:
         raise InputError(
@@ -128,21 +152,21 @@ def _select(
     checkpoint: Checkpoint,
     names: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, Stored]:
-    """Readers for module parameters whose names in the checkpoint are given; shapes and dtypes must fit."""
+) -> dict[str, TensorReader]:
+    """Readers by parameter name, for the names in the checkpoint; raise where a tensor is missing or does not fit."""
     for name, stored in names.items():
         entry = checkpoint.entries.get(stored)
         if entry is None:
             raise InputError(f"{checkpoint.directory}: tensor {stored} is missing; restore the checkpoint")
         _check_entry(entry, stored, shapes[name], FLOAT_DTYPES)
-    return {name: Stored(checkpoint, stored) for name, stored in names.items()}
+    return {name: TensorReader(checkpoint, stored) for name, stored in names.items()}
 
 
 def _check_entry(entry: TensorEntry, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     if entry.shape != shape:
         raise InputError(
             f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)};"
-            " the weights and the config belong to different models"
+            " pass weights and a config.json of the same model"
         )
     if entry.dtype not in dtypes:
         raise InputError(
@@ -155,8 +179,8 @@ def _refuse_unknown(checkpoint: Checkpoint, known: set[str]) -> None:
     if unknown := sorted(checkpoint.entries.keys() - known):
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise InputError(
-            f"{checkpoint.entries[unknown[0]].file}: unknown tensor {unknown[0]}{more}: neither mapped nor ignored by"
-            " a rule; this is not a plain Gemma 4 checkpoint of that kind"
+            f"{checkpoint.entries[unknown[0]].file}: unknown tensor {unknown[0]}{more}, which no rule maps or ignores;"
+            " pass an unmodified Gemma 4 checkpoint"
         )
 
 

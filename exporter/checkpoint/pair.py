@@ -1,4 +1,4 @@
-"""A target and its drafter, opened and checked against each other."""
+"""Open a target and its drafter, and check that they belong together."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -19,7 +19,21 @@ from runtime_ref.sampling import Sampling
 
 @dataclass(frozen=True)
 class Pair:
-    """Configs and weight readers of a pair, and the clusters of its two-stage head, if it has not a dense one."""
+    """A target and its drafter: configs, readers of their weights, and the drafter's head.
+
+    Attributes:
+        target: config of the target.
+        drafter: config of the drafter.
+        target_weights: a reader for each parameter of `Target`, by name.
+        drafter_weights: a reader for each parameter of `Drafter` with this pair's head, by name.
+        tokens: special tokens.
+        sampling: the checkpoint's sampling defaults.
+        target_checkpoint: tensors of the target's checkpoint.
+        drafter_checkpoint: tensors of the drafter's checkpoint.
+        table: clusters of the two-stage head; None for a dense head.
+        two_stage: sizes of the two-stage head; None for a dense head.
+        clusters_origin: where the clusters come from, "checkpoint" or "kmeans"; empty for a dense head.
+    """
 
     target: TextConfig
     drafter: DrafterConfig
@@ -35,22 +49,23 @@ class Pair:
 
     @property
     def shared_kv(self) -> dict[str, int]:
+        """Index of the target layer whose K and V the drafter's layers of each type read, by layer type."""
         return shared_kv(self.target, self.drafter)
 
     @property
     def weight_bytes(self) -> int:
-        """Size of what an export stores, as float32, for a progress bar."""
+        """Bytes of all weights that an export stores, if they were float32; the total of a progress bar."""
         target = parameter_shapes(lambda: Target(self.target))
         drafter = parameter_shapes(lambda: Drafter(self.drafter, None))
         del drafter["target_embed_tokens.weight"]  # stored with the target
         return sum(4 * prod(shape) for shape in (*target.values(), *drafter.values()))
 
     def load_target(self) -> Target:
-        """The target in eager torch, float32."""
+        """Load the target in eager torch, float32."""
         return load_module(lambda: Target(self.target), self.target_weights)
 
     def load_drafter(self) -> Drafter:
-        """The drafter in eager torch, float32."""
+        """Load the drafter in eager torch, float32."""
         return load_module(lambda: Drafter(self.drafter, self.two_stage), self.drafter_weights)
 
     @property
@@ -60,31 +75,42 @@ class Pair:
         return replace(self, table=None, two_stage=None, clusters_origin="", drafter_weights=weights)
 
     def with_clusters(self, table: ClusterTable, top_k: int, origin: str) -> "Pair":
-        """The same pair with a two-stage head of these clusters, of which the best `top_k` are kept.
+        """Return the same pair with a two-stage head of other clusters.
+
+        Args:
+            table: the clusters.
+            top_k: number of clusters that the first stage keeps.
+            origin: where the clusters come from, as in `clusters_origin`.
 
         Raises:
-            InputError: more clusters are to be kept than there are.
+            InputError: `top_k` is not between 1 and the number of clusters.
         """
         weights = drafter_weights(self.drafter_checkpoint, self.drafter, table, self.target_weights)
         return replace(self, table=table, two_stage=table.sizes(top_k), clusters_origin=origin, drafter_weights=weights)
 
 
 def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: int | None = None) -> Pair:
-    """Open both checkpoints; nothing but names, shapes and the cluster table is read yet.
+    """Open both checkpoints; of their tensors, only names, shapes and the cluster table are read.
 
     Args:
-        head: `auto` takes the drafter's clusters if it has any, `checkpoint` demands them, `dense` ignores them.
-        top_k: how many of those clusters to keep; None for as many as config.json says.
+        target_dir: the target's checkpoint directory.
+        drafter_dir: the drafter's checkpoint directory.
+        head: "auto" takes the drafter's clusters if it has any, "checkpoint" requires them, "dense" ignores them.
+        top_k: number of those clusters that the first stage keeps; None for the number in config.json.
 
     Raises:
-        InputError: either checkpoint is unusable, or the drafter was made for another target.
+        InputError: either checkpoint is unusable, the drafter was made for another target, the drafter has no clusters
+            that "checkpoint" requires, or `top_k` does not fit the head.
     """
     target, drafter = read_target_config(target_dir), read_drafter_config(drafter_dir)
     check_pair(target, drafter, drafter_dir)
     target_checkpoint, drafter_checkpoint = Checkpoint(target_dir), Checkpoint(drafter_dir)
     table = read_cluster_table(drafter_checkpoint, drafter)
     if head == "checkpoint" and table is None:
-        raise InputError(f"{drafter_dir}: has no clusters (masked_embedding.*), but --head checkpoint asks for them")
+        raise InputError(
+            f"{drafter_dir}: has no clusters (masked_embedding.*), but --head checkpoint asks for them; pass a drafter"
+            " with clusters, or export with --head kmeans"
+        )
     weights = target_weights(target_checkpoint, target)
     pair = Pair(
         target=target,

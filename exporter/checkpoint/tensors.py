@@ -1,4 +1,4 @@
-"""Read the safetensors files of a checkpoint directory: names and shapes at once, values a few rows at a time."""
+"""Read the safetensors files of a checkpoint directory: all names and shapes first, values in blocks on request."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,12 +17,19 @@ from runtime_ref.manifest import file_sha256
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
-BLOCK_BYTES = 1 << 26  # read at a time: what is made of it on its way to a file takes a few times as much
+BLOCK_BYTES = 1 << 26  # read at a time; the conversions of a block need several times as much memory
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies, and what its file says of it."""
+    """A tensor as its file's header describes it.
+
+    Attributes:
+        file: the safetensors file that holds it.
+        dtype: type by its name in safetensors, such as "BF16".
+        shape: sizes of its dimensions.
+        offset: bytes from the start of the file to its data.
+    """
 
     file: Path
     dtype: str
@@ -31,41 +38,58 @@ class TensorEntry:
 
 
 class Checkpoint:
-    """The safetensors of one directory: names, dtypes and shapes at once, values on request."""
+    """The safetensors files of one directory.
+
+    Attributes:
+        directory: the checkpoint's directory.
+        files: its safetensors files.
+        entries: file, dtype, shape and offset of each tensor, by name.
+    """
 
     def __init__(self, directory: Path) -> None:
-        """Raises InputError for missing, pickled, truncated or absent-from-index files."""
+        """Read the headers of all files.
+
+        Raises:
+            InputError: weights are missing, pickled or truncated, or the index does not fit the files.
+        """
         self.directory = directory
         weight_map = _weight_map(directory)
         self.files = [directory / name for name in sorted(set(weight_map.values())) or ["model.safetensors"]]
         self.entries: dict[str, TensorEntry] = {}
         for file in self.files:
             try:
-                with safe_open(file, "pt"):  # checks all that a header may get wrong
+                with safe_open(file, "pt"):  # checks the header, which _header takes as valid
                     header, data = _header(file)
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{file}: not a readable safetensors file ({error}); download it again") from error
-            for name, facts in header.items():
-                start, _ = facts["data_offsets"]
-                self.entries[name] = TensorEntry(file, facts["dtype"], tuple(facts["shape"]), data + start)
-        self._found = {file: _stamp(file) for file in self.files}
+            for name, fields in header.items():
+                start, _ = fields["data_offsets"]
+                self.entries[name] = TensorEntry(file, fields["dtype"], tuple(fields["shape"]), data + start)
+        self._stamps = {file: _stamp(file) for file in self.files}
         for name, file_name in weight_map.items():
             if name not in self.entries or self.entries[name].file.name != file_name:
-                raise InputError(f"{directory / file_name}: the index says that {name} is here; download both again")
+                raise InputError(
+                    f"{directory / file_name}: tensor {name} is not in this file, where the index says it is;"
+                    " download both again"
+                )
 
     def map(self, name: str) -> Tensor:
-        """One tensor as it is stored, mapped into memory: what is not touched is not read."""
+        """Map one tensor into memory, with the dtype it is stored in; pages are read when they are used.
+
+        Raises:
+            InputError: its file changed since the checkpoint was opened.
+        """
         self._check_unchanged(self.entries[name].file)
         with safe_open(self.entries[name].file, "pt") as opened:
             return opened.get_tensor(name)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """One tensor in blocks of whole rows, floats as float32.
+        """Read one tensor in blocks of whole rows, floats as float32.
 
-        They are read, not mapped: what was read of a mapping counts as the process's memory until it is gone.
+        Blocks are read, not mapped, because the pages of a mapping count as the process's memory once they were used.
 
         Raises:
-            InputError: it holds NaN or infinity, or its file changed since it was opened.
+            InputError: the tensor holds NaN or infinity, or its file changed since the checkpoint was opened.
         """
         entry = self.entries[name]
         dtype, (rows, *rest) = DTYPES[entry.dtype], entry.shape or (1,)
@@ -85,53 +109,68 @@ class Checkpoint:
         self._check_unchanged(entry.file)
 
     def load(self, name: str) -> Tensor:
-        """One tensor, floats as float32; raises as `blocks` does."""
+        """Read one whole tensor, floats as float32.
+
+        Raises:
+            InputError: the tensor holds NaN or infinity, or its file changed since the checkpoint was opened.
+        """
         entry = self.entries[name]
         dtype = DTYPES[entry.dtype]
         whole = torch.empty(entry.shape, dtype=torch.float32 if dtype.is_floating_point else dtype)
-        at = 0
+        start = 0
         for block in self.blocks(name):
-            whole.view(-1)[at : at + block.numel()] = block.view(-1)
-            at += block.numel()
+            whole.view(-1)[start : start + block.numel()] = block.view(-1)
+            start += block.numel()
         return whole
 
     def sha256(self) -> dict[str, str]:
-        """Digest of every weight file, by file name.
+        """Compute the SHA-256 digest of each safetensors file, by file name.
 
         Raises:
             InputError: a file changed since the checkpoint was opened.
         """
-        found = {file.name: file_sha256(file) for file in self.files}
+        digests = {file.name: file_sha256(file) for file in self.files}
         for file in self.files:
             self._check_unchanged(file)
-        return found
+        return digests
 
     def _check_unchanged(self, file: Path) -> None:
-        if _stamp(file) != self._found[file]:
+        if _stamp(file) != self._stamps[file]:
             raise InputError(f"{file}: changed while it was read; let its download or training end, then retry")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A reader of one tensor of a checkpoint, as a whole or in blocks of rows."""
+class TensorReader:
+    """A reader of one tensor of a checkpoint, as a whole or in blocks of rows.
+
+    Attributes:
+        checkpoint: the checkpoint that holds the tensor.
+        name: the tensor's name in the checkpoint.
+    """
 
     checkpoint: Checkpoint
     name: str
 
     def __call__(self) -> Tensor:
+        """Read the tensor as `Checkpoint.load` does."""
         return self.checkpoint.load(self.name)
 
     def blocks(self) -> Iterator[Tensor]:
+        """Read the tensor as `Checkpoint.blocks` does."""
         return self.checkpoint.blocks(self.name)
 
 
 def row_blocks(read: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """What a reader reads, in blocks of rows if it can."""
-    return read.blocks() if isinstance(read, Stored) else iter((read(),))
+    """Read a tensor in blocks of rows if the reader can (`TensorReader`), else as one block.
+
+    Raises:
+        InputError: as `Checkpoint.blocks` does.
+    """
+    return read.blocks() if isinstance(read, TensorReader) else iter((read(),))
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's facts on each tensor, and where its data begin."""
+    """The header of a safetensors file, by tensor name, and the offset of the data in bytes."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
@@ -140,13 +179,13 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:
-    """What changes when a file is written to or replaced."""
-    facts = file.stat()
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+    """Numbers of which one changes when the file is written to or replaced."""
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    """File of each tensor as the index says; empty for a checkpoint of one file."""
+    """The name of each tensor's file, from the index; empty for a checkpoint of one file."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
         return {}
@@ -156,15 +195,19 @@ def _weight_map(directory: Path) -> dict[str, str]:
             raise InputError(
                 f"{pickled[0]}: pickled weights are refused, because loading them runs code; convert to safetensors"
             )
-        raise InputError(f"{directory}: neither model.safetensors nor {index.name} is there; download the weights")
+        raise InputError(f"{directory}: has neither model.safetensors nor {index.name}; download the weights")
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map is missing or empty; download the index again")
+        raise InputError(
+            f"{index}: weight_map is missing or empty, expected file names by tensor; download the index again"
+        )
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index}: weight_map must give each tensor a file name; download the index again")
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(f"{index}: names {name!r}, expected a safetensors file in the same directory")
+            raise InputError(
+                f"{index}: names {name!r}, expected a safetensors file in the same directory; download the index again"
+            )
         if not (directory / name).exists():
             raise InputError(f"{directory / name}: named in {index.name} but absent; download the shard")
     return weight_map

@@ -1,1 +1,1 @@
-"""The command line: a module for each command. Library code does not import it."""
+"""The command line. Each command has a module of its own; no other folder imports this one."""

@@ -1,4 +1,4 @@
-"""`bench`: the time and memory that a bundle takes on this machine."""
+"""The command `bench`, which measures time and memory of a bundle on this machine."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,86 +9,97 @@ import click
 from rich.table import Column, Table
 from rich.text import Text
 
-from exporter.bench.measure import BenchOptions, check_same_text, measure_bundle
+from exporter.bench.measure import (
+    DEFAULT_ACCEPTANCES,
+    DEFAULT_CONTEXT_TOKENS,
+    FORCED_ACCEPTANCE,
+    BenchOptions,
+    check_same_text,
+    measure_bundle,
+)
 from exporter.cli.options import bundle_argument, json_option, threads_option
 from exporter.files import human_bytes
 from exporter.terminal import err, out
 
 
-def bench_tables(facts: dict[str, Any]) -> list[Table]:
-    """What `exporter.bench.bundle` measured; of times both median and minimum, ratios of lower quartiles."""
-    tables = [_bench_facts(facts), _bench_passes(facts["contexts"])]
-    if facts["speedup"][0]["by_num_draft_tokens"]:
-        tables.append(_bench_gains(facts["speedup"]))
-    return [*tables, _bench_generation(facts["generation"])]
+def bench_tables(document: dict[str, Any]) -> list[Table]:
+    """Return the tables that show what was measured: times as median and minimum, costs as ratios of lower quartiles.
+
+    Args:
+        document: what `exporter.bench.measure.measure_bundle` returns.
+    """
+    tables = [_summary_table(document), _passes_table(document["contexts"])]
+    if document["speedup"][0]["by_num_draft_tokens"]:
+        tables.append(_speedup_table(document["speedup"]))
+    return [*tables, _generation_table(document["generation"])]
 
 
-def _bench_facts(facts: dict[str, Any]) -> Table:
-    table = Table(title=f"{facts['bundle']}\n{facts['machine']}, threads: {facts['threads']}", show_header=False)
-    read, weights, load = facts["read_bandwidth_gb_s"], facts["decode_weights"], facts["load"]
-    table.add_row("backend, recipe", f"{facts['backend']}, {facts['recipe']}")
-    table.add_row("versions", ", ".join(f"{name} {found}" for name, found in facts["versions"].items()))
-    table.add_row("read bandwidth", f"median {read['median']:.1f}, most {read['max']:.1f} GB/s")
+def _summary_table(document: dict[str, Any]) -> Table:
+    title = f"{document['bundle']}\n{document['machine']}, threads: {document['threads']}"
+    table = Table(title=title, show_header=False)
+    read, weights, load = document["read_bandwidth_gb_s"], document["decode_weights"], document["load"]
+    table.add_row("backend, recipe", f"{document['backend']}, {document['recipe']}")
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in document["versions"].items()))
+    table.add_row("read bandwidth", f"median {read['median']:.1f}, max {read['max']:.1f} GB/s")
     if weights["bytes"] is not None:
         table.add_row("weights of a decode step", f"{human_bytes(weights['bytes'])}, {weights['derived_from']}")
-    table.add_row("load time", f"median {load['seconds']['median']:.2f}, least {load['seconds']['min']:.2f} s")
+    table.add_row("load time", f"median {load['seconds']['median']:.2f}, min {load['seconds']['min']:.2f} s")
     tokens = load["resident"]["generated_tokens"]
     for name, when in (("loaded", "after loading"), ("generated", f"after {tokens} tokens")):
         if (memory := load["resident"][name]) is not None:
-            parts = (f"{kind} {human_bytes(memory[kind]['added_bytes'])}" for kind in ("anonymous", "files"))
-            total = human_bytes(sum(kind["total_bytes"] for kind in memory.values()))
+            parts = (f"{pages} {human_bytes(memory[pages]['added_bytes'])}" for pages in ("anonymous", "files"))
+            total = human_bytes(sum(pages["total_bytes"] for pages in memory.values()))
             table.add_row(f"memory {when}", f"{' + '.join(parts)}; with the runtime {total}")
     return table
 
 
-def _bench_passes(contexts: Sequence[dict[str, Any]]) -> Table:
-    """One row a kind of pass, two columns a context: milliseconds, and the cost relative to a decode step or a rate."""
-    table = Table("", title="Passes: median (least), and what they cost beside a decode step")
-    for found in contexts:
-        for heading in (f"ms after {found['context']} tokens", ""):
+def _passes_table(contexts: Sequence[dict[str, Any]]) -> Table:
+    """A row for each type of pass; for each context a column of times, and one of rates and costs."""
+    table = Table("", title="Passes: median (min) of times, and rate or cost relative to a decode step")
+    for context in contexts:
+        for heading in (f"ms after {context['context']} tokens", ""):
             table.add_column(heading, justify="right")
-    lengths = range(len(contexts[0]["passes"]))
-    table.add_row("prefill", *_pairs((c["prefill"], f"{c['prefill']['tokens_per_second']:.0f} /s") for c in contexts))
-    table.add_row("decode step", *_pairs((c["decode"], f"{c['decode']['tokens_per_second']:.1f} /s") for c in contexts))
+    table.add_row("prefill", *_cells((c["prefill"], f"{c['prefill']['tokens_per_second']:.0f} /s") for c in contexts))
+    table.add_row("decode step", *_cells((c["decode"], f"{c['decode']['tokens_per_second']:.1f} /s") for c in contexts))
     if all("share_of_bandwidth" in c["decode"] for c in contexts):
         cells = (("", f"{c['decode']['share_of_bandwidth']:.0%}") for c in contexts)
         table.add_row("  of read bandwidth", *(cell for pair in cells for cell in pair))
-    for i in lengths[1:]:
+    for i in range(1, len(contexts[0]["passes"])):
         rows = [c["passes"][i] for c in contexts]
-        table.add_row(f"{rows[0]['tokens']} tokens at once", *_pairs((row, f"x {row['cost']:.2f}") for row in rows))
+        table.add_row(f"{rows[0]['tokens']} tokens at once", *_cells((row, f"x {row['cost']:.2f}") for row in rows))
     drafts = [c["draft_step"] for c in contexts]
-    table.add_row("draft step", *_pairs((row, f"x {row['cost']:.3f}") for row in drafts))
+    table.add_row("draft step", *_cells((row, f"x {row['cost']:.3f}") for row in drafts))
     return table
 
 
-def _pairs(timed: Iterable[tuple[dict[str, Any], str]]) -> Iterator[str]:
-    """Cells of what was timed and the figure beside it."""
+def _cells(timed: Iterable[tuple[dict[str, Any], str]]) -> Iterator[str]:
+    """Cells of a row: for each context the times, and the figure beside them."""
     for row, figure in timed:
         yield f"{row['ms']['median']:.2f} ({row['ms']['min']:.2f})"
         yield figure
 
 
-def _bench_gains(gains: Sequence[dict[str, Any]]) -> Table:
-    """Speed-up by drafts a round, the best of each row marked."""
-    counts = range(1, len(gains[0]["by_num_draft_tokens"]) + 1)
-    table = Table(*_right("context", "accepted", *map(str, counts)))
-    table.title = "Times faster than plain decoding by drafts a round, computed from these costs"
-    for row in gains:
-        cells = [Text(f"{found:.2f}") for found in row["by_num_draft_tokens"]]
+def _speedup_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """A row for each context and acceptance, and a column for each number of draft tokens; the best are marked."""
+    counts = range(1, len(rows[0]["by_num_draft_tokens"]) + 1)
+    table = Table(*_right("context", "acceptance", *map(str, counts)))
+    table.title = "Speed-up over plain decoding by draft tokens in a round, computed from these costs"
+    for row in rows:
+        cells = [Text(f"{speedup:.2f}") for speedup in row["by_num_draft_tokens"]]
         cells[row["best_num_draft_tokens"] - 1].stylize("bold green")
         table.add_row(f"{row['context']}", f"{row['acceptance']:g}", *cells)
     return table
 
 
-def _bench_generation(facts: dict[str, Any]) -> Table:
-    """Plain and speculative text, measured."""
-    headings = "drafts", "tokens/s (most)", "times faster", "computed", "tokens a round", "expected", "same tokens"
+def _generation_table(generation: dict[str, Any]) -> Table:
+    """Measured rates of plain and speculative decoding, beside the speed-ups computed from the costs of passes."""
+    headings = "drafts", "tokens/s (max)", "speed-up", "computed", "tokens a round", "expected", "same tokens"
     table = Table(*_right(*headings))
-    what = f"{facts['new_tokens']} tokens after {facts['context']}, in {facts['turns']} turns"
-    table.title = f"Measured: {what}, drafts accepted with a chance of {facts['acceptance']:g}"
-    rate = facts["plain"]["tokens_per_second"]
+    what = f"{generation['new_tokens']} tokens after {generation['context']}, in {generation['turns']} turns"
+    table.title = f"Measured: {what}, drafts accepted with a probability of {generation['acceptance']:g}"
+    rate = generation["plain"]["tokens_per_second"]
     table.add_row("plain", f"{rate['median']:.1f} ({rate['max']:.1f})")
-    for row in facts["speculative"]:
+    for row in generation["speculative"]:
         rate = row["tokens_per_second"]
         table.add_row(
             f"{row['num_draft_tokens']}",
@@ -97,13 +108,16 @@ def _bench_generation(facts: dict[str, Any]) -> Table:
             f"{row['expected_times_faster']:.2f}",
             f"{row['tokens_per_round']:.2f}",
             f"{row['expected_tokens_per_round']:.2f}",
-            "yes" if facts["same_tokens"] else Text("NO", "bold red"),
+            "yes" if generation["same_tokens"] else Text("NO", "bold red"),
         )
     return table
 
 
 def _right(*headings: str) -> list[Column]:
     return [Column(heading, justify="right") for heading in headings]
+
+
+_ACCEPTANCES = f"{', '.join(map(str, DEFAULT_ACCEPTANCES[:-1]))} and {DEFAULT_ACCEPTANCES[-1]}"
 
 
 @click.command()
@@ -114,23 +128,29 @@ def _right(*headings: str) -> list[Column]:
     "contexts",
     type=click.IntRange(1),
     multiple=True,
-    help="Tokens before those that are timed; may be given more than once.  [default: 512 and 4096]",
+    help="Number of tokens before those that are timed. Can be given more than once.",
+    show_default=" and ".join(map(str, DEFAULT_CONTEXT_TOKENS)),
 )
 @click.option(
     "--acceptance",
     type=click.FloatRange(0, 1),
-    help="Chance of a draft if those before it were accepted.  [default: 0.3 to 0.9; 0.7 for measured text]",
+    help="Probability that a draft token is accepted if those before it in the round were.",
+    show_default=f"{_ACCEPTANCES} for computed speed-ups, {FORCED_ACCEPTANCE} for measured ones",
 )
 @json_option
 def bench(
     bundle: Path, threads: int | None, contexts: tuple[int, ...], acceptance: float | None, as_json: bool
 ) -> None:
-    """Time a bundle: passes, drafts, memory, and what drafting gains at a given acceptance."""
+    """Time a bundle on this machine: passes, draft steps, memory, speed-up by drafting.
+
+    Prompts are random, and draft tokens are accepted with a given probability, whatever the target would choose. The
+    speed-up is computed from the costs of passes, and measured by generating tokens.
+    """
     with err.status("bench") as status:
         options = BenchOptions(threads, contexts, acceptance)
-        facts = measure_bundle(bundle, options, lambda step: status.update(f"bench: {step}"), err.print)
+        document = measure_bundle(bundle, options, lambda step: status.update(f"bench: {step}"), err.print)
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json.dumps(document))
     else:
-        out.print(*bench_tables(facts))
-    check_same_text(facts)
+        out.print(*bench_tables(document))
+    check_same_text(document)

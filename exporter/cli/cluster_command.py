@@ -1,4 +1,4 @@
-"""`cluster`: clusters for drafters that have none, judged by recall."""
+"""The command `cluster`, which makes clusters for a drafter and measures their recall."""
 
 import json
 import time
@@ -10,50 +10,61 @@ import click
 from rich.table import Table
 
 from exporter.checkpoint.pair import Pair, open_pair
-from exporter.cli.options import PATH, clusters_option, json_option, top_k_option
+from exporter.cli.options import PATH, clusters_option, json_option, prompt_ids_option, top_k_option
 from exporter.files import check_file, human_bytes, write_file
 from exporter.heads.clusters import Clustering, ClusterOptions, cluster_steps, make_clusters
-from exporter.heads.recall_plot import check_picture, recall_picture
+from exporter.heads.recall_plot import FORMATS, check_picture, recall_picture
 from exporter.terminal import err, out, peak_bytes, progress_bar
 from runtime_ref.prompts import read_prompt_ids
 
 
-def recall_table(facts: dict[str, Any]) -> Table:
-    """Recall by clusters kept, the chosen row marked; `facts` are those of `exporter.clusters.Clustering`."""
-    sizes = f"{facts['num_clusters']} clusters of {facts['cluster_size']} tokens"
-    table = Table(title=f"Two-stage logits: {sizes}, {facts['num_states']} states, {facts['states']}")
-    headings = "clusters kept", "tokens scored", "of the dense head's work", "best tokens that survive"
+def recall_table(document: dict[str, Any]) -> Table:
+    """Return a table of recall and work by the number of clusters kept, in which the chosen number is marked.
+
+    Args:
+        document: what `exporter.heads.clusters.Clustering.measurements` returns.
+    """
+    sizes = f"{document['num_clusters']} clusters of {document['cluster_size']} tokens"
+    table = Table(title=f"Two-stage logits: {sizes}, {document['num_states']} states, {document['states']}")
+    headings = "clusters kept", "tokens scored", "work relative to a dense head", "recall of the best token"
     for heading in headings:
         table.add_column(heading, justify="right")
-    if facts["checkpoint_clusters"] is not None:
+    if document["checkpoint_clusters"] is not None:
         table.add_column(
-            f"in the checkpoint's {facts['checkpoint_clusters']} clusters, as many tokens", justify="right"
+            f"recall of the checkpoint's {document['checkpoint_clusters']} clusters at as many tokens", justify="right"
         )
-    for row in facts["curve"]:
-        chosen = row["top_k_clusters"] == facts["top_k_clusters"]
+    for row in document["curve"]:
+        chosen = row["top_k_clusters"] == document["top_k_clusters"]
         cells = [f"{row['top_k_clusters']}", f"{row['tokens_scored']}", f"{row['share_of_dense_head']:.1%}"]
-        shares = (row[name] for name in ("recall", "checkpoint_recall") if name in row)
-        cells += ["" if share is None else f"{share:.1%}" for share in shares]
+        recalls = (row[name] for name in ("recall", "checkpoint_recall") if name in row)
+        cells += ["" if recall is None else f"{recall:.1%}" for recall in recalls]
         cells[0] = f"chosen {cells[0]}" if chosen else cells[0]
         table.add_row(*cells, style="bold green" if chosen else None)
     return table
 
 
 @click.command()
-@click.option("--drafter", type=PATH, required=True, help="MTP drafter checkpoint.")
-@click.option("--target", type=PATH, help="Its target: recall is then measured on states of real drafting.")
-@click.option("--prompt-ids", type=PATH, help="JSON file of token ids to draft on, else random ones.")
+@click.option("--drafter", type=PATH, required=True, help="Checkpoint directory of the MTP drafter.")
+@click.option(
+    "--target",
+    type=PATH,
+    help="Checkpoint directory of its target. Recall is then measured on hidden states of real draft steps.",
+)
+@prompt_ids_option("random ids")
 @clusters_option
 @click.option(
     "--recall",
     type=click.FloatRange(0, 1, min_open=True),
-    help=f"Keep as few clusters as reach this.  [default: {ClusterOptions.recall}]",
+    help="Keep the smallest number of clusters that reaches this recall.",
+    show_default=str(ClusterOptions.recall),
 )
 @top_k_option
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of the k-means.")
-@click.option("--output", type=PATH, help="Write the clusters to this safetensors file, for export.")
-@click.option("--report", type=PATH, help="Write a picture of recall against work to this file.")
-@click.option("--force", is_flag=True, help="Replace files that are there already.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of k-means.")
+@click.option("--output", type=PATH, help="Safetensors file to write, for `export --cluster-table`.")
+@click.option(
+    "--report", type=PATH, help=f"Image of recall against work to write; its name ends in {' or '.join(FORMATS)}."
+)
+@click.option("--force", is_flag=True, help="Replace existing files.")
 @json_option
 def cluster(
     drafter: Path,
@@ -68,16 +79,19 @@ def cluster(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Cluster a drafter's vocabulary, and show how many of its best tokens survive at what cost."""
+    """Cluster a drafter's vocabulary for a two-stage head, and measure its recall.
+
+    Recall is the fraction of hidden states whose best token is in a cluster that the first stage keeps.
+    """
     if prompt_ids is not None and target is None:
-        raise click.UsageError("--prompt-ids needs --target, which reads them")
+        raise click.UsageError("--prompt-ids needs --target, which runs the prompts")
     if top_k_clusters is not None and recall is not None:
-        raise click.UsageError("give either --recall or --top-k-clusters: each says how many clusters to keep")
+        raise click.UsageError("give either --recall or --top-k-clusters: each decides how many clusters to keep")
     files = [file for file in (output, report) if file is not None]
     for file in files:
         check_file(file, force)
     if len({file.resolve() for file in files}) < len(files):
-        raise click.UsageError("--output and --report name the same file")
+        raise click.UsageError("--output and --report name the same file; choose two files")
     if report is not None:
         check_picture(report)
     started = time.perf_counter()
@@ -85,26 +99,37 @@ def cluster(
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     options = ClusterOptions(clusters, top_k_clusters, ClusterOptions.recall if recall is None else recall, seed)
     clustering = run_clustering(drafter, pair, options, prompts)
-    facts = {**clustering.facts(), "seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
+    document = {**clustering.measurements(), "seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
     if output is not None:
         write_file(output, clustering.table.to_bytes(clustering.top_k))
     if report is not None:
         write_file(report, recall_picture(clustering, report))
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json.dumps(document))
     else:
-        out.print(recall_table(facts))
-    err.print(f"clustered in {facts['seconds']:.0f} s, peak memory {human_bytes(facts['peak_bytes'])}")
+        out.print(recall_table(document))
+    err.print(f"clustered in {document['seconds']:.0f} s, peak memory {human_bytes(document['peak_bytes'])}")
 
 
 def run_clustering(
     drafter: Path, pair: Pair | None, options: ClusterOptions, prompts: Sequence[Sequence[int]] = ()
 ) -> Clustering:
+    """Make clusters with a progress bar, and warn if their head would need more than half of a dense head's work.
+
+    Args:
+        drafter: the drafter's checkpoint directory.
+        pair: the opened pair, to measure recall on states of real draft steps, or None.
+        options: options of the clustering.
+        prompts: token ids for the target to run; empty for random ones.
+
+    Raises:
+        InputError: see `exporter.heads.clusters.make_clusters`.
+    """
     with progress_bar(err, "clusters", cluster_steps(pair, prompts)) as progress:
         clustering = make_clusters(drafter, pair, options, prompts, progress)
-    if (share := clustering.share_of_dense_head) > 0.5:
+    if (work := clustering.work_ratio) > 0.5:
         err.print(
-            f"warning: {clustering.top_k} of {len(clustering.recall)} clusters kept takes {share:.0%} of a dense head's"
-            " work, so a dense head may be faster; try another number of clusters, or keep fewer"
+            f"warning: keeping {clustering.top_k} of {len(clustering.recall)} clusters takes {work:.0%} of a dense"
+            " head's work, so a dense head may be faster; try another number of clusters, or keep fewer"
         )
     return clustering

@@ -1,4 +1,4 @@
-"""A small chat on a terminal."""
+"""A chat on a terminal."""
 
 import contextlib
 import importlib
@@ -15,28 +15,35 @@ from runtime_ref.errors import InputError
 from runtime_ref.streaming import Decoder
 from runtime_ref.tokenizer import TOKENIZER
 
-SIGN = "> "
+INPUT_SIGN = "> "
 KEYS = "/quit or Ctrl-D ends, Ctrl-C stops an answer"
-CONVERSATION = f"A conversation: /new starts over, {KEYS}."
-LINES = f"The bundle has no chat template, so each line is continued on its own, as text: {KEYS}."
+CHAT_GREETING = f"Chat: /new starts a new conversation, {KEYS}."
+LINES_GREETING = f"The bundle has no chat template, so each line is continued as a text of its own: {KEYS}."
+LEAVING_HINT = "Ctrl-D or /quit ends the chat."
 
 
 def converse(decoder: Decoder, options: dict[str, Any]) -> None:
-    """Answer lines from the terminal until the user leaves; `options` are those of `Decoder.stream`.
+    """Answer lines from the terminal until the user leaves.
+
+    With a chat template the lines are messages of a conversation. Without one, each line is continued as a text.
+
+    Args:
+        decoder: an open bundle.
+        options: keyword arguments of `Decoder.stream`.
 
     Raises:
-        InputError: there is no tokenizer, or the options are impossible.
+        InputError: the bundle has no tokenizer.
     """
     if decoder.tokenizer is None:
         raise InputError(f"{decoder.bundle}: has no {TOKENIZER}, which a chat needs; pass --prompt-ids")
-    with contextlib.suppress(ImportError):  # once it is imported, `input` edits lines and remembers them
+    with contextlib.suppress(ImportError):  # it gives `input` line editing and a history
         importlib.import_module("readline")
-    err.print(CONVERSATION if decoder.template else LINES, style="dim")
+    err.print(CHAT_GREETING if decoder.template else LINES_GREETING, style="dim")
     messages: list[Message] = []
-    leave = "Ctrl-D or /quit ends the chat."
+    hint = LEAVING_HINT  # shown at the first Ctrl-C only
     while True:
         try:
-            line = input(SIGN)
+            line = input(INPUT_SIGN)
             if line.strip() == "/quit":
                 return
             if line.strip() == "/new":
@@ -48,15 +55,15 @@ def converse(decoder: Decoder, options: dict[str, Any]) -> None:
             return
         except KeyboardInterrupt:
             click.echo()
-            if leave:
-                err.print(leave, style="dim")
-            leave = ""
+            if hint:
+                err.print(hint, style="dim")
+            hint = ""
         except UnicodeDecodeError as error:
             err.print(f"error: the line is not valid {error.encoding}; type it again")
 
 
 def _turn(decoder: Decoder, messages: list[Message], line: str, options: dict[str, Any]) -> list[Message]:
-    """Answer a line; the messages after that, those before it if it cannot be answered."""
+    """Answer a line, and return the conversation with line and answer; without them if it cannot be answered."""
     asked: list[Message] = [*messages, {"role": "user", "content": line}]
     try:
         stream = decoder.chat(asked, **options) if decoder.template else decoder.stream(line, **options)

@@ -1,4 +1,4 @@
-"""`demo`: export, generate and parity on the built-in pair."""
+"""The command `demo`, which exports, generates and checks parity with the built-in pair."""
 
 from pathlib import Path
 
@@ -8,17 +8,21 @@ from exporter.bundle.export import ExportOptions
 from exporter.checkpoint.pair import open_pair
 from exporter.cli.export_command import run_export
 from exporter.cli.generate_command import open_bundle
-from exporter.cli.options import PATH
+from exporter.cli.options import PATH, backend_option
 from exporter.cli.parity_command import check_parity, parity_table, require_passed
 from exporter.cli.printing import print_continuation
 from exporter.demo import PAIR, PROMPTS
-from exporter.graphs.backend import BACKENDS
 from exporter.terminal import out
 
 
 @click.command()
-@click.option("--output", type=PATH, default=Path("demo-bundle"), help="Where the bundle goes; replaced if there.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="onnx")
+@click.option(
+    "--output",
+    type=PATH,
+    default=Path("demo-bundle"),
+    help="Bundle directory to write; an existing bundle is replaced.",
+)
+@backend_option
 def demo(output: Path, backend: str) -> None:
     """Export the built-in pair, generate text with it, and check parity."""
     pair = open_pair(PAIR / "target", PAIR / "drafter")
@@ -29,7 +33,7 @@ def demo(output: Path, backend: str) -> None:
         print_continuation(decoder, stream := decoder.stream(text, max_new_tokens=96))
         prompts.append(stream.prompt)
     click.echo()
-    del decoder, stream  # parity opens its own, with one thread, and ExecuTorch has one pool a process
+    del decoder, stream  # parity opens the bundle with one thread, and ExecuTorch has one thread pool for a process
     checks = check_parity(output, pair, prompts, 64)
     out.print(parity_table(checks))
     out.print(f"The bundle is in {output}. Next: gemma-mtp-export generate {output} --prompt 'Return the'")

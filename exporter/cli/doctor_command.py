@@ -1,4 +1,4 @@
-"""`doctor`: why few drafts are accepted."""
+"""The command `doctor`, which finds out why few drafts are accepted."""
 
 import json
 from pathlib import Path
@@ -18,40 +18,49 @@ VERDICTS = {"pass": ("PASS", "green"), "finding": ("FINDING", "bold red"), "skip
 
 
 def doctor_table(diagnosis: Diagnosis) -> Table:
-    """One row an experiment."""
-    title = "Why is acceptance low?"
+    """Return a table with a row for each experiment of a diagnosis."""
+    title = "Known causes of a low acceptance rate"
     if diagnosis.acceptance_rate is not None:
-        title += f" The bundle accepts {diagnosis.acceptance_rate:.1%} of its drafts here"
-    table = Table("experiment", "", Column("found", overflow="fold"), title=title)
-    for found in diagnosis.experiments:
-        table.add_row(found.experiment, Text(*VERDICTS[found.verdict]), found.detail)
+        title += f"; in this test {diagnosis.acceptance_rate:.1%} of drafts are accepted"
+    table = Table("experiment", "verdict", Column("details", overflow="fold"), title=title)
+    for experiment in diagnosis.experiments:
+        table.add_row(experiment.experiment, Text(*VERDICTS[experiment.verdict]), experiment.detail)
     return table
 
 
 @click.command()
 @bundle_argument
 @source_options(required=True)
-@prompt_ids_option("what the target generates by itself")
-@click.option("--max-new-tokens", type=click.IntRange(8), default=64, help="Of each text that is written.")
+@prompt_ids_option("texts that the target generates")
+@click.option("--max-new-tokens", type=click.IntRange(8), default=64, help="Maximum number of new tokens in each text.")
 @json_option
 def doctor(
     bundle: Path, target: Path, drafter: Path, prompt_ids: Path | None, max_new_tokens: int, as_json: bool
 ) -> None:
-    """Find out why few drafts are accepted: an experiment for each known cause."""
+    """Find out why few drafts are accepted, with an experiment for each known cause.
+
+    Each experiment runs the checkpoints in eager torch with one known fault, such as an outdated KV cache, and compares
+    the result with the bundle. The exit code is 1 if there is a finding.
+    """
     pair = open_source(bundle, target, drafter)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     with err.status("doctor") as status:
-        found = run_doctor(bundle, pair, prompts, max_new_tokens, lambda step: status.update(f"doctor: {step}"))
+        diagnosis = run_doctor(bundle, pair, prompts, max_new_tokens, lambda step: status.update(f"doctor: {step}"))
+    findings = diagnosis.findings
     if as_json:
         experiments = [
             {"experiment": e.experiment, "verdict": e.verdict, "detail": e.detail, **e.figures}
-            for e in found.experiments
+            for e in diagnosis.experiments
         ]
-        facts = {"findings": len(found.findings), "acceptance_rate": found.acceptance_rate, "experiments": experiments}
-        click.echo(json.dumps(facts))
+        document = {
+            "findings": len(findings),
+            "acceptance_rate": diagnosis.acceptance_rate,
+            "experiments": experiments,
+        }
+        click.echo(json.dumps(document))
     else:
-        out.print(doctor_table(found))
-    if found.findings:
-        first = found.findings[0]
-        raise CheckError(f"doctor: {len(found.findings)} found, most likely {first.experiment}: {first.detail}")
-    err.print(f"doctor: none of {len(found.experiments)} experiments found a cause", style="green")
+        out.print(doctor_table(diagnosis))
+    if findings:
+        number = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
+        raise CheckError(f"doctor: {number}, most likely {findings[0].experiment}: {findings[0].detail}")
+    err.print(f"doctor: none of {len(diagnosis.experiments)} experiments found a cause", style="green")

@@ -1,4 +1,4 @@
-"""`export`: a target and its drafter into a bundle."""
+"""The command `export`, which writes a bundle, and what other commands share with it."""
 
 import json
 import time
@@ -11,34 +11,45 @@ from clustering.cluster_table import load_table
 from exporter.bundle.export import ExportOptions, check_output, export_bundle, plan_export
 from exporter.checkpoint.pair import Pair, open_pair
 from exporter.cli.cluster_command import run_clustering
-from exporter.cli.options import PATH, clusters_option, json_option, top_k_option
+from exporter.cli.options import PATH, backend_option, clusters_option, json_option, top_k_option
 from exporter.files import directory_bytes, human_bytes, remove_leftovers
-from exporter.graphs.backend import BACKENDS
 from exporter.heads.clusters import ClusterOptions
 from exporter.quantization.recipes import RECIPES
 from exporter.terminal import err, peak_bytes, progress_bar
 
 
 @click.command()
-@click.option("--target", type=PATH, required=True, help="Gemma 4 E2B or E4B checkpoint.")
-@click.option("--drafter", type=PATH, required=True, help="Its MTP drafter checkpoint.")
+@click.option("--target", type=PATH, required=True, help="Checkpoint directory of Gemma 4 E2B or E4B.")
+@click.option("--drafter", type=PATH, required=True, help="Checkpoint directory of its MTP drafter.")
 @click.option("--output", type=PATH, required=True, help="Bundle directory to write.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="onnx")
+@backend_option
 @click.option(
-    "--recipe", type=click.Choice(list(RECIPES)), default="fp32", help="Precision of weights and activations."
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    default="fp32",
+    help="Precision: float32 (`fp32`), or 8-bit activations and weights of 8 bits (`int8`), mostly 4 bits (`int4`), or "
+    "4 and 2 bits (`smallest`).",
 )
-@click.option("--max-seq-len", type=click.IntRange(2), help="Longest prompt and answer together.  [default: 4096]")
-@click.option("--max-draft-tokens", type=click.IntRange(0, 32), default=8, help="Most drafts a round may have.")
+@click.option(
+    "--max-seq-len",
+    type=click.IntRange(2),
+    help="Maximum number of tokens in prompt and answer together.",
+    show_default="4096, or the target's maximum if that is less",
+)
+@click.option(
+    "--max-draft-tokens", type=click.IntRange(0, 32), default=8, help="Maximum number of draft tokens in a round."
+)
 @click.option(
     "--head",
     type=click.Choice(["auto", "checkpoint", "kmeans", "dense"]),
     default="auto",
-    help="The drafter's output head: the checkpoint's clusters, new ones or none; auto: the checkpoint's, if any.",
+    help="The drafter's output head: two stages with the clusters of the `checkpoint` or with new ones (`kmeans`), or "
+    "one stage (`dense`). `auto` uses the checkpoint's clusters if it has some, else a dense head.",
 )
 @clusters_option
 @top_k_option
-@click.option("--cluster-table", type=PATH, help="For --head kmeans: what `cluster --output` wrote.")
-@click.option("--force", is_flag=True, help="Replace a bundle that is there already.")
+@click.option("--cluster-table", type=PATH, help="File of `cluster --output` with clusters for `--head kmeans`.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @json_option
 def export(
     target: Path,
@@ -55,17 +66,21 @@ def export(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Export a target and its drafter into a bundle."""
+    """Export a target and its drafter into a bundle.
+
+    Checkpoints are directories with config.json and safetensors files, as published or as transformers saves them. The
+    same checkpoints and options give the same bytes.
+    """
     if head != "kmeans" and (clusters is not None or cluster_table is not None):
         raise click.UsageError("--clusters and --cluster-table go with --head kmeans")
     if clusters is not None and cluster_table is not None:
-        raise click.UsageError("--cluster-table has its clusters already; leave --clusters out")
+        raise click.UsageError("--cluster-table has a fixed number of clusters; leave out --clusters")
     check_output(output, force)
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force)
     if head == "kmeans":
         pair = open_pair(target, drafter, "dense")
         remove_leftovers(output)
-        plan_export(pair, output, options)  # before minutes of clustering
+        plan_export(pair, output, options)  # raises errors before minutes of clustering
         if cluster_table is not None:
             table, top_k = load_table(cluster_table, pair.drafter.text.vocab_size, pair.drafter.text.hidden_size)
         else:
@@ -80,6 +95,19 @@ def export(
 
 
 def run_export(pair: Pair, output: Path, options: ExportOptions) -> dict[str, Any]:
+    """Export a pair with a progress bar, and print the bundle's size, the time and the peak memory.
+
+    Args:
+        pair: target and drafter.
+        output: bundle directory to write.
+        options: options of the export.
+
+    Returns:
+        The document that `export --json` prints.
+
+    Raises:
+        InputError: see `exporter.bundle.export.export_bundle`.
+    """
     started = time.perf_counter()
     total = pair.weight_bytes
     with progress_bar(err, "export", total) as progress:

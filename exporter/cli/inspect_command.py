@@ -1,4 +1,4 @@
-"""`inspect`: what a bundle or a checkpoint holds."""
+"""The command `inspect`, which shows what a bundle or a checkpoint contains."""
 
 import json
 from collections.abc import Iterator
@@ -14,12 +14,16 @@ from exporter.files import human_bytes
 from exporter.terminal import out
 
 
-def facts_table(facts: dict[str, Any]) -> Table:
-    """Nested facts as rows of a dotted name and a value; bytes in human units."""
+def contents_table(contents: dict[str, Any]) -> Table:
+    """Return a table with a row for each value of a nested document: its dotted name and the value.
+
+    Args:
+        contents: the document of `exporter.bundle.inspection.inspect`. Numbers of bytes are shown in human units.
+    """
     table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False)
-    for name, value in _flatten("", facts):
-        sized = name.startswith("files.") or name.endswith("_bytes")
-        table.add_row(name, human_bytes(value) if sized else str(value))
+    for name, value in _flatten("", contents):
+        in_bytes = name.startswith("files.") or name.endswith("_bytes")
+        table.add_row(name, human_bytes(value) if in_bytes else str(value))
     return table
 
 
@@ -37,9 +41,13 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 @click.argument("path", type=PATH)
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Show what a bundle or a checkpoint holds."""
-    facts = inspect_path(path)
+    """Show what a bundle or a checkpoint contains.
+
+    PATH is a bundle, a target's checkpoint or a drafter's checkpoint. For ExecuTorch bundles it also shows which
+    operations and weights are delegated to XNNPACK.
+    """
+    contents = inspect_path(path)
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json.dumps(contents))
     else:
-        out.print(facts_table(facts))
+        out.print(contents_table(contents))

@@ -6,61 +6,85 @@ from typing import Any
 
 import click
 
+from exporter.graphs.backend import BACKENDS
+
 PATH = click.Path(path_type=Path)
+
+# Descriptions of positional arguments, for the reference of commands. Usage messages show their names only.
+ARGUMENTS = {
+    "bundle": "Bundle directory.",
+    "path": "Directory of a bundle, a target's checkpoint or a drafter's checkpoint.",
+}
 
 Decorator = Callable[[Callable], Callable]
 
 
 class DraftTokens(click.ParamType):
-    """The value of `--num-draft-tokens`: `auto`, converted to None, or a count."""
+    """The type of `--num-draft-tokens`: `auto`, which is converted to None, or a number."""
 
     name = "auto|K"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Convert a value from the command line; anything but `auto` or up to 9 digits is a usage error."""
+        """Convert a value from the command line; anything but `auto` or 1 to 9 digits is a usage error."""
         if value is None or value == "auto":
             return None
         if not str(value).isdecimal() or len(str(value)) > 9:
-            self.fail(f"{value!r} is neither 'auto' nor a count", param, ctx)
+            self.fail(f"{value!r} is not a number of draft tokens; expected 'auto', or 0 or more", param, ctx)
         return int(value)
 
 
 bundle_argument = click.argument("bundle", type=PATH)
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+backend_option = click.option(
+    "--backend", type=click.Choice(BACKENDS), default="onnx", help="Runtime that the bundle is for."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="Threads inside an operation.  [default: one for each CPU]"
+    "--threads", type=click.IntRange(1), help="Threads of the runtime.", show_default="one for each CPU"
 )
 clusters_option = click.option(
-    "--clusters", type=click.IntRange(1), help="Number of clusters to make.  [default: 2048 for Gemma's 262144 tokens]"
+    "--clusters",
+    type=click.IntRange(1),
+    help="Number of clusters to make.",
+    show_default="by the size of the vocabulary: 2048 for 262144 tokens",
 )
 top_k_option = click.option(
     "--top-k-clusters",
     type=click.IntRange(1),
-    help="Clusters that the first stage keeps.  [default: as the checkpoint says, or by recall]",
+    help="Number of clusters that the first stage keeps.",
+    show_default="the checkpoint's; for new clusters, by their recall",
 )
 
 
 def source_options(required: bool) -> Decorator:
-    """`--target` and `--drafter`: the checkpoints that a bundle was exported from."""
+    """Return a decorator that adds `--target` and `--drafter`: the checkpoints that a bundle was exported from.
+
+    Args:
+        required: whether the options are required.
+    """
     target, drafter = ("", "") if required else ("; needs --drafter", "; needs --target")
 
     def decorate(command: Callable) -> Callable:
         command = click.option(
-            "--drafter", type=PATH, required=required, help=f"The drafter it was exported from{drafter}."
+            "--drafter",
+            type=PATH,
+            required=required,
+            help=f"Checkpoint directory of the drafter that was exported{drafter}.",
         )(command)
         return click.option(
-            "--target", type=PATH, required=required, help=f"The checkpoint it was exported from{target}."
+            "--target",
+            type=PATH,
+            required=required,
+            help=f"Checkpoint directory of the target that was exported{target}.",
         )(command)
 
     return decorate
 
 
 def prompt_ids_option(default: str = "") -> Decorator:
-    """`--prompt-ids`: prompts as token ids, from a file.
+    """Return a decorator that adds `--prompt-ids`: prompts as token ids, from a file.
 
     Args:
-        default: what is used without the option, for the help text; empty if there is nothing to say.
+        default: prompts that are used without the option, for the help text; empty if there are none.
     """
-    shown = f"  [default: {default}]" if default else ""
-    text = f"JSON file: a list of token ids, or a list of such lists.{shown}"
-    return click.option("--prompt-ids", type=PATH, help=text)
+    text = "JSON file with prompts: a list of token ids, or a list of such lists."
+    return click.option("--prompt-ids", type=PATH, help=text, show_default=default or None)

@@ -1,4 +1,4 @@
-"""`parity`: prove a bundle."""
+"""The command `parity`, which checks a bundle, and what other commands share with it."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from runtime_ref.prompts import read_prompt_ids
 
 
 def parity_table(checks: Sequence[Check]) -> Table:
-    """One row a check, the largest error beside its tolerance."""
+    """Return a table with a row for each check: its largest error and the tolerance, or details."""
     table = Table("stage", "output", "", "result", title="Parity")
     for check in checks:
         verdict = Text("PASS", "green") if check.passed else Text("FAIL", "bold red")
@@ -29,8 +29,10 @@ def parity_table(checks: Sequence[Check]) -> Table:
 @click.command()
 @bundle_argument
 @source_options(required=False)
-@prompt_ids_option("seeded random ids")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=32)
+@prompt_ids_option("random ids, always the same")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=32, help="Maximum number of new tokens for each prompt."
+)
 @json_option
 def parity(
     bundle: Path,
@@ -40,7 +42,12 @@ def parity(
     max_new_tokens: int,
     as_json: bool,
 ) -> None:
-    """Prove a bundle: files, weights, graphs against eager torch, plain and speculative tokens."""
+    """Check a bundle: files, weights, outputs of the graphs, plain and speculative tokens.
+
+    With --target and --drafter, weights are compared with the checkpoints, and outputs with the same model in eager
+    torch. Without them it checks only that the files match the manifest, and that speculative decoding generates the
+    same tokens as plain decoding. The exit code is 1 if a check fails.
+    """
     pair = source_if_given(bundle, target, drafter)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     checks = check_parity(bundle, pair, prompts, max_new_tokens)
@@ -49,24 +56,44 @@ def parity(
     else:
         out.print(parity_table(checks))
         if pair is None:
-            err.print("Without --target and --drafter, only the files and losslessness were checked.")
+            err.print("Without --target and --drafter, only the files and the speculative tokens were checked.")
     require_passed(checks)
 
 
 def source_if_given(bundle: Path, target: Path | None, drafter: Path | None) -> Pair | None:
-    """The checkpoints of a bundle, for commands that can do without."""
+    """Open the checkpoints that a bundle was exported from, for commands where they are optional.
+
+    Args:
+        bundle: bundle directory.
+        target: the target's checkpoint directory, or None.
+        drafter: the drafter's checkpoint directory, or None.
+
+    Returns:
+        The pair, or None if neither checkpoint is given.
+
+    Raises:
+        UsageError: only one of the two is given.
+        InputError: bundle or checkpoints cannot be read.
+    """
     if (target is None) != (drafter is None):
         raise click.UsageError("give both --target and --drafter, or neither")
     return None if target is None or drafter is None else open_source(bundle, target, drafter)
 
 
 def check_parity(bundle: Path, pair: Pair | None, prompts: list[list[int]], max_new_tokens: int) -> list[Check]:
+    """Run `exporter.parity.stages.run_parity`, showing the current stage on a terminal."""
     with err.status("parity") as status:
         return run_parity(bundle, pair, prompts, max_new_tokens, lambda stage: status.update(f"parity: {stage}"))
 
 
 def require_passed(checks: list[Check]) -> None:
+    """Print that all checks passed.
+
+    Raises:
+        CheckError: a check failed.
+    """
     failed = [check for check in checks if not check.passed]
     if failed:
-        raise CheckError(f"parity: {len(failed)} of {len(checks)} checks, first {failed[0].stage} / {failed[0].output}")
+        first = failed[0]
+        raise CheckError(f"parity: {len(failed)} of {len(checks)} checks failed, first {first.stage} / {first.output}")
     err.print(f"parity: all {len(checks)} checks passed", style="green")

@@ -1,4 +1,4 @@
-"""`report`: one HTML page about a bundle."""
+"""The command `report`, which writes an HTML page about a bundle."""
 
 import json
 from pathlib import Path
@@ -18,10 +18,15 @@ from runtime_ref.prompts import read_prompt_ids
 @bundle_argument
 @click.option("--output", type=PATH, required=True, help="HTML file to write.")
 @source_options(required=False)
-@prompt_ids_option("openings that the target generates")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=ReportOptions.max_new_tokens)
+@prompt_ids_option("beginnings of texts that the target generates")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=ReportOptions.max_new_tokens,
+    help="Maximum number of new tokens for each prompt.",
+)
 @threads_option
-@click.option("--force", is_flag=True, help="Replace a file that is there already.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 @json_option
 def report(
     bundle: Path,
@@ -34,15 +39,19 @@ def report(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Measure a bundle and write one HTML page about it: drafts, speed, memory, parity."""
+    """Measure a bundle and write an HTML page about it: drafts, speed, memory, parity.
+
+    With --target and --drafter it checks all stages of parity and measures the recall of the clusters; without them it
+    checks what `parity` checks without them. The exit code is 1 if a check of parity fails.
+    """
     check_file(output, force)
     pair = source_if_given(bundle, target, drafter)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     options = ReportOptions(threads, max_new_tokens)
     with err.status("report") as status:
-        facts = measure_report(bundle, pair, prompts, options, lambda step: status.update(f"report: {step}"))
-    write_file(output, render(facts).encode())
+        document = measure_report(bundle, pair, prompts, options, lambda step: status.update(f"report: {step}"))
+    write_file(output, render(document).encode())
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json.dumps(document))
     err.print(f"wrote {output}")
-    require_passed(checks_of(facts))
+    require_passed(checks_of(document))

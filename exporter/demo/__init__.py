@@ -1,4 +1,4 @@
-"""The built-in pair, a small trained Gemma 4 target and drafter (see `pair/README.md`)."""
+"""The built-in pair, a small trained Gemma 4 target and drafter (see `pair/README.md`), and how it was made."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Acceptance of a pair's drafts on texts: what training and studies of the built-in pair report."""
+"""Measure the acceptance rate of a pair's drafts on texts, for training and for studies of the built-in pair."""
 
 import tempfile
 from collections.abc import Sequence
@@ -18,12 +18,13 @@ def measure_acceptance(pair: Pair, texts: Sequence[str], new_tokens: int) -> dic
     """Continue the beginnings of texts greedily with a temporary bundle, and count accepted drafts.
 
     Args:
-        pair: a pair with a tokenizer, exported in float32 for ONNX Runtime.
-        texts: the first `PROMPT_TOKENS` tokens of each are the prompt.
-        new_tokens: max tokens of each continuation.
+        pair: a pair with a tokenizer. It is exported in float32 for ONNX Runtime.
+        texts: the first `PROMPT_TOKENS` tokens of each text are a prompt.
+        new_tokens: maximum number of new tokens for each prompt.
 
     Returns:
-        `acceptance_rate`, `drafted` (draft tokens) and `verify_passes` (passes of the target) over all texts.
+        `acceptance_rate` (0 to 1), `drafted` (number of draft tokens) and `verify_passes` (passes of the target that
+        verified drafts) over all texts.
     """
     with tempfile.TemporaryDirectory() as directory:
         bundle = Path(directory) / "bundle"

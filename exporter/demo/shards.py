@@ -1,4 +1,4 @@
-"""Write checkpoints in safetensors shards, each tensor in pieces, so that none is held whole."""
+"""Write checkpoints as safetensors shards, piece by piece, so that no whole tensor is held in memory."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,14 @@ _ITEM_BYTES = {"BF16": 2, "I64": 8}
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """Dtype as safetensors calls it, shape, and the numbers in order; `pieces` is called when it is written."""
+    """A tensor whose numbers are made while it is written.
+
+    Attributes:
+        dtype: "BF16" or "I64", the names of safetensors.
+        shape: the tensor's shape.
+        pieces: returns contiguous arrays that hold the tensor's numbers, flattened and in order, in the bytes of
+            `dtype`.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -24,7 +31,7 @@ class TensorToWrite:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size of the numbers in bytes."""
         return prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
@@ -34,7 +41,14 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Write tensors in their order, to one file or to shards with an index; no tensor is split over files."""
+    """Write tensors in their order, to one file or to several with an index.
+
+    Args:
+        directory: an existing directory, which gets `model.safetensors`, or shards and `model.safetensors.index.json`.
+        tensors: tensors by name.
+        shard_bytes: maximum size of the tensors in one file. A larger tensor gets a file of its own.
+        progress: called with the name of each tensor and the number of bytes written.
+    """
     shards: list[dict[str, TensorToWrite]] = []
     for name, tensor in tensors.items():
         if not shards or sum(other.size for other in shards[-1].values()) + tensor.size > shard_bytes:
@@ -57,7 +71,7 @@ def write_shards(
 
 
 def _header(tensors: Mapping[str, TensorToWrite]) -> bytes:
-    """What stands before the numbers: length in 8 bytes, then dtype, shape and place of each tensor, filled to 8 bytes.
+    """Header of a file: its length in 8 bytes, then dtype, shape and offsets of each tensor, padded to 8 bytes.
 
     Format: https://github.com/huggingface/safetensors#format
     """

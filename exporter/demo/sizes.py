@@ -1,4 +1,4 @@
-"""The published sizes of E2B, E4B and their drafters, and configs as they are published."""
+"""The published sizes of E2B, E4B and their drafters, and the config.json files that describe them."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -39,7 +39,11 @@ E4B = replace(
 
 
 def drafter_of(target: TextConfig) -> DrafterConfig:
-    """The published drafter of a target of full size."""
+    """Return the configuration of the drafter that is published with E2B or E4B.
+
+    Args:
+        target: `E2B` or `E4B`.
+    """
     text = replace(
         target,
         hidden_size=256,
@@ -59,7 +63,11 @@ SIZES = {"e2b": (E2B, drafter_of(E2B)), "e4b": (E4B, drafter_of(E4B))}
 
 
 def target_json(config: TextConfig) -> dict[str, Any]:
-    """A target's config.json; the inverse of `read_target_config`."""
+    """Return the content of a target's config.json; `read_target_config` is the inverse.
+
+    Args:
+        config: a target whose layer types have the same number of KV heads.
+    """
     return {
         "architectures": ["Gemma4ForConditionalGeneration"],
         "model_type": "gemma4",
@@ -69,7 +77,11 @@ def target_json(config: TextConfig) -> dict[str, Any]:
 
 
 def drafter_json(config: DrafterConfig) -> dict[str, Any]:
-    """A drafter's config.json; the inverse of `read_drafter_config`."""
+    """Return the content of a drafter's config.json; `read_drafter_config` is the inverse.
+
+    Args:
+        config: a drafter with clusters, whose layer types have the same number of KV heads.
+    """
     return {
         "architectures": ["Gemma4AssistantForCausalLM"],
         "model_type": "gemma4_assistant",
@@ -83,11 +95,10 @@ def drafter_json(config: DrafterConfig) -> dict[str, Any]:
 
 
 def _text_json(config: TextConfig) -> dict[str, Any]:
-    """Both layer types have the same number of KV heads, as in all published pairs of this kind."""
-    sizes = {kind: config.attention(kind) for kind in LAYER_TYPES}
+    sizes = {layer_type: config.attention(layer_type) for layer_type in LAYER_TYPES}
     rope: dict[str, dict[str, Any]] = {
-        kind: {"rope_type": attention.rope_type, "rope_theta": attention.rope_theta}
-        for kind, attention in sizes.items()
+        layer_type: {"rope_type": attention.rope_type, "rope_theta": attention.rope_theta}
+        for layer_type, attention in sizes.items()
     }
     rope[FULL]["partial_rotary_factor"] = sizes[FULL].partial_rotary_factor
     plain = {key: value for key, value in asdict(config).items() if key not in LAYER_TYPES}

@@ -1,7 +1,8 @@
-"""Pairs of full size with random weights, for measuring: `python -m exporter.demo.synthetic --size e2b --output DIR`.
+"""Write pairs of full size with random weights: `python -m exporter.demo.synthetic --size e2b --output DIR`.
 
-Values are drawn once, as many as a prime number, and each tensor is that sequence from a random place on, repeated and
-scaled. A table has fewer rows than that, so no two of them begin at the same place: none are equal.
+They are for measuring size, memory and speed; their text means nothing. One sequence of random values is drawn, and
+each tensor repeats and scales it from a random place on. The length of the sequence is a prime number larger than the
+number of rows of any table, so no two rows of a table begin at the same value, and all rows differ.
 """
 
 import functools
@@ -20,7 +21,7 @@ from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING
 from exporter.checkpoint.names import TARGET_PREFIXES, drafter_names
 from exporter.demo.shards import SHARD_BYTES, TensorToWrite, write_shards
 from exporter.demo.sizes import SIZES, drafter_json, target_json
-from exporter.files import check_directory, check_room, holds_only, human_bytes, remove_leftovers, replacing
+from exporter.files import check_directory, check_free_space, holds_only, human_bytes, remove_leftovers, replacing
 from exporter.modeling.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
@@ -28,44 +29,60 @@ from exporter.modeling.weights import parameter_shapes
 from exporter.terminal import err, peak_bytes, progress_bar, run_command
 from runtime_ref.manifest import Progress
 
-PERIOD = 2**24 - 3  # prime
-MEMORY = 600 * 10**6  # measured: 0.4 GB
-MARKER = "synthetic.json"  # names the files, so that they may be replaced; written last
+PERIOD_VALUES = 2**24 - 3  # a prime number
+PEAK_MEMORY_BYTES = 600 * 10**6  # 0.4 GB were measured
+MARKER = "synthetic.json"  # lists the files of a pair, so that they may be replaced; written last
 GENERATION = {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}
 
 
 class SyntheticPair:
-    """The checkpoints of a seed. The same seed gives the same bytes, under one version of torch."""
+    """Checkpoints of a target and its drafter with random weights.
+
+    The same configurations and seed give the same bytes with one version of torch.
+
+    Attributes:
+        seed: the seed.
+        configs: the contents of config.json, under "target" and "drafter".
+        tensors: the tensors of each checkpoint by name, under "target" and "drafter".
+    """
 
     def __init__(self, target: TextConfig, drafter: DrafterConfig, seed: int = 0) -> None:
         self.seed, self._generator = seed, torch.Generator().manual_seed(seed)
-        self._values = torch.randn(PERIOD, generator=self._generator).bfloat16()
+        self._values = torch.randn(PERIOD_VALUES, generator=self._generator).bfloat16()
         self.configs = {"target": target_json(target), "drafter": drafter_json(drafter)}
         self.tensors = {"target": self._target(target), "drafter": self._drafter(drafter)}
 
     @property
     def size(self) -> int:
-        """Of all tensors, in bytes."""
+        """Size of all tensors in bytes."""
         return sum(tensor.size for tensors in self.tensors.values() for tensor in tensors.values())
 
     def write(
-        self, output: Path, force: bool = False, progress: Progress = lambda *_: None, shard: int = SHARD_BYTES
+        self, output: Path, force: bool = False, progress: Progress = lambda *_: None, shard_bytes: int = SHARD_BYTES
     ) -> None:
-        """Write `target`, in files of up to `shard` bytes where a tensor is not larger, and `drafter`.
+        """Write both checkpoints; after an error, nothing is left behind.
+
+        Args:
+            output: directory to write, which gets the directories `target` and `drafter`.
+            force: whether to replace an earlier pair in `output`.
+            progress: called with the name of each tensor and the number of bytes written.
+            shard_bytes: maximum size of the tensors in one file. A larger tensor gets a file of its own.
 
         Raises:
-            InputError: the output exists, cannot be written or does not fit on its disk; nothing is left behind.
+            InputError: the output exists and may not be replaced, cannot be written, or would not fit on its disk.
         """
-        check_directory(
-            output, force, lambda found: holds_only(found, MARKER, lambda pair: pair["files"]), "a synthetic pair"
-        )
+
+        def is_pair(directory: Path) -> bool:
+            return holds_only(directory, MARKER, lambda marker: marker["files"])
+
+        check_directory(output, force, is_pair, "a synthetic pair")
         remove_leftovers(output)
-        check_room(output, self.size + 10**6, MEMORY)
+        check_free_space(output, self.size + 10**6, PEAK_MEMORY_BYTES)
         with replacing(output) as directory:
             for name, tensors in self.tensors.items():
                 (directory / name).mkdir()
                 _write_json(directory / name / "config.json", self.configs[name])
-                write_shards(directory / name, tensors, shard, progress)
+                write_shards(directory / name, tensors, shard_bytes, progress)
             _write_json(directory / "target" / "generation_config.json", GENERATION)
             _write_json(directory / MARKER, {"seed": self.seed, "files": _files(directory)})
 
@@ -75,26 +92,29 @@ class SyntheticPair:
 
     def _drafter(self, config: DrafterConfig) -> dict[str, TensorToWrite]:
         shapes = parameter_shapes(lambda: Drafter(config, None))
-        stored = {name: shapes[ours] for ours, name in drafter_names(shapes).items()}
+        stored = {name: shapes[parameter] for parameter, name in drafter_names(shapes).items()}
         stored[CENTROIDS] = (config.num_centroids, config.text.hidden_size)
         ordering = torch.randperm(config.text.vocab_size, generator=self._generator).numpy()
-        # int64 first, where it is aligned
+        # First in the file: int64 must be aligned to 8 bytes.
         first = {TOKEN_ORDERING: TensorToWrite("I64", ordering.shape, lambda: [ordering])}
         return first | {name: self._normal(name, shape) for name, shape in stored.items()}
 
     def _normal(self, name: str, shape: tuple[int, ...], ple: int = 0) -> TensorToWrite:
-        """In scales that keep states near 1, and the scores of attention too, or softmax would turn into argmax."""
+        """A bfloat16 tensor of normally distributed values.
+
+        Their scale keeps hidden states and attention scores near 1. With larger scores softmax would become argmax.
+        """
         mean, std = 0.0, (ple if "embed_tokens_per_layer" in name else shape[-1]) ** -0.5
         if len(shape) == 1:
             mean = shape[0] ** -0.25 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
             std = mean / 8
-        start = int(torch.randint(PERIOD, (), generator=self._generator))
+        start = int(torch.randint(PERIOD_VALUES, (), generator=self._generator))
         return TensorToWrite("BF16", shape, functools.partial(self._pieces, start, prod(shape), mean, std))
 
-    def _pieces(self, start: int, left: int, mean: float, std: float) -> Iterator[np.ndarray]:
-        while left:
-            piece = self._values[start : start + left] * std
-            start, left = 0, left - len(piece)
+    def _pieces(self, start: int, count: int, mean: float, std: float) -> Iterator[np.ndarray]:
+        while count:
+            piece = self._values[start : start + count] * std
+            start, count = 0, count - len(piece)
             yield (piece + mean if mean else piece).view(torch.int16).numpy()  # numpy has no bfloat16
 
 
@@ -107,13 +127,15 @@ def _files(directory: Path) -> list[str]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--size", type=click.Choice(list(SIZES)), required=True, help="e2b takes 9.4 GB, e4b 15.1 GB.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="For `target` and `drafter`.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0)
-@click.option("--force", is_flag=True, help="Replace a pair that this command wrote.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@click.option(
+    "--size", type=click.Choice(list(SIZES)), required=True, help="Model size: e2b writes 9.4 GB, e4b 15.1 GB."
+)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to write the pair to.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the random weights.")
+@click.option("--force", is_flag=True, help="Replace a pair that this command wrote before.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 def synthetic(size: str, output: Path, seed: int, force: bool, as_json: bool) -> None:
-    """Write checkpoints of a target and its drafter with random weights in their true shapes."""
+    """Write checkpoints of a target and its drafter, in their published shapes, with random weights."""
     started = time.perf_counter()
     pair = SyntheticPair(*SIZES[size], seed)
     with progress_bar(err, "writing", pair.size) as progress:
@@ -121,8 +143,8 @@ def synthetic(size: str, output: Path, seed: int, force: bool, as_json: bool) ->
     seconds, peak = time.perf_counter() - started, peak_bytes()
     if as_json:
         click.echo(json.dumps({"pair": str(output), "bytes": pair.size, "seconds": seconds, "peak_bytes": peak}))
-    told = f"wrote {output} ({human_bytes(pair.size)}) in {seconds:.0f} s, peak memory {human_bytes(peak)}"
-    click.echo(told, err=True)
+    message = f"wrote {output} ({human_bytes(pair.size)}) in {seconds:.0f} s, peak memory {human_bytes(peak)}"
+    click.echo(message, err=True)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Why few drafts are accepted: experiments for each known cause."""
+"""Find out why few drafts are accepted: one experiment for each known cause."""

@@ -1,6 +1,6 @@
-"""The known faults of a drafter's surroundings, as a table, and how eager torch is made to have one of them.
+"""The table of known faults in how a drafter is fed, and draft steps in eager torch that have one of them.
 
-A new fault is a line in `FAULTS`. If no field of `Change` expresses it yet, it is also a field of `Change`, honoured in
+To add a fault, add a line to `FAULTS`. If no field of `Change` expresses the fault, also add a field, and apply it in
 `changed_step` or in `_ChangedDrafter`.
 """
 
@@ -17,10 +17,10 @@ from exporter.parity.drafting import DraftStep
 
 @dataclass(frozen=True)
 class Change:
-    """What a round does differently from a correct one; by default nothing.
+    """How a round differs from a correct one; by default it does not.
 
     Attributes:
-        before_norm: it starts from the target's state before its final norm; the caller passes those states.
+        before_norm: the round starts from the target's state before its final norm; the caller passes those states.
         scaled: embedding rows are multiplied by sqrt(hidden size).
         position: added to the position that queries are rotated by, in every step.
         advance: added to that position once more with each step of a round.
@@ -41,7 +41,7 @@ class Change:
 
     @property
     def sees_ahead(self) -> bool:
-        """Whether it reads rows that a runtime has not written yet: in a finished text those give the answer away."""
+        """Whether it reads rows after the round's position; in a finished text those contain the expected tokens."""
         return self.newest > 0 or self.shift < 0 or (self.masks and (self.position > 0 or self.advance > 0))
 
 
@@ -52,7 +52,7 @@ class Fault:
     Attributes:
         experiment: the row of the doctor's table that it belongs to.
         label: what is wrong, as a clause that can follow "if".
-        change: what makes eager torch have it.
+        change: how a round in eager torch differs if it has the fault.
     """
 
     experiment: str
@@ -80,7 +80,7 @@ FAULTS = (
 
 
 def changed_step(change: Change) -> DraftStep:
-    """Return `exporter.parity.drafting.draft_step` with one thing changed."""
+    """Return `exporter.parity.drafting.draft_step` with a change; `before_norm` is left to the caller."""
 
     def step(
         drafter: Drafter, tokens: Tensor, states: Tensor, positions: Tensor, step: Tensor, window_start: Tensor, kv: KV
@@ -103,11 +103,11 @@ def changed_step(change: Change) -> DraftStep:
 
 
 def with_softcap(drafter: Drafter, cap: float) -> Drafter:
-    """Return a drafter over the same weights that softcaps its logits before the best token is chosen.
+    """Return a drafter over the same weights that softcaps its logits before it chooses the best token.
 
     Args:
-        drafter: in eager torch, with a dense or a two-stage head.
-        cap: logits become tanh(logits / cap) * cap.
+        drafter: a drafter in eager torch, with a dense or a two-stage head.
+        cap: limit of the logits, which become tanh(logits / cap) * cap.
     """
     head = drafter.head
     if isinstance(head, DenseHead):
@@ -120,7 +120,7 @@ def with_softcap(drafter: Drafter, cap: float) -> Drafter:
 
 
 class _ChangedDrafter(Drafter):
-    """A drafter that is given positions [T] which are wrong by `offsets`."""
+    """A drafter whose given positions [T] are wrong by `offsets` [T] int64."""
 
     change: Change
     offsets: Tensor
@@ -131,7 +131,7 @@ class _ChangedDrafter(Drafter):
         mask = super()._mask(layer_type, positions, window_start, rows)
         if not self.change.newest:
             return mask
-        # The far end of the window stays where it is: what both masks show, or what either shows.
+        # One row more is visible if either mask shows it, one less if both must; the window's far end does not move.
         combine = torch.maximum if self.change.newest > 0 else torch.minimum
         return combine(mask, super()._mask(layer_type, positions + self.change.newest, window_start, rows))
 
@@ -144,13 +144,13 @@ class _CappedTwoStageHead(TwoStageHead):
 
 
 def _shifted(rows: Tensor, shift: int) -> Tensor:
-    """Displace a cache's rows; the row at the edge is repeated, as when rows are copied within a buffer."""
+    """Shift a cache's rows; the row at the edge is repeated, as when rows are copied within a buffer."""
     count = rows.shape[1]
     return rows[:, (torch.arange(count) - shift).clamp(0, count - 1)]
 
 
 def _variant(module: nn.Module, cls: type[AnyModule], **changes: object) -> AnyModule:
-    """Make a module of another class over the same weights, with some attributes changed."""
+    """Return a module of another class over the same weights, with some attributes changed."""
     made = cls.__new__(cls)
     made.__dict__.update(module.__dict__ | changes)
     return made

@@ -1,4 +1,4 @@
-"""Whether an instruction-tuned target is spoken to as it was tuned."""
+"""Check that a bundle and its prompts use the chat template that an instruction-tuned target was trained with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,26 +13,35 @@ EXPERIMENT = "chat template"
 
 
 def check_template(bundle: Path, target_dir: Path, prompts: Sequence[Sequence[int]]) -> Experiment:
-    """Whether a bundle has the template that its target has, and prompts the marks of turns that it writes."""
+    """Check that a bundle has a chat template if its target has one, and that prompts contain its turn tokens.
+
+    Args:
+        bundle: a directory that `export` wrote.
+        target_dir: the target's checkpoint.
+        prompts: token ids.
+
+    Raises:
+        InputError: tokenizer_config.json or tokenizer.json is malformed.
+    """
     in_config = checkpoint_json(target_dir, "tokenizer_config.json").get("chat_template")
     if not (target_dir / CHAT_TEMPLATE).is_file() and not in_config:
-        return Experiment(EXPERIMENT, SKIPPED, "the target has none: it is not tuned for chats")
+        return Experiment(EXPERIMENT, SKIPPED, "the target has none, so it is not tuned for chats")
     if not (bundle / CHAT_TEMPLATE).is_file():
         where = CHAT_TEMPLATE if (target_dir / CHAT_TEMPLATE).is_file() else "tokenizer_config.json"
-        detail = f"the target is tuned for chats and has a template in {where}, the bundle has no {CHAT_TEMPLATE}:"
-        return Experiment(EXPERIMENT, FINDING, f"{detail} prompts without its turns are accepted less")
-    marks = _turn_marks(bundle)
-    plain = [i for i, prompt in enumerate(prompts) if marks and not marks.keys() & set(prompt)]
+        detail = f"the target is tuned for chats and has a template in {where}, the bundle has no {CHAT_TEMPLATE};"
+        return Experiment(EXPERIMENT, FINDING, f"{detail} fewer drafts are accepted after prompts without its turns")
+    turn_tokens = _turn_tokens(bundle)
+    plain = [i for i, prompt in enumerate(prompts) if turn_tokens and not turn_tokens.keys() & set(prompt)]
     if plain:
         listed = ", ".join(map(str, plain[:3])) + (", .." if len(plain) > 3 else "")
-        names = " or ".join(marks.values())
+        names = " or ".join(turn_tokens.values())
         detail = f"prompt {listed} has no {names}, which the bundle's template writes; render it with the template"
         return Experiment(EXPERIMENT, FINDING, detail)
-    return Experiment(EXPERIMENT, PASS, "in the bundle" + (", and the prompts have its turns" if prompts else ""))
+    return Experiment(EXPERIMENT, PASS, "in the bundle" + (", and the prompts have its turn tokens" if prompts else ""))
 
 
-def _turn_marks(bundle: Path) -> dict[int, str]:
-    """Tokens for turns, by id, that the template itself names: `<|turn>`, `<start_of_turn>` and the like."""
+def _turn_tokens(bundle: Path) -> dict[int, str]:
+    """Return the tokens that mark turns in the template, by id: `<|turn>`, `<start_of_turn>` and the like."""
     path = bundle / TOKENIZER
     if not path.is_file():
         return {}

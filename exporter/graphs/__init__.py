@@ -1,1 +1,1 @@
-"""The graphs of a bundle and the backends that trace them."""
+"""The graphs of a bundle and the backends that write them."""

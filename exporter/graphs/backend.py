@@ -1,4 +1,4 @@
-"""The runtimes that a bundle can be made for. Each module has the functions of `Backend`."""
+"""The contract between the exporter and its backends, which each write the graphs of a bundle for one runtime."""
 
 import importlib
 from collections.abc import Mapping
@@ -14,39 +14,48 @@ from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 from runtime_ref.quiet import EXECUTORCH, quiet
 
-# Backend -> its module, which has the functions of `Backend`.
+# The module of each backend; it has the functions of `Backend`.
 BACKENDS = {"onnx": "exporter.graphs.onnx", "executorch": "exporter.graphs.executorch"}
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What a backend says of a pair that it exported: facts on itself, and those of the token embedding's table."""
+class ExportedGraphs:
+    """What the manifest needs to know about graphs that a backend has written.
 
-    backend: dict[str, Any]
-    embedding: dict[str, Any]
+    Attributes:
+        backend_metadata: further entries of the manifest's `backend`.
+        embedding_table: the manifest's entry `tables.embed_tokens`, as `exporter.graphs.tables.table_metadata` makes
+            it: where in the written files the token embedding lies.
+    """
+
+    backend_metadata: dict[str, Any]
+    embedding_table: dict[str, Any]
 
 
 class Backend(Protocol):
-    """What a backend's module offers."""
+    """The functions of a backend's module. FORMAT.md specifies what of this goes into a bundle's manifest."""
 
-    def runtime(self) -> dict[str, Any]:
-        """What the manifest says of the backend."""
+    def backend_metadata(self) -> dict[str, Any]:
+        """Return the manifest's `backend`: its name and versions."""
         ...
 
     def graph_specs(self, pair: Pair) -> dict[str, tuple[str, GraphSpec]]:
-        """File, and inputs and outputs, of each graph."""
+        """Return the file name and the inputs and outputs of each graph, by graph name."""
         ...
 
     def row_multiples(self) -> dict[str, int]:
-        """What the tokens and the output rows of each pass must be a multiple of, as the manifest has it."""
+        """Return `row_multiple`, and `row_multiple_arm64` if that differs, as manifest keys.
+
+        `num_tokens` and `num_outputs` of every pass must be multiples of it.
+        """
         ...
 
-    def scales(self) -> Scales:
-        """What the scales of 4-bit weights can be."""
+    def supported_scales(self) -> Scales:
+        """Return the dtype and the signs that scales of 4-bit weights can have."""
         ...
 
-    def memory(self, parts: Mapping[str, GraphParts]) -> int:
-        """Bytes that exporting graphs takes at its peak, about."""
+    def export_memory_bytes(self, parts: Mapping[str, GraphParts]) -> int:
+        """Estimate the peak memory in bytes of exporting these graphs."""
         ...
 
     def export_graphs(
@@ -56,20 +65,39 @@ class Backend(Protocol):
         parts: Mapping[str, GraphParts],
         limits: Mapping[str, int],
         progress: Progress,
-    ) -> Exported:
-        """Write graphs and weights."""
+    ) -> ExportedGraphs:
+        """Write graphs and weights.
+
+        Args:
+            directory: an existing directory to write to.
+            pair: the target and its drafter.
+            parts: what to write for each graph of `graph_specs`, by graph name.
+            limits: maximum size of each varying dimension, from `exporter.graphs.spec.size_limits`.
+            progress: called with what is being written and how many bytes of float32 weights were processed.
+        """
         ...
 
     def differing_weights(self, parts: Mapping[str, GraphParts], files: Mapping[str, Path]) -> dict[str, list[str]]:
-        """For each graph the names of weights that its file does not hold bit for bit."""
+        """Compare stored weights with those that an export would write.
+
+        Args:
+            parts: what each graph should hold, by graph name.
+            files: file of each graph, by graph name.
+
+        Returns:
+            For each graph the names of weights that its file does not hold bit for bit.
+        """
         ...
 
 
 def load_backend(name: str) -> Backend:
-    """A backend's module; it is imported only when it is asked for, because it takes seconds.
+    """Import a backend's module, which takes seconds, so it happens only when the backend is used.
+
+    Args:
+        name: a key of `BACKENDS`.
 
     Raises:
-        InputError: a package that it needs cannot be imported.
+        InputError: a package that the backend needs cannot be imported.
     """
     with quiet(*EXECUTORCH):
         try:

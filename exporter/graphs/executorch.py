@@ -1,4 +1,4 @@
-"""ExecuTorch: both graphs as methods of one program, lowered to XNNPACK, over a cache that the host passes in."""
+"""The ExecuTorch backend: both graphs as methods of one program, lowered to XNNPACK, with the KV cache as inputs."""
 
 import functools
 import hashlib
@@ -29,11 +29,11 @@ from torch.export.graph_signature import OutputKind
 from torchao.quantization.quantize_.workflows import IntxUnpackedToInt8Tensor
 
 from exporter.checkpoint.pair import Pair
-from exporter.graphs.backend import Exported
+from exporter.graphs.backend import ExportedGraphs
 from exporter.graphs.executorch_ops import Constants
 from exporter.graphs.parts import GraphParts
 from exporter.graphs.spec import GraphSpec, drafter_graph, target_graph, trace_arguments, without_cache_outputs
-from exporter.graphs.tables import EMBEDDING, table_facts
+from exporter.graphs.tables import EMBEDDING, table_metadata
 from exporter.modeling.layers import Ops
 from exporter.modeling.weights import load_module
 from exporter.quantization.numbers import Quantized, Scales, pack
@@ -43,108 +43,115 @@ from runtime_ref.quiet import EXECUTORCH, quiet
 PROGRAM = "model.pte"
 
 
-def runtime() -> dict[str, Any]:
-    """What the manifest says of the backend."""
+def backend_metadata() -> dict[str, Any]:
+    """Return the manifest's `backend`, without `delegation`, which `export_graphs` adds."""
     return {"name": "executorch", "executorch": __version__, "delegate": "xnnpack"}
 
 
 def graph_specs(pair: Pair) -> dict[str, tuple[str, GraphSpec]]:
-    """File, and inputs and outputs, of each graph; both are methods of one program."""
+    """Return the file name and the inputs and outputs of each graph, by graph name; both are methods of one program."""
     specs = target_graph(pair.target), drafter_graph(pair.target, pair.drafter)
     return {spec.name: (PROGRAM, without_cache_outputs(spec)) for spec in specs}
 
 
 def row_multiples() -> dict[str, int]:
-    """XNNPACK computes every row alike, alone or not."""
+    """Return 1: XNNPACK computes a row in the same way, whatever the number of rows."""
     return {"row_multiple": 1}
 
 
-def scales() -> Scales:
-    """XNNPACK's of groups: it refuses negative ones."""
+def supported_scales() -> Scales:
+    """Return what XNNPACK takes for scales of groups: bfloat16, never negative."""
     return Scales(torch.bfloat16, negative=False)
 
 
-def memory(parts: Mapping[str, GraphParts]) -> int:
-    """Bytes that an export takes, about: 15.2 GB were measured for the 4.6 billion numbers of E4B in 4 bits.
+def export_memory_bytes(parts: Mapping[str, GraphParts]) -> int:
+    """Estimate the peak memory in bytes of an export; 15.2 GB were measured for E4B's 4.6 billion values in 4 bits.
 
-    Those are held in one byte each, packed, and packed once more while they are written; float32 three times.
+    A quantized value is held as one byte, packed, and packed once more while the program is written. A float32 value is
+    held three times.
     """
-    few = sum(part.few_bits for part in parts.values())
-    wide = sum(part.stored_bytes for part in parts.values() if not part.widths)
-    return 700_000_000 + few * 32 // 10 + 3 * wide
+    quantized_values = sum(part.num_quantized_values for part in parts.values())
+    float_bytes = sum(part.stored_bytes for part in parts.values() if not part.widths)
+    return 700_000_000 + quantized_values * 32 // 10 + 3 * float_bytes
 
 
 def export_graphs(
     directory: Path, pair: Pair, parts: Mapping[str, GraphParts], limits: Mapping[str, int], progress: Progress
-) -> Exported:
-    """Write the program, weights included; the backend's facts are how much of it XNNPACK took."""
+) -> ExportedGraphs:
+    """Write the program, weights included; `Backend.export_graphs` describes the arguments.
+
+    The returned metadata, `delegation`, counts the operations and weight bytes that XNNPACK took, for each method.
+    """
     with quiet(*EXECUTORCH), torch.no_grad():
         programs = {}
         for name, (_, spec) in graph_specs(pair).items():
             progress(f"tracing {name}", 0)
-            programs[name] = trace(spec, limits, functools.partial(_module, parts[name], progress))
+            programs[name] = trace_graph(spec, limits, functools.partial(_module, parts[name], progress))
         progress("lowering", 0)
         edge = delegate(programs)
-        facts = {name: _delegation(edge.exported_program(name)) for name in parts}
+        delegation = {name: _delegation(edge.exported_program(name)) for name in parts}
         progress("writing", 0)
         _drop_delegated_weights(programs, edge)
         with (directory / PROGRAM).open("wb") as stream:
             emit(edge).write_to_file(stream)
-    return Exported({"delegation": facts}, _embedding(directory / PROGRAM, parts["target"]))
+    return ExportedGraphs({"delegation": delegation}, _embedding(directory / PROGRAM, parts["target"]))
 
 
 def _module(part: GraphParts, progress: Progress, ops: Ops) -> nn.Module:
-    """A graph with its weights, those of few bits as torchao represents them, which XNNPACK's partitioner knows."""
+    """Return a graph with its weights; quantized ones are torchao's tensors, which XNNPACK's partitioner recognizes."""
     weights = {name: functools.partial(_weight, part, name, progress) for name in part.weights}
     return part.graph(load_module(lambda: part.model(ops), weights), False)
 
 
 def _weight(part: GraphParts, name: str, progress: Progress) -> Tensor:
-    found = part.whole(name, scales(), progress)
-    if isinstance(found, Tensor):
-        return found
+    weight = part.whole(name, supported_scales(), progress)
+    if isinstance(weight, Tensor):
+        return weight
     return IntxUnpackedToInt8Tensor(
-        found.numbers,
-        found.scales,
-        torch.zeros_like(found.scales, dtype=torch.int8),
-        getattr(torch, f"int{found.bits}"),
-        (1, found.group),
+        weight.numbers,
+        weight.scales,
+        torch.zeros_like(weight.scales, dtype=torch.int8),
+        getattr(torch, f"int{weight.bits}"),
+        (1, weight.group_size),
         torch.float32,
         "int8_asym_per_token",
     )
 
 
 def _embedding(file: Path, part: GraphParts) -> dict[str, Any]:
-    """Where the token embedding lies: a program holds the head's weight row by row, so it serves look-ups as well."""
-    found = part.whole(EMBEDDING, scales())
+    """Return the manifest entry of the token embedding.
+
+    It is stored once, as the weight of the target's head: a program holds that row by row, so rows can be read from it.
+    """
+    weight = part.whole(EMBEDDING, supported_scales())
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as program:
-        places = [_place(program, array) for array in _stored(found)]
+        offsets = [_offset(program, array) for array in _stored(weight)]
     rows, columns = part.shapes[EMBEDDING]
-    if isinstance(found, Tensor):
-        return table_facts((rows, columns), "float32", (file.name, places[0]), 4 * columns)
-    scale = (file.name, places[1], "float32" if found.bits == 8 else "bfloat16")
-    encoding = "int8" if found.bits == 8 else f"uint{found.bits}"
-    row_bytes = -(-columns * found.bits // 8)
-    return table_facts((rows, columns), encoding, (file.name, places[0]), row_bytes, found.group, scale)
+    if isinstance(weight, Tensor):
+        return table_metadata((rows, columns), "float32", (file.name, offsets[0]), 4 * columns)
+    scales = (file.name, offsets[1], "float32" if weight.bits == 8 else "bfloat16")
+    encoding = "int8" if weight.bits == 8 else f"uint{weight.bits}"
+    row_bytes = -(-columns * weight.bits // 8)
+    return table_metadata((rows, columns), encoding, (file.name, offsets[0]), row_bytes, weight.group_size, scales)
 
 
-def _place(program: mmap.mmap, array: np.ndarray) -> int:
-    """Where a program holds an array."""
+def _offset(program: mmap.mmap, array: np.ndarray) -> int:
+    """Return the byte offset at which a program holds an array."""
     content = array.tobytes()
-    # By the most varied of some pieces: rows of zeros are everywhere.
+    # Search for the piece of 64 bytes with the most distinct bytes: pieces of zeros would match in many places.
     starts = range(0, max(1, len(content) - 64), max(1, len(content) // 256))
     piece = max(starts, key=lambda start: len(set(content[start : start + 64])))
     at = program.find(content[piece : piece + 64])
     while at >= 0:
-        with memoryview(program) as view, view[max(0, at - piece) : max(0, at - piece) + len(content)] as found:
-            if found == content:
+        with memoryview(program) as view, view[max(0, at - piece) : max(0, at - piece) + len(content)] as candidate:
+            if candidate == content:
                 return at - piece
         at = program.find(content[piece : piece + 64], at + 1)
-    raise AssertionError("the program does not hold the embedding as it was given")
+    raise AssertionError("the program does not hold the token embedding's bytes")
 
 
 def _stored(weight: Tensor | Quantized) -> list[np.ndarray]:
-    """A weight as XNNPACK's part of a program holds it: floats, or integers and their scales."""
+    """Return a weight as XNNPACK's part of a program holds it: floats, or integers and their scales."""
     if isinstance(weight, Tensor):
         return [weight.contiguous().numpy()]
     numbers = weight.numbers.numpy() if weight.bits == 8 else pack(weight.numbers, weight.bits)
@@ -153,8 +160,14 @@ def _stored(weight: Tensor | Quantized) -> list[np.ndarray]:
     return [numbers, weight.scales.to(torch.bfloat16).view(torch.int16).numpy()]
 
 
-def trace(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[Ops], nn.Module]) -> ExportedProgram:
-    """Trace the module that `build` makes of this backend's operations."""
+def trace_graph(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[Ops], nn.Module]) -> ExportedProgram:
+    """Trace a module into a program for `delegate`.
+
+    Args:
+        spec: names and shapes of the graph's inputs and outputs.
+        limits: maximum size of each varying dimension.
+        build: makes the module, with its weights, of this backend's operations.
+    """
     constants = Constants()
     module = build(constants.ops()).eval()
     constants.register(module)
@@ -163,7 +176,11 @@ def trace(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[Ops], nn.
 
 
 def delegate(programs: Mapping[str, ExportedProgram]) -> EdgeProgramManager:
-    """Give XNNPACK what it takes of traced methods, and let the rest write to the cache in place."""
+    """Lower traced programs: delegate to XNNPACK what it supports, and let cache writes happen in place.
+
+    Args:
+        programs: traced programs, by the name of the method that each becomes.
+    """
     partitioners = {name: [XnnpackPartitioner(configs=_CONFIGS)] for name in programs}
     edge = to_edge_transform_and_lower(dict(programs), partitioner=partitioners)
     _write_in_place(edge)
@@ -171,20 +188,26 @@ def delegate(programs: Mapping[str, ExportedProgram]) -> EdgeProgramManager:
 
 
 def emit(edge: EdgeProgramManager) -> ExecutorchProgramManager:
-    """One program of delegated methods, for the stock runtime."""
-    # Inputs are not planned: the runtime then takes the host's pointers, and the cache is never copied.
+    """Turn lowered methods into one program that ExecuTorch's runtime can load; it needs no custom operations."""
+    # No memory is planned for inputs: the runtime then uses the host's pointers, and never copies the cache.
     planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=True)
     return edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
 
 
 def differing_weights(parts: Mapping[str, GraphParts], files: Mapping[str, Path]) -> dict[str, list[str]]:
-    """Names of weights that a program does not hold bit for bit. It stores them by content, without their names."""
+    """Return, for each graph, the names of weights that the program does not hold bit for bit.
+
+    A program has no names for its weights, so they are compared by digests of their content.
+    """
     stored = {file: _stored_digests(file) for file in set(files.values())}
     return {
         name: [
             weight
             for weight in part.weights
-            if any(_digest(a.tobytes()) not in stored[files[name]] for a in _stored(part.whole(weight, scales())))
+            if any(
+                _digest(array.tobytes()) not in stored[files[name]]
+                for array in _stored(part.whole(weight, supported_scales()))
+            )
         ]
         for name, part in parts.items()
     }
@@ -199,12 +222,12 @@ def _stored_digests(file: Path) -> set[bytes]:
 
 
 def _digest(blob: bytes) -> bytes:
-    """Of the bytes and the zeros that fill them up to the alignment of constants, which a program may have or not."""
+    """Return the digest of bytes padded with zeros to the alignment of constants; a program may hold them unpadded."""
     return hashlib.sha256(blob + bytes(-len(blob) % 16)).digest()
 
 
 class _ViewCopy(ViewCopyConfig):
-    """XNNPACK copies what it reshapes; a whole weight is better viewed outside, which is free."""
+    """Keep views of whole weights out of XNNPACK, which would copy them; outside, a view costs nothing."""
 
     def check_constraints(self, node: Any, ep: ExportedProgram) -> bool:
         return node.args[0].op != "placeholder" and super().check_constraints(node, ep)
@@ -214,16 +237,16 @@ _CONFIGS = [_ViewCopy if config is ViewCopyConfig else config for config in ALL_
 
 
 def _write_in_place(edge: EdgeProgramManager) -> None:
-    """Write to the cache inputs themselves.
+    """Let the program write into its cache inputs.
 
-    Tracing made each write a new tensor, a copy of it back to the input, and an output. The runtime would copy the
-    cache twice a call and return it.
+    Tracing turned each write into a new tensor, a copy of it back to the input, and an output. Executed like that, the
+    cache would be copied twice in each call.
     """
     for name in edge.methods:
         program = edge.exported_program(name)
         graph, specs = program.graph_module.graph, program.graph_signature.output_specs
         writes = [n for n in graph.nodes if n.target is exir_ops.edge.aten.index_put.default]
-        # Outputs that stand for anything else than these writes would be lost below.
+        # All outputs but the user's are dropped below: each must be the result of one of these writes.
         assert len(writes) == sum(spec.kind is OutputKind.USER_INPUT_MUTATION for spec in specs)
         assert all(node.args[0].op == "placeholder" for node in writes)
         for node in writes:
@@ -237,7 +260,7 @@ def _write_in_place(edge: EdgeProgramManager) -> None:
 
 
 def _drop_delegated_weights(programs: dict[str, ExportedProgram], edge: EdgeProgramManager) -> None:
-    """Let go of weights that delegates hold packed by now: their shapes are enough, and writing takes memory too."""
+    """Release weights that delegates already hold packed, to free memory for writing; only their shapes are kept."""
     programs.clear()
     for name in edge.methods:
         for module in _delegates(edge.exported_program(name)):
@@ -248,9 +271,9 @@ def _drop_delegated_weights(programs: dict[str, ExportedProgram], edge: EdgeProg
 
 
 def _delegation(program: ExportedProgram) -> dict[str, Any]:
-    """Operations and weight bytes that XNNPACK took, and those that stayed with the portable kernels."""
+    """Count operations and weight bytes that XNNPACK took, and those that stayed with the portable kernels."""
     delegates = _delegates(program)
-    portable = Counter(_name(node) for node in program.graph_module.graph.nodes if _is_operation(node))
+    portable = Counter(_operation_name(node) for node in program.graph_module.graph.nodes if _is_operation(node))
     return {
         "delegates": len(delegates),
         "delegated_ops": sum(_is_operation(node) for d in delegates for node in d.original_module.graph.nodes),
@@ -270,13 +293,13 @@ _CALL_DELEGATE = torch.ops.higher_order.executorch_call_delegate
 
 
 def _is_operation(node: Any) -> bool:
-    """Whether a node computes: not a view, an allocation, an element of a tuple, a size or a delegate's call."""
+    """Return whether a node computes; views, allocations, tuple elements, sizes and calls of delegates do not."""
     return hasattr(node.target, "_schema") and not any(
         word in str(node.target) for word in ("executorch_prim", "sym_size")
     )
 
 
-def _name(node: Any) -> str:
+def _operation_name(node: Any) -> str:
     return str(node.target._schema.name).partition("::")[2]
 
 

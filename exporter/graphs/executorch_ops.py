@@ -1,4 +1,4 @@
-"""The model's operations in the forms that XNNPACK takes, or that read and write memory where it lies."""
+"""Replacements of the model's operations that XNNPACK supports, or that the portable kernels run without copies."""
 
 import math
 
@@ -11,10 +11,10 @@ from exporter.modeling.layers import Ops, RMSNorm
 
 
 class Constants(nn.Module):
-    """Buffers that some operations multiply by: XNNPACK takes as weights only what a program holds as constants."""
+    """The constant matrices of some operations, as buffers: XNNPACK takes only constants of a program as weights."""
 
     def ops(self) -> Ops:
-        """Operations to build a module with; `register` it before it is traced."""
+        """Return the operations to build a module with; pass the module to `register` before it is traced."""
         return Ops(
             write_rows=_write_rows,
             rms_norm=self._rms_norm,
@@ -25,27 +25,27 @@ class Constants(nn.Module):
         )
 
     def register(self, module: nn.Module) -> None:
-        """Make the buffers that a module's operations need part of it."""
+        """Add the buffers that a module's operations need to the module, as its submodule `constants`."""
         for size in {norm.size for norm in module.modules() if isinstance(norm, RMSNorm)}:
             self.register_buffer(f"mean_{size}", torch.full((1, size), 1 / size))
         self.register_buffer("turn", torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
         module.add_module("constants", self)
 
     def _rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        """XNNPACK has no mean over one dimension, but linear layers, whose weights may all be 1/size."""
+        """Compute the mean as a linear layer whose weights are all 1/size: XNNPACK has no mean over one dimension."""
         mean = F.linear(x * x, self.get_buffer(f"mean_{x.shape[-1]}"))
         x = x * torch.rsqrt(mean + eps)
         return x if weight is None else x * weight
 
     def _rotate_half(self, x: Tensor) -> Tensor:
-        """XNNPACK slices only what has static shapes; a 2x2 matrix turns the halves as well, and exactly."""
+        """Swap the halves, exactly, by a 2x2 matrix: XNNPACK cannot slice tensors of dynamic shape."""
         _, heads, dim = x.shape
         pairs = x.reshape(-1, 2, dim // 2).transpose(1, 2)
         return F.linear(pairs, self.get_buffer("turn")).transpose(1, 2).contiguous().view(-1, heads, dim)
 
 
 def _from_int8(values: Tensor) -> Tensor:
-    """XNNPACK converts numbers that are quantized, if only with a scale of 1; a plain cast stays portable and slow."""
+    """Dequantize with a scale of 1, which XNNPACK supports; a cast would run in a slow portable kernel."""
     return torch.ops.quantized_decomposed.dequantize_per_tensor(values, 1.0, 0, -128, 127, torch.int8)
 
 
@@ -54,35 +54,49 @@ def _write_rows(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """tanh-GELU in its other form, x * sigmoid(2u): XNNPACK would make erf-GELU of the operation."""
+    """Return tanh-GELU of x, any shape, as x * sigmoid(2u): XNNPACK would compute the GELU operation as erf-GELU."""
     slope = 2 * math.sqrt(2 / math.pi)
     return x * torch.sigmoid(x * (x * x * (0.044715 * slope) + slope))
 
 
-_BLOCK = 128
+_BLOCK_VALUES = 128
 
 
 def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`Ops.top_k` of values [T, V], V up to 2^24: ExecuTorch's own keeps any of equal values.
+    """Return the k largest values of each row and their indices; of equal values the lower index comes first.
 
-    The k best blocks of 128 hold the k best values, so that only they are sorted.
+    ExecuTorch's own top-k keeps any of equal values. The k largest values lie in the k blocks of 128 values with the
+    largest maxima, so only those blocks are sorted.
+
+    Args:
+        values: [T, V] float32, finite, V at most 2^24.
+        k: how many to return, at most V.
+
+    Returns:
+        Values [T, k] float32 in falling order and their indices [T, k] int64.
     """
     rows, size = values.shape
-    blocks = -(-size // _BLOCK)
+    blocks = -(-size // _BLOCK_VALUES)
     if blocks <= k:
         return _ordered_top_k(values, torch.arange(size).expand_as(values), k)
-    if size % _BLOCK:  # a program cannot hold -inf
-        values = F.pad(values, (0, blocks * _BLOCK - size), value=torch.finfo(values.dtype).min)
-    by_block = values.reshape(-1, _BLOCK)
-    best = by_block.amax(-1).reshape(-1, blocks)
-    _, kept = _ordered_top_k(best, torch.arange(blocks).expand_as(best), k)
-    at = (torch.arange(rows).unsqueeze(1) * blocks + kept).reshape(-1)  # whole rows are copied fast, single values not
-    ids = kept.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK)
-    return _ordered_top_k(by_block.index_select(0, at).reshape(-1, k * _BLOCK), ids.reshape(-1, k * _BLOCK), k)
+    if size % _BLOCK_VALUES:  # padded with the lowest float, because a program cannot hold -inf
+        values = F.pad(values, (0, blocks * _BLOCK_VALUES - size), value=torch.finfo(values.dtype).min)
+    by_block = values.reshape(-1, _BLOCK_VALUES)
+    maxima = by_block.amax(-1).reshape(-1, blocks)
+    _, kept = _ordered_top_k(maxima, torch.arange(blocks).expand_as(maxima), k)
+    # Blocks are selected as rows of one matrix: whole rows are copied fast, single values slowly.
+    at = (torch.arange(rows).unsqueeze(1) * blocks + kept).reshape(-1)
+    ids = kept.unsqueeze(2) * _BLOCK_VALUES + torch.arange(_BLOCK_VALUES)
+    candidates = by_block.index_select(0, at).reshape(-1, k * _BLOCK_VALUES)
+    return _ordered_top_k(candidates, ids.reshape(-1, k * _BLOCK_VALUES), k)
 
 
 def _ordered_top_k(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Largest values and their ids. Equal ones are set apart in float64, by less than the next float32 is away."""
+    """Return the k largest of values [T, n] and their ids; of equal values the lower id comes first.
+
+    In float64 each value is lowered in proportion to its id, by less than the distance to the next float32: this orders
+    equal values and changes nothing else.
+    """
     exact = values.double()
     at = (exact - (exact.abs() + 1e-45) * (ids * 2.0**-50)).topk(k).indices
     return values.gather(1, at), ids.gather(1, at)

@@ -1,4 +1,4 @@
-"""ONNX Runtime: trace each graph without weights, then attach them from files laid out for memory mapping."""
+"""The ONNX Runtime backend: trace each graph without weights, then attach weights stored in files made to be mapped."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -17,78 +17,81 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from exporter.checkpoint.pair import Pair
-from exporter.graphs.backend import Exported
+from exporter.graphs.backend import ExportedGraphs
 from exporter.graphs.parts import GraphParts
 from exporter.graphs.spec import GraphSpec, drafter_graph, target_graph, trace_arguments
-from exporter.graphs.tables import EMBEDDING, table_facts
+from exporter.graphs.tables import EMBEDDING, table_metadata
 from exporter.modeling.layers import Ops
 from exporter.quantization.numbers import Quantized, Scales, pack
 from runtime_ref.manifest import Progress
 from runtime_ref.quiet import quiet
 
 OPSET = 24  # the first with TensorScatter, which writes the cache in place
-ALIGNMENT = 4096  # a page, so that a table is mapped without its neighbours
-_SMALL = 4 * ALIGNMENT  # numbers: below this, padding to pages would cost more than it gives
+SCALES_SUFFIX = ".scales"  # the scales of weight NAME are named NAME.scales
+PAGE_BYTES = 4096  # large weights begin at a page, so that mapping one does not read parts of others
+SMALL_ALIGNMENT_BYTES = 64  # of other weights
+MIN_PAGE_ALIGNED_VALUES = 4 * PAGE_BYTES  # aligning smaller weights to pages would waste more space than it helps
 
-# After constant folding; onnxscript's full optimizer finds the same and takes fifty times as long.
-TIDY = (
+# Passes that run after constant folding. onnxscript's full optimizer gives the same and takes fifty times as long.
+CLEANUP_PASSES = (
     passes.RemoveUnusedNodesPass(),
     passes.CommonSubexpressionEliminationPass(),
     passes.RemoveUnusedNodesPass(),
-    passes.ClearMetadataAndDocStringPass(),  # traces carry paths of the machine that exported
+    passes.ClearMetadataAndDocStringPass(),  # metadata has file paths of the exporting machine
 )
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Gemm takes the weight as the checkpoint stores it, [out, in]; MatMul would need a transposed copy."""
+    """Multiply by Gemm: it takes the weight as stored, [out, in], where MatMul would need a transposed copy."""
     shape = (x.shape[0], weight.shape[0])
     return torch.onnx.ops.symbolic("Gemm", (x, weight), {"transB": 1}, dtype=x.dtype, shape=shape)
 
 
 def _write_rows(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
-    start = position.expand(cache.shape[0])
+    start = position.expand(cache.shape[0])  # TensorScatter wants one start for each KV head
     return torch.onnx.ops.symbolic("TensorScatter", (cache, rows, start), dtype=cache.dtype, shape=cache.shape)
 
 
 OPS = Ops(linear=_linear, write_rows=_write_rows)
 
 
-def runtime() -> dict[str, Any]:
-    """What the manifest says of the backend."""
+def backend_metadata() -> dict[str, Any]:
+    """Return the manifest's `backend`."""
     return {"name": "onnx", "opset": OPSET, "onnxruntime": onnxruntime.__version__}
 
 
 def row_multiples() -> dict[str, int]:
-    """MatMulNBits has a kernel of its own for one row, which sums in another order than those for several.
+    """Return 2, and 4 on arm64.
 
-    On ARM so do all products, for up to three rows.
+    A result must not depend on how many rows are computed with it, to the last bit. For a single row, MatMulNBits has a
+    kernel that sums in another order than the kernel for several rows. On arm64 all matrix products have such kernels,
+    for one to three rows.
     """
     return {"row_multiple": 2, "row_multiple_arm64": 4}
 
 
 def graph_specs(pair: Pair) -> dict[str, tuple[str, GraphSpec]]:
-    """File, and inputs and outputs, of each graph."""
-    return {
-        s.name: (f"{s.name}.onnx", s) for s in (target_graph(pair.target), drafter_graph(pair.target, pair.drafter))
-    }
+    """Return the file name and the inputs and outputs of each graph, by graph name."""
+    specs = target_graph(pair.target), drafter_graph(pair.target, pair.drafter)
+    return {spec.name: (f"{spec.name}.onnx", spec) for spec in specs}
 
 
-def scales() -> Scales:
-    """MatMulNBits takes any, in the dtype of the activations."""
+def supported_scales() -> Scales:
+    """Return float32 scales of both signs: MatMulNBits takes scales in the dtype of its activations."""
     return Scales()
 
 
-def memory(parts: Mapping[str, GraphParts]) -> int:
-    """Bytes that an export takes, about: little for small pairs, and 1.6 and 1.8 GB were measured for E2B and E4B."""
+def export_memory_bytes(parts: Mapping[str, GraphParts]) -> int:
+    """Estimate the peak memory in bytes of an export; 1.6 GB were measured for E2B, 1.8 GB for E4B."""
     return 1_900_000_000 if sum(part.stored_bytes for part in parts.values()) > 1 << 28 else 700_000_000
 
 
 def export_graphs(
     directory: Path, pair: Pair, parts: Mapping[str, GraphParts], limits: Mapping[str, int], progress: Progress
-) -> Exported:
-    """Write both graphs into a directory."""
+) -> ExportedGraphs:
+    """Write both graphs and their weights; `Backend.export_graphs` describes the arguments."""
     stored = {name: export_graph(directory, pair, name, parts[name], limits, progress) for name in graph_specs(pair)}
-    return Exported({}, _embedding(stored["target"], parts["target"]))
+    return ExportedGraphs({}, _embedding(stored["target"], parts["target"]))
 
 
 def export_graph(
@@ -99,10 +102,22 @@ def export_graph(
     limits: Mapping[str, int],
     progress: Progress = lambda *_: None,
 ) -> dict[str, ir.ExternalTensor]:
-    """Write one graph, `NAME.onnx`, and its weights, `NAME.weights`. Returns where each weight lies."""
+    """Write one graph, `NAME.onnx`, and its weights, `NAME.weights`.
+
+    Args:
+        directory: an existing directory to write to.
+        pair: the target and its drafter.
+        name: `target` or `drafter`.
+        part: the graph's module and weights.
+        limits: maximum size of each varying dimension, from `exporter.graphs.spec.size_limits`.
+        progress: called with what is being written and how many bytes of float32 weights were processed.
+
+    Returns:
+        Where each stored weight lies, by name; scales are named `WEIGHT.scales`.
+    """
     file, spec = graph_specs(pair)[name]
     progress(f"tracing {name}", 0)
-    model = trace(spec, limits, partial(_module, part))
+    model = trace_graph(spec, limits, partial(_module, part))
     stored = _write_weights(directory / f"{name}.weights", part, progress)
     _attach(model, stored, part)
     ir.save(model, directory / file)
@@ -114,46 +129,52 @@ def _module(part: GraphParts) -> nn.Module:
 
 
 def _embedding(stored: Mapping[str, ir.ExternalTensor], part: GraphParts) -> dict[str, Any]:
-    """Where the token embedding lies: the head's weight is the look-up table as well."""
-    data, scales, (rows, columns) = stored[EMBEDDING], stored.get(EMBEDDING + SCALES), part.shapes[EMBEDDING]
+    """Return the manifest entry of the token embedding, which is stored once, as the weight of the target's head."""
+    data, scales, (rows, columns) = stored[EMBEDDING], stored.get(EMBEDDING + SCALES_SUFFIX), part.shapes[EMBEDDING]
     place = (str(data.location), data.offset or 0)
     row_bytes = (data.length or 0) // rows
     if scales is None:
-        return table_facts((rows, columns), "float32", place, row_bytes)
+        return table_metadata((rows, columns), "float32", place, row_bytes)
     bits, block_bytes = part.widths[EMBEDDING].bits, data.shape.numpy()[2]
-    group = block_bytes * 8 // bits
+    group_size = block_bytes * 8 // bits
     scales_at = (str(scales.location), scales.offset or 0, "float32")
-    return table_facts((rows, columns), f"uint{bits}", place, row_bytes, group, scales_at)
+    return table_metadata((rows, columns), f"uint{bits}", place, row_bytes, group_size, scales_at)
 
 
 def stored_weights(file: Path) -> dict[str, ir.TensorProtocol]:
-    """Weights of an exported graph by parameter name, mapped from their files when they are read."""
+    """Return the weights and scales of an exported graph by name; each is mapped from its file when it is read."""
     initializers = ir.load(file).graph.initializers
     return {name: v.const_value for name, v in initializers.items() if isinstance(v.const_value, ir.ExternalTensor)}
 
 
 def differing_weights(parts: Mapping[str, GraphParts], files: Mapping[str, Path]) -> dict[str, list[str]]:
-    """Names of weights that each graph does not hold bit for bit, or should not hold."""
+    """Return, for each graph, the names of weights that its file does not hold bit for bit, or should not hold."""
     return {name: _differing(files[name], part) for name, part in parts.items()}
 
 
 def _differing(file: Path, part: GraphParts) -> list[str]:
     stored = stored_weights(file)
-    rows = dict.fromkeys(stored, 0)
+    rows = dict.fromkeys(stored, 0)  # compared so far
     differing = set()
     for parameter in part.weights:
         for name, array in _encoded(part, parameter):
             start = rows.setdefault(name, 0)
             rows[name] += len(array)
-            theirs = stored[name].numpy()[start : rows[name]] if name in stored else None
-            # Bytes, because 0 equals -0.
-            if theirs is None or (array.dtype, array.tobytes()) != (theirs.dtype, theirs.tobytes()):
+            actual = stored[name].numpy()[start : rows[name]] if name in stored else None
+            # Bytes are compared because 0 equals -0.
+            if actual is None or (array.dtype, array.tobytes()) != (actual.dtype, actual.tobytes()):
                 differing.add(name)
     return sorted(differing | {name for name, tensor in stored.items() if rows[name] != tensor.shape.numpy()[0]})
 
 
-def trace(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[], nn.Module]) -> ir.Model:
-    """Trace the module that `build` makes; the initializers that are its parameters have no values yet."""
+def trace_graph(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[], nn.Module]) -> ir.Model:
+    """Trace a module into an ONNX model whose parameters have no values yet.
+
+    Args:
+        spec: names and shapes of the graph's inputs and outputs.
+        limits: maximum size of each varying dimension.
+        build: makes the module, with the operations `OPS`. Its parameters are not allocated.
+    """
     with quiet("torch.onnx", "onnxscript", "onnx_ir"), FakeTensorMode(), torch.no_grad():
         inputs, shapes = trace_arguments(spec, limits)
         program = torch.onnx.export(
@@ -169,23 +190,23 @@ def trace(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[], nn.Mod
         model = program.model
         for name, initializer in list(model.graph.initializers.items()):
             initializer.const_value = None
-            initializer.name = name.partition(".")[2]  # without the wrapper that was traced
+            initializer.name = name.partition(".")[2]  # the name in `GraphParts.model`, inside the traced wrapper
         for values, ports in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
             for value, port in zip(values, ports, strict=True):
                 value.name, value.shape = port.name, ir.Shape(port.shape)
         onnxscript.optimizer.fold_constants(model)
-    for tidy in TIDY:
-        tidy(model)
+    for cleanup in CLEANUP_PASSES:
+        cleanup(model)
     return model
-
-
-SCALES = ".scales"  # after the name of a weight, that of its scales
 
 
 def _encoded(
     part: GraphParts, parameter: str, progress: Progress = lambda *_: None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """A weight as its file holds it, in blocks of rows: floats, or integers packed for MatMulNBits, then the scales."""
+    """Yield a weight as its file holds it: blocks of rows, floats or integers packed for MatMulNBits, then the scales.
+
+    Integers are uint8 [rows, blocks, bytes of a block], scales float32 [rows, blocks].
+    """
     scales = []
     for block in part.blocks(parameter, progress=progress):
         if isinstance(block, Tensor):
@@ -195,33 +216,37 @@ def _encoded(
         size = _block_size(block)
         padded = F.pad(block.numbers, (0, -columns % size))
         yield parameter, pack(padded, block.bits).reshape(rows, -1, size * block.bits // 8)
-        # Where whole rows share a scale, each of their blocks has it.
+        # Where a whole row shares one scale, the scale is repeated for each of its blocks.
         scales.append(block.scales.expand(-1, padded.shape[1] // size).contiguous().numpy())
     if scales:
-        yield parameter + SCALES, np.concatenate(scales)
+        yield parameter + SCALES_SUFFIX, np.concatenate(scales)
 
 
 def _block_size(weight: Quantized) -> int:
-    """Numbers in a block of MatMulNBits: a group, or for rows with one scale the largest that divides them."""
+    """Return the number of integers in a block of MatMulNBits.
+
+    It is the group, or, if a row has one scale, the largest size up to 256 that divides the row, else 128.
+    """
     columns = weight.numbers.shape[1]
-    if weight.group < columns:
-        return weight.group
+    if weight.group_size < columns:
+        return weight.group_size
     return next((size for size in (256, 128, 64, 32) if columns % size == 0), 128)
 
 
 def _write_weights(file: Path, part: GraphParts, progress: Progress) -> dict[str, ir.ExternalTensor]:
-    """Write a graph's weights one after the other, a few rows at a time, and return where each lies."""
+    """Write a graph's weights one after the other, in blocks of rows, and return where each lies, by name."""
     stored: dict[str, ir.ExternalTensor] = {}
     with file.open("wb") as stream:
         for parameter in part.weights:
             for name, array in _encoded(part, parameter, progress):
                 if (written := stored.get(name)) is None:
-                    large = prod(part.shapes[parameter]) >= _SMALL
-                    stream.write(b"\0" * (-stream.tell() % (ALIGNMENT if large else 64)))
+                    large = prod(part.shapes[parameter]) >= MIN_PAGE_ALIGNED_VALUES
+                    alignment_bytes = PAGE_BYTES if large else SMALL_ALIGNMENT_BYTES
+                    stream.write(b"\0" * (-stream.tell() % alignment_bytes))
                     start, rows = stream.tell(), 0
                 else:
                     start, rows = written.offset or 0, written.shape.numpy()[0]
-                stream.write(array.data)  # tofile would hide why a write failed
+                stream.write(array.data)  # ndarray.tofile would hide the reason of a failure
                 stored[name] = ir.ExternalTensor(
                     file.name,
                     start,
@@ -235,14 +260,14 @@ def _write_weights(file: Path, part: GraphParts, progress: Progress) -> dict[str
 
 
 def _attach(model: ir.Model, stored: Mapping[str, ir.ExternalTensor], part: GraphParts) -> None:
-    """Give a traced graph its weights; a Gemm whose weight has scales becomes a MatMulNBits."""
+    """Give a traced graph its weights, and turn each Gemm whose weight has scales into a MatMulNBits."""
     initializers = model.graph.initializers
     for name, value in list(initializers.items()):
         if value.const_value is not None:
             continue
         tensor = stored[name]
         value.const_value, value.shape, value.dtype = tensor, tensor.shape, tensor.dtype
-        if (scales := stored.get(name + SCALES)) is None:
+        if (scales := stored.get(name + SCALES_SUFFIX)) is None:
             continue
         model.graph.opset_imports["com.microsoft"] = 1
         added = ir.Value(name=scales.name, shape=scales.shape, type=ir.TensorType(scales.dtype), const_value=scales)
@@ -255,7 +280,7 @@ def _attach(model: ir.Model, stored: Mapping[str, ir.ExternalTensor], part: Grap
             assert node.op_type == "Gemm"
             node.op_type, node.domain = "MatMulNBits", "com.microsoft"
             node.attributes.clear()
-            # Level 4 multiplies integers; with others the kernels for few bits take many times as long.
+            # Level 4 multiplies integers. The kernels of the other levels are many times slower.
             for key, number in {**sizes, "accuracy_level": 4}.items():
                 node.attributes.add(ir.AttrInt64(key, number))
             node.resize_inputs(3)

@@ -1,4 +1,4 @@
-"""What each graph of a pair holds in a recipe: a module, a reader for each weight, and the width it is stored in."""
+"""What each graph of a pair consists of under a recipe: a module, a reader for each weight, and its stored width."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,17 +17,22 @@ from exporter.quantization.numbers import FLOAT, Quantized, Scales, Width, fitti
 from exporter.quantization.recipes import Recipe, drafter_widths, target_widths
 from runtime_ref.manifest import Progress
 
-SAMPLE_ROWS = 64  # that show which grid a matrix lies on
+SAMPLE_ROWS = 64  # about so many rows of a matrix's first block decide its group size
 
-# Embeddings that a runtime looks up itself: a graph holds them only where it multiplies by them.
-LOOKED_UP = ("embed_tokens_per_layer.weight", "target_embed_tokens.weight")
+# Tables whose rows the runtime reads from files. The target's `embed_tokens` stays in its graph as the head's weight.
+TABLES_OUTSIDE_GRAPHS = ("embed_tokens_per_layer.weight", "target_embed_tokens.weight")
 
 
 @dataclass(frozen=True)
 class GraphParts:
-    """One graph: `model(ops)` has the parameters that `weights` read, `graph` gives it the graph's inputs and outputs.
+    """One graph of a pair, not traced yet, and its weights, not read yet.
 
-    `widths` are those of the weights that are not float32, `shapes` those of the model's parameters.
+    Attributes:
+        model: builds the module, `Target` or `Drafter`, with a backend's operations.
+        graph: wraps the module in `TargetGraph` or `DrafterGraph`; the flag is `cache_outputs`.
+        weights: readers of the module's parameters that the graph's file holds, by name.
+        widths: stored width of each of the module's parameters that is quantized, by name.
+        shapes: shape of each of the module's parameters, by name.
     """
 
     model: Callable[[Ops], nn.Module]
@@ -38,30 +43,34 @@ class GraphParts:
 
     @property
     def stored_bytes(self) -> int:
-        """What its weights take at most, with scales of groups of 32 in float32."""
+        """Upper bound of the size of its stored weights; scales are counted as float32 for groups of 32."""
         bits = dict.fromkeys(self.weights, 32) | {name: width.bits + 1 for name, width in self.widths.items()}
         if "head.scales" in bits:
-            bits["head.clusters"] = 8  # packed already
+            bits["head.clusters"] = 8  # its shape is that of the packed bytes
         return sum(prod(self.shapes[name]) * bits[name] // 8 for name in self.weights)
 
     @property
-    def few_bits(self) -> int:
-        """How many numbers it has that are not float32."""
+    def num_quantized_values(self) -> int:
+        """Number of values, summed over the quantized weights."""
         return sum(prod(self.shapes[name]) for name in self.widths if name in self.weights)
 
     def blocks(
         self, name: str, scales: Scales = Scales(), progress: Progress = lambda *_: None
     ) -> Iterator[Tensor | Quantized]:
-        """A weight as it is stored, in blocks of rows.
+        """Read a weight and yield it as it is stored, in blocks of rows.
 
         Args:
-            scales: what the backend's of 4-bit weights can be; those of 8-bit ones are float32.
-            progress: told of each block, in bytes of float32.
+            name: a key of `weights`.
+            scales: dtype and signs that the backend supports for scales of 4-bit weights; those of 8 bits are float32.
+            progress: called with the name and the bytes of float32 of each block.
+
+        Yields:
+            Blocks [rows, columns], integers with scales if the weight has a width, else in the dtype it was read in.
         """
         yield from quantized_blocks(self.weights[name], self.widths.get(name), scales, lambda n: progress(name, n))
 
     def whole(self, name: str, scales: Scales = Scales(), progress: Progress = lambda *_: None) -> Tensor | Quantized:
-        """A weight as it is stored."""
+        """Read a weight and return it as it is stored; the arguments are those of `blocks`."""
         if self.widths.get(name) is None:
             tensor = self.weights[name]()
             progress(name, 4 * tensor.numel())
@@ -75,7 +84,14 @@ def quantized_blocks(
     scales: Scales = Scales(),
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Tensor | Quantized]:
-    """What a reader reads, in blocks of rows, quantized if there is a width."""
+    """Read a weight and yield it in blocks of rows, quantized if it has a width.
+
+    Args:
+        read: reader of a weight; if it can read blocks of rows, the weight is never in memory as a whole.
+        width: bits and preferred group size of the integers; None leaves the weight as it is.
+        scales: dtype and signs that scales of less than 8 bits can have; those of 8 bits are float32.
+        progress: called with the bytes of float32 of each block.
+    """
     fitting = None
     for block in row_blocks(read):
         if width is None:
@@ -87,7 +103,7 @@ def quantized_blocks(
 
 
 def graph_parts(pair: Pair, recipe: Recipe) -> dict[str, GraphParts]:
-    """The graphs `target` and `drafter` of a pair, by name."""
+    """Return what the graphs `target` and `drafter` of a pair consist of, by graph name."""
 
     def target(ops: Ops) -> nn.Module:
         return Target(pair.target, ops)
@@ -106,8 +122,8 @@ def graph_parts(pair: Pair, recipe: Recipe) -> dict[str, GraphParts]:
         widths: Callable[[Recipe, Mapping[str, tuple[int, ...]]], dict[str, Width]],
     ) -> GraphParts:
         shapes = parameter_shapes(lambda: model(Ops()))
-        held = {name: read for name, read in weights.items() if name not in LOOKED_UP}
-        return GraphParts(model, graph, held, widths(recipe, shapes), shapes)
+        stored = {name: read for name, read in weights.items() if name not in TABLES_OUTSIDE_GRAPHS}
+        return GraphParts(model, graph, stored, widths(recipe, shapes), shapes)
 
     return {
         "target": parts(target, TargetGraph, pair.target_weights, target_widths),
@@ -116,7 +132,7 @@ def graph_parts(pair: Pair, recipe: Recipe) -> dict[str, GraphParts]:
 
 
 def _quantized_clusters(read: Callable[[], Tensor], pair: Pair, bits: int) -> dict[str, Callable[[], Tensor]]:
-    """Readers of a two-stage head's clusters and scales."""
+    """Return readers of a two-stage head's quantized clusters and their scales."""
     sizes = pair.two_stage
     assert sizes is not None
 

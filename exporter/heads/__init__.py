@@ -1,1 +1,1 @@
-"""Vocabulary clusters for drafters that have none: made, judged and drawn."""
+"""Make vocabulary clusters for drafters that have none, and measure and plot their recall."""

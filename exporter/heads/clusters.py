@@ -1,4 +1,4 @@
-"""Make the clusters of a drafter's two-stage head, and say how often its first stage keeps the best token."""
+"""Make the clusters of a drafter's two-stage head, and measure how often its first stage keeps the best token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,20 +14,24 @@ from exporter.checkpoint.config_json import read_drafter_config
 from exporter.checkpoint.names import DRAFTER_EMBEDDING, read_cluster_table
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import Checkpoint
-from exporter.heads.states import drafting_states, lone_states, prompt_passes, random_prompts
+from exporter.heads.states import drafting_states, prompt_passes, random_prompts, states_without_target
+from exporter.parity.drafting import DRAFT_STEPS
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 
-MIN_STATES = 1024  # half of them judge: with fewer, one in a hundred is a matter of luck
-MAX_STATES = 16384
+MIN_STATES = 1024  # half of them measure recall: with fewer, one percent of it would be chance
+MAX_STATES = 16384  # more are thinned out evenly
 
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What the user chose.
+    """How a vocabulary is clustered.
 
-    No `num_clusters` means the default for the vocabulary; no `top_k` means as few as keep the best token of a share
-    `recall` of the states.
+    Attributes:
+        num_clusters: how many clusters to make; None for the default of the vocabulary's size.
+        top_k: how many of them the first stage keeps; None for as few as reach `recall`.
+        recall: fraction of states whose best token must be in a kept cluster; ignored if `top_k` is given.
+        seed: of the k-means.
     """
 
     num_clusters: int | None = None
@@ -38,10 +42,16 @@ class ClusterOptions:
 
 @dataclass(frozen=True)
 class Clustering:
-    """Clusters, how many of them to keep, and the recall [C] of keeping 1, 2, .. C, on states nothing was fitted on.
+    """Clusters of a vocabulary, and their recall on states that nothing was fitted on.
 
-    `states` says where those came from, and `checkpoint_recall` is that of the clusters which the drafter's checkpoint
-    has, on the same states.
+    Attributes:
+        table: the clusters.
+        top_k: how many of them the first stage keeps.
+        recall: [C] float64, fraction of states whose best token is kept when 1, 2, .. C clusters are kept.
+        num_states: how many states recall was measured on.
+        states: where the states come from, for people.
+        checkpoint_recall: the same as `recall`, on the same states, for the clusters in the drafter's checkpoint; None
+            if it has none.
     """
 
     table: ClusterTable
@@ -52,43 +62,52 @@ class Clustering:
     checkpoint_recall: np.ndarray | None
 
     @property
-    def share_of_dense_head(self) -> float:
-        """Multiplications of both stages, as a share of the dense head's."""
-        return float(work(len(self.table.token_ordering), len(self.recall))[self.top_k - 1])
+    def work_ratio(self) -> float:
+        """Multiplications of both stages over those of a dense head."""
+        return float(work_ratios(len(self.table.token_ordering), len(self.recall))[self.top_k - 1])
 
-    def facts(self) -> dict[str, Any]:
-        """Everything but the table itself, for people and machines."""
+    def measurements(self) -> dict[str, Any]:
+        """Return sizes and recall as the JSON of `cluster` and `report` has them."""
         sizes, tokens = self.table.sizes(self.top_k), len(self.table.token_ordering)
-        theirs, shares = self.checkpoint_recall, work(tokens, len(self.recall))
+        reference, ratios = self.checkpoint_recall, work_ratios(tokens, len(self.recall))
         curve = []
         for k in sorted({2**i for i in range(len(self.recall).bit_length())} | {self.top_k, len(self.recall)}):
             scored = min(k * sizes.cluster_size, tokens)
             row = {"top_k_clusters": k, "tokens_scored": scored, "recall": float(self.recall[k - 1])}
-            row["share_of_dense_head"] = float(shares[k - 1])
-            if theirs is not None:  # at as many tokens, if a cluster of theirs is not larger than that
-                as_many = scored * len(theirs) // tokens
-                row["checkpoint_recall"] = float(theirs[as_many - 1]) if as_many else None
+            row["share_of_dense_head"] = float(ratios[k - 1])
+            if reference is not None:
+                # Of clusters with as many tokens together; None if one of the checkpoint's clusters is larger.
+                reference_k = scored * len(reference) // tokens
+                row["checkpoint_recall"] = float(reference[reference_k - 1]) if reference_k else None
             curve.append(row)
         return {
             "num_clusters": sizes.num_clusters,
             "cluster_size": sizes.cluster_size,
             "top_k_clusters": self.top_k,
             "recall": float(self.recall[self.top_k - 1]),
-            "checkpoint_clusters": None if theirs is None else len(theirs),
+            "checkpoint_clusters": None if reference is None else len(reference),
             "num_states": self.num_states,
             "states": self.states,
             "curve": curve,
         }
 
 
-def work(vocab_size: int, num_clusters: int) -> np.ndarray:
-    """Multiplications of both stages that keep 1, 2, .. C clusters, as a share of the dense head's, [C] float64."""
+def work_ratios(vocab_size: int, num_clusters: int) -> np.ndarray:
+    """Return multiplications of both stages over those of a dense head, when 1, 2, .. C clusters are kept.
+
+    Args:
+        vocab_size: V, in tokens.
+        num_clusters: C.
+
+    Returns:
+        [C] float64.
+    """
     size = TwoStageSizes.of(vocab_size, num_clusters, 1).cluster_size
     return (num_clusters + size * np.arange(1, num_clusters + 1)) / vocab_size
 
 
 def cluster_steps(pair: Pair | None, prompts: Sequence[Sequence[int]]) -> int:
-    """How many steps `make_clusters` reports."""
+    """Return how many steps `make_clusters` reports at most, for the same pair and prompts of token ids."""
     passes = 0 if pair is None else prompt_passes(prompts or random_prompts(pair.target))
     return passes + 1 + ITERATIONS + 16
 
@@ -100,35 +119,40 @@ def make_clusters(
     prompts: Sequence[Sequence[int]] = (),
     progress: Progress = lambda *_: None,
 ) -> Clustering:
-    """Cluster a drafter's output embedding. Of the states, the first half fits centroids and the second judges them.
+    """Cluster a drafter's output embedding by k-means, and fit centroids that find the best token's cluster.
+
+    Centroids are fitted on the first half of the drafter's states; recall is measured on the second half.
 
     Args:
-        drafter_dir: its checkpoint.
-        pair: the same drafter with its target, to judge by states of real drafting; without it the drafter runs alone.
-        prompts: token ids to draft on with the target, random ones if there are none.
-        progress: told of `cluster_steps` steps.
+        drafter_dir: the drafter's checkpoint.
+        pair: the same drafter with its target, for states of real drafting; without it the drafter runs on random
+            input.
+        options: how many clusters to make and to keep.
+        prompts: token ids that the pair drafts on; random ones if empty.
+        progress: called with a description and the number 1 after each of `cluster_steps` steps.
 
     Raises:
-        InputError: an unusable checkpoint, too few states, or more clusters than tokens.
+        InputError: an unusable checkpoint, a prompt the target cannot run, too few different states, states or rows
+            that are not finite, more clusters than tokens, or more clusters to keep than there are.
     """
     config, checkpoint = read_drafter_config(drafter_dir), Checkpoint(drafter_dir)
     vocab_size = config.text.vocab_size
     clusters = default_clusters(vocab_size) if options.num_clusters is None else options.num_clusters
-    TwoStageSizes.of(vocab_size, clusters, 1 if options.top_k is None else options.top_k)  # refuses what cannot be
-    theirs = read_cluster_table(checkpoint, config)
+    TwoStageSizes.of(vocab_size, clusters, 1 if options.top_k is None else options.top_k)  # raises if impossible
+    reference = read_cluster_table(checkpoint, config)
     if pair is None:
-        states, source = lone_states(checkpoint, config).numpy(), "the drafter alone on random input"
+        states, source = states_without_target(checkpoint, config).numpy(), "the drafter alone on random input"
     else:
         _check_prompts(prompts, pair)
         source = "drafting on the prompts" if prompts else "drafting on random prompts"
         prompts = prompts or random_prompts(pair.target)
         states = drafting_states(pair.dense, prompts, lambda: progress("drafting", 1)).numpy()
     if not np.isfinite(states).all():
-        raise InputError(f"{drafter_dir}: its states are not finite while it drafts; restore both checkpoints")
+        raise InputError(f"{drafter_dir}: drafting gives states of NaN or infinity; restore target and drafter")
     if (different := len(np.unique(states, axis=0))) < MIN_STATES:
         raise InputError(
-            f"{drafter_dir}: drafting gives {different} different states to fit and judge clusters by, expected"
-            f" {MIN_STATES} or more; give longer prompts, four states come of each token"
+            f"{drafter_dir}: drafting gives {different} different states to fit and test clusters on, expected"
+            f" {MIN_STATES} or more; give longer prompts, each token gives {DRAFT_STEPS} states"
         )
     states = states[np.linspace(0, len(states) - 1, min(len(states), MAX_STATES)).astype(np.int64)]
     half = len(states) // 2
@@ -144,23 +168,29 @@ def make_clusters(
     best = best_logits(states, rows, members, lambda: progress("recall", 1))
     table = ClusterTable(fit_centroids(states[:half], best[:half], means), ordering)
     curve = recall_curve(cluster_ranks(states[half:], best[half:], table.centroids), clusters)
-    if theirs is not None:
-        ranks = cluster_ranks(states[half:], best_logits(states[half:], rows, theirs.members), theirs.centroids)
+    if reference is not None:
+        reference_best = best_logits(states[half:], rows, reference.members)
+        ranks = cluster_ranks(states[half:], reference_best, reference.centroids)
     return Clustering(
         table=table,
         top_k=int(np.searchsorted(curve, options.recall)) + 1 if options.top_k is None else options.top_k,
         recall=curve,
         num_states=len(states) - half,
         states=source,
-        checkpoint_recall=None if theirs is None else recall_curve(ranks, len(theirs.centroids)),
+        checkpoint_recall=None if reference is None else recall_curve(ranks, len(reference.centroids)),
     )
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], pair: Pair) -> None:
-    """Refuse prompts that the target cannot read."""
-    most, vocab_size = pair.target.max_position_embeddings, pair.target.vocab_size
+    """Refuse prompts that the target cannot run."""
+    max_tokens, vocab_size = pair.target.max_position_embeddings, pair.target.vocab_size
     for number, prompt in enumerate(prompts):
-        if len(prompt) > most:
-            raise InputError(f"prompt {number} has {len(prompt)} tokens, the target knows {most} positions; shorten it")
+        if len(prompt) > max_tokens:
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens, the target has {max_tokens} positions; shorten it"
+            )
         if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
-            raise InputError(f"prompt {number} has token {wrong[0]}, expected ids from 0 to {vocab_size - 1}")
+            raise InputError(
+                f"prompt {number} has token {wrong[0]}, expected ids from 0 to {vocab_size - 1}; make the prompt with"
+                " the target's tokenizer"
+            )

@@ -1,43 +1,55 @@
-"""Pictures."""
+"""Plot the recall of a two-stage head against its work."""
 
 import io
 from pathlib import Path
 
-from exporter.heads.clusters import Clustering, work
+from exporter.heads.clusters import Clustering, work_ratios
 from runtime_ref.errors import InputError
 
 FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_picture(file: Path) -> None:
-    """Refuse a picture whose format is not known, before any work is done."""
+    """Check the name of a plot's file before any work is done.
+
+    Raises:
+        InputError: its ending is not one of `FORMATS`.
+    """
     if file.suffix not in FORMATS:
         raise InputError(f"{file}: a picture's name ends in one of {', '.join(FORMATS)}; choose another --report")
 
 
 def recall_picture(clustering: Clustering, file: Path) -> bytes:
-    """Recall against work, in the format of the file's name: the chosen point, and the checkpoint's own clusters."""
+    """Plot recall against work, with the chosen number of clusters and the checkpoint's own clusters.
+
+    Args:
+        clustering: clusters and their recall.
+        file: only its ending is used, for the format: one of `FORMATS`.
+
+    Returns:
+        The content of the file.
+    """
     from matplotlib.figure import Figure  # takes a second to import
 
     tokens = len(clustering.table.token_ordering)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    ours, top_k = clustering.recall, clustering.top_k
-    x = 100 * work(tokens, len(ours))
-    axes.plot(x, 100 * ours, color="black", label=f"these {len(ours)} clusters")
-    theirs = clustering.checkpoint_recall
-    if theirs is not None:
+    recall, top_k = clustering.recall, clustering.top_k
+    work_percent = 100 * work_ratios(tokens, len(recall))
+    axes.plot(work_percent, 100 * recall, color="black", label=f"new clusters ({len(recall)})")
+    reference = clustering.checkpoint_recall
+    if reference is not None:
         axes.plot(
-            100 * work(tokens, len(theirs)),
-            100 * theirs,
+            100 * work_ratios(tokens, len(reference)),
+            100 * reference,
             color="black",
             linestyle=":",
-            label=f"the checkpoint's {len(theirs)}",
+            label=f"the checkpoint's clusters ({len(reference)})",
         )
-    chosen = x[top_k - 1], 100 * ours[top_k - 1]
+    chosen = work_percent[top_k - 1], 100 * recall[top_k - 1]
     axes.plot(*chosen, "o", color="black")
     axes.annotate(
-        f"{top_k} clusters kept:\n{chosen[1]:.1f} % survive, for {chosen[0]:.1f} % of the dense head's work",
+        f"{top_k} clusters kept:\n{chosen[1]:.1f} % recall for {chosen[0]:.1f} % of a dense head's work",
         chosen,
         xytext=(0.97, 0.35),
         textcoords="axes fraction",
@@ -47,8 +59,8 @@ def recall_picture(clustering: Clustering, file: Path) -> bytes:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g} %")
     axes.yaxis.set_major_formatter("{x:g} %")
-    axes.set_xlabel("multiplications, as a share of the dense head's (1, 2, 3 .. clusters kept)")
-    axes.set_ylabel("drafts whose best token survives")
+    axes.set_xlabel("multiplications, in percent of a dense head's (1, 2, 3 .. clusters kept)")
+    axes.set_ylabel("states whose best token is in a kept cluster")
     axes.set_title(f"Two-stage logits: {clustering.num_states} states, {clustering.states}")
     axes.grid(color="0.9")
     axes.legend(loc="lower right", frameon=False)

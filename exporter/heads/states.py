@@ -1,4 +1,4 @@
-"""Hidden states of a drafter, as its head meets them: what clusters are fitted on and judged by."""
+"""Collect a drafter's hidden states, the inputs of its head: clusters are fitted and tested on them."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from exporter.checkpoint.names import drafter_weights, target_weights
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import Checkpoint
-from exporter.graphs.spec import PREFILL_CHUNK
+from exporter.graphs.spec import PREFILL_CHUNK_TOKENS
 from exporter.modeling.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter, kv_by_type
 from exporter.modeling.target import Target, empty_kv
@@ -18,76 +18,86 @@ from exporter.parity.reference import reference_ops
 from runtime_ref.graph_engine import chunks
 
 NUM_STATES = 8192
-WIDENING = reference_ops(torch.float32)  # weights stay as they are stored, and are widened while they are used
+STORED_WEIGHT_OPS = reference_ops(torch.float32)  # weights stay in the dtype of their file until they are used
 
 
 def random_prompts(target: TextConfig) -> list[list[int]]:
-    """Seeded random token ids: on the built-in pair centroids fitted on them are as good as on text."""
-    shape = NUM_STATES // (DRAFT_STEPS * PREFILL_CHUNK), min(PREFILL_CHUNK, target.max_position_embeddings)
+    """Return seeded prompts of random token ids that give `NUM_STATES` states, fewer if the context is small.
+
+    On the built-in pair, centroids fitted on them are as good as those fitted on text.
+    """
+    shape = (
+        NUM_STATES // (DRAFT_STEPS * PREFILL_CHUNK_TOKENS),
+        min(PREFILL_CHUNK_TOKENS, target.max_position_embeddings),
+    )
     return torch.randint(target.vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def prompt_passes(prompts: Sequence[Sequence[int]]) -> int:
-    """Passes of the target that `drafting_states` takes."""
-    return sum(1 for prompt in prompts for _ in chunks(prompt, PREFILL_CHUNK))
+    """Return how many passes of the target `drafting_states` runs for these prompts of token ids."""
+    return sum(1 for prompt in prompts for _ in chunks(prompt, PREFILL_CHUNK_TOKENS))
 
 
 @torch.no_grad()
 def drafting_states(pair: Pair, prompts: Sequence[Sequence[int]], progress: Callable[[], None]) -> Tensor:
-    """States of draft steps after every token of the prompts, for a pair with a dense head.
+    """Draft after every token of the prompts and return the drafter's states.
 
-    The target's weights stay in their file: a matrix is widened to float32 while it is used, so that a target of any
-    size needs little memory.
+    The target's weights stay in their file, and a matrix is widened to float32 while it is used: a target of any size
+    needs little memory.
 
     Args:
-        prompts: token ids, each at most as long as the target's context.
-        progress: called after each pass of the target, of at most `PREFILL_CHUNK` tokens.
+        pair: a pair with a dense head.
+        prompts: token ids, each prompt at most as long as the target's context.
+        progress: called after each pass of the target, of at most `PREFILL_CHUNK_TOKENS` tokens.
 
     Returns:
-        [tokens * DRAFT_STEPS, E] float32; the steps of one round lie together.
+        [tokens * DRAFT_STEPS, E] float32, in the order of the tokens, then of the steps of a round.
     """
     weights = target_weights(pair.target_checkpoint, pair.target, mapped=True)
-    target = load_module(lambda: Target(pair.target, WIDENING), weights)
+    target = load_module(lambda: Target(pair.target, STORED_WEIGHT_OPS), weights)
     readers = {**pair.drafter_weights, "target_embed_tokens.weight": lambda: target.embed_tokens.weight}
-    drafter = load_module(lambda: Drafter(pair.drafter, None, WIDENING), readers)
-    found = []
+    drafter = load_module(lambda: Drafter(pair.drafter, None, STORED_WEIGHT_OPS), readers)
+    states = []
     for prompt in prompts:
         kv = empty_kv(pair.target, len(prompt))
-        for start, chunk in chunks(prompt, PREFILL_CHUNK):
+        for start, chunk in chunks(prompt, PREFILL_CHUNK_TOKENS):
             tokens = torch.tensor(chunk)
             out = target(tokens, torch.tensor([start]), torch.arange(len(tokens)), kv)
             kv = out.kv
             shared = kv_by_type(kv, pair.shared_kv)
             positions = start + 1 + torch.arange(len(tokens))
             hidden, _ = draft_rounds(drafter, out.logits.argmax(-1), out.state, positions, shared)
-            found.append(hidden.flatten(0, 1))
+            states.append(hidden.flatten(0, 1))
             progress()
-    return torch.cat(found)
+    return torch.cat(states)
 
 
 @torch.no_grad()
-def lone_states(checkpoint: Checkpoint, config: DrafterConfig) -> Tensor:
-    """States of first draft steps from random embeddings and states, over one cache row of zeros: no target is needed.
+def states_without_target(checkpoint: Checkpoint, config: DrafterConfig) -> Tensor:
+    """Return a drafter's states after first draft steps on random embeddings and states, over one cache row of zeros.
 
-    Harder than real ones, because a real state says what comes next: with 8 of 64 clusters of the built-in pair 84 % of
-    these keep their best token and 97 % of real ones. Centroids fitted on them are nearly as good.
+    Recall is lower on them than on states of real drafting, where the target's state predicts the next token: with 8 of
+    64 clusters of the built-in pair it is 84 % and 97 %. Centroids fitted on them are nearly as good.
+
+    Args:
+        checkpoint: the drafter's weights.
+        config: the drafter's config.
 
     Returns:
         [NUM_STATES, E] float32.
     """
-    generator, width = torch.Generator().manual_seed(0), config.backbone_hidden_size
-    table = torch.randn(NUM_STATES, width, generator=generator) / width**0.5
+    generator, size = torch.Generator().manual_seed(0), config.backbone_hidden_size
+    table = torch.randn(NUM_STATES, size, generator=generator) / size**0.5
     readers = drafter_weights(checkpoint, config, None, {"embed_tokens.weight": lambda: table})
-    # The head is as large as all the rest, and no state depends on it.
+    # No state depends on the head, which is as large as all other weights together.
     drafter = load_module(lambda: Drafter(config, None), {**readers, "head.weight": lambda: torch.empty(0)})
     text, kv = config.text, {}
-    for kind in set(text.layer_types):
-        sizes = text.attention(kind)
-        kv[kind] = (torch.zeros(sizes.num_key_value_heads, 1, sizes.head_dim),) * 2
-    found = []
+    for layer_type in set(text.layer_types):
+        sizes = text.attention(layer_type)
+        kv[layer_type] = (torch.zeros(sizes.num_key_value_heads, 1, sizes.head_dim),) * 2
+    hidden = []
     for tokens in torch.arange(NUM_STATES).split(1024):
-        states = torch.randn(len(tokens), width, generator=generator)
-        found.append(
-            drafter.step(drafter.target_embed_tokens(tokens), states, torch.ones_like(tokens), FIRST_ROW, kv)[0]
-        )
-    return torch.cat(found)
+        states = torch.randn(len(tokens), size, generator=generator)
+        embedded = drafter.target_embed_tokens(tokens)
+        hidden.append(drafter.step(embedded, states, torch.ones_like(tokens), FIRST_ROW, kv)[0])
+    return torch.cat(hidden)

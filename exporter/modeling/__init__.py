@@ -1,1 +1,1 @@
-"""What the model is: configurations, layers, target and drafter, defined once and traced for every backend."""
+"""The model definition: configurations, layers, target and drafter, written once and traced for every backend."""

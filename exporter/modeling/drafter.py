@@ -1,4 +1,4 @@
-"""The drafter: a small decoder with no KV of its own that reads the target's cache."""
+"""The drafter: a small decoder that reads the target's KV cache and has none of its own."""
 
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -11,7 +11,7 @@ from exporter.modeling.config import DrafterConfig
 from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
 from exporter.modeling.two_stage import DenseHead, TwoStageHead
 
-# K and V, each [N, S, D], by layer type.
+# K and V, each [N, S, D] float32, by layer type.
 KV = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -19,22 +19,30 @@ def kv_by_type(kv: Sequence[Tensor], layers: Mapping[str, int]) -> dict[str, tup
     """Pick the K and V that a drafter reads from a target's cache.
 
     Args:
-        kv: K, then V, of each storing layer, each [N, S, D] (a batch may come first).
-        layers: index of the storing layer by layer type, as `exporter.modeling.config.shared_kv` gives it.
+        kv: K, then V, of each storing layer, each [N, S, D] (or with a batch dimension in front).
+        layers: index of the storing layer, by layer type, as `exporter.modeling.config.shared_kv` returns it.
     """
     return {layer_type: (kv[2 * layer], kv[2 * layer + 1]) for layer_type, layer in layers.items()}
 
 
 class Drafter(nn.Module):
-    """Gemma 4 multi-token-prediction drafter; one call is one draft step.
+    """Gemma 4 multi-token-prediction (MTP) drafter; one call is one draft step.
 
+    E is the drafter's hidden size, E_target the target's.
     Follows transformers 5.22.2, `Gemma4AssistantForCausalLM` and `SinglePositionMultiTokenCandidateGenerator`.
     """
 
     def __init__(
         self, config: DrafterConfig, two_stage: TwoStageSizes | None, ops: Ops = Ops(), cluster_bits: int = 32
     ) -> None:
-        """`two_stage` None builds a dense head; `target_embed_tokens` is the target's own table."""
+        """Build a drafter; its parameter `target_embed_tokens` is the target's embedding table.
+
+        Args:
+            config: sizes of the drafter.
+            two_stage: sizes of a two-stage head; None for a dense one.
+            ops: operations of the backend.
+            cluster_bits: bits of a weight in a two-stage head's clusters: 32, 8 or 4.
+        """
         super().__init__()
         text, backbone = config.text, config.backbone_hidden_size
         self.config, self.ops = config, ops
@@ -50,16 +58,20 @@ class Drafter(nn.Module):
             self.head = TwoStageHead(text.hidden_size, two_stage, ops, cluster_bits)
 
     def forward(self, tokens: Tensor, states: Tensor, positions: Tensor, kv: KV) -> tuple[Tensor, Tensor]:
-        """One draft step for each of T independent rounds; inference has T = 1.
+        """Run one draft step for each of T independent rounds; inference has T = 1.
+
+        `last` is the newest accepted token of a round, which the target has not run yet.
 
         Args:
-            tokens: [T] int64, `last` or the draft token before.
-            states: [T, E_target], the target's state before `last`, or the state that the step before returned.
-            positions: [T] int64, the position of `last`: constant through a round, and the number of valid cache rows.
-            kv: K and V [N, S, D] of the target's shared layer, by layer type.
+            tokens: [T] int64, `last` in the first step of a round, later the draft token of the previous step.
+            states: [T, E_target] float32, in the first step the target's state at the token before `last`, later the
+                states that the previous step returned.
+            positions: [T] int64, position of `last`, which is also the number of valid cache rows; it stays the same
+                in all steps of a round.
+            kv: K and V of the target layers that the drafter reads, each [N, S, D] float32, by layer type.
 
         Returns:
-            Draft tokens [T] int64 and next states [T, E_target].
+            Draft tokens [T] int64, and the states [T, E_target] float32 for the next step.
         """
         start = torch.zeros(1, dtype=torch.int64)
         hidden, states = self.step(self.target_embed_tokens(tokens), states, positions, start, kv)
@@ -73,34 +85,39 @@ class Drafter(nn.Module):
         window_start: Tensor,
         kv: KV,
     ) -> tuple[Tensor, Tensor]:
-        """`forward` for tokens that were looked up already, and without the head.
+        """Do what `forward` does, from embedding rows, without the head and with sliding buffers that begin later.
 
         Args:
-            embedded: [T, E_target], scaled.
-            window_start: [1] int64, the position that row 0 of sliding layers' buffers holds.
+            embedded: [T, E_target] float32, scaled rows of `target_embed_tokens`.
+            states: as in `forward`.
+            positions: as in `forward`.
+            window_start: [1] int64, the token position of row 0 of sliding layers' buffers.
+            kv: as in `forward`; row i of the sliding type holds position `window_start` + i.
 
         Returns:
-            Hidden states [T, E] and next states [T, E_target].
+            Hidden states [T, E] float32 for the head, and the states [T, E_target] float32 for the next step.
         """
         text = self.config.text
         x = torch.cat((embedded, states), dim=-1)
         x = self.ops.linear(x, self.pre_projection.weight)
-        rotary = {kind: rotary_tables(text.attention(kind), positions) for kind in kv}
-        masks = {kind: self._mask(kind, positions, window_start, key.shape[1]) for kind, (key, _) in kv.items()}
-        for layer, kind in zip(cast(list[DecoderLayer], self.layers), text.layer_types, strict=True):
-            x = layer(x, layer.input_layernorm(x), rotary[kind], masks[kind], *kv[kind])
+        rotary = {layer_type: rotary_tables(text.attention(layer_type), positions) for layer_type in kv}
+        masks = {
+            layer_type: self._mask(layer_type, positions, window_start, key.shape[1])
+            for layer_type, (key, _) in kv.items()
+        }
+        for layer, layer_type in zip(cast(list[DecoderLayer], self.layers), text.layer_types, strict=True):
+            x = layer(x, layer.input_layernorm(x), rotary[layer_type], masks[layer_type], *kv[layer_type])
         hidden = self.norm(x)
         return hidden, self.ops.linear(hidden, self.post_projection.weight)
 
     def _mask(self, layer_type: str, positions: Tensor, window_start: Tensor, rows: int) -> Tensor:
-        """Visible keys: rows before `last`. Its own K/V and those of rejected drafts are never seen.
+        """Mask that shows the rows before `last`; its own K/V and those of rejected drafts are never visible.
 
         The reference measures the window from the newest cache row and includes both ends: window + 1 keys.
         """
-        sliding = layer_type == "sliding_attention"
-        behind = positions.unsqueeze(1) - (torch.arange(rows) + (window_start if sliding else 0))
-        visible = behind >= 1
+        text, sliding = self.config.text, layer_type == "sliding_attention"
+        distance = positions.unsqueeze(1) - (torch.arange(rows) + (window_start if sliding else 0))  # [T, S]
+        visible = distance >= 1
         if sliding:
-            visible &= behind <= self.config.text.sliding_window + 1
-        heads = self.config.text.num_attention_heads // self.config.text.attention(layer_type).num_key_value_heads
-        return additive_mask(visible, heads)
+            visible &= distance <= text.sliding_window + 1
+        return additive_mask(visible, text.num_attention_heads // text.attention(layer_type).num_key_value_heads)

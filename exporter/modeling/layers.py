@@ -1,7 +1,8 @@
 """Gemma 4 decoder layers, written once for the target and the drafter and traced for every backend.
 
-Shape letters: T new tokens, S cache rows, H heads, N KV heads, D head dim, E hidden, P PLE dim. There is no batch.
-Follows transformers 5.22.2, `models/gemma4/modeling_gemma4.py`.
+Shape letters: T new tokens, S cache rows, H heads, N KV heads, D head dim, E hidden, P PLE dim. There is no batch
+dimension. Tensors are float32 unless a docstring says otherwise. Follows transformers 5.22.2,
+`models/gemma4/modeling_gemma4.py`.
 """
 
 from collections.abc import Callable
@@ -15,34 +16,54 @@ from exporter.modeling.config import AttentionConfig, TextConfig
 
 
 def write_rows(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
-    """Return the cache [N, S, D] with rows [N, T, D] written from `position` [1] on, out of place."""
+    """Return a copy of the cache with new rows written to it.
+
+    Args:
+        cache: [N, S, D].
+        rows: [N, T, D].
+        position: [1] int64, the cache row that the first new row is written to.
+    """
     return cache.index_copy(1, position + torch.arange(rows.shape[1]), rows)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Root mean square norm over the last dimension (Zhang & Sennrich 2019)."""
+    """Apply a root mean square norm over the last dimension (Zhang & Sennrich 2019).
+
+    Args:
+        x: [..., size].
+        weight: [size] factors; None for no factors.
+        eps: number added to the mean square.
+    """
     if weight is None:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation (Hendrycks & Gimpel 2016)."""
+    """Apply GELU elementwise in its tanh approximation (Hendrycks & Gimpel 2016)."""
     return F.gelu(x, approximate="tanh")
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """The halves of the last dimension swapped, the second one negated."""
+    """Swap the halves [a, b] of the last dimension and negate the second: [-b, a]."""
     half = x.shape[-1] // 2
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations a backend replaces while it traces the model; the defaults are plain torch.
+    """Operations that a backend replaces while it traces the model; the defaults are plain torch.
 
-    `top_k` returns the largest values of the last dimension in falling order and their indices, of equal values the
-    lower index first; torch itself may keep another.
+    Attributes:
+        embedding: (ids [T] int64, table [rows, columns]) -> [T, columns].
+        linear: (x [T, inputs], weight [outputs, inputs]) -> [T, outputs].
+        write_rows: see `write_rows`.
+        rms_norm: see `rms_norm`.
+        gelu: see `gelu`.
+        rotate_half: see `rotate_half`.
+        top_k: (x [T, size], k) -> the k largest values of each row in descending order and their indices int64, both
+            [T, k]. A backend puts the lower index first among equal values; torch may order them otherwise.
+        from_int8: converts an int8 tensor to float32.
     """
 
     embedding: Callable[[Tensor, Tensor], Tensor] = F.embedding
@@ -56,7 +77,7 @@ class Ops:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm with the checkpoint's weight, if it has one."""
+    """Root mean square norm over the last dimension, with a learned weight unless `with_scale` is False."""
 
     def __init__(self, size: int, eps: float, ops: Ops, with_scale: bool = True) -> None:
         super().__init__()
@@ -64,11 +85,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if with_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize x [..., size]; the shape stays."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
 class ScaledEmbedding(nn.Module):
-    """Embedding rows times sqrt(row size), as Gemma feeds them to the decoder."""
+    """An embedding table whose rows are multiplied by a constant; Gemma uses the square root of the row size."""
 
     def __init__(self, rows: int, size: int, scale: float, ops: Ops) -> None:
         super().__init__()
@@ -76,15 +98,24 @@ class ScaledEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, size))
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the scaled embedding rows [T, size] of token ids [T] int64."""
         return self.scaled(self.ops.embedding(ids, self.weight))
 
     def scaled(self, rows: Tensor) -> Tensor:
-        """What `forward` makes of rows that were looked up already."""
+        """Scale embedding rows [T, size] that were read from the table already."""
         return rows * self.scale
 
 
 def rotary_tables(config: AttentionConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each [T, 1, D], for positions [T] (RoPE, Su et al. 2021; `proportional` as in transformers)."""
+    """Compute the cosines and sines of rotary position embedding (RoPE, Su et al. 2021).
+
+    Args:
+        config: head size and type of the embedding; the type `proportional` is computed as in transformers.
+        positions: [T] int64 token positions.
+
+    Returns:
+        Cosines and sines, each [T, 1, D].
+    """
     dim = config.head_dim
     rotated = dim // 2
     if config.rope_type == "proportional":
@@ -97,17 +128,34 @@ def rotary_tables(config: AttentionConfig, positions: Tensor) -> tuple[Tensor, T
     return angles.cos(), angles.sin()
 
 
-def additive_mask(visible: Tensor, heads: int) -> Tensor:
-    """0 where a key is visible, the lowest float where it is not: [T, S] to [T*heads, S], each row `heads` times."""
+def additive_mask(visible: Tensor, heads_per_kv: int) -> Tensor:
+    """Make the mask that `attend` adds to attention scores.
+
+    Args:
+        visible: [T, S] bool, whether a query sees a key.
+        heads_per_kv: H/N, the number of query heads that read one KV head; each row of the mask is repeated that often.
+
+    Returns:
+        [T*H/N, S]: 0 where a key is visible, the lowest float32 elsewhere.
+    """
     mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
-    return mask.index_select(0, torch.arange(visible.shape[0] * heads) // heads)
+    return mask.index_select(0, torch.arange(visible.shape[0] * heads_per_kv) // heads_per_kv)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of queries [T, H, D] over K and V [N, S, D] under a mask [T*H/N, S]; returns [T, H*D]. The scale is 1.
+    """Compute grouped-query attention (Ainslie et al. 2023) with scale 1.
 
-    The heads that share a KV head are folded into rows, so that K and V are read once per KV head, not per head. Every
-    reshape has one unknown dimension: backends fuse those and no others.
+    The query heads of a KV head become rows of one matrix, so that K and V are read once per KV head, not once per
+    query head. Each reshape leaves one dimension to be inferred: backends fuse only such reshapes.
+
+    Args:
+        query: [T, H, D].
+        key: [N, S, D].
+        value: [N, S, D].
+        mask: [T*H/N, S], as `additive_mask` returns it.
+
+    Returns:
+        [T, H*D].
     """
     (_, heads, dim), kv_heads = query.shape, key.shape[0]
     folded = (
@@ -119,7 +167,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention of one layer; K and V projections exist only where the layer stores its own."""
+    """Attention of one layer; projections for K and V exist only in layers that store them."""
 
     def __init__(self, config: TextConfig, layer: int, stores_kv: bool, ops: Ops) -> None:
         super().__init__()
@@ -136,24 +184,44 @@ class Attention(nn.Module):
             self.v_norm = RMSNorm(self.dim, config.rms_norm_eps, ops, with_scale=False)
 
     def new_kv(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """K and V rows, each [N, T, D], of the layer's normed input x [T, E]."""
+        """Compute the K and V rows of new tokens; only for layers that store K and V.
+
+        Args:
+            x: [T, E], the layer's input after `input_layernorm`.
+            rotary: cosines and sines, each [T, 1, D].
+
+        Returns:
+            K and V, each [N, T, D].
+        """
         key = self.ops.linear(x, self.k_proj.weight).reshape(-1, self.kv_heads, self.dim)
         value = self.ops.linear(x, self.v_proj.weight).reshape(-1, self.kv_heads, self.dim)
         return self.rotate(self.k_norm(key), rotary).transpose(0, 1), self.v_norm(value).transpose(0, 1)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Compute the attention output of T tokens over cached K and V.
+
+        Args:
+            x: [T, E], the layer's input after `input_layernorm`.
+            rotary: cosines and sines, each [T, 1, D].
+            mask: [T*H/N, S], as `additive_mask` returns it.
+            key: [N, S, D].
+            value: [N, S, D].
+
+        Returns:
+            [T, E].
+        """
         query = self.ops.linear(x, self.q_proj.weight).reshape(-1, self.heads, self.dim)
         query = self.rotate(self.q_norm(query), rotary)
         return self.ops.linear(attend(query, key, value, mask), self.o_proj.weight)
 
     def rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Apply rotary tables to x [T, H, D]."""
+        """Rotate x [T, heads, D] by cosines and sines, each [T, 1, D]; the shape stays."""
         cos, sin = rotary
         return x * cos + self.ops.rotate_half(x) * sin
 
 
 class MLP(nn.Module):
-    """Gated MLP with tanh-GELU (Shazeer 2020)."""
+    """Gated MLP with GELU (Shazeer 2020)."""
 
     def __init__(self, hidden: int, inner: int, ops: Ops) -> None:
         super().__init__()
@@ -163,12 +231,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x [T, E] to [T, E]."""
         gate = self.ops.gelu(self.ops.linear(x, self.gate_proj.weight))
         return self.ops.linear(gate * self.ops.linear(x, self.up_proj.weight), self.down_proj.weight)
 
 
 class DecoderLayer(nn.Module):
-    """One decoder layer: attention, MLP, per-layer input (target only), output scalar."""
+    """One decoder layer: attention, MLP, per-layer input (in the target only) and an output factor."""
 
     def __init__(self, config: TextConfig, layer: int, stores_kv: bool, ops: Ops) -> None:
         super().__init__()
@@ -196,7 +265,20 @@ class DecoderLayer(nn.Module):
         value: Tensor,
         per_layer_input: Tensor | None = None,
     ) -> Tensor:
-        """Run x [T, E]; `normed` is `input_layernorm(x)`, which a storing layer's K and V come from as well."""
+        """Run the layer on T tokens.
+
+        Args:
+            x: [T, E].
+            normed: [T, E], `input_layernorm(x)`; an argument because `Attention.new_kv` needs it before this call.
+            rotary: cosines and sines, each [T, 1, D].
+            mask: [T*H/N, S], as `additive_mask` returns it.
+            key: [N, S, D].
+            value: [N, S, D].
+            per_layer_input: [T, P], this layer's part of the per-layer inputs; None in a drafter.
+
+        Returns:
+            [T, E].
+        """
         attended = self.self_attn(normed, rotary, mask, key, value)
         x = x + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))

@@ -12,7 +12,13 @@ from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """Logits after softcap [R, V], the state after the final norm [R, E], and the updated K and V of storing layers."""
+    """What a pass of the target returns, for R of its T tokens.
+
+    Attributes:
+        logits: [R, V] float32, after the softcap.
+        state: [R, E] float32, after the final norm.
+        kv: K, then V, of each storing layer, each [N, S, D] float32, with the rows of all T tokens.
+    """
 
     logits: Tensor
     state: Tensor
@@ -22,7 +28,7 @@ class TargetOutput:
 class Target(nn.Module):
     """Gemma 4 text decoder with per-layer embeddings (PLE) and KV-shared layers.
 
-    Follows transformers 5.22.2, `Gemma4ForCausalLM`; parameter names are the checkpoint's without its prefix.
+    Parameter names are the checkpoint's without their prefix. Follows transformers 5.22.2, `Gemma4ForCausalLM`.
     """
 
     def __init__(self, config: TextConfig, ops: Ops = Ops()) -> None:
@@ -40,10 +46,11 @@ class Target(nn.Module):
         """Run T tokens and return the logits and states of R of them.
 
         Args:
-            tokens: [T] int64 ids.
-            position: [1] int64, cache rows already valid; the tokens' K/V are written from this row on.
-            output_rows: [R] int64, rows of `tokens` whose outputs are wanted. KV-shared layers run on these alone.
-            kv: K then V of each storing layer, each [N, S, D]; rows from `position` on may hold anything finite.
+            tokens: [T] int64 token ids.
+            position: [1] int64, number of valid cache rows; the tokens' K and V are written from this row on.
+            output_rows: [R] int64, indices into `tokens` to return outputs for. KV-shared layers run on these alone.
+            kv: K, then V, of each storing layer, each [N, S, D] float32; rows from `position` on may hold any finite
+                values.
         """
         embedded, per_layer = self.embed_tokens(tokens), self.embed_tokens_per_layer(tokens)
         return self.decode(embedded, per_layer, position, torch.zeros_like(position), output_rows, kv)
@@ -57,11 +64,15 @@ class Target(nn.Module):
         output_rows: Tensor,
         kv: list[Tensor],
     ) -> TargetOutput:
-        """`forward` for tokens that were looked up already, over sliding layers' caches that begin later.
+        """Do what `forward` does, from embedding rows and with sliding layers' buffers that need not begin at token 0.
 
         Args:
-            embedded: [T, E], scaled; `per_layer` [T, layers*P] as well.
-            window_start: [1] int64, the position that row 0 of sliding layers' buffers holds.
+            embedded: [T, E] float32, scaled rows of `embed_tokens`.
+            per_layer: [T, layers*P] float32, scaled rows of `embed_tokens_per_layer`.
+            position: as in `forward`.
+            window_start: [1] int64, the token position of row 0 of sliding layers' buffers.
+            output_rows: as in `forward`.
+            kv: as in `forward`; a sliding layer's row i holds position `window_start` + i.
         """
         config = self.config
         per_layer = self._per_layer_inputs(per_layer, embedded)
@@ -90,13 +101,16 @@ class Target(nn.Module):
             logits = torch.tanh(logits / cap) * cap
         return TargetOutput(logits, state, kv)
 
-    def _per_layer_inputs(self, identity: Tensor, embedded: Tensor) -> Tensor:
-        """Per-layer inputs [T, layers, P]: token identity and projected context, averaged with variance kept."""
+    def _per_layer_inputs(self, per_layer: Tensor, embedded: Tensor) -> Tensor:
+        """Per-layer inputs [T, layers, P] from the token's rows [T, layers*P] and its embedding [T, E].
+
+        The two terms are added and divided by sqrt(2), which keeps their variance.
+        """
         config = self.config
         shape = (-1, config.num_hidden_layers, config.hidden_size_per_layer_input)
         context = self.ops.linear(embedded, self.per_layer_model_projection.weight) * config.hidden_size**-0.5
         context = self.per_layer_projection_norm(context.reshape(shape))
-        return (context + identity.reshape(shape)) * 2.0**-0.5
+        return (context + per_layer.reshape(shape)) * 2.0**-0.5
 
     def _geometry(self, positions: Tensor, window_start: Tensor, kv: list[Tensor]) -> tuple[dict, dict]:
         """Rotary tables and causal masks by layer type, for query positions [T] over the cache."""
@@ -108,17 +122,16 @@ class Target(nn.Module):
             keys = torch.arange(kv[2 * config.kv_source(layer_type)].shape[1])
             if layer_type == "sliding_attention":
                 keys = keys + window_start
-            behind = positions.unsqueeze(1) - keys  # how far each key lies behind its query
-            visible = behind >= 0
+            distance = positions.unsqueeze(1) - keys  # [T, S], from a key to its query
+            visible = distance >= 0
             if layer_type == "sliding_attention":
-                visible &= behind < config.sliding_window
-            heads = config.num_attention_heads // sizes.num_key_value_heads
-            masks[layer_type] = additive_mask(visible, heads)
+                visible &= distance < config.sliding_window
+            masks[layer_type] = additive_mask(visible, config.num_attention_heads // sizes.num_key_value_heads)
         return rotary, masks
 
 
 def empty_kv(config: TextConfig, rows: int) -> list[Tensor]:
-    """Zeroed K and V of every storing layer, each [N, rows, D] float32."""
+    """Return a zeroed cache: K, then V, of each storing layer, each [N, rows, D] float32."""
     kv = []
     for layer_type in config.layer_types[: config.num_kv_layers]:
         sizes = config.attention(layer_type)

@@ -1,4 +1,4 @@
-"""Build modules without allocating their weights, and give them weights that are read one by one."""
+"""Build modules without allocating their weights, then set weights that are read one at a time."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
-# Module parameters by name, each read (and where needed converted) when it is called.
+# A reader for each parameter of a module, by name; the value is read (and converted, where needed) when it is called.
 Weights = Mapping[str, Callable[[], Tensor]]
 
 
 def load_module(build: Callable[[], AnyModule], weights: Weights) -> AnyModule:
-    """The module that `build` makes, with its weights, ready for inference; nothing is held twice.
+    """Build a module and set its weights, in inference mode; memory holds each weight once.
 
-    Parameters that no weight is given for are not there.
+    Args:
+        build: makes the module; it is called on the meta device.
+        weights: a reader for each parameter, by name; a parameter without a reader becomes None.
     """
     with torch.device("meta"):
         module = build()
@@ -27,6 +29,6 @@ def load_module(build: Callable[[], AnyModule], weights: Weights) -> AnyModule:
 
 
 def parameter_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter, by name, of the module that `build` makes; nothing is allocated."""
+    """Return the shape of each parameter, by name, of the module that `build` makes; nothing is allocated."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in build().named_parameters()}

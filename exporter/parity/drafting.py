@@ -1,4 +1,4 @@
-"""Many draft rounds of one text in one batch, in eager torch."""
+"""Draft rounds in eager torch, run for many positions of one text in a batch."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from exporter.modeling.drafter import KV, Drafter
 
-DRAFT_STEPS = 4  # of each round
+DRAFT_STEPS = 4  # draft tokens in a round
 FIRST_ROW = torch.zeros(1, dtype=torch.int64)  # `window_start` of a cache that holds the whole text
 
 # `draft_step`, or a variant of it with the same arguments and results.
@@ -20,12 +20,13 @@ def draft_step(
     """Run one draft step of T rounds.
 
     Args:
-        drafter: in eager torch.
-        tokens: [T] int64, `last` of each round, or the draft token before.
-        states: [T, E_target] float32, the target's state before `last`, or the state that the step before returned.
-        positions: [T] int64, the position of each round's `last`.
-        step: [] or [T] int64, which step of its round this is; the drafter does not depend on it, variants may.
-        window_start: [1] int64, the position that row 0 of sliding layers' K and V holds.
+        drafter: the drafter in eager torch.
+        tokens: [T] int64, in the first step the token that each round drafts after, later the previous draft token.
+        states: [T, E_target] float32, in the first step the target's state that chose that token, later the state that
+            the previous step returned.
+        positions: [T] int64, the position of the token that each round drafts after, in every step.
+        step: [] or [T] int64, index of the step in its round. This function ignores it; variants may use it.
+        window_start: [1] int64, the position that row 0 of the sliding layers' K and V holds.
         kv: K and V [N, S, D] float32 by layer type; rows from `positions` on are masked.
 
     Returns:
@@ -37,15 +38,15 @@ def draft_step(
 def draft_rounds(
     drafter: Drafter, tokens: Tensor, states: Tensor, positions: Tensor, kv: KV, step: DraftStep = draft_step
 ) -> tuple[Tensor, Tensor]:
-    """Run the `DRAFT_STEPS` draft steps of T rounds over one text, each round at a position of its own.
+    """Run T rounds of `DRAFT_STEPS` draft steps over one text, each round at its own position.
 
     Args:
-        drafter: in eager torch.
-        tokens: [T] int64, `last` of each round.
-        states: [T, E_target] float32, the target's state before `last`.
-        positions: [T] int64, the position of `last`.
-        kv: K and V [N, S, D] float32 of the whole text, by layer type; rows that a round may not see are masked.
-        step: runs one step.
+        drafter: the drafter in eager torch.
+        tokens: [T] int64, the token that each round drafts after.
+        states: [T, E_target] float32, the target's state that chose that token.
+        positions: [T] int64, the position of that token.
+        kv: K and V [N, S, D] float32 of the whole text, by layer type; rows from a round's position on are masked.
+        step: runs one step of all rounds.
 
     Returns:
         Hidden states [T, DRAFT_STEPS, E] float32 and draft tokens [T, DRAFT_STEPS] int64.

@@ -1,7 +1,7 @@
-"""A pair in eager torch, as a recipe stores it or as the checkpoints do: what a bundle is judged against.
+"""The reference that a bundle is compared with: its pair in eager torch, with the weights that its recipe stores.
 
-Weights stay small: those of a checkpoint are mapped from their file, those of few bits are kept so, and each is widened
-while it is used. A target of any size then needs little more memory than its recipe takes.
+To save memory, float weights are mapped from the checkpoint's file and quantized weights stay integers; each matrix is
+widened to a float dtype only while it is used. A target then needs little more memory than its recipe takes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +27,17 @@ from exporter.quantization.recipes import Recipe
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import Graph, Manifest
 
-_ROWS = 1 << 14  # widened at a time
+_BLOCK_ROWS = 1 << 14  # rows of a matrix that are widened at once
 
 
 @dataclass(frozen=True)
-class LookedUp:
-    """Per-layer embeddings [V, layers*P] that are rounded row by row, when they are looked up."""
+class QuantizedOnRead:
+    """Per-layer embeddings whose rows are quantized when they are read.
+
+    Attributes:
+        rows: [V, layers*P], the checkpoint's rows in its dtype.
+        width: bits of the integers, and how many of a row share a scale.
+    """
 
     rows: Tensor
     width: Width
@@ -41,22 +46,24 @@ class LookedUp:
         return quantize(self.rows[ids].float(), self.width, PER_LAYER_SCALES).dequantize()
 
 
-Weight = Tensor | Quantized | LookedUp
+Weight = Tensor | Quantized | QuantizedOnRead
 
 
-def reference_ops(dtype: torch.dtype, rounded: bool = False) -> Ops:
-    """Operations on weights as they are stored, in a dtype.
+def reference_ops(dtype: torch.dtype, int8_activations: bool = False) -> Ops:
+    """Return operations that accept weights in their stored form.
 
-    `rounded` layers of few bits take activations of 8 bits, one scale for each row: as XNNPACK does, where ONNX Runtime
-    has one for each block. Where they stay as they are, the result is the recipe's weights', exactly.
+    Args:
+        dtype: float dtype that weights are widened to, and that the operations compute in.
+        int8_activations: round the inputs of quantized layers to 8 bits with one scale a row, as XNNPACK does; ONNX
+            Runtime has one scale a block. Without it the weights of the recipe are the only source of error.
     """
 
     def linear(x: Tensor, weight: Weight) -> Tensor:
-        assert not isinstance(weight, LookedUp)
+        assert not isinstance(weight, QuantizedOnRead)
         if isinstance(weight, Tensor):
-            return torch.cat([F.linear(x, rows.to(dtype)) for rows in weight.split(_ROWS)], dim=-1)
-        x = _rounded(x) if rounded else x
-        parts = zip(weight.numbers.split(_ROWS), weight.scales.split(_ROWS), strict=True)
+            return torch.cat([F.linear(x, rows.to(dtype)) for rows in weight.split(_BLOCK_ROWS)], dim=-1)
+        x = _rounded_to_8_bits(x) if int8_activations else x
+        parts = zip(weight.numbers.split(_BLOCK_ROWS), weight.scales.split(_BLOCK_ROWS), strict=True)
         return torch.cat([F.linear(x, Quantized(*p, weight.bits).dequantize().to(dtype)) for p in parts], dim=-1)
 
     def embedding(ids: Tensor, weight: Weight) -> Tensor:
@@ -72,23 +79,30 @@ def reference_ops(dtype: torch.dtype, rounded: bool = False) -> Ops:
 
 
 def _write_rows(cache: Tensor, rows: Tensor, position: Tensor) -> Tensor:
-    """In place, as a bundle does."""
+    """Write rows in place, as a bundle does."""
     cache[:, int(position) : int(position) + rows.shape[1]] = rows
     return cache
 
 
-def _rounded(x: Tensor) -> Tensor:
-    """Activations as integers of 8 bits, times a scale for each row [.., 1]; zero stays zero."""
+def _rounded_to_8_bits(x: Tensor) -> Tensor:
+    """Round activations [.., columns] to 8-bit integers and scale them back, with one scale a row; zero stays zero."""
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
     return (x / scale).round() * scale
 
 
 class Reference:
-    """A pair as a recipe stores it."""
+    """A pair in eager torch with the weights that a recipe stores.
+
+    Attributes:
+        pair: the checkpoints.
+        recipe: how their weights are stored.
+        scales: dtype and sign that the backend allows for scales of 4-bit weights.
+        target_weights: the target's weights in their stored form, by parameter name.
+        drafter_weights: the drafter's weights in their stored form, by parameter name.
+    """
 
     def __init__(self, pair: Pair, recipe: Recipe, scales: Scales = Scales()) -> None:
-        """`scales` are what a backend's can be."""
         self.pair, self.recipe, self.scales = pair, recipe, scales
         mapped = target_weights(pair.target_checkpoint, pair.target, mapped=True)
         self.target_weights: dict[str, Weight] = {name: read() for name, read in mapped.items()}
@@ -99,21 +113,23 @@ class Reference:
             width = Width(recipe.per_layer.bits, pair.target.hidden_size_per_layer_input)
             rows = self.target_weights[PER_LAYER]
             assert isinstance(rows, Tensor)
-            self.target_weights[PER_LAYER] = LookedUp(rows, width)
+            self.target_weights[PER_LAYER] = QuantizedOnRead(rows, width)
         self.drafter_weights: dict[str, Weight] = {
             name: parts["drafter"].whole(name, scales) for name in parts["drafter"].weights
         }
         self.drafter_weights["target_embed_tokens.weight"] = self.target_weights[EMBEDDING]
 
-    def target(self, dtype: torch.dtype = torch.float32, rounded: bool = False) -> Target:
-        return _load(lambda: Target(self.pair.target, reference_ops(dtype, rounded)), self.target_weights)
+    def target(self, dtype: torch.dtype = torch.float32, int8_activations: bool = False) -> Target:
+        """Return the target; the arguments are those of `reference_ops`."""
+        return _load(lambda: Target(self.pair.target, reference_ops(dtype, int8_activations)), self.target_weights)
 
-    def drafter(self, dtype: torch.dtype = torch.float32, rounded: bool = False) -> Drafter:
-        pair, ops = self.pair, reference_ops(dtype, rounded)
+    def drafter(self, dtype: torch.dtype = torch.float32, int8_activations: bool = False) -> Drafter:
+        """Return the drafter; the arguments are those of `reference_ops`."""
+        pair, ops = self.pair, reference_ops(dtype, int8_activations)
         return _load(lambda: Drafter(pair.drafter, pair.two_stage, ops, self.recipe.head.bits), self.drafter_weights)
 
     def engine(self, manifest: Manifest) -> GraphEngine:
-        """This pair in the place of a bundle's graphs and tables."""
+        """Return an engine for a bundle's manifest that runs this pair instead of the bundle's graphs and tables."""
         target, drafter = self.target(), self.drafter()
         graphs = {
             "target": EagerGraph(TargetGraph(target, cache_outputs=False), manifest.graphs["target"]),
@@ -124,23 +140,26 @@ class Reference:
 
 
 class EagerGraph:
-    """A graph's module, run as a bundle's graph is."""
+    """A module in eager torch with the interface of a bundle's graph, `runtime_ref.graph_engine.BoundGraph`."""
 
     def __init__(self, module: nn.Module, graph: Graph) -> None:
+        """Take the module that is traced for a graph, and the manifest's entry of that graph."""
         self.module, self._inputs = module, graph.inputs
         self._kv: list[Tensor] = []
 
     def bind(self, cache: Mapping[str, np.ndarray]) -> None:
+        """Use these cache buffers [N, S, D] float32, by name, from now on."""
         self._kv = [torch.from_numpy(cache[name]) for name in self._inputs if name in cache]
 
     @torch.no_grad()
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
+        """Run the module on the graph's inputs, given in the graph's order, and return its outputs but the cache."""
         outputs = self.module(*(torch.from_numpy(array) for array in inputs.values()), self._kv)
         return [output.numpy() for output in outputs]
 
 
 class EagerTable:
-    """An embedding, looked up as a bundle's table is."""
+    """An embedding in eager torch with the interface of a bundle's table, `runtime_ref.graph_engine.Rows`."""
 
     def __init__(self, embedding: ScaledEmbedding) -> None:
         self._embedding = embedding
@@ -150,13 +169,13 @@ class EagerTable:
         return self._embedding.ops.embedding(torch.tensor(ids), self._embedding.weight).numpy()
 
 
-def _same(weight: Tensor) -> Tensor:
+def _identity(weight: Tensor) -> Tensor:
     return weight
 
 
 def _load(build: Callable[[], AnyModule], weights: Mapping[str, Weight]) -> AnyModule:
-    """`load_module` for weights that need not be tensors."""
-    module = load_module(build, {n: partial(_same, w) for n, w in weights.items() if isinstance(w, Tensor)})
+    """Do what `load_module` does, for weights that need not be tensors."""
+    module = load_module(build, {n: partial(_identity, w) for n, w in weights.items() if isinstance(w, Tensor)})
     for name, weight in weights.items():
         if not isinstance(weight, Tensor):
             owner, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Prove a bundle: files, weights, graphs against eager torch, then plain and speculative tokens, rung by rung."""
+"""Compare a bundle with its checkpoints in stages: files, weights, graphs, plain tokens, speculative tokens."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,21 +35,33 @@ from runtime_ref.stats import Stats
 # 1): same weights, same formulas, only the order of float32 sums differs.
 TOLERANCE = 1e-4
 
-# A deep or badly conditioned model amplifies rounding past any fixed bound, in eager torch as in a bundle: that of
-# float32 sums, and that of activations to 8 bits, which layers of few bits take. So a bundle may also be this many
-# times as far from float64 as eager torch with the same rounding is; on a random pair of E4B's depth it was 1.0 to 1.5.
+# A deep or badly conditioned model amplifies rounding past any fixed bound, in eager torch as in a bundle: the rounding
+# of float32 sums, and of the 8-bit activations of quantized layers. So a bundle's error may also be this many times the
+# error of eager torch with the same rounding, both against float64; on a random pair of E4B's depth it was 1.0 to 1.5.
 EAGER_FACTOR = 4
 
-# But not further than this: of an output of zeros the error would be 1, and a model that rounding disturbs so much
-# cannot be judged.
-CEILING = 0.5
+# No tolerance exceeds this: an output of all zeros has an error of 1, and a model that rounding disturbs so much cannot
+# be judged.
+MAX_TOLERANCE = 0.5
+
+LOGITS = "logits at top ids"  # the output whose tolerance also bounds ties between tokens
 
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the parity table. `error` and `tolerance` are None where the check is exact."""
+    """One row of the parity table.
+
+    Attributes:
+        stage: the stage that the check belongs to.
+        output: what is compared.
+        passed: whether it is equal, or within the tolerance.
+        error: largest error relative to the output's largest magnitude, or to 1 if that is smaller; None if the check
+            is exact.
+        tolerance: largest error allowed, in the same unit; None if the check is exact.
+        detail: what was compared or what differs, for people.
+    """
 
     stage: str
     output: str
@@ -64,15 +76,20 @@ class Check:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Check":
-        """Return the check of which `as_dict` gave the values."""
+        """Return the check whose `as_dict` is `values`."""
         return cls(values["rung"], **{name: value for name, value in values.items() if name != "rung"})
 
 
 def open_source(bundle: Path, target_dir: Path, drafter_dir: Path) -> Pair:
-    """The checkpoints that a bundle was made from, with the head that it was made with.
+    """Open the checkpoints that a bundle was made from, with the bundle's head.
+
+    Args:
+        bundle: a directory that `export` wrote.
+        target_dir: the target's checkpoint.
+        drafter_dir: the drafter's checkpoint.
 
     Raises:
-        InputError: bundle or checkpoints cannot be read.
+        InputError: the bundle or a checkpoint cannot be read, or they do not fit each other.
     """
     two_stage = read_manifest(bundle).raw["two_stage"]
     if two_stage is None:
@@ -81,7 +98,7 @@ def open_source(bundle: Path, target_dir: Path, drafter_dir: Path) -> Pair:
         origin, top_k = two_stage["origin"], int(two_stage["top_k_clusters"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{bundle / MANIFEST}: two_stage is malformed ({reason}); export again") from error
+        raise InputError(f"{bundle / MANIFEST}: two_stage is malformed ({reason}); export the bundle again") from error
     if origin == "checkpoint":
         return open_pair(target_dir, drafter_dir, "checkpoint", top_k)
     pair = open_pair(target_dir, drafter_dir, "dense")
@@ -93,12 +110,20 @@ def open_source(bundle: Path, target_dir: Path, drafter_dir: Path) -> Pair:
 def run_parity(
     bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, note: Note = lambda _: None
 ) -> list[Check]:
-    """Climb every rung there is input for; all failures are collected.
+    """Run every stage whose inputs are given, and collect all failures.
 
     Args:
-        pair: the checkpoints the bundle was made from; without them only integrity and losslessness can be checked.
-        prompts: token ids; empty for seeded random ones.
-        note: told what is being checked.
+        bundle: a directory that `export` wrote.
+        pair: the checkpoints it was made from; without them only the files and the speculative tokens are checked.
+        prompts: token ids; seeded random ones if empty.
+        max_new_tokens: length limit of each answer, in tokens.
+        note: called with the name of each stage that begins.
+
+    Returns:
+        The checks in the order of their stages. A bundle that does not load or run is a failed check.
+
+    Raises:
+        InputError: not a bundle, an unknown recipe, a prompt that cannot be run, or checkpoints of other sizes.
     """
     manifest = read_comparable(bundle, pair, prompts)
     prompts = prompts or default_prompts(manifest)
@@ -107,14 +132,14 @@ def run_parity(
     listed = f"changed: {', '.join(changed)}" if changed else f"{len(manifest.files)} files match the manifest"
     checks = [Check("files", "sha256", not changed, detail=listed)]
     try:
-        # The rungs below run a changed bundle as well: they show what the change does.
-        checks += _climb(bundle, manifest, pair, prompts, max_new_tokens, note)
+        # The other stages run a changed bundle as well: they show what the change does.
+        checks += _check_stages(bundle, manifest, pair, prompts, max_new_tokens, note)
     except InputError as error:
         checks.append(Check("bundle", "loads and runs", False, detail=str(error)))
     return checks
 
 
-def _climb(
+def _check_stages(
     bundle: Path,
     manifest: Manifest,
     pair: Pair | None,
@@ -122,7 +147,7 @@ def _climb(
     max_new_tokens: int,
     note: Note,
 ) -> Iterator[Check]:
-    """Checks of each rung above the files, as they are done."""
+    """Yield the checks of every stage after the files."""
     engine = load_engine(bundle, manifest, threads=1)
     if pair is not None:
         yield from _check_source(manifest, pair)
@@ -130,39 +155,40 @@ def _climb(
         yield from _check_weights(bundle, manifest, pair)
     note("plain")
     plain = [_tokens(engine, prompt, max_new_tokens, 0)[0] for prompt in prompts]
-    dense, quality = "", None
+    dense_detail, quality = "", None
     if pair is not None:
         note("eager")
-        reference = Reference(pair, RECIPES[manifest.recipe], load_backend(manifest.backend).scales())
+        reference = Reference(pair, RECIPES[manifest.recipe], load_backend(manifest.backend).supported_scales())
         with torch.no_grad():
             yield _check_tables(engine, reference)
-            checks, allowed = _check_graphs(engine, reference, prompts, plain)
+            checks, tolerance = _check_graphs(engine, reference, prompts, plain)
             yield from checks
-            yield _check_choices(reference, prompts, plain, allowed)
+            yield _check_choices(reference, prompts, plain, tolerance)
         if pair.two_stage is not None:
             note("dense head")
-            dense = _dense_acceptance(engine, reference, prompts, max_new_tokens)
+            dense_detail = _dense_acceptance(engine, reference, prompts, max_new_tokens)
         if manifest.recipe != "fp32":
             note("quality")
             quality = measure_quality(engine, pair, prompts, max_new_tokens)
-        engine = GraphEngine(manifest, engine.graphs, engine.tables)  # the graphs go back to a cache of this one's own
+        # The engine with a dense head bound the target to its own cache; a new engine binds it to a new one.
+        engine = GraphEngine(manifest, engine.graphs, engine.tables)
     note("speculative")
     for sampling, label in ((Sampling(), "greedy"), (Sampling(1.0, 0.95, seed=1), "sampled")):
-        alone = plain if label == "greedy" else [_tokens(engine, p, max_new_tokens, 0, sampling)[0] for p in prompts]
+        expected = plain if label == "greedy" else [_tokens(engine, p, max_new_tokens, 0, sampling)[0] for p in prompts]
         runs = [_tokens(engine, p, max_new_tokens, manifest.default_draft_tokens, sampling) for p in prompts]
         drafted, accepted = sum(s.drafted for _, s in runs), sum(s.accepted for _, s in runs)
-        detail = f"accepted {accepted} of {drafted} drafts" + (dense if label == "greedy" else "")
-        yield _check_tokens("speculative", f"{label} tokens = plain", [t for t, _ in runs], alone, detail)
+        detail = f"accepted {accepted} of {drafted} drafts" + (dense_detail if label == "greedy" else "")
+        yield _check_tokens("speculative", f"{label} tokens = plain", [t for t, _ in runs], expected, detail)
         if label == "greedy":
             acceptance = accepted / max(drafted, 1)
     if quality is not None:
-        yield from _show_quality(quality, acceptance)
+        yield from _quality_checks(quality, acceptance)
 
 
 def _dense_acceptance(
     engine: GraphEngine, reference: Reference, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> str:
-    """What a dense head would have accepted."""
+    """Return how many drafts a dense head in the place of the bundle's gets accepted, as text for a detail."""
     manifest, pair = engine.manifest, reference.pair.dense
     drafter = Reference(pair, reference.recipe, reference.scales).drafter()
     graph = EagerGraph(DrafterGraph(drafter, pair.shared_kv), manifest.graphs["drafter"])
@@ -171,38 +197,40 @@ def _dense_acceptance(
     return f" ({sum(s.accepted for _, s in runs)} of {sum(s.drafted for _, s in runs)} with a dense head)"
 
 
-def _show_quality(quality: Quality, acceptance: float) -> Iterator[Check]:
-    """What the recipe costs against the checkpoints: facts, which only a bundle that is no number fails."""
-    found = (
-        ("logits", f"SQNR {quality.sqnr:.1f} dB"),
+def _quality_checks(quality: Quality, acceptance: float) -> Iterator[Check]:
+    """Report what the recipe costs; nothing is judged, except that logits of NaN fail."""
+    details = (
+        ("logits", f"SQNR {quality.sqnr_db:.1f} dB"),
         ("choices", f"{quality.agreement:.1%} of {quality.positions} top-1 equal"),
         ("drafts", f"{acceptance:.1%} accepted, {quality.acceptance:.1%} in fp32"),
     )
-    for output, detail in found:
-        yield Check("recipe", f"{output} against fp32", not np.isnan(quality.sqnr), detail=detail)
+    for output, detail in details:
+        yield Check("recipe", f"{output} against fp32", not np.isnan(quality.sqnr_db), detail=detail)
 
 
 def default_prompts(manifest: Manifest) -> list[list[int]]:
-    """Seeded random prompts: one token, a few, and one that crosses the sliding window if the context allows."""
+    """Return three seeded random prompts: of 1 token, of 7, and past the sliding window if the context allows."""
     generator = np.random.default_rng(0)
-    crossing, most = manifest.raw["target"]["sliding_window"] + 9, max(1, manifest.max_seq_len // 2)
-    return [generator.integers(0, manifest.vocab_size, min(size, most)).tolist() for size in (1, 7, crossing)]
+    past_window, max_size = manifest.raw["target"]["sliding_window"] + 9, max(1, manifest.max_seq_len // 2)
+    return [generator.integers(0, manifest.vocab_size, min(size, max_size)).tolist() for size in (1, 7, past_window)]
 
 
 def read_comparable(bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[int]]) -> Manifest:
-    """Read the manifest of a bundle that is to be compared with eager torch.
+    """Read the manifest of a bundle, and check that it can be compared with the pair on these prompts.
 
     Args:
         bundle: a directory that `export` wrote.
-        pair: the checkpoints it is said to come from; None if they are not at hand.
-        prompts: token ids that the bundle must be able to run.
+        pair: the checkpoints that the user names as its source; None if there are none.
+        prompts: token ids.
 
     Raises:
         InputError: not a bundle, an unknown recipe, a prompt that cannot be run, or checkpoints of other sizes.
     """
     manifest = read_manifest(bundle)
     if manifest.recipe not in RECIPES:
-        raise InputError(f"{bundle}: recipe {manifest.recipe!r} is unknown; expected one of {', '.join(RECIPES)}")
+        raise InputError(
+            f"{bundle}: recipe {manifest.recipe!r} is unknown; expected one of {', '.join(RECIPES)}; export it again"
+        )
     for prompt in prompts:
         check_prompt(manifest, prompt)
     if pair is not None:
@@ -211,23 +239,23 @@ def read_comparable(bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[
 
 
 def _refuse_other_sizes(bundle: Path, manifest: Manifest, pair: Pair) -> None:
-    for kind, config in (("target", pair.target), ("drafter", pair.drafter)):
-        ours = json.loads(json.dumps(asdict(config)))
-        theirs = manifest.raw[kind]
-        for key in sorted(ours.keys() | theirs.keys()):
-            if ours.get(key) != theirs.get(key):
+    for model, config in (("target", pair.target), ("drafter", pair.drafter)):
+        in_checkpoint = json.loads(json.dumps(asdict(config)))
+        in_bundle = manifest.raw[model]
+        for key in sorted(in_checkpoint.keys() | in_bundle.keys()):
+            if in_checkpoint.get(key) != in_bundle.get(key):
                 raise InputError(
-                    f"{bundle}: was exported from another {kind}: {key} is {theirs.get(key)}, the checkpoint has"
-                    f" {ours.get(key)}; pass the checkpoints it was made from"
+                    f"{bundle}: was exported from another {model}: {key} is {in_bundle.get(key)}, the checkpoint has"
+                    f" {in_checkpoint.get(key)}; pass the checkpoints it was made from"
                 )
 
 
 def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
-    """Whether these are the checkpoints that were exported, and the manifest says of them what it should."""
-    for kind, checkpoint in (("target", pair.target_checkpoint), ("drafter", pair.drafter_checkpoint)):
-        same = checkpoint.sha256() == manifest.raw["source"][kind]
+    """Check that these checkpoints were exported, and that the manifest describes them correctly."""
+    for model, checkpoint in (("target", pair.target_checkpoint), ("drafter", pair.drafter_checkpoint)):
+        same = checkpoint.sha256() == manifest.raw["source"][model]
         detail = "the one that was exported" if same else f"{checkpoint.directory} is not the one that was exported"
-        yield Check("source", f"{kind} checkpoint", same, detail=detail)
+        yield Check("source", f"{model} checkpoint", same, detail=detail)
     expected = json.loads(json.dumps(describe(pair, manifest.backend)))
     expected["limits"] = size_limits(manifest.max_seq_len, manifest.max_draft_tokens, pair.target.sliding_window)
     expected |= load_backend(manifest.backend).row_multiples()
@@ -239,24 +267,26 @@ def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
 
 
 def _check_weights(bundle: Path, manifest: Manifest, pair: Pair) -> Iterator[Check]:
-    """Every stored weight against the checkpoint's, bit by bit: nothing else sees a row no prompt touches."""
+    """Compare every stored weight with the checkpoint's, bit by bit: prompts reach only some rows of an embedding."""
     recipe = RECIPES[manifest.recipe]
     parts, files = graph_parts(pair, recipe), {name: bundle / graph.file for name, graph in manifest.graphs.items()}
-    found = load_backend(manifest.backend).differing_weights(parts, files)
+    differing_by_graph = load_backend(manifest.backend).differing_weights(parts, files)
     counts = {name: len(part.weights) for name, part in parts.items()}
-    found["per-layer"], counts["per-layer"] = differing_rows(bundle / PER_LAYER_FILE, pair, recipe.per_layer), 1
-    for graph, differing in found.items():
+    differing_by_graph["per-layer"] = differing_rows(bundle / PER_LAYER_FILE, pair, recipe.per_layer)
+    counts["per-layer"] = 1
+    for graph, differing in differing_by_graph.items():
         listed = f"{len(differing)} differ: {', '.join(differing[:3])}"
         detail = listed if differing else f"{counts[graph]} tensor{'s' * (counts[graph] > 1)} equal"
         yield Check("weights", f"{graph} weights", not differing, detail=detail)
 
 
 def _check_tables(engine: GraphEngine, reference: Reference) -> Check:
-    """Whether look-ups give what the recipe makes of the checkpoint's rows."""
+    """Compare embedding rows as the runtime reads them with the reference's, for 64 ids spread over the vocabulary."""
     ids = np.linspace(0, engine.manifest.vocab_size - 1, 64).astype(np.int64).tolist()
-    wanted = reference.engine(engine.manifest).tables
-    wrong = [name for name, rows in engine.tables.items() if not np.array_equal(rows[ids], wanted[name][ids])]
-    return Check("weights", "look-ups", not wrong, detail=f"differ: {', '.join(wrong)}" if wrong else "rows equal")
+    expected = reference.engine(engine.manifest).tables
+    wrong = [name for name, rows in engine.tables.items() if not np.array_equal(rows[ids], expected[name][ids])]
+    detail = f"differ: {', '.join(wrong)}" if wrong else f"{len(ids)} of each table equal"
+    return Check("weights", "embedding rows", not wrong, detail=detail)
 
 
 def _check_graphs(
@@ -265,18 +295,20 @@ def _check_graphs(
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
 ) -> tuple[list[Check], float]:
-    """Errors of each graph output over all prompts: a prefill, a verify pass, and a round of draft steps.
+    """Compare each graph output over all prompts: in a prefill, a verify pass, and a round of draft steps.
 
-    Also returns what is allowed of logits.
+    Returns:
+        The checks, and the tolerance of the check `LOGITS`.
     """
     pair = reference.pair
-    target, drafter = reference.target(rounded=True), reference.drafter(rounded=True)
+    target, drafter = reference.target(int8_activations=True), reference.drafter(int8_activations=True)
     exact_target, exact_drafter = reference.target(torch.float64), reference.drafter(torch.float64)
     errors: dict[str, list[tuple[float, float]]] = {}
     differing, drafted, first_row = 0, 0, torch.zeros(1, dtype=torch.int64)
 
-    def compare(name: str, found: np.ndarray, eager: Tensor, exact: Tensor) -> None:
-        errors.setdefault(name, []).append((_error(torch.from_numpy(found), exact), _error(eager, exact)))
+    def compare(name: str, actual: np.ndarray, eager: Tensor, exact: Tensor) -> None:
+        pair_of_errors = _relative_error(torch.from_numpy(actual), exact), _relative_error(eager, exact)
+        errors.setdefault(name, []).append(pair_of_errors)
 
     for prompt, continuation in zip(prompts, continuations, strict=True):
         steps = max(1, engine.manifest.default_draft_tokens)
@@ -284,71 +316,68 @@ def _check_graphs(
         kv = empty_kv(pair.target, len(prompt) + len(verify))
         exact_kv = [part.double() for part in kv]
         engine.position = 0
-        # Prefill asks for the last row alone, verify for every row: together they cover both uses of the graph.
+        # Prefill returns the last row alone, verify every row: together they cover both uses of the graph.
         prefill = [chunk for _, chunk in chunks(prompt, engine.manifest.limits["num_tokens"])]
         for tokens, rows in [(part, [len(part) - 1]) for part in prefill] + [(verify, list(range(len(verify))))]:
             inputs = torch.tensor(tokens), torch.tensor([engine.position]), torch.tensor(rows)
             eager, exact = target(*inputs, kv), exact_target(*inputs, exact_kv)
             logits, ids, states = engine.run_target(tokens, rows)
-            k, at = ids.shape[1], torch.from_numpy(ids)
+            k, top_ids = ids.shape[1], torch.from_numpy(ids)
             compare("top logits", logits, eager.logits.topk(k).values, exact.logits.topk(k).values)
-            compare(LOGITS, logits, eager.logits.gather(1, at), exact.logits.gather(1, at))
+            compare(LOGITS, logits, eager.logits.gather(1, top_ids), exact.logits.gather(1, top_ids))
             compare("state", states, eager.state, exact.state)
             engine.position += len(tokens)
         for buffer, part, exact_part in zip(engine.manifest.kv, kv, exact_kv, strict=True):
             name = f"KV cache, {buffer.layer_type.removesuffix('_attention')} layers"
             start = engine.window_start if buffer.layer_type == "sliding_attention" else 0
-            found = engine.cache[buffer.name][:, : engine.position - start]
-            compare(name, found, part[:, start:], exact_part[:, start:])
+            actual = engine.cache[buffer.name][:, : engine.position - start]
+            compare(name, actual, part[:, start:], exact_part[:, start:])
         shared, exact_shared = kv_by_type(kv, pair.shared_kv), kv_by_type(exact_kv, pair.shared_kv)
         token, state = eager.logits[-1:].argmax(-1), eager.state[-1:]
         position = torch.tensor([engine.position])
         for _ in range(steps):  # each from the eager state, so that steps are judged one by one
-            found_token, found_state = engine.draft_step(int(token), state.numpy())
+            actual_token, actual_state = engine.draft_step(int(token), state.numpy())
             embedded = exact_drafter.target_embed_tokens(token)
             _, exact_state = exact_drafter.step(embedded, state.double(), position, first_row, exact_shared)
             token, state = drafter(token, state, position, shared)
-            compare("draft state", found_state, state, exact_state)
-            differing, drafted = differing + (found_token != int(token)), drafted + 1
+            compare("draft state", actual_state, state, exact_state)
+            differing, drafted = differing + (actual_token != int(token)), drafted + 1
     checks = [_check_error(name, pairs) for name, pairs in errors.items()]
-    # With rounded activations a draft may be another token now and then.
-    few = 0 if reference.recipe == RECIPES["fp32"] else drafted // 2
+    # Where activations are rounded some drafts may differ.
+    max_differing = 0 if reference.recipe == RECIPES["fp32"] else drafted // 2
     detail = f"{differing} of {drafted} differ from eager's" if differing else "equal eager's"
-    checks.append(Check("graphs", "draft tokens", differing <= few, detail=detail))
+    checks.append(Check("graphs", "draft tokens", differing <= max_differing, detail=detail))
     return checks, next(check.tolerance or 0.0 for check in checks if check.output == LOGITS)
 
 
-LOGITS = "logits at top ids"
-
-
 def _check_error(output: str, errors: Sequence[tuple[float, float]]) -> Check:
-    """Judge the largest error of an output against the tolerance, or against what eager torch itself reaches."""
-    found, eager = (float(np.max(column)) for column in zip(*errors, strict=True))  # unlike max, keeps NaN
-    allowed = min(max(TOLERANCE, EAGER_FACTOR * eager), CEILING)
-    if not np.isfinite([found, eager]).all():
+    """Judge an output by its largest error; `errors` are pairs, the bundle's and eager torch's."""
+    actual, eager = (float(np.max(column)) for column in zip(*errors, strict=True))  # unlike max, keeps NaN
+    tolerance = min(max(TOLERANCE, EAGER_FACTOR * eager), MAX_TOLERANCE)
+    if not np.isfinite([actual, eager]).all():
         return Check("graphs", output, False, detail="not finite")
-    return Check("graphs", output, found <= allowed, error=found, tolerance=allowed)
+    return Check("graphs", output, actual <= tolerance, error=actual, tolerance=tolerance)
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
+def _relative_error(actual: Tensor, exact: Tensor) -> float:
     scale = max(1.0, float(exact.abs().max()))
-    return float((found.double() - exact).abs().max()) / scale
+    return float((actual.double() - exact).abs().max()) / scale
 
 
 def _check_choices(
-    reference: Reference, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], allowed: float
+    reference: Reference, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], tolerance: float
 ) -> Check:
-    """Whether eager torch, given the text so far, would have chosen each token, but for ties as close as is allowed."""
-    target, equal, total, tie = reference.target(rounded=True), 0, 0, 0.0
-    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        logits = logits_after(target, [*prompt, *text[:-1]], len(text))
-        chosen = logits.gather(1, torch.tensor(text).unsqueeze(1)).squeeze(1)
+    """Check that eager torch, given the text so far, chooses each token of an answer, or ties with it."""
+    target, equal, total, largest_tie = reference.target(int8_activations=True), 0, 0, 0.0
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        logits = logits_after(target, [*prompt, *answer[:-1]], len(answer))
+        chosen = logits.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
         behind = (logits.amax(1) - chosen) / logits.abs().amax().clamp(min=1)
-        if (worst := float(behind.max())) > allowed or not np.isfinite(worst):
-            at = int(behind.argmax())
-            return Check("plain", "tokens = eager", False, detail=f"prompt {number} differs at new token {at}")
-        equal, total, tie = equal + int((behind == 0).sum()), total + len(text), max(tie, worst)
-    ties = f", {total - equal} ties of {tie:.0e} or less (allowed {allowed:.0e})" if equal < total else ""
+        if (worst := float(behind.max())) > tolerance or not np.isfinite(worst):
+            index = int(behind.argmax())
+            return Check("plain", "tokens = eager", False, detail=f"prompt {number} differs at new token {index}")
+        equal, total, largest_tie = equal + int((behind == 0).sum()), total + len(answer), max(largest_tie, worst)
+    ties = f", {total - equal} ties of {largest_tie:.0e} or less (allowed {tolerance:.0e})" if equal < total else ""
     return Check("plain", "tokens = eager", True, detail=f"{equal} of {total} tokens equal{ties}")
 
 
@@ -359,11 +388,13 @@ def _tokens(
     return list(generate(engine, prompt, Options(max_new_tokens, drafts, sampling), stats)), stats
 
 
-def _check_tokens(stage: str, output: str, found: list[list[int]], wanted: list[list[int]], detail: str = "") -> Check:
-    """Token for token; a difference is reported at its first place."""
-    for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        if ours != theirs:
-            at = common_prefix(ours, theirs)
-            return Check(stage, output, False, detail=f"prompt {number} differs from new token {at} on")
-    total = sum(map(len, wanted))
+def _check_tokens(
+    stage: str, output: str, actual: list[list[int]], expected: list[list[int]], detail: str = ""
+) -> Check:
+    """Compare answers token by token; the detail names the first difference."""
+    for number, (answer, expected_answer) in enumerate(zip(actual, expected, strict=True)):
+        if answer != expected_answer:
+            index = common_prefix(answer, expected_answer)
+            return Check(stage, output, False, detail=f"prompt {number} differs from new token {index} on")
+    total = sum(map(len, expected))
     return Check(stage, output, True, detail=f"{total} tokens equal" + (f", {detail}" if detail else ""))

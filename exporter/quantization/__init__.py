@@ -1,1 +1,1 @@
-"""Low-bit weights: how numbers are rounded, and the recipes that say how many bits each part gets."""
+"""Low-bit weights: how matrices are rounded to integers, and recipes with the number of bits of each part."""

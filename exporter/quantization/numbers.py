@@ -1,4 +1,4 @@
-"""Numbers of few bits: symmetric integers in groups along a row, each group with a scale."""
+"""Low-bit integers: a matrix as symmetric integers, where the numbers of a group along a row share a scale."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,87 +11,111 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Width:
-    """Bits of a number, and how many numbers of a row share a scale (None: all of them)."""
+    """How a matrix is stored.
+
+    Attributes:
+        bits: bits of a number; 32 for float32.
+        group_size: how many numbers of a row share a scale; None for the whole row.
+    """
 
     bits: int
-    group: int | None = None
+    group_size: int | None = None
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What scales can be; those of 8 bits are always positive."""
+    """Which scales a backend can store; those of 8-bit integers are always positive.
+
+    Attributes:
+        dtype: type that a scale is rounded to.
+        negative: whether a scale may be negative.
+    """
 
     dtype: torch.dtype = torch.float32
     negative: bool = True
 
 
 FLOAT = Width(32)
-QAT_GROUP = 32  # of checkpoints trained for llama.cpp's Q4_0
+QAT_GROUP_SIZE = 32  # of checkpoints that were trained for llama.cpp's Q4_0
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix [N, K] as integers, int8 in [-2^(bits-1), 2^(bits-1)), and scales [N, K/group] in float32."""
+    """A matrix [rows, columns] as integers and scales; G is the number of groups in a row.
+
+    Attributes:
+        numbers: [rows, columns] int8, in [-2^(bits-1), 2^(bits-1)).
+        scales: [rows, G] float32, one for each group of columns/G numbers.
+        bits: bits of a number.
+    """
 
     numbers: Tensor
     scales: Tensor
     bits: int
 
     @property
-    def group(self) -> int:
+    def group_size(self) -> int:
+        """How many numbers share a scale."""
         return self.numbers.shape[1] // self.scales.shape[1]
 
     @classmethod
     def join(cls, blocks: Iterable["Tensor | Quantized"]) -> "Quantized":
-        """One matrix of its blocks of rows."""
-        found = [block for block in blocks if isinstance(block, Quantized)]
-        return cls(torch.cat([b.numbers for b in found]), torch.cat([b.scales for b in found]), found[0].bits)
+        """Concatenate blocks of rows of one matrix; blocks that are not quantized are left out."""
+        parts = [block for block in blocks if isinstance(block, Quantized)]
+        return cls(torch.cat([p.numbers for p in parts]), torch.cat([p.scales for p in parts]), parts[0].bits)
 
     def dequantize(self) -> Tensor:
-        """The matrix in float32: integer times scale, exactly what every backend multiplies by."""
+        """Return the matrix [rows, columns] float32, integer times scale, with which every backend computes."""
         rows, columns = self.numbers.shape
-        return (self.numbers.view(rows, -1, self.group) * self.scales.unsqueeze(2)).view(rows, columns)
+        return (self.numbers.view(rows, -1, self.group_size) * self.scales.unsqueeze(2)).view(rows, columns)
 
 
-def quantize(weight: Tensor, width: Width, kind: Scales = Scales()) -> Quantized:
-    """Round a matrix [N, K] to integers; of several scales each group takes the one with the least squared error.
+def quantize(weight: Tensor, width: Width, allowed: Scales = Scales()) -> Quantized:
+    """Round a matrix to integers; of the scales that are tried, each group takes the one with the least squared error.
 
-    What lies on a grid of so many bits comes out on it, with no error at all if its scales can be of that kind: where
-    some groups are met exactly, every scale on whose grid a group's largest number can lie is tried for all.
-    `width.group` must divide K.
+    A matrix that was quantized before, to as many bits and in the same groups, is reproduced without error if its
+    scales are allowed: as soon as some groups are, every integer that the largest number of a group may have been is
+    tried for all of them.
+
+    Args:
+        weight: [rows, columns] float32.
+        width: bits of an integer, 8 or fewer, and a group size that divides the columns.
+        allowed: which scales may be chosen.
     """
-    group = width.group or weight.shape[1]
-    numbers, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight), weight.shape[1] // group)
-    step = max(1, _BLOCK // weight.shape[1])
+    group_size = width.group_size or weight.shape[1]
+    numbers = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight), weight.shape[1] // group_size)
+    step = max(1, _BLOCK_NUMBERS // weight.shape[1])
     for start in range(0, len(weight), step):
-        rows = weight[start : start + step].reshape(-1, group)
-        scale = _best_scales(rows, width.bits, kind)
-        numbers[start : start + step] = _round(rows, scale, width.bits).view(-1, weight.shape[1])
-        scales[start : start + step] = scale.view(-1, weight.shape[1] // group)
+        groups = weight[start : start + step].reshape(-1, group_size)
+        scale = _best_scales(groups, width.bits, allowed)
+        numbers[start : start + step] = _round(groups, scale, width.bits).view(-1, weight.shape[1])
+        scales[start : start + step] = scale.view(-1, weight.shape[1] // group_size)
     return Quantized(numbers, scales, width.bits)
 
 
-def _best_scales(groups: Tensor, bits: int, kind: Scales) -> Tensor:
-    """A scale [G, 1] for each of the groups [G, group]."""
-    extreme = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+def _best_scales(groups: Tensor, bits: int, allowed: Scales) -> Tensor:
+    """A scale [groups, 1] for each of the groups [groups, group size]."""
+    extreme = groups.gather(1, groups.abs().argmax(1, keepdim=True))  # the number of the largest magnitude, signed
     if bits == 8:
-        kind = replace(kind, negative=False)
-    best, least = torch.ones_like(extreme), torch.full_like(extreme, torch.inf)
+        allowed = replace(allowed, negative=False)
+    best, best_error = torch.ones_like(extreme), torch.full_like(extreme, torch.inf)
 
-    def attempt(place: float) -> None:
-        nonlocal best, least
-        scale = extreme / place if kind.negative else extreme.abs() / abs(place)
-        scale = scale.to(kind.dtype).float()
+    def attempt(integer: float) -> None:
+        """Try the scales with which the largest numbers become this integer."""
+        nonlocal best, best_error
+        scale = extreme / integer if allowed.negative else extreme.abs() / abs(integer)
+        scale = scale.to(allowed.dtype).float()
         scale[scale == 0] = 1.0
-        off = _round(groups, scale, bits).mul_(scale).sub_(groups)
-        error = torch.linalg.vector_norm(off, dim=1, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        difference = _round(groups, scale, bits).mul_(scale).sub_(groups)
+        error = torch.linalg.vector_norm(difference, dim=1, keepdim=True)
+        best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
 
-    for place in _PLACES.get(bits, (2 ** (bits - 1) - 1,)):
-        attempt(place)
-    if bits in _PLACES and ((least <= 1e-6 * extreme.abs()) & (extreme != 0)).any():
-        for place in range(1, 2 ** (bits - 1) - 1):
-            attempt(place)
+    for integer in _EXTREME_INTEGERS.get(bits, (2 ** (bits - 1) - 1,)):
+        attempt(integer)
+    if bits in _EXTREME_INTEGERS and ((best_error <= 1e-6 * extreme.abs()) & (extreme != 0)).any():
+        for integer in range(1, 2 ** (bits - 1) - 1):
+            attempt(integer)
     return best
 
 
@@ -99,10 +123,11 @@ def _round(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (groups / scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-_BLOCK = 1 << 17  # numbers at a time, so that they stay in a core's cache
+_BLOCK_NUMBERS = 1 << 17  # quantized at a time, so that they stay in a core's cache
 
-# What a group's largest number may become; beyond the range it is cut off, which pays where it stands out.
-_PLACES: dict[int, tuple[float, ...]] = {
+# Integers to try for a group's largest number, by bits. Those out of range are clamped, which lowers the error of a
+# group whose largest number is an outlier; there, fractions serve as well as integers.
+_EXTREME_INTEGERS: dict[int, tuple[float, ...]] = {
     4: (-8, 7, -9, -10, -11),
     3: (-4, 3, -4.5, -5, -5.5),
     2: (-2, 1, 1.5, -2.5, -3),
@@ -110,25 +135,39 @@ _PLACES: dict[int, tuple[float, ...]] = {
 
 
 def fitting_width(width: Width, rows: Tensor) -> Width:
-    """The width with groups as they suit a matrix, of which some rows [N, K] are given.
+    """Choose the group size for a matrix: that of `width`, or 32 (`QAT_GROUP_SIZE`) where the matrix asks for it.
 
-    They are of 32 numbers where K has no larger ones, or where the rows lie on such a grid but on no coarser one.
+    It does if the group size does not divide the columns, or if the rows are reproduced without error in groups of 32
+    but not in those of `width`. Widths of more than 4 bits are returned as they are.
+
+    Args:
+        width: bits and the preferred group size.
+        rows: [sampled rows, columns] float32, some rows of the matrix.
     """
     if width.bits > 4:
         return width
-    fine = Width(width.bits, QAT_GROUP)
-    if width.group is not None and rows.shape[1] % width.group:
+    fine = Width(width.bits, QAT_GROUP_SIZE)
+    if width.group_size is not None and rows.shape[1] % width.group_size:
         return fine
-    on_fine, on_coarse = (torch.equal(quantize(rows, w).dequantize(), rows) for w in (fine, width))
-    return fine if on_fine and not on_coarse else width
+    exact_if_fine, exact = (torch.equal(quantize(rows, w).dequantize(), rows) for w in (fine, width))
+    return fine if exact_if_fine and not exact else width
 
 
 def pack(numbers: Tensor, bits: int) -> np.ndarray:
-    """Integers [N, K] as unsigned numbers, 2^(bits-1) added, each row a little-endian stream of bits [N, K*bits/8]."""
+    """Pack integers into bytes, as FORMAT.md describes it.
+
+    Args:
+        numbers: [rows, columns] int8, in [-2^(bits-1), 2^(bits-1)).
+        bits: bits of a number, 1 to 8.
+
+    Returns:
+        [rows, columns*bits/8, rounded up] uint8: 2^(bits-1) is added to each number, and each row is a little-endian
+        stream of bits.
+    """
     unsigned = (numbers.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
     if bits == 8:
         return unsigned.numpy()
-    if bits == 4:  # as below, but ten times as fast
+    if bits == 4:  # the same bytes as below, in a tenth of the time
         even, odd = F.pad(unsigned, (0, unsigned.shape[1] % 2)).view(len(unsigned), -1, 2).unbind(2)
         return (even | odd << 4).numpy()
     planes = (unsigned.unsqueeze(2) >> torch.arange(bits, dtype=torch.uint8)) & 1
@@ -136,15 +175,19 @@ def pack(numbers: Tensor, bits: int) -> np.ndarray:
 
 
 def quantize_clusters(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Rows [.., E], E even, as symmetric integers of 8 or 4 bits, and each row's scale: a number is integer * scale.
+    """Quantize embedding rows, with a scale for each, to the layout that `exporter.modeling.two_stage` reads.
+
+    Args:
+        rows: [..., E] float32, E even.
+        bits: 8 or 4.
 
     Returns:
-        int8 [.., E] and float32 [..]. With 4 bits, int8 [.., E/2]: number i of a row, plus 8, in the lower half of
-        byte i, number E/2 + i in the upper half, as `exporter.modeling.two_stage` reads them.
+        The integers and the scales [...] float32. Integers of 8 bits are [..., E] int8. Those of 4 bits are [..., E/2]
+        int8: number i of a row, plus 8, is in the lower half of byte i, number E/2 + i in the upper half.
     """
     quantized = quantize(rows.reshape(-1, rows.shape[-1]), Width(bits))
     numbers, scales = quantized.numbers.view(rows.shape), quantized.scales.view(rows.shape[:-1])
     if bits == 8:
         return numbers, scales
-    first, second = numbers.chunk(2, dim=-1)
-    return 16 * second + first + 8, scales
+    low, high = numbers.chunk(2, dim=-1)
+    return 16 * high + low + 8, scales

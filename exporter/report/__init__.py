@@ -1,1 +1,1 @@
-"""The `report` command's page: what it shows, measured, and drawn as HTML."""
+"""The page of the `report` command: the measurements it shows, and its HTML."""

@@ -1,4 +1,4 @@
-"""What the report shows about a bundle, measured as one document."""
+"""Everything that the report page shows about a bundle, measured and gathered in one document."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +11,8 @@ import numpy as np
 from clustering.recall import best_logits, cluster_ranks, recall_curve
 from exporter.bench.bandwidth import usable_cpus
 from exporter.bench.footprint import footprint
-from exporter.bench.measure import measure_context, versions
-from exporter.bench.speculation import ForcedEngine, gains
+from exporter.bench.measure import PASS_TOKENS, measure_context, versions
+from exporter.bench.speculation import ForcedEngine, speedups_from_tokens
 from exporter.bench.timing import machine
 from exporter.checkpoint.names import DRAFTER_EMBEDDING
 from exporter.checkpoint.pair import Pair
@@ -20,11 +20,11 @@ from exporter.heads.clusters import Clustering
 from exporter.heads.states import drafting_states
 from exporter.parity.stages import Check, run_parity
 from exporter.report.texts import (
-    OPENING_TOKENS,
+    MAX_OPENING_TOKENS,
     Text,
     acceptance,
-    check_length,
-    lengths,
+    check_rounds,
+    draft_lengths,
     openings,
     speed,
     take_turns,
@@ -42,7 +42,13 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What the user chose; `seconds` is the budget of one kind of pass, three times that of one number of drafts."""
+    """What the user chose.
+
+    Attributes:
+        threads: threads of the runtime; None for one for each CPU that the process may run on.
+        max_new_tokens: tokens after which a continuation ends.
+        seconds: time budget in seconds of each length of passes; each number of drafts per round has three times that.
+    """
 
     threads: int | None = None
     max_new_tokens: int = 64
@@ -56,12 +62,17 @@ def measure_report(
     options: ReportOptions = ReportOptions(),
     note: Note = lambda _: None,
 ) -> dict[str, Any]:
-    """All that the page shows, as one document. A bundle that fails parity is measured as far as it runs.
+    """Measure everything that the page shows. A bundle that fails parity is measured as far as it runs.
 
     Args:
-        pair: the checkpoints it was made from, for all rungs of parity and for the recall of its clusters.
-        prompts: token ids to continue; empty for openings that the target makes up.
-        note: told what is being done.
+        bundle: a bundle's directory.
+        pair: the checkpoints it was made from, for all stages of parity and the recall of its clusters; or None.
+        prompts: token ids to continue, a list for each text; empty for openings that the target generates.
+        options: what the user chose.
+        note: called with the name of each step before it starts.
+
+    Returns:
+        The document of `report --json`.
 
     Raises:
         InputError: not a bundle, checkpoints or prompts that do not fit it, or no room for a text.
@@ -69,7 +80,7 @@ def measure_report(
     manifest, threads = read_manifest(bundle), options.threads or usable_cpus()
     for prompt in prompts:
         check_prompt(manifest, prompt)
-    # First, because checkpoints that do not fit are refused here, before minutes of measuring.
+    # Parity comes first: it refuses checkpoints that do not fit, before minutes of measuring.
     checks = run_parity(bundle, pair, prompts, options.max_new_tokens, lambda stage: note(f"parity: {stage}"))
     failed = [check for check in checks if not check.passed]
     measured, reason = None, ""
@@ -107,27 +118,37 @@ def measure_report(
 def measure_texts(
     bundle: Path, manifest: Manifest, prompts: Sequence[Sequence[int]], options: ReportOptions, note: Note
 ) -> tuple[dict[str, Any], list[list[int]]]:
-    """What drafting does to text, what passes cost, and what is resident; also the texts, with their prompts.
+    """Measure drafting on texts, the costs of passes, and memory.
+
+    Args:
+        bundle: a bundle's directory.
+        manifest: the bundle's manifest.
+        prompts: token ids to continue, a list for each text; empty for openings that the target generates.
+        options: what the user chose; `threads` must not be None.
+        note: called with the name of each step before it starts.
+
+    Returns:
+        `measured` of the document, and the token ids of each text with its prompt.
 
     Raises:
         InputError: the bundle cannot be loaded or run, or has no room for a text.
     """
     assert options.threads is not None
-    default, most = manifest.default_draft_tokens, manifest.max_draft_tokens
+    default, max_drafts = manifest.default_draft_tokens, manifest.max_draft_tokens
     note("memory")
     load = footprint(bundle, options.threads)
     engine = load_engine(bundle, manifest, options.threads)
-    source = "given" if prompts else f"openings of up to {OPENING_TOKENS} tokens, sampled at temperature 1"
+    source = "given" if prompts else f"openings of up to {MAX_OPENING_TOKENS} tokens, sampled at temperature 1"
     note("openings")
     prompts = prompts or openings(engine, options.max_new_tokens)
     note(f"{len(prompts)} texts of up to {options.max_new_tokens} tokens, plain and speculative in turns")
-    choices = (0, *lengths(default, most), *([None] if most else []))
-    runs = take_turns(engine, prompts, options.max_new_tokens, choices, 3 * options.seconds)
-    shown = default or most
-    check_length(runs[shown][0], shown)
-    wholes = [[*prompt, *text.tokens] for prompt, text in zip(prompts, runs[0][0], strict=True)]
-    costs = measure_costs(engine, max(wholes, key=len), options.seconds, note)
-    found: dict[str, Any] = {
+    drafts = (0, *draft_lengths(default, max_drafts), *([None] if max_drafts else []))
+    runs = take_turns(engine, prompts, options.max_new_tokens, drafts, 3 * options.seconds)
+    shown = default or max_drafts
+    check_rounds(runs[shown][0], shown)
+    with_prompts = [[*prompt, *text.tokens] for prompt, text in zip(prompts, runs[0][0], strict=True)]
+    costs = measure_costs(engine, max(with_prompts, key=len), options.seconds, note)
+    measured: dict[str, Any] = {
         "texts": {
             "count": len(prompts),
             "prompts": source,
@@ -139,56 +160,82 @@ def measure_texts(
         "load": load,
         "drafting": None,
     }
-    if most:
-        by_length = acceptance(runs[most][0])
-        plain = found["speed"]["measured"][0]["tokens_per_second"]["median"]
-        found["drafting"] = {
+    if max_drafts:
+        longest = acceptance(runs[max_drafts][0])
+        plain_rate = measured["speed"]["measured"][0]["tokens_per_second"]["median"]
+        measured["drafting"] = {
             "num_draft_tokens": shown,
             "acceptance": acceptance(runs[shown][0]),
-            "longest": by_length,
+            "longest": longest,
             "rounds": tokens_per_round(runs[shown][0], shown),
-            "sample": sample(bundle, manifest, prompts, runs[shown][0]),
+            "sample": longest_text(bundle, manifest, prompts, runs[shown][0]),
         }
-        found["speed"]["computed"] = [
-            {"num_draft_tokens": k, "times_faster": gain, "tokens_per_second": gain * plain}
-            for k, gain in enumerate(computed(by_length, costs, manifest.row_multiple), start=1)
+        measured["speed"]["computed"] = [
+            {"num_draft_tokens": k, "times_faster": speedup, "tokens_per_second": speedup * plain_rate}
+            for k, speedup in enumerate(computed_speedups(longest, costs, manifest.row_multiple), start=1)
         ]
-    return found, wholes
+    return measured, with_prompts
 
 
 def measure_costs(engine: GraphEngine, text: Sequence[int], seconds: float, note: Note) -> dict[str, Any]:
-    """What passes and draft steps take in the middle of a text.
+    """Time passes and draft steps in the middle of a text.
+
+    Args:
+        engine: an engine of the bundle; its cache is lost, because it shares its graphs with a new engine.
+        text: token ids, of which at most the first three quarters are the context.
+        seconds: time budget in seconds of each length of passes.
+        note: called with the name of each measurement before it starts.
+
+    Returns:
+        The result of `exporter.bench.measure.measure_context`.
 
     Raises:
         InputError: the context ends before the longest pass does.
     """
     manifest = engine.manifest
-    longest = max(8, manifest.max_draft_tokens + 1)
+    longest = max(*PASS_TOKENS, manifest.max_draft_tokens + 1)  # of the passes that `measure_context` times
     context = min(len(text) * 3 // 4, manifest.max_seq_len - longest)
     if context < 1:
         raise InputError(
-            f"the bundle's context of {manifest.max_seq_len} tokens has no room for a pass of {longest} after a text;"
-            " export with a larger --max-seq-len"
+            f"the bundle has {manifest.max_seq_len} positions, expected a token of text and room for a pass of"
+            f" {longest} after it; export with a larger --max-seq-len"
         )
-    # It has a cache of its own, so the engine it shares graphs with is done by now.
+    # The graphs are bound to the new engine's cache from here on.
     forced = ForcedEngine(manifest, engine.graphs, engine.tables)
     return measure_context(forced, list(text[:context]), seconds, note)
 
 
-def computed(longest: dict[str, Any], costs: dict[str, Any], row_multiple: int) -> list[float]:
-    """Times faster than plain for 1, 2, .. drafts: what the longest rounds accepted, over what passes cost.
+def computed_speedups(longest: dict[str, Any], costs: dict[str, Any], row_multiple: int) -> list[float]:
+    """Compute how many times faster than plain decoding rounds of 1, 2, ... drafts are.
 
-    A round of K drafts adds one token, and the i-th draft as often as one at position i was accepted.
+    A round of K drafts is taken to add one token, and its draft at position i as often as the longest rounds accepted
+    drafts at that position.
+
+    Args:
+        longest: the result of `acceptance` for the longest rounds.
+        costs: the result of `measure_costs`.
+        row_multiple: passes are padded to a multiple of this many tokens.
     """
-    shares = [row["accepted_share"] for row in longest["by_position"]]
-    tokens = (1 + np.cumsum(shares)).tolist()
-    return gains(
-        {row["tokens"]: row["cost"] for row in costs["passes"]}, costs["draft_step"]["cost"], tokens, row_multiple
-    )
+    rates = [row["accepted_share"] for row in longest["by_position"]]
+    tokens = (1 + np.cumsum(rates)).tolist()
+    by_length = {row["tokens"]: row["cost"] for row in costs["passes"]}
+    return speedups_from_tokens(by_length, costs["draft_step"]["cost"], tokens, row_multiple)
 
 
-def sample(bundle: Path, manifest: Manifest, prompts: Sequence[Sequence[int]], texts: Sequence[Text]) -> dict[str, Any]:
-    """The longest text, token by token, in words if the bundle has a tokenizer and as ids if it has none."""
+def longest_text(
+    bundle: Path, manifest: Manifest, prompts: Sequence[Sequence[int]], texts: Sequence[Text]
+) -> dict[str, Any]:
+    """Describe the longest text token by token, as text if the bundle has a tokenizer and as token ids if not.
+
+    Args:
+        bundle: a bundle's directory.
+        manifest: the bundle's manifest.
+        prompts: token ids of the prompt of each text.
+        texts: the texts, at least one.
+
+    Returns:
+        `sample` of the document.
+    """
     number = max(range(len(texts)), key=lambda i: len(texts[i].tokens))
     prompt, text = list(prompts[number]), texts[number]
     if (bundle / "tokenizer.json").exists():
@@ -200,7 +247,7 @@ def sample(bundle: Path, manifest: Manifest, prompts: Sequence[Sequence[int]], t
         start, pieces = " ".join(map(str, prompt)), [f" {token}" for token in text.tokens]
     return {
         "prompt": start,
-        "pieces": [{"text": piece, "drafted": one} for piece, one in zip(pieces, text.drafted, strict=True)],
+        "pieces": [{"text": piece, "drafted": drafted} for piece, drafted in zip(pieces, text.drafted, strict=True)],
         "tokens": len(text.tokens),
         "drafted": sum(text.drafted),
         "passes": 1 + len(text.rounds),
@@ -208,9 +255,18 @@ def sample(bundle: Path, manifest: Manifest, prompts: Sequence[Sequence[int]], t
 
 
 def measure_recall(pair: Pair | None, texts: Sequence[Sequence[int]], note: Note) -> dict[str, Any] | None:
-    """How many states keep their best token in the bundle's clusters, on drafting after every token of the texts.
+    """Measure how many of the drafter's states have their best token in the clusters that a draft step keeps.
 
-    None without checkpoints, texts or clusters. Weights are the checkpoint's, not rounded as the recipe does.
+    The states are those of drafting after every token of the texts. Weights are the checkpoint's, before the recipe
+    quantizes them.
+
+    Args:
+        pair: the checkpoints that the bundle was made from, or None.
+        texts: token ids of each text with its prompt.
+        note: called with the name of each step before it starts.
+
+    Returns:
+        `recall` of the document; None without checkpoints, clusters or texts.
     """
     if pair is None or pair.table is None or pair.two_stage is None or not texts:
         return None
@@ -221,10 +277,10 @@ def measure_recall(pair: Pair | None, texts: Sequence[Sequence[int]], note: Note
     note("recall: scores")
     best = best_logits(states, rows, table.members)
     curve = recall_curve(cluster_ranks(states, best, table.centroids), len(table.centroids))
-    where = "drafting on the texts of this page"
-    return Clustering(table, pair.two_stage.top_k_clusters, curve, len(states), where, None).facts()
+    source = "drafting on the texts of this page"
+    return Clustering(table, pair.two_stage.top_k_clusters, curve, len(states), source, None).measurements()
 
 
-def checks_of(facts: dict[str, Any]) -> list[Check]:
-    """The checks of parity, as `run_parity` gave them."""
-    return [Check.from_dict(check) for check in facts["parity"]["checks"]]
+def checks_of(document: dict[str, Any]) -> list[Check]:
+    """Return the checks of parity, as `run_parity` returned them to `measure_report`."""
+    return [Check.from_dict(check) for check in document["parity"]["checks"]]

@@ -1,4 +1,4 @@
-"""The report as one HTML page."""
+"""The HTML of the report: the template `page.html.jinja`, filled in."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,17 @@ from typing import Any
 import jinja2
 
 from exporter.files import human_bytes
-from exporter.report.figures import FEW, FIGURES
+from exporter.report.figures import FIGURES, MIN_RELIABLE_DRAFTS
 
 TEMPLATE = "report.html.jinja"
 
 
-def render(facts: dict[str, Any]) -> str:
-    """The page: one file that asks for no other."""
+def render(document: dict[str, Any]) -> str:
+    """Return the report page, one HTML file that loads no other file.
+
+    Args:
+        document: the result of `measure_report`.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -20,21 +24,26 @@ def render(facts: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"human_bytes": human_bytes, "percent": percent, "found": found, "signs": signs}
-    pictures = {name: draw(facts) for name, (needs, draw) in FIGURES.items() if needs(facts)}
-    return environment.get_template(TEMPLATE).render(facts=facts, pictures=pictures, few=FEW)
+    environment.filters |= {
+        "human_bytes": human_bytes,
+        "percent": percent,
+        "outcome": outcome,
+        "mark_line_breaks": mark_line_breaks,
+    }
+    pictures = {name: draw(document) for name, (has_data, draw) in FIGURES.items() if has_data(document)}
+    return environment.get_template(TEMPLATE).render(facts=document, pictures=pictures, few=MIN_RELIABLE_DRAFTS)
 
 
-def percent(share: float | None) -> str:
-    """A share as people read it."""
-    return "none" if share is None else f"{100 * share:.1f}\u00a0%"
+def percent(ratio: float | None) -> str:
+    """Format a ratio from 0 to 1 as a percentage with one decimal; None is `none`."""
+    return "none" if ratio is None else f"{100 * ratio:.1f}\u00a0%"
 
 
-def found(check: dict[str, Any]) -> str:
-    """What a check found: its error beside the tolerance, or words."""
+def outcome(check: dict[str, Any]) -> str:
+    """Format the result of a parity check, given as `Check.as_dict` has it: its error and tolerance, or its detail."""
     return check["detail"] if check["error"] is None else f"{check['error']:.1e} (allowed {check['tolerance']:.0e})"
 
 
-def signs(text: str) -> str:
-    """A token's text, with a sign where it breaks the line: an underlined line break would not show."""
+def mark_line_breaks(text: str) -> str:
+    """Put a visible sign before each line break of a token's text: an underlined line break would not show."""
     return text.replace("\n", "\u21b5\n")

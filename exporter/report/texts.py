@@ -1,4 +1,4 @@
-"""What drafting does to text: each number of drafts continues the same prompts, in turns, and is timed and counted."""
+"""Speed and acceptance of drafting on texts: every number of drafts per round continues the same prompts, in turns."""
 
 import random
 import statistics
@@ -18,14 +18,21 @@ from runtime_ref.errors import InputError
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
-OPENINGS, OPENING_TOKENS = (4, 16), 12  # least and most of them, and their tokens
-LENGTHS = (1, 2, 4, 8)  # drafts a round that are measured, with the bundle's default and its most
-TURNS = (3, 9)  # least and most
+MIN_OPENINGS, MAX_OPENINGS, MAX_OPENING_TOKENS = 4, 16, 12
+DRAFT_LENGTHS = (1, 2, 4, 8)  # drafts per round that are measured, besides the bundle's default and its maximum
+MIN_TURNS, MAX_TURNS = 3, 9
 
 
 @dataclass(frozen=True)
 class Text:
-    """A continuation. The first token is the prefill's; `drafted` says of each token whether it was a draft."""
+    """The continuation of a prompt.
+
+    Attributes:
+        tokens: token ids; the first is the prefill's.
+        drafted: for each token, whether it was an accepted draft.
+        rounds: the rounds after the prefill.
+        decode_seconds: time of these rounds in seconds.
+    """
 
     tokens: list[int]
     drafted: list[bool]
@@ -33,85 +40,115 @@ class Text:
     decode_seconds: float
 
 
-# Texts by number of drafts a round, None for as many as the runtime chooses; one list a turn.
+# Texts by number of drafts per round, None if the runtime chooses it anew each round; a list of texts for each turn.
 Runs = dict[int | None, list[list[Text]]]
 
 
-def speak(engine: Engine, prompt: Sequence[int], options: Options, length: DraftLength | None = None) -> Text:
-    """Continue a prompt, and keep what each round did; `length` plans the rounds if the options do not.
+def generate_text(engine: Engine, prompt: Sequence[int], options: Options, length: DraftLength | None = None) -> Text:
+    """Continue a prompt, and keep what each round did.
+
+    Args:
+        engine: an engine of the bundle.
+        prompt: token ids.
+        options: how to continue it.
+        length: plans the rounds if the options leave the number of drafts open.
 
     Raises:
         InputError: the prompt cannot be run.
     """
     stats = Stats()
-    first, *done = decode(engine, prompt, options, stats, length)
+    first, *later = decode(engine, prompt, options, stats, length)
     tokens, drafted = list(first.tokens), [False]
-    for one in done:
-        tokens += one.tokens
-        drafted += [i < one.accepted for i in range(len(one.tokens))]
-    return Text(tokens, drafted, done, stats.decode_seconds)
+    for done in later:
+        tokens += done.tokens
+        drafted += [i < done.accepted for i in range(len(done.tokens))]
+    return Text(tokens, drafted, later, stats.decode_seconds)
 
 
 def openings(engine: Engine, max_new_tokens: int) -> list[list[int]]:
-    """Prompts where none were given: the beginning-of-text token and what the target says after it at temperature 1.
+    """Generate prompts: the beginning-of-text token, and what the target continues it with at temperature 1.
 
-    Random ids would be no text, and nothing that is no text can be drafted well. There are as many as give some rounds
-    to count: texts that end early are followed by others.
+    Random token ids would not do: they are no text, and drafts after them are poor. Texts that end early are followed
+    by more of them, so that there are enough rounds to count.
+
+    Args:
+        engine: an engine of the bundle.
+        max_new_tokens: tokens after which the continuation of a prompt ends.
+
+    Returns:
+        Token ids of `MIN_OPENINGS` to `MAX_OPENINGS` prompts, without end tokens.
 
     Raises:
         InputError: the context has no room for them.
     """
     manifest = engine.manifest
-    most, said = max(1, min(OPENING_TOKENS, manifest.max_seq_len // 4)), 0
-    found: list[list[int]] = []
-    while len(found) < OPENINGS[0] or (len(found) < OPENINGS[1] and said < OPENINGS[0] * max_new_tokens):
-        sampling = Sampling(1.0, seed=len(found))
-        tokens = speak(engine, [manifest.bos], Options(most, 0, sampling)).tokens
-        found.append([manifest.bos, *(token for token in tokens if token not in manifest.eos)])
-        said += len(speak(engine, found[-1], Options(max_new_tokens, 0)).tokens)
-    return found
+    max_tokens, generated = max(1, min(MAX_OPENING_TOKENS, manifest.max_seq_len // 4)), 0
+    prompts: list[list[int]] = []
+    while len(prompts) < MIN_OPENINGS or (len(prompts) < MAX_OPENINGS and generated < MIN_OPENINGS * max_new_tokens):
+        sampling = Sampling(1.0, seed=len(prompts))
+        tokens = generate_text(engine, [manifest.bos], Options(max_tokens, 0, sampling)).tokens
+        prompts.append([manifest.bos, *(token for token in tokens if token not in manifest.eos)])
+        generated += len(generate_text(engine, prompts[-1], Options(max_new_tokens, 0)).tokens)
+    return prompts
 
 
-def lengths(default: int, most: int) -> list[int]:
-    """The numbers of drafts that are measured."""
-    return sorted({k for k in (*LENGTHS, default, most) if 0 < k <= most})
+def draft_lengths(default: int, max_drafts: int) -> list[int]:
+    """Return the numbers of drafts per round that are measured, given a bundle's default and maximum."""
+    return sorted({k for k in (*DRAFT_LENGTHS, default, max_drafts) if 0 < k <= max_drafts})
 
 
 def take_turns(
     engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int, drafts: Sequence[int | None], seconds: float
 ) -> Runs:
-    """Texts by number of drafts a round, one list a turn; each turn has another order.
+    """Continue all prompts with each number of drafts per round, in turns, each turn in another order.
 
-    None plans rounds with nothing known at first, as in an app that runs a bundle for the first time. Turns end when
-    `seconds` for each number have passed, but not before three.
+    Args:
+        engine: an engine of the bundle.
+        prompts: token ids of each prompt.
+        max_new_tokens: tokens after which a continuation ends.
+        drafts: numbers of drafts per round. With None the runtime plans the rounds; it knows no costs at first, as in
+            an app that runs a bundle for the first time.
+        seconds: time budget in seconds for each of these numbers; there are at least `MIN_TURNS` turns.
     """
     manifest = engine.manifest
     length = DraftLength(manifest.max_draft_tokens, Costs(manifest.max_draft_tokens, manifest.row_multiple))
     runs: Runs = {k: [] for k in drafts}
     order, shuffle = list(runs), random.Random(0).shuffle
-    for _ in turns(seconds * len(runs), *TURNS):
+    for _ in turns(seconds * len(runs), MIN_TURNS, MAX_TURNS):
         shuffle(order)
         for k in order:
-            runs[k].append([speak(engine, prompt, Options(max_new_tokens, k), length) for prompt in prompts])
+            runs[k].append([generate_text(engine, prompt, Options(max_new_tokens, k), length) for prompt in prompts])
     return runs
 
 
-def check_length(texts: Sequence[Text], drafts: int) -> None:
-    """Refuse texts of which nothing can be timed, or in which nothing was drafted.
+def check_rounds(texts: Sequence[Text], drafts: int) -> None:
+    """Refuse texts without a round to time, or without a draft although rounds have drafts.
+
+    Args:
+        texts: continuations with the same number of drafts per round.
+        drafts: that number.
 
     Raises:
-        InputError: each of them ends too soon.
+        InputError: each text ends too early.
     """
     rounds = [done for text in texts for done in text.rounds]
     if not any(done.drafts or not drafts for done in rounds):
         raise InputError(
-            "each text ends before a round with drafts, so there is nothing to report; pass other --prompt-ids, or a"
-            " larger --max-new-tokens"
+            "each text ends before a round with drafts, expected one such round at least; pass other --prompt-ids, or"
+            " a larger --max-new-tokens"
         )
 
 
 def speed(runs: Runs) -> dict[str, Any]:
-    """Tokens a second by number of drafts, of decoding alone, and how many times faster than plain in the same turn."""
+    """Summarize the speed of decoding, without the prefill.
+
+    Args:
+        runs: texts of plain decoding and of each number of drafts per round, with equally many turns each.
+
+    Returns:
+        `speed` of the document, without `computed`; `times_faster` is the median over turns of plain decoding's time
+        divided by that of the same turn's drafting.
+    """
     plain = [_seconds(turn) for turn in runs[0]]
     tokens = [text.tokens for text in runs[0][0]]
     fixed = sorted(k for k in runs if k is not None)
@@ -124,7 +161,14 @@ def speed(runs: Runs) -> dict[str, Any]:
 
 
 def controller_choice(texts: Sequence[Text]) -> dict[str, Any]:
-    """How many rounds had how many drafts, the drafter's or looked up, where nobody fixed their number."""
+    """Count rounds by the number of drafts that the runtime chose, from the drafter or by prompt lookup.
+
+    Args:
+        texts: continuations of which the runtime planned the rounds.
+
+    Returns:
+        `rounds`, how many there were, and `chosen`, how many of them had each number of drafts.
+    """
     counts = Counter(len(done.drafts) for text in texts for done in text.rounds)
     return {
         "rounds": sum(counts.values()),
@@ -157,27 +201,32 @@ def _decoded(texts: Sequence[Text]) -> int:
 
 
 def acceptance(texts: Sequence[Text]) -> dict[str, Any]:
-    """Drafts accepted: of all, and by position in the round.
+    """Count accepted drafts, in all and by position in the round.
 
-    There are as many positions as the longest round had drafts, which short texts leave no room for.
-    `accepted_share` is of all drafts proposed at a position, `conditional` of those after accepted ones only, which
-    are `reached`; None where there was none.
+    Args:
+        texts: continuations with the same number of drafts per round.
+
+    Returns:
+        `acceptance` of the document. `by_position` has as many rows as the longest round had drafts, fewer than asked
+        for if all texts are short. `reached` counts the drafts whose earlier drafts were all accepted.
+        `accepted_share` is the acceptance rate of all drafts at the position, `conditional` that of the reached ones;
+        None if there were none.
     """
     rounds = [done for text in texts for done in text.rounds]
     stats = Stats()
     for done in rounds:
         stats.add(done, DRAFTER)
     positions = []
-    for i, (proposed, kept) in enumerate(zip(stats.drafted_by_position, stats.accepted_by_position, strict=True)):
+    for i, (proposed, accepted) in enumerate(zip(stats.drafted_by_position, stats.accepted_by_position, strict=True)):
         reached = sum(len(done.drafts) > i and done.accepted >= i for done in rounds)
         positions.append(
             {
                 "position": i + 1,
                 "drafted": proposed,
                 "reached": reached,
-                "accepted": kept,
-                "accepted_share": kept / proposed,
-                "conditional": kept / reached if reached else None,
+                "accepted": accepted,
+                "accepted_share": accepted / proposed,
+                "conditional": accepted / reached if reached else None,
             }
         )
     return {
@@ -189,7 +238,15 @@ def acceptance(texts: Sequence[Text]) -> dict[str, Any]:
 
 
 def tokens_per_round(texts: Sequence[Text], drafts: int) -> dict[str, Any]:
-    """How many rounds gave 1, 2, .. K+1 tokens."""
+    """Count rounds by the number of tokens that they added.
+
+    Args:
+        texts: continuations with the same number of drafts per round.
+        drafts: that number, K.
+
+    Returns:
+        `rounds`, how many there were; the `mean` of their tokens; and their `distribution` over 1 to K + 1 tokens.
+    """
     counts = Counter(len(done.tokens) for text in texts for done in text.rounds)
     rounds = sum(counts.values())
     return {

@@ -1,1 +1,1 @@
-"""What `make bench` runs: comparisons that decisions rest on. Nothing here is a test."""
+"""Comparisons behind decisions of this project; `make bench` runs them. None is a test."""

@@ -1,7 +1,7 @@
-"""What clusters cost in accepted drafts, on the built-in pair: `python -m exporter.bench.acceptance`.
+"""Accepted drafts of the built-in pair by type of head: `python -m exporter.studies.cluster_acceptance`.
 
-The first tokens of its held-out texts are continued greedily with four drafts a round, by bundles that differ in the
-drafter's head alone: dense, the checkpoint's clusters, and new ones at the default recall.
+The first tokens of the held-out texts are continued greedily, with four drafts per round, by bundles that differ only
+in the drafter's head: a dense one, the checkpoint's clusters, and new clusters at the default recall.
 """
 
 import json
@@ -19,9 +19,9 @@ from exporter.heads.clusters import make_clusters
 
 
 def clustered(pair: Pair) -> Pair:
-    """The pair with new clusters, as `export --head kmeans` makes them."""
-    made = make_clusters(pair.drafter_checkpoint.directory, pair)
-    return pair.with_clusters(made.table, made.top_k, "kmeans")
+    """Return the pair with new clusters, as `export --head kmeans` makes them."""
+    clustering = make_clusters(pair.drafter_checkpoint.directory, pair)
+    return pair.with_clusters(clustering.table, clustering.top_k, "kmeans")
 
 
 HEADS: dict[str, Callable[[Pair], Pair]] = {
@@ -35,19 +35,19 @@ HEADS: dict[str, Callable[[Pair], Pair]] = {
 @click.option("--new-tokens", default=96, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(new_tokens: int, as_json: bool) -> None:
-    """Count accepted drafts for each head."""
+    """Count the accepted drafts for each head."""
     _, held_out = documents()
     dense = open_pair(PAIR / "target", PAIR / "drafter", "dense")
-    found = {name: measure_acceptance(head(dense), held_out, new_tokens) for name, head in HEADS.items()}
+    by_head = {name: measure_acceptance(head(dense), held_out, new_tokens) for name, head in HEADS.items()}
     if as_json:
-        click.echo(json.dumps({"texts": len(held_out), "heads": found}))
+        click.echo(json.dumps({"texts": len(held_out), "heads": by_head}))
         return
-    table = Table(title=f"The built-in pair, {len(held_out)} held-out texts, 4 drafts a round")
-    for heading in ("head of the drafter", "drafts accepted", "verify passes", "against dense"):
+    table = Table(title=f"The built-in pair, {len(held_out)} held-out texts, 4 drafts per round")
+    for heading in ("head of the drafter", "drafts accepted", "verify passes", "relative to dense"):
         table.add_column(heading, justify="left" if heading.startswith("head") else "right")
-    for name, row in found.items():
-        share = row["verify_passes"] / found["dense"]["verify_passes"]
-        table.add_row(name, f"{row['acceptance_rate']:.1%}", f"{row['verify_passes']:.0f}", f"{share - 1:+.1%}")
+    for name, row in by_head.items():
+        ratio = row["verify_passes"] / by_head["dense"]["verify_passes"]
+        table.add_row(name, f"{row['acceptance_rate']:.1%}", f"{row['verify_passes']:.0f}", f"{ratio - 1:+.1%}")
     Console(width=100).print(table)
 
 

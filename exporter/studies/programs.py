@@ -1,4 +1,4 @@
-"""Small modules as each backend's runtime runs them, without the rest of a bundle."""
+"""Small modules lowered for each backend and run by its runtime, without the rest of a bundle."""
 
 import tempfile
 from collections.abc import Callable
@@ -14,11 +14,19 @@ from exporter.graphs.executorch import delegate, emit
 from exporter.graphs.onnx import OPSET
 from runtime_ref.quiet import EXECUTORCH, quiet
 
-Run = Callable[..., list[Tensor]]
+Run = Callable[..., list[Tensor]]  # runs a module: from its input tensors to its outputs
 
 
 def lowered(module: nn.Module, *examples: Tensor) -> Run:
-    """The module on ExecuTorch."""
+    """Lower a module to ExecuTorch and load it.
+
+    Args:
+        module: the module; it is switched to evaluation mode.
+        examples: inputs with the shapes and dtypes of every later call.
+
+    Returns:
+        A function that runs the module on inputs like the examples.
+    """
     with quiet(*EXECUTORCH):
         program = Runtime.get().load_program(
             emit(delegate({"forward": export(module.eval(), examples, strict=False)})).buffer
@@ -29,7 +37,15 @@ def lowered(module: nn.Module, *examples: Tensor) -> Run:
 
 
 def converted(module: nn.Module, *examples: Tensor) -> Run:
-    """The module on ONNX Runtime, with one thread."""
+    """Export a module to ONNX and load it in ONNX Runtime, with one thread.
+
+    Args:
+        module: the module; it is switched to evaluation mode.
+        examples: inputs with the shapes and dtypes of every later call.
+
+    Returns:
+        A function that runs the module on inputs like the examples.
+    """
     with quiet("torch.onnx", "onnxscript", "onnx_ir"), tempfile.TemporaryDirectory() as directory:
         program = torch.onnx.export(module.eval(), examples, dynamo=True, opset_version=OPSET, verbose=False)
         assert program is not None

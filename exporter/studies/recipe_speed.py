@@ -1,9 +1,9 @@
-"""Recipes of the built-in pair side by side, in one run: `python -m exporter.bench.recipes`.
+"""Speed and size of the built-in pair by recipe and backend, in one run: `python -m exporter.studies.recipe_speed`.
 
-Exports each of them for each backend into a temporary directory, which takes minutes on ExecuTorch (`--backend onnx`
-leaves that out), then times all bundles in turns, with one thread; what a longer pass costs is a ratio of minima, as
-passes are short. The pair is tiny, so its weights come from the processor's caches: what a recipe saves by being read
-faster from memory, `gemma-mtp-export bench` shows on a full-size bundle.
+Exports the pair in each recipe for each backend into a temporary directory, then times all bundles in turns, with one
+thread. ExecuTorch takes minutes to export; `--backend onnx` leaves it out. The cost of a longer pass is a ratio of
+minima, because passes are short. The pair is tiny, so its weights stay in the processor's caches: what a recipe gains
+by reading fewer bytes from memory shows only when `gemma-mtp-export bench` measures a bundle of full size.
 """
 
 import json
@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from exporter.bench.measure import passes, random_ids
+from exporter.bench.measure import pass_calls, random_ids
 from exporter.bench.timing import machine, milliseconds
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import open_pair
@@ -28,35 +28,47 @@ from runtime_ref.engine import load_engine
 from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling
 
-CONTEXT = 256
-VERIFY = 5  # tokens of a pass that verifies four drafts
+CONTEXT_TOKENS = 256
+VERIFY_TOKENS = 5  # of a pass that verifies four drafts
 
 
 def measure(directory: Path, backends: tuple[str, ...], recipes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Bytes and times of each recipe on each backend, over bundles that are written to the directory."""
+    """Export and time the built-in pair in each recipe on each backend.
+
+    Args:
+        directory: an existing directory, to which the bundles are written.
+        backends: names of backends.
+        recipes: names of recipes.
+
+    Returns:
+        The entries of `bundles` in the `--json` document; times are in milliseconds, and `verify_cost` is the time of
+        a pass of `VERIFY_TOKENS` tokens relative to that of a decode step.
+    """
     pair = open_pair(PAIR / "target", PAIR / "drafter")
     calls: dict[tuple[Path, int | str], Callable[[], object]] = {}
-    facts: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for backend in backends:
         for recipe in recipes:
             bundle = directory / f"{backend}-{recipe}"
             export_bundle(pair, bundle, ExportOptions(backend, recipe, max_seq_len=512))
             manifest = read_manifest(bundle)
             engine = load_engine(bundle, manifest, threads=1)
-            engine.prefill(random_ids(manifest, CONTEXT), Sampling())
-            found, drafts = passes(engine)
-            calls |= {(bundle, kind): found[kind] for kind in (1, VERIFY, "drafts")}
-            facts.append(
+            engine.prefill(random_ids(manifest, CONTEXT_TOKENS), Sampling())
+            timed, drafts = pass_calls(engine)
+            calls |= {(bundle, key): timed[key] for key in (1, VERIFY_TOKENS, "drafts")}
+            rows.append(
                 {"backend": backend, "recipe": recipe, "bytes": directory_bytes(bundle), "drafts_in_a_row": drafts}
             )
     times = milliseconds(calls)
-    for row in facts:
+    for row in rows:
         bundle = directory / f"{row['backend']}-{row['recipe']}"
-        (decode, least), (_, verify), (draft, draft_least) = (times[bundle, kind] for kind in (1, VERIFY, "drafts"))
-        row |= {"decode_ms": {"median": decode, "min": least}, "verify_cost": verify / least}
+        (decode, decode_min), (_, verify_min), (drafts_median, drafts_min) = (
+            times[bundle, key] for key in (1, VERIFY_TOKENS, "drafts")
+        )
+        row |= {"decode_ms": {"median": decode, "min": decode_min}, "verify_cost": verify_min / decode_min}
         count = row["drafts_in_a_row"]
-        row["draft_step_ms"] = {"median": draft / count, "min": draft_least / count}
-    return facts
+        row["draft_step_ms"] = {"median": drafts_median / count, "min": drafts_min / count}
+    return rows
 
 
 @click.command()
@@ -68,10 +80,12 @@ def main(backend: tuple[str, ...], recipe: tuple[str, ...], as_json: bool) -> No
     with tempfile.TemporaryDirectory() as directory:
         rows = measure(Path(directory), backend, recipe)
     if as_json:
-        click.echo(json.dumps({"machine": machine(), "context": CONTEXT, "bundles": rows}))
+        click.echo(json.dumps({"machine": machine(), "context": CONTEXT_TOKENS, "bundles": rows}))
         return
-    table = Table("backend", "recipe", title=f"The built-in pair after {CONTEXT} tokens\n{machine()}, one thread")
-    for heading in ("bundle", "decode ms (least)", f"{VERIFY} tokens at once", "draft step ms (least)"):
+    table = Table(
+        "backend", "recipe", title=f"The built-in pair after {CONTEXT_TOKENS} tokens\n{machine()}, one thread"
+    )
+    for heading in ("bundle", "decode ms (min)", f"{VERIFY_TOKENS} tokens at once", "draft step ms (min)"):
         table.add_column(heading, justify="right")
     for row in rows:
         decode, draft = (f"{row[key]['median']:.2f} ({row[key]['min']:.2f})" for key in ("decode_ms", "draft_step_ms"))

@@ -1,7 +1,8 @@
-"""Texts with known acceptance, and what a way to choose the number of drafts takes for them at given costs.
+"""Simulated decoding of texts with known acceptance, to compare methods of choosing the number of drafts.
 
-Nothing is run: a text is its tokens, and for each of them how many drafts after it would be accepted. That depends on
-the text alone, so any choice can be tried on it, and the best fixed number of drafts be known in hindsight.
+No model runs: a text is a list of tokens and, for each of them, how many drafts after it would be accepted. That does
+not depend on the method, so every method can be tried on the same text, at given costs of passes and draft steps, and
+compared with the best fixed number of drafts in hindsight.
 """
 
 import json
@@ -17,15 +18,21 @@ from runtime_ref.draft_length import DraftLength
 from runtime_ref.drafts import PlannedDrafts
 from runtime_ref.engine import Engine
 
-MOST = 8  # drafts a round
-WRONG = -1
+MAX_DRAFT_TOKENS = 8  # per round
+WRONG_TOKEN = -1
 
-RECORDED = Path(__file__).with_name("traces.json")  # by `python -m exporter.bench.draft_length --record`
+TRACES_FILE = Path(__file__).with_name("traces.json")  # made by `python -m exporter.studies.draft_planning --record`
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A text: its tokens, how many of them are the prompt, and how many drafts after each token would be accepted."""
+    """A text and its acceptance.
+
+    Attributes:
+        tokens: token ids of the prompt and its continuation.
+        accepted: for each token, how many drafts after it would be accepted.
+        prompt: how many of the tokens are the prompt.
+    """
 
     tokens: Sequence[int]
     accepted: Sequence[int]
@@ -34,25 +41,38 @@ class Trace:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of one kind, one after the other."""
+    """Texts that are decoded one after the other.
+
+    Attributes:
+        name: what the acceptance of the texts is like.
+        category: a group of such names: `steady`, `changing`, `bursty`, `never` or `recorded`.
+        texts: the texts.
+    """
 
     name: str
-    kind: str
+    category: str
     texts: Sequence[Trace]
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Costs beside a plain pass: of passes of 1 to `MOST` + 1 tokens, and of a draft step."""
+    """Costs relative to a pass of the target over one token.
+
+    Attributes:
+        passes: costs of passes over 1 to `MAX_DRAFT_TOKENS` + 1 tokens.
+        step: cost of a draft step.
+        row_multiple: passes are padded to a multiple of this many tokens.
+    """
 
     passes: Sequence[float]
     step: float
     row_multiple: int = 1
 
 
-# Measured on two threads of an EPYC (Zen 4): E2B `int4` after 512 tokens, the built-in pair after a few, llama.cpp's
-# Q4_0 of the same E2B; README has the figures, and those between are on the line. Made up: a GPU, where a pass of nine
-# costs hardly more than one; a pass that grows by 0.3 a token; and one that grows by a whole one, which gains nothing.
+# The first four were measured on two threads of an EPYC (Zen 4), and interpolated linearly between measured lengths:
+# E2B `int4` after 512 tokens, the built-in pair after a few, llama.cpp's Q4_0 of the same E2B; see docs/benchmarks.md.
+# The others are made up: a GPU, where a pass over nine tokens costs hardly more than one over one token; costs that
+# grow by 0.3 per token; and costs that grow by 1 per token, with which drafting can gain nothing.
 COSTS = {
     "E2B, ExecuTorch": CostTable((1, 1.28, 1.39, 1.48, 1.5, 1.58, 1.66, 1.75, 1.8), 0.035),
     "E2B, ONNX Runtime": CostTable((1, 1, 1.41, 1.41, 1.88, 1.88, 2.2, 2.2, 2.6), 0.04, 2),
@@ -65,44 +85,65 @@ COSTS = {
 
 
 class Drafts(Protocol):
-    """What chooses drafts, as `runtime_ref.drafts` has it."""
+    """Makes the drafts of a text, as the classes of `runtime_ref.drafts` do."""
 
     @property
-    def source(self) -> str: ...
-    def make(self, last: int, most: int) -> Sequence[int]: ...
-    def learn(self, done: Round, draft_seconds: float, verify_seconds: float) -> None: ...
+    def source(self) -> str:
+        """Where the drafts of the last round came from."""
+        ...
+
+    def make(self, last: int, max_drafts: int, /) -> Sequence[int]:
+        """Return up to `max_drafts` draft tokens to follow the token id `last`."""
+        ...
+
+    def learn(self, done: Round, draft_seconds: float, verify_seconds: float, /) -> None:
+        """Learn from a round what was accepted and how long it took; the simulation passes costs for seconds."""
+        ...
 
 
 class TraceEngine:
-    """Stands in for a bundle: drafts are right as often as the trace says."""
+    """Takes the place of a bundle's engine: as many drafts are right as the trace says.
+
+    Args:
+        trace: the text that is decoded.
+    """
 
     def __init__(self, trace: Trace) -> None:
         self.trace, self.position = trace, trace.prompt
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
-        """Right tokens, then wrong ones."""
+        """Return `num_draft_tokens` draft tokens to follow `last`: first the right ones, then wrong ones."""
         right = self.trace.tokens[self.position + 1 :][: self.trace.accepted[self.position]]
-        return [*right, *[WRONG] * num_draft_tokens][:num_draft_tokens]
+        return [*right, *[WRONG_TOKEN] * num_draft_tokens][:num_draft_tokens]
 
     def verify(self, drafts: Sequence[int]) -> Round:
-        """Accept, and move on."""
+        """Accept the right prefix of the drafts, and advance the position by it and one token more."""
         choices = self.trace.tokens[self.position + 1 : self.position + 2 + len(drafts)]
         accepted, tokens = accept(drafts, choices)
         self.position += len(tokens)
         return Round(drafts, accepted, tokens, [0.0] * len(tokens))
 
 
-Choose = Callable[[TraceEngine], Drafts]  # at the start of each text
+Method = Callable[[TraceEngine], Drafts]  # called at the start of each text
 
 
-def simulate(texts: Texts, table: CostTable, choose: Choose) -> tuple[float, int]:
-    """What the texts cost, in plain passes, and how many those would be."""
+def simulate(texts: Texts, table: CostTable, choose: Method) -> tuple[float, int]:
+    """Decode texts with one method.
+
+    Args:
+        texts: the texts.
+        table: costs of passes and draft steps.
+        choose: the method of choosing the number of drafts.
+
+    Returns:
+        The cost of all rounds, and the number of tokens that they added, which is the cost of plain decoding.
+    """
     total, tokens = 0.0, 0
     for trace in texts.texts:
         engine = TraceEngine(trace)
         drafts = choose(engine)
         while (left := len(trace.tokens) - 1 - engine.position) > 0:
-            proposed = drafts.make(trace.tokens[engine.position], min(MOST, left - 1))
+            proposed = drafts.make(trace.tokens[engine.position], min(MAX_DRAFT_TOKENS, left - 1))
             done = engine.verify(proposed)
             steps = len(proposed) if drafts.source == DRAFTER else 0
             drafts.learn(done, steps * table.step, table.passes[len(proposed)])
@@ -111,36 +152,46 @@ def simulate(texts: Texts, table: CostTable, choose: Choose) -> tuple[float, int
     return total, tokens
 
 
-def fixed(num_draft_tokens: int) -> Choose:
-    """The same number each round."""
+def fixed(num_draft_tokens: int) -> Method:
+    """Return the method that always drafts the same number of tokens."""
     return lambda engine: _Heuristic(engine, num_draft_tokens, lambda drafts, *_: drafts)
 
 
 def transformers_heuristic(engine: TraceEngine) -> Drafts:
-    """Two more after a round that was accepted as a whole, else one fewer; from 5 on, as transformers' default is."""
-    return _Heuristic(engine, 5, lambda drafts, share: drafts + 2 if share == 1 else max(1, drafts - 1))
+    """Start transformers' heuristic: two drafts more after a round with all accepted, else one fewer; 5 at first."""
+    return _Heuristic(engine, 5, lambda drafts, rate: drafts + 2 if rate == 1 else max(1, drafts - 1))
 
 
-def rule_of_thumb(start: int) -> Choose:
-    """Two fewer below an half accepted, one more above 0.85: a published rule, with a start for each kind of text."""
+def rule_of_thumb(start: int) -> Method:
+    """Return a published method: two drafts fewer after a round with less than 50 % accepted, one more above 85 %.
 
-    def change(drafts: int, share: float) -> int:
-        return max(1, drafts - 2) if share < 0.5 else drafts + (share > 0.85)
+    Args:
+        start: drafts of the first round; the rule recommends one for each type of text.
+    """
+
+    def change(drafts: int, rate: float) -> int:
+        return max(1, drafts - 2) if rate < 0.5 else drafts + (rate > 0.85)
 
     return lambda engine: _Heuristic(engine, start, change)
 
 
-def planned(table: CostTable, known: bool = True, lookups: bool = True) -> Choose:
-    """The product's own, which remembers from text to text. Costs that it does not know it measures."""
-    costs = Costs(MOST, table.row_multiple)
-    if known:
+def planned(table: CostTable, costs_known: bool = True, prompt_lookup: bool = True) -> Method:
+    """Return this project's own method, which keeps what it has learned from text to text.
+
+    Args:
+        table: costs of passes and draft steps.
+        costs_known: whether it knows the costs from the start; otherwise it measures them.
+        prompt_lookup: whether drafts may be copied from earlier text.
+    """
+    costs = Costs(MAX_DRAFT_TOKENS, table.row_multiple)
+    if costs_known:
         passes = {str(tokens): cost for tokens, cost in enumerate(table.passes, start=1)}
         costs.restore({"verify_seconds": passes, "draft_step_seconds": table.step})
-    length = DraftLength(MOST, costs)
+    length = DraftLength(MAX_DRAFT_TOKENS, costs)
 
     def choose(engine: TraceEngine) -> Drafts:
         drafts = PlannedDrafts(cast(Engine, engine), length, engine.trace.tokens[: engine.trace.prompt])
-        if not lookups:
+        if not prompt_lookup:
             drafts.lookup.find = lambda most: (0, [])  # type: ignore[method-assign]
         return drafts
 
@@ -153,19 +204,28 @@ class _Heuristic:
     def __init__(self, engine: TraceEngine, start: int, change: Callable[[int, float], int]) -> None:
         self._engine, self._drafts, self._change = engine, start, change
 
-    def make(self, last: int, most: int) -> Sequence[int]:
-        return self._engine.draft(last, min(self._drafts, most))
+    def make(self, last: int, max_drafts: int) -> Sequence[int]:
+        return self._engine.draft(last, min(self._drafts, max_drafts))
 
     def learn(self, done: Round, draft_seconds: float, verify_seconds: float) -> None:
         if done.drafts:
-            self._drafts = min(MOST, self._change(self._drafts, done.accepted / len(done.drafts)))
+            self._drafts = min(MAX_DRAFT_TOKENS, self._change(self._drafts, done.accepted / len(done.drafts)))
 
 
-Chances = Callable[[random.Random], Iterator[Sequence[float]]]  # by position of the draft, for each token of a text
+# For each token of a text, the probabilities that drafts 1, 2, ... after it are accepted if all before them are.
+Chances = Callable[[random.Random], Iterator[Sequence[float]]]
 
 
 def synthetic(chances: Chances, seed: int, length: int = 1200) -> Trace:
-    """A text whose drafts are accepted with these chances; no token comes twice, so nothing can be looked up."""
+    """Draw a text whose drafts are accepted with given probabilities.
+
+    No token occurs twice, so prompt lookup finds nothing.
+
+    Args:
+        chances: the probabilities for each token.
+        seed: seed of all draws.
+        length: tokens of the text.
+    """
     generator = random.Random(seed)
     accepted = []
     for by_position, _ in zip(chances(generator), range(length), strict=False):
@@ -175,8 +235,8 @@ def synthetic(chances: Chances, seed: int, length: int = 1200) -> Trace:
 
 
 def steady(*by_position: float) -> Chances:
-    """Always the same chances; the last one given holds for all positions after it."""
-    chances = [*by_position, *[by_position[-1]] * MOST][:MOST]
+    """Return the same probabilities for every token, by position; the last one holds for all later positions."""
+    chances = [*by_position, *[by_position[-1]] * MAX_DRAFT_TOKENS][:MAX_DRAFT_TOKENS]
 
     def forever(_: random.Random) -> Iterator[Sequence[float]]:
         while True:
@@ -186,29 +246,36 @@ def steady(*by_position: float) -> Chances:
 
 
 def stretches(*parts: tuple[float, int]) -> Chances:
-    """Chances that hold for so many tokens, then the next ones, in turn."""
+    """Return probabilities that change in a cycle; each part is a probability and for how many tokens it holds."""
 
     def cycle(_: random.Random) -> Iterator[Sequence[float]]:
         while True:
             for chance, tokens in parts:
-                yield from [[chance] * MOST] * tokens
+                yield from [[chance] * MAX_DRAFT_TOKENS] * tokens
 
     return cycle
 
 
 def bursts(high: float, low: float, tokens: int) -> Chances:
-    """Two chances, which change places after so many tokens on average."""
+    """Return probabilities that switch between two values at random.
+
+    Args:
+        high: the probability at first.
+        low: the other one.
+        tokens: mean number of tokens between two switches.
+    """
 
     def switch(generator: random.Random) -> Iterator[Sequence[float]]:
         now, other = high, low
         while True:
             if generator.random() < 1 / tokens:
                 now, other = other, now
-            yield [now] * MOST
+            yield [now] * MAX_DRAFT_TOKENS
 
     return switch
 
 
+# Name -> category, and the probabilities.
 PROCESSES: Mapping[str, tuple[str, Chances]] = {
     **{f"{chance:.0%}": ("steady", steady(chance)) for chance in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.97)},
     "60 %, then better": ("steady", steady(0.6, 0.68, 0.7, 0.75, 0.8)),
@@ -227,11 +294,11 @@ PROCESSES: Mapping[str, tuple[str, Chances]] = {
 
 
 def synthetic_texts(seed: int) -> list[Texts]:
-    """A text of each process."""
-    return [Texts(name, kind, [synthetic(chances, seed)]) for name, (kind, chances) in PROCESSES.items()]
+    """Draw a text of each process in `PROCESSES`."""
+    return [Texts(name, category, [synthetic(chances, seed)]) for name, (category, chances) in PROCESSES.items()]
 
 
 def recorded_texts() -> list[Texts]:
-    """What the built-in pair wrote or was given to write, by kind."""
-    found = json.loads(RECORDED.read_text())
-    return [Texts(name, "recorded", [Trace(**trace) for trace in traces]) for name, traces in found.items()]
+    """Read the texts that were recorded with the built-in pair: generated greedily, sampled, and copied passages."""
+    recorded = json.loads(TRACES_FILE.read_text())
+    return [Texts(name, "recorded", [Trace(**trace) for trace in traces]) for name, traces in recorded.items()]

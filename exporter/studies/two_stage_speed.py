@@ -1,9 +1,9 @@
-"""Two-stage logits against the dense head at full size: `python -m exporter.bench.heads`.
+"""Two-stage logits compared with a dense head at full size: `python -m exporter.studies.two_stage_speed`.
 
-Random rows, one state a call, one thread; each backend with tables of 32, 8 and 4 bits. Dense heads are the backend's
-own best: on ONNX Runtime Gemm and MatMulNBits (blocks of 32, activations of 8 bits), on ExecuTorch XNNPACK's linear
-layers in float32 and with activations of 8 bits, weights of 8 by row or of 4 in groups of 32. Ratios are of minima:
-what else the machine does only ever adds time.
+Random rows, one state per call, one thread; each backend with tables of 32, 8 and 4 bits. Dense heads are the fastest
+that each backend has. On ONNX Runtime: Gemm, and MatMulNBits with blocks of 32 and 8-bit activations. On ExecuTorch:
+XNNPACK's linear layers, in float32, and with 8-bit activations and weights of 8 bits by row or of 4 bits in groups of
+32. Ratios are of minima: other load on the machine only ever adds time.
 """
 
 import functools
@@ -31,11 +31,19 @@ from exporter.quantization.numbers import quantize_clusters
 from exporter.studies.programs import Run, converted, lowered
 
 BITS = (32, 8, 4)
-GROUP = 32
+GROUP_WEIGHTS = 32  # consecutive weights of a row that share a scale in a dense head
 
 
 def two_stage_head(vocab_size: int, hidden: int, sizes: TwoStageSizes, bits: int, ops: Ops) -> nn.Module:
-    """A head over random clusters."""
+    """Make a two-stage head over random rows in random clusters.
+
+    Args:
+        vocab_size: number of tokens, V.
+        hidden: length of a state, E.
+        sizes: number and size of the clusters, and how many are kept.
+        bits: width of the rows' numbers: 32, 8 or 4.
+        ops: the backend's operations.
+    """
     head = TwoStageHead(hidden, sizes, ops, bits)
     rows = torch.randn(sizes.num_clusters, sizes.cluster_size, hidden)
     head.centroids.copy_(rows.mean(1))
@@ -48,21 +56,28 @@ def two_stage_head(vocab_size: int, hidden: int, sizes: TwoStageSizes, bits: int
 
 
 class OnnxDense(nn.Module):
-    """Quantized logits of every token, by the operation that ONNX Runtime has for them; the lowest id on a tie."""
+    """A dense head of quantized weights, by ONNX Runtime's operation for them; the weights are random.
+
+    Args:
+        vocab_size: number of tokens, V.
+        hidden: length of a state, E; a multiple of `GROUP_WEIGHTS`.
+        bits: width of a weight, 8 or 4.
+    """
 
     def __init__(self, vocab_size: int, hidden: int, bits: int) -> None:
         super().__init__()
         self.shape, self.bits = (vocab_size, hidden), bits
-        blocks = torch.randint(256, (vocab_size, hidden // GROUP, GROUP * bits // 8), dtype=torch.uint8)
+        blocks = torch.randint(256, (vocab_size, hidden // GROUP_WEIGHTS, GROUP_WEIGHTS * bits // 8), dtype=torch.uint8)
         self.blocks = nn.Parameter(blocks, requires_grad=False)
-        self.scales = nn.Parameter(torch.rand(vocab_size * hidden // GROUP))
+        self.scales = nn.Parameter(torch.rand(vocab_size * hidden // GROUP_WEIGHTS))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Return the best tokens [1] int64 of a state [1, E] float32; the lowest id on a tie."""
         tokens, width = self.shape
         logits = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             (hidden, self.blocks, self.scales),
-            {"K": width, "N": tokens, "bits": self.bits, "block_size": GROUP, "accuracy_level": 4},
+            {"K": width, "N": tokens, "bits": self.bits, "block_size": GROUP_WEIGHTS, "accuracy_level": 4},
             dtype=hidden.dtype,
             shape=(hidden.shape[0], tokens),
             version=1,
@@ -71,21 +86,39 @@ class OnnxDense(nn.Module):
 
 
 class ExecutorchDense(nn.Module):
-    """Logits of every token by a linear layer, which XNNPACK packs; the lowest id on a tie."""
+    """A dense head as a linear layer, which XNNPACK packs; the weights are random.
+
+    Args:
+        vocab_size: number of tokens, V.
+        hidden: length of a state, E; a multiple of `GROUP_WEIGHTS` for 4 bits.
+        bits: width of a weight: 32, 8 or 4.
+    """
 
     def __init__(self, vocab_size: int, hidden: int, bits: int) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden, vocab_size, bias=False)
         if bits < 32:
-            dtype, granularity = {8: (torch.int8, PerAxis(0)), 4: (torch.int4, PerGroup(GROUP))}[bits]  # type: ignore[attr-defined]
+            dtype, granularity = {8: (torch.int8, PerAxis(0)), 4: (torch.int4, PerGroup(GROUP_WEIGHTS))}[bits]  # type: ignore[attr-defined]
             config = Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
             quantize_(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Return the best tokens [1] int64 of a state [1, E] float32; the lowest id on a tie."""
         return self.linear(hidden).argmax(-1)
 
 
 def onnx_head(vocab_size: int, hidden: int, sizes: TwoStageSizes | None, bits: int) -> Run:
+    """Make a head and load it in ONNX Runtime.
+
+    Args:
+        vocab_size: number of tokens, V.
+        hidden: length of a state, E.
+        sizes: sizes of a two-stage head; None for a dense head.
+        bits: width of the rows' numbers: 32, 8 or 4.
+
+    Returns:
+        A function that returns the best tokens [1] int64 of a state [1, E] float32.
+    """
     if sizes is not None:
         head = two_stage_head(vocab_size, hidden, sizes, bits, OPS)
     elif bits < 32:
@@ -97,6 +130,17 @@ def onnx_head(vocab_size: int, hidden: int, sizes: TwoStageSizes | None, bits: i
 
 
 def executorch_head(vocab_size: int, hidden: int, sizes: TwoStageSizes | None, bits: int) -> Run:
+    """Make a head and load it in ExecuTorch.
+
+    Args:
+        vocab_size: number of tokens, V.
+        hidden: length of a state, E.
+        sizes: sizes of a two-stage head; None for a dense head.
+        bits: width of the rows' numbers: 32, 8 or 4.
+
+    Returns:
+        A function that returns the best tokens [1] int64 of a state [1, E] float32.
+    """
     if sizes is not None:
         head = two_stage_head(vocab_size, hidden, sizes, bits, Constants().ops())
     else:
@@ -112,7 +156,16 @@ BACKENDS: dict[str, Callable[[int, int, TwoStageSizes | None, int], Run]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What one head took."""
+    """Times of one head.
+
+    Attributes:
+        backend: name of the backend.
+        head: `dense` or `two-stage`.
+        bits: width of the rows' numbers: 32, 8 or 4.
+        median_ms: median time of a call in milliseconds.
+        min_ms: minimum time of a call in milliseconds.
+        times_faster_than_dense: minimum of the dense head of each width, divided by `min_ms`.
+    """
 
     backend: str
     head: str
@@ -123,17 +176,26 @@ class Row:
 
 
 def measure(backend: str, vocab_size: int, hidden: int, sizes: TwoStageSizes) -> list[Row]:
-    """Both heads with every table. Each call has another state, so that clusters come from memory, not from a cache."""
+    """Time both heads with rows of every width.
+
+    Each call has another state, so that the rows of its clusters come from memory and not from a cache.
+
+    Args:
+        backend: a key of `BACKENDS`.
+        vocab_size: number of tokens, V.
+        hidden: length of a state, E.
+        sizes: sizes of the two-stage head.
+    """
     heads = {
-        (name, bits): BACKENDS[backend](vocab_size, hidden, kind, bits)
-        for name, kind in (("dense", None), ("two-stage", sizes))
+        (name, bits): BACKENDS[backend](vocab_size, hidden, head_sizes, bits)
+        for name, head_sizes in (("dense", None), ("two-stage", sizes))
         for bits in BITS
     }
     states = itertools.cycle(torch.randn(256, 1, hidden))
     times = milliseconds({key: functools.partial(_call, run, states) for key, run in heads.items()})
     return [
-        Row(backend, *key, median, least, {b: times["dense", b][1] / least for b in BITS})
-        for key, (median, least) in times.items()
+        Row(backend, *key, median, minimum, {b: times["dense", b][1] / minimum for b in BITS})
+        for key, (median, minimum) in times.items()
     ]
 
 

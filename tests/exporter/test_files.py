@@ -1,4 +1,4 @@
-"""An export that cannot end does not begin, and what a killed one left is removed by the next."""
+"""Free space before an export, leftovers of killed exports, and reading tensors from checkpoint files."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ from runtime_ref.errors import InputError
 Pairs = Callable[[str], tuple[Path, Path]]
 
 
-def test_too_little_disk_is_said_with_the_figures(
+def test_too_little_disk_is_reported_with_the_sizes(
     pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
@@ -32,17 +32,17 @@ def test_too_little_disk_is_said_with_the_figures(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory_is_said_with_the_figures(
+def test_too_little_memory_is_reported_with_the_sizes(
     pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  2000000 kB\nMemAvailable:   90000 kB\n")
-    monkeypatch.setattr(files, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(files, "_MEMINFO", tmp_path / "meminfo")
     with pytest.raises(InputError, match=r"needs about 700\.0 MB of memory, 92\.2 MB are free; close other"):
         export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions())
 
 
-def test_the_estimate_of_disk_is_enough(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:
-    """Of weights, which are nearly all of a large bundle; here tiny rows are padded besides."""
+def test_the_estimate_of_disk_is_close(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:
+    """Weights are nearly all of a large bundle; in this tiny one rows are padded as well."""
     for recipe in ("fp32", "int4"):
         parts = graph_parts(open_pair(*pair_dirs("demo")), RECIPES[recipe])
         stored = sum(file.stat().st_size for file in bundle("demo", "onnx", recipe).glob("*.weights"))
@@ -50,7 +50,7 @@ def test_the_estimate_of_disk_is_enough(bundle: Callable[..., Path], pair_dirs: 
 
 
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
-    """That of a process that still runs, or of another machine, is not; and what it was replacing comes back."""
+    """An output that it was replacing comes back; leftovers of a running process or another machine stay."""
     killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     host = socket.gethostname()
     dead, kept = f"{int(killed.stdout)}@{host}", [f".b.partial-{os.getpid()}@{host}-x", ".b.partial-1@elsewhere-x"]
@@ -76,14 +76,14 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(pair_dirs: Pairs,
         opened.load(name)
 
 
-def test_blocks_are_the_tensor(pair_dirs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In blocks of a few rows and as a whole, in every dtype that is read."""
+def test_reading_in_blocks_gives_the_whole_tensor(pair_dirs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few rows and whole tensors, in float and integer dtypes."""
     for directory in pair_dirs("demo"):
         opened = Checkpoint(directory)
         for name in opened.entries:
             mapped = opened.map(name)
-            wanted = mapped.float() if mapped.is_floating_point() else mapped
+            expected = mapped.float() if mapped.is_floating_point() else mapped
             with monkeypatch.context() as patch:
                 patch.setattr(checkpoint, "BLOCK_BYTES", 1000)
-                assert torch.equal(opened.load(name), wanted), name
-            assert torch.equal(opened.load(name), wanted), name
+                assert torch.equal(opened.load(name), expected), name
+            assert torch.equal(opened.load(name), expected), name

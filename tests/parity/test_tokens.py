@@ -1,4 +1,4 @@
-"""The whole chain against transformers: an exported bundle's tokens are the reference's, in no more passes."""
+"""Exported bundles against transformers: the same greedy tokens, and no more passes of the target."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,24 +17,25 @@ from tests.pairs import SHAPES, load_reference, reference_greedy
 def test_tokens_equal_reference(
     name: str, backend: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    """Prompts of one token, a few, across the window and across a prefill chunk."""
+    """Prompts of one token, of a few, longer than the sliding window and longer than a prefill chunk."""
     reference, _ = load_reference(*pair_dirs(name))
     engine = open_engine(bundle(name, backend), threads=1)
     for length in (1, 5, 40, 200):
         prompt = [(7 * i * i + 11 * i + 5) % SHAPES[name].vocab for i in range(length)]
-        wanted, _ = reference_greedy(reference, prompt, 24, [1])
+        expected, _ = reference_greedy(reference, prompt, 24, [1])
         for drafts in (0, 4):
-            found = list(generate(engine, prompt, Options(24, drafts), Stats()))
-            assert found == wanted, f"prompt of {length}, {drafts} drafts"
+            actual = list(generate(engine, prompt, Options(24, drafts), Stats()))
+            assert actual == expected, f"prompt of {length} tokens, {drafts} draft tokens"
 
 
 def test_built_in_pair_equals_reference_in_no_more_passes(
     backend: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    """On a pair that accepts drafts: same tokens as assisted generation at K = 4, in no more passes over all prompts.
+    """The same tokens as assisted generation with K = 4, and no more passes over all prompts, with accepted drafts.
 
-    Prompt by prompt the passes differ by a few either way: after a rejection the reference drafts with a rejected row
-    in view and we do not. Past the sliding window, where it keeps all of them in view, we need fewer.
+    For a single prompt either side may need a few passes more: after a rejection the reference drafts with a rejected
+    row in view, the runtime does not. Past the sliding window the reference keeps all rejected rows in view, and the
+    runtime needs fewer passes.
     """
     target_dir, drafter_dir = pair_dirs("demo")
     reference, assistant = load_reference(target_dir, drafter_dir)
@@ -44,10 +45,10 @@ def test_built_in_pair_equals_reference_in_no_more_passes(
     rounds = passes = accepted = 0
     for length in (1, 6, 20, 90, 130, 180):
         prompt = tokenizer.encode(text)[:length]
-        wanted, needed = reference_greedy(reference, prompt, 60, sorted(engine.manifest.eos), assistant, 4)
+        expected, reference_passes = reference_greedy(reference, prompt, 60, sorted(engine.manifest.eos), assistant, 4)
         stats = Stats()
-        assert list(generate(engine, prompt, Options(60, 4), stats)) == wanted
-        assert list(generate(engine, prompt, Options(60, 0), Stats())) == wanted
-        rounds, passes, accepted = rounds + stats.rounds, passes + needed, accepted + stats.accepted
-    assert accepted > passes / 2, "too little was accepted for the comparison of passes to say much"
+        assert list(generate(engine, prompt, Options(60, 4), stats)) == expected
+        assert list(generate(engine, prompt, Options(60, 0), Stats())) == expected
+        rounds, passes, accepted = rounds + stats.rounds, passes + reference_passes, accepted + stats.accepted
+    assert accepted > passes / 2, "too few accepted drafts for the comparison of passes to mean anything"
     assert rounds <= passes + 1

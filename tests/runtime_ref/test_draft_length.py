@@ -1,4 +1,4 @@
-"""The number of drafts, on texts whose acceptance is known: exporter/bench/simulation.py has them."""
+"""The number of drafts, on texts whose acceptance is known: exporter/studies/simulation.py makes them."""
 
 import json
 import random
@@ -9,7 +9,7 @@ import pytest
 
 from exporter.studies.simulation import (
     COSTS,
-    MOST,
+    MAX_DRAFT_TOKENS,
     CostTable,
     Texts,
     Trace,
@@ -43,24 +43,24 @@ def rate(texts: Texts, table: CostTable, choose: Callable) -> float:
 
 
 def best_fixed(texts: Texts, table: CostTable) -> float:
-    return max(rate(texts, table, fixed(drafts)) for drafts in range(MOST + 1))
+    return max(rate(texts, table, fixed(drafts)) for drafts in range(MAX_DRAFT_TOKENS + 1))
 
 
-def of_kind(kind: str) -> list[str]:
-    return [name for name, texts in SYNTHETIC.items() if texts.kind == kind]
+def of_category(category: str) -> list[str]:
+    return [name for name, texts in SYNTHETIC.items() if texts.category == category]
 
 
 @pytest.mark.parametrize("costs", COSTS)
 def test_steady_text_is_nearly_as_fast_as_the_best_fixed_number(costs: str) -> None:
     shares = {
         name: rate(SYNTHETIC[name], COSTS[costs], planned(COSTS[costs])) / best_fixed(SYNTHETIC[name], COSTS[costs])
-        for name in of_kind("steady")
+        for name in of_category("steady")
     }
     assert min(shares.values()) >= 0.93, shares
     assert sum(shares.values()) / len(shares) >= 0.97
 
 
-@pytest.mark.parametrize("name", of_kind("changing"))
+@pytest.mark.parametrize("name", of_category("changing"))
 def test_changing_text_is_faster_than_with_any_fixed_number(name: str) -> None:
     gains = [rate(SYNTHETIC[name], COSTS[c], planned(COSTS[c])) / best_fixed(SYNTHETIC[name], COSTS[c]) for c in USEFUL]
     assert min(gains) > 1
@@ -89,7 +89,7 @@ def test_an_adversary_gains_no_more(costs: str) -> None:
     choose = planned(table)
     drafts, total = choose(engine := Adversary(texts.texts[0])), 0.0
     while engine.position < 790:
-        proposed = drafts.make(engine.trace.tokens[engine.position], MOST)
+        proposed = drafts.make(engine.trace.tokens[engine.position], MAX_DRAFT_TOKENS)
         done = engine.verify(proposed)
         drafts.learn(done, len(proposed) * table.step, table.passes[len(proposed)])
         total += table.passes[len(proposed)] + len(proposed) * table.step
@@ -119,13 +119,13 @@ def test_costs_are_measured_on_the_way(costs: str) -> None:
 def test_look_ups_win(costs: str) -> None:
     """On copied passages by much, and nothing is lost on what the built-in pair writes."""
     for name, least in (("copied passages", 1.4), ("greedy", 0.99), ("sampled", 0.99)):
-        without = rate(RECORDED[name], COSTS[costs], planned(COSTS[costs], lookups=False))
+        without = rate(RECORDED[name], COSTS[costs], planned(COSTS[costs], prompt_lookup=False))
         assert rate(RECORDED[name], COSTS[costs], planned(COSTS[costs])) > least * without
 
 
 def test_what_is_not_drafted_is_tried_again() -> None:
     """A text that turns good after long being bad is noticed."""
-    text = Texts("", "", [Trace(range(1600), [0] * 800 + [MOST] * 800)])
+    text = Texts("", "", [Trace(range(1600), [0] * 800 + [MAX_DRAFT_TOKENS] * 800)])
     assert rate(text, COSTS["like a GPU"], planned(COSTS["like a GPU"])) > 1.5
 
 

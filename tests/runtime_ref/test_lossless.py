@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.graphs.spec import PREFILL_CHUNK
+from exporter.graphs.spec import PREFILL_CHUNK_TOKENS
 from runtime_ref.costs import Costs
 from runtime_ref.decoder import Options, generate
 from runtime_ref.draft_length import DraftLength
@@ -57,13 +57,13 @@ def run(
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("length", [1, 5, PREFILL_CHUNK + 1])
+@pytest.mark.parametrize("length", [1, 5, PREFILL_CHUNK_TOKENS + 1])
 @pytest.mark.parametrize("mistakes", [0.0, 0.3, 1.0], ids=["all", "mixed", "none"])
 def test_speculative_equals_plain(engine: ScriptedEngine, sampling: Sampling, length: int, mistakes: float) -> None:
     """Accept-all, mixed and accept-none, past the window, across a growth of the cache for the long prompt."""
     random.seed(length)
     prompt = prompt_of(engine, length)
-    budget = 40 if length < PREFILL_CHUNK else CACHE_STEP + 10 - length
+    budget = 40 if length < PREFILL_CHUNK_TOKENS else CACHE_STEP + 10 - length
     plain, _ = run(engine, prompt, Options(budget, 0, sampling))
     engine.answer, engine.prompt_length, engine.mistakes = tuple(plain), len(prompt), mistakes
     for drafts in (1, 4, 8):

@@ -1,7 +1,7 @@
-"""Writes sampling.json, which every runtime's sampling is held to: `python tests/vectors/make_sampling.py`.
+"""Write sampling.json, which tests the sampling of every runtime: `python tests/vectors/make_sampling.py`.
 
-Chosen by FORMAT.md's rule in decimal arithmetic of 60 digits, without the code that is tested. A token whose noise lies
-within 1e-9 of a boundary is left out: there the last bits of a language's exp() would decide.
+Tokens are chosen by FORMAT.md's rule in decimal arithmetic of 60 digits, without the code that is tested. Cases whose
+noise lies within 1e-9 of a boundary are left out, because the last bits of a language's exp() would decide them.
 """
 
 import json
@@ -16,7 +16,7 @@ MASK = 2**64 - 1
 
 
 def noise(seed: int, position: int) -> int:
-    """The top 24 bits of SplitMix64."""
+    """Return the top 24 bits of SplitMix64 for a seed and a position."""
     z = ((seed ^ (position * 0x9E3779B97F4A7C15 & MASK)) + 0x9E3779B97F4A7C15) & MASK
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
@@ -24,7 +24,18 @@ def noise(seed: int, position: int) -> int:
 
 
 def choose(logits: list[float], temperature: float, top_k: int, top_p: float, u: Decimal) -> int | None:
-    """Index of the chosen logit; None if it is too close to tell."""
+    """Choose a token by its logits.
+
+    Args:
+        logits: logits in descending order.
+        temperature: 0 is greedy.
+        top_k: number of logits to keep.
+        top_p: total probability to keep.
+        u: noise, from 0 to 1.
+
+    Returns:
+        Index of the chosen logit; None if the noise or `top_p` is too close to a boundary.
+    """
     if temperature == 0:
         return 0
     kept = [Decimal(logit) / Decimal(temperature) for logit in logits[:top_k]]
@@ -38,22 +49,23 @@ def choose(logits: list[float], temperature: float, top_k: int, top_p: float, u:
             return None
         if cumulative >= Decimal(top_p):
             break
-    shares = [share / prefix[-1] for share in prefix]
-    if any(abs(share - u) < CLOSE for share in shares[:-1]):
+    bounds = [cumulative / prefix[-1] for cumulative in prefix]
+    if any(abs(bound - u) < CLOSE for bound in bounds[:-1]):
         return None
-    return next((i for i, share in enumerate(shares) if share > u), len(shares) - 1)
+    return next((i for i, bound in enumerate(bounds) if bound > u), len(bounds) - 1)
 
 
 def float32(value: float) -> float:
+    """Round a number to float32."""
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
 def vectors() -> dict[str, object]:
-    """All of the file."""
+    """Return the content of sampling.json: noise by seed and position, and choices."""
     getcontext().prec = 60
     generator = random.Random(0)
     seeds = [0, 1, 2**63, 2**64 - 1, *(generator.getrandbits(64) for _ in range(4))]
-    places = [0, 1, 7, 4095, 131071]
+    positions = [0, 1, 7, 4095, 131071]
     rows = []
     for count in (2, 5, 64):
         for temperature in (0.0, 0.3, 1.0, 2.5):
@@ -71,13 +83,15 @@ def vectors() -> dict[str, object]:
                         place = {"seed": str(seed), "position": position}
                         rows.append({**options, **place, "logits": logits, "ids": ids, "token": ids[rank]})
     return {
-        "noise": [{"seed": str(s), "position": p, "u_times_2_to_the_24": noise(s, p)} for s in seeds for p in places],
+        "noise": [
+            {"seed": str(s), "position": p, "u_times_2_to_the_24": noise(s, p)} for s in seeds for p in positions
+        ],
         "choose": rows,
     }
 
 
 def text() -> str:
-    """The file's content: a row a line."""
+    """Return the text of sampling.json, a row in each line."""
     parts = (
         f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]"  # type: ignore[call-overload]
         for name, rows in vectors().items()

@@ -1,8 +1,8 @@
-"""Writes tokenizer.json and gemma_shape.json, which other runtimes' tokenizers and chats are held to.
+"""Write tokenizer.json and gemma_shape.json, which test tokenizers and chats: `python -m tests.vectors.make_tokenizer`.
 
-`python -m tests.vectors.make_tokenizer`. Ids and texts are those of the `tokenizers` library, with `runtime_ref`'s
-streams, and prompts those of jinja2. gemma_shape.json is a small tokenizer built like Gemma's own: a whole text is one
-word, and runs of newlines and blanks are added tokens. An id list of a long text is kept as its sha256.
+tokenizer.json has ids and texts of the `tokenizers` library, pieces of `runtime_ref`'s text streams and prompts of
+jinja2. Ids of long texts are stored as their sha256. gemma_shape.json is a small tokenizer with the structure of
+Gemma's: a whole text is one word, and runs of newlines and blanks are added tokens.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ GEMMA_SHAPE = Path(__file__).with_name("gemma_shape.json")
 BUILT_IN = PAIR / "target" / "tokenizer.json"
 TOKENIZERS = {"exporter/demo/pair/target/tokenizer.json": BUILT_IN, "tests/vectors/gemma_shape.json": GEMMA_SHAPE}
 ENDS = SpecialTokens(2, (1,), 0)
-MERGES = 160  # of the built-in pair's, which has 1677
+MERGES = 160  # of the 1677 merges of the built-in pair's tokenizer
 
 TEXTS = (
     *("", " ", "  ", "\n", "\n\n\n\n\n\n", "a", "Hello, world!", " leading and trailing ", "tabs\tand\r\nlines"),
@@ -54,9 +54,9 @@ BROKEN = ("é", "中", "😀", "👩‍💻", "\U00010348")
 
 
 def gemma_shape() -> str:
-    """The text of gemma_shape.json."""
-    found = json.loads(BUILT_IN.read_text(encoding="utf-8"))
-    model = found["model"]
+    """Return the text of gemma_shape.json."""
+    tokenizer = json.loads(BUILT_IN.read_text(encoding="utf-8"))
+    model = tokenizer["model"]
     merges = model["merges"][:MERGES]
     runs = (
         ["\n" * n for n in range(1, 9)] + ["▁" * n for n in range(2, 9)] + ["<table>", "</table>", "<|turn>", "<turn|>"]
@@ -70,22 +70,22 @@ def gemma_shape() -> str:
     model["merges"] = merges
     special = {"<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    found["added_tokens"] = [
+    tokenizer["added_tokens"] = [
         {"id": i, "content": name, **flags, "special": name in special}
         for name, i in model["vocab"].items()
         if name in special or name in runs
     ]
-    found["pre_tokenizer"] = {
+    tokenizer["pre_tokenizer"] = {
         "type": "Split",
         "pattern": {"String": " "},
         "behavior": "MergedWithPrevious",
         "invert": False,
     }
-    return json.dumps(found, ensure_ascii=False, indent=0) + "\n"
+    return json.dumps(tokenizer, ensure_ascii=False, indent=0) + "\n"
 
 
 def texts(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, object]]:
-    """Texts and the ids of their prompts."""
+    """Return texts and the ids of their prompts."""
     vocab = sorted(tokenizer.get_vocab())
     rows: list[dict[str, object]] = [{"text": text, "ids": prompt(tokenizer, text)} for text in TEXTS]
     for _ in range(40):
@@ -100,16 +100,18 @@ def texts(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, obje
 
 
 def prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text, with one beginning-of-text token before them."""
     ids = list(tokenizer.encode(text, add_special_tokens=False).ids)
     return ids if ids[:1] == [ENDS.bos] else [ENDS.bos, *ids]
 
 
 def sha256(ids: list[int]) -> str:
+    """Return the digest of ids, written in decimal with commas between them."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
 
 
 def streams(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, object]]:
-    """Ids, their text, and what each of them gives out, sometimes up to a stop string."""
+    """Return ids, their text, and the piece of text that each id completes; some texts end at a stop string."""
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
     byte = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     size = tokenizer.get_vocab_size()
@@ -130,7 +132,7 @@ def streams(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, ob
 
 
 def chats(template: str, generator: random.Random) -> tuple[ChatFormat, list[dict[str, object]]]:
-    """A template's plain form, and chats with the prompts that the template itself gives."""
+    """Return a template's chat format, and chats with the prompts that the template renders."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         shutil.copyfile(BUILT_IN, directory / "tokenizer.json")
@@ -166,23 +168,23 @@ def chats(template: str, generator: random.Random) -> tuple[ChatFormat, list[dic
 
 
 def vectors() -> dict[str, list[Any]]:
-    """All of tokenizer.json: tokenizers and formats, and rows that name them by number."""
+    """Return the content of tokenizer.json: tokenizers, chat formats, and rows that refer to them by number."""
     generator = random.Random(0)
-    found: dict[str, list[Any]] = {"files": [], "texts": [], "streams": [], "formats": [], "chats": []}
+    content: dict[str, list[Any]] = {"files": [], "texts": [], "streams": [], "formats": [], "chats": []}
     for number, (name, path) in enumerate(TOKENIZERS.items()):
         tokenizer = Tokenizer.from_str(gemma_shape() if path == GEMMA_SHAPE else path.read_text(encoding="utf-8"))
-        found["files"].append({"file": name, "bos": ENDS.bos})
-        found["texts"] += [{"file": number, **row} for row in texts(tokenizer, generator)]
-        found["streams"] += [{"file": number, **row} for row in streams(tokenizer, generator)]
+        content["files"].append({"file": name, "bos": ENDS.bos})
+        content["texts"] += [{"file": number, **row} for row in texts(tokenizer, generator)]
+        content["streams"] += [{"file": number, **row} for row in streams(tokenizer, generator)]
     for number, template in enumerate((TEMPLATE, CHANNELS, VERBATIM)):
         form, rows = chats(template, generator)
-        found["formats"].append(asdict(form))
-        found["chats"] += [{"format": number, **row} for row in rows]
-    return found
+        content["formats"].append(asdict(form))
+        content["chats"] += [{"format": number, **row} for row in rows]
+    return content
 
 
 def text() -> str:
-    """The content of tokenizer.json: a row a line."""
+    """Return the text of tokenizer.json, a row in each line."""
     parts = (f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in vectors().items())
     return "{" + ",\n".join(parts) + "}\n"
 

@@ -1,1 +1,1 @@
-"""How the built-in pair was trained."""
+"""Scripts that trained the built-in pair: `train.py` first, then `qat.py`."""

@@ -1,4 +1,4 @@
-"""The built-in pair's tokenizer."""
+"""Train and use the tokenizer of the built-in pair."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,14 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-fallback BPE in the manner of Gemma's: spaces become U+2581, unknown characters become bytes."""
+    """Train a byte-fallback BPE tokenizer like Gemma's: spaces become U+2581, unknown characters become bytes.
+
+    Args:
+        texts: training texts.
+
+    Returns:
+        A tokenizer with `VOCAB` tokens, which puts <bos> before each text.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -32,11 +39,11 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """A saved pair's tokenizer."""
+    """Load the tokenizer.json of a target's directory."""
     return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
 def pack(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """Token ids of texts laid end to end, each ended by <eos>."""
-    ids = [token for encoding in tokenizer.encode_batch(texts) for token in (*encoding.ids, 1)]
+    """Return the token ids of all texts in one sequence, [T] int64; each text begins with <bos> and ends with <eos>."""
+    ids = [token for encoding in tokenizer.encode_batch(texts) for token in (*encoding.ids, SPECIAL.index("<eos>"))]
     return torch.tensor(ids)

@@ -1,4 +1,4 @@
-"""Save and load pairs in training, under the tensor names of the published checkpoints."""
+"""Save and load pairs during training, with the tensor names of the published checkpoints."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,13 +21,18 @@ from exporter.modeling.target import Target
 
 
 def round_to_bfloat16(model: nn.Module) -> None:
-    """Round every parameter to the nearest bfloat16, kept as float32."""
+    """Round every parameter of a model to bfloat16 in place; the dtype stays float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
 
 
 def load_target(directory: Path, ops: Ops) -> Target:
-    """Load a saved target in float32, ready to be trained further with the given operations."""
+    """Load a saved target in float32.
+
+    Args:
+        directory: a target's checkpoint.
+        ops: operations that the target will run with, such as linear layers in bfloat16.
+    """
     config = read_target_config(directory)
     target = Target(config, ops)
     readers = target_weights(Checkpoint(directory), config)
@@ -36,12 +41,18 @@ def load_target(directory: Path, ops: Ops) -> Target:
 
 
 def save_target(target: Target, directory: Path) -> None:
-    """Write a target's weights as `model.safetensors`, in bfloat16."""
+    """Write a target's weights to `directory/model.safetensors`, in bfloat16."""
     _save(directory, {TARGET_PREFIXES[0] + name: parameter for name, parameter in target.named_parameters()})
 
 
 def new_drafter(directory: Path, target: Target, ops: Ops) -> Drafter:
-    """Make an untrained drafter of the sizes in `directory`, over the target's embedding, which stays as it is."""
+    """Make an untrained drafter with a dense head, which shares the target's embedding.
+
+    Args:
+        directory: holds the drafter's config.json.
+        target: the target that it will draft for. Gradients of its embedding are switched off.
+        ops: operations that the drafter will run with.
+    """
     drafter = Drafter(read_drafter_config(directory), None, ops)
     drafter.target_embed_tokens.weight = target.embed_tokens.weight
     initialise(drafter, keep=drafter.target_embed_tokens.weight.requires_grad_(False))
@@ -49,20 +60,20 @@ def new_drafter(directory: Path, target: Target, ops: Ops) -> Drafter:
 
 
 def load_drafter(drafter: Drafter, directory: Path) -> None:
-    """Replace a drafter's weights by saved ones; saved clusters are ignored."""
+    """Replace the weights of a drafter with a dense head by those of a checkpoint, whose clusters are ignored."""
     embedding = drafter.target_embed_tokens.weight
     readers = drafter_weights(Checkpoint(directory), drafter.config, None, {"embed_tokens.weight": lambda: embedding})
     drafter.load_state_dict({name: read() for name, read in readers.items()})
 
 
 def save_drafter(drafter: Drafter, target: Target, tokens: Tensor, directory: Path) -> None:
-    """Write a trained drafter in bfloat16, with clusters made for it.
+    """Make clusters for a trained drafter, and write both in bfloat16.
 
     Args:
-        drafter: with a dense head, which is rounded to bfloat16.
+        drafter: a drafter with a dense head, which is rounded to bfloat16 in place.
         target: the target that it drafts for.
-        tokens: [T] int64, training text, on which the clusters' centroids are trained.
-        directory: gets `model.safetensors`.
+        tokens: [T] int64, training text, on which the centroids of the clusters are trained.
+        directory: an existing directory, which gets `model.safetensors`.
     """
     head, clusters = dense_head(drafter), drafter.config.num_centroids
     round_to_bfloat16(head)
@@ -75,11 +86,16 @@ def save_drafter(drafter: Drafter, target: Target, tokens: Tensor, directory: Pa
 
 
 def print_acceptance(directory: Path, texts: list[str]) -> None:
-    """Print the acceptance rate of a saved pair on the beginnings of texts."""
+    """Print the acceptance rate of a saved pair that continues the beginnings of texts.
+
+    Args:
+        directory: holds `target` and `drafter`.
+        texts: texts that the pair was not trained on.
+    """
     measured = measure_acceptance(open_pair(directory / "target", directory / "drafter"), texts, new_tokens=96)
     print(f"accepted {measured['acceptance_rate']:.1%} of drafts in {measured['verify_passes']} passes")
 
 
 def _save(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    narrow = {k: t.detach().to(torch.bfloat16 if t.is_floating_point() else t.dtype) for k, t in tensors.items()}
-    save_file({k: t.contiguous() for k, t in narrow.items()}, directory / "model.safetensors", {"format": "pt"})
+    stored = {k: t.detach().to(torch.bfloat16 if t.is_floating_point() else t.dtype) for k, t in tensors.items()}
+    save_file({k: t.contiguous() for k, t in stored.items()}, directory / "model.safetensors", {"format": "pt"})

@@ -1,4 +1,7 @@
-"""Training loops and losses that `train` and `qat` share; both run the model definition that is exported."""
+"""Training loops and losses that `train` and `qat` share. They run the model definition that is exported.
+
+Shapes: B sequences of a batch, T tokens, E hidden size, V vocabulary, C clusters.
+"""
 
 import math
 import random
@@ -18,23 +21,33 @@ from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target, TargetOutput, empty_kv
 from exporter.modeling.two_stage import DenseHead
 
-SEQUENCE_TOKENS, DRAFT_STEPS = 256, 4
-
-
+SEQUENCE_TOKENS = 256
 TARGET_BATCH_SEQUENCES, DRAFTER_BATCH_SEQUENCES = 16, 8
+DRAFT_STEPS = 4
 
-
-# Puts other weights in a module's place while the block runs.
+# Gets a module, and replaces its weights by others while a block runs.
 SwappedWeights = Callable[[nn.Module], AbstractContextManager[object]]
 
-
-# Weights stay in float32; products of bfloat16 train in about two thirds of the time on a CPU that has them.
+# Weights stay in float32. On a CPU with bfloat16 instructions, training takes about two thirds of the time with them.
 BFLOAT16 = Ops(linear=lambda x, weight: F.linear(x.bfloat16(), weight.bfloat16()).float())
 
 
 @torch.no_grad()
 def write_texts(target: Target, tokens: Tensor, count: int = 1024, seed: int = 0) -> Tensor:
-    """Greedy texts [count, SEQUENCE_TOKENS] of the target, given a document's first words whenever one ends."""
+    """Let the target generate texts greedily, for a drafter to learn from.
+
+    Each text begins with the first tokens of a random document. When a document ends, the text goes on with the
+    beginning of another one.
+
+    Args:
+        target: the target.
+        tokens: [T] int64, the training documents, each between <bos> and <eos>.
+        count: number of texts.
+        seed: seed of the choice of documents.
+
+    Returns:
+        Token ids [count, SEQUENCE_TOKENS] int64.
+    """
     generator = random.Random(seed)
     starts = (tokens == SPECIAL.index("<bos>")).nonzero().flatten().tolist()
 
@@ -49,13 +62,13 @@ def write_texts(target: Target, tokens: Tensor, count: int = 1024, seed: int = 0
     batched = torch.vmap(step, in_dims=(0, None, 0))
     kv = [part.expand(count, *part.shape).clone() for part in empty_kv(target.config, SEQUENCE_TOKENS)]
     openings = [opening() for _ in range(count)]
-    texts = [[words.pop(0)] for words in openings]
+    texts = [[given.pop(0)] for given in openings]
     for position in track(range(SEQUENCE_TOKENS - 1), description="texts"):
         best, kv = batched(torch.tensor([text[-1:] for text in texts]), torch.tensor([position]), kv)
-        for text, words, choice in zip(texts, openings, best.tolist(), strict=True):
-            if text[-1] == SPECIAL.index("<eos>") and not words:
-                words.extend(opening())
-            text.append(words.pop(0) if words else choice)
+        for text, given, choice in zip(texts, openings, best.tolist(), strict=True):
+            if text[-1] == SPECIAL.index("<eos>") and not given:
+                given.extend(opening())
+            text.append(given.pop(0) if given else choice)
     return torch.tensor(texts)
 
 
@@ -68,24 +81,43 @@ def train_drafter(
     sharpness: float,
     weights: SwappedWeights = nullcontext,
 ) -> None:
-    """Match the target's distribution over `DRAFT_STEPS` draft steps from every position of a sequence at once.
+    """Train a drafter to match the target's distribution in `DRAFT_STEPS` draft steps from every position at once.
 
-    A sharpness above 1 puts more weight on the target's first choice, which is what greedy decoding asks for.
+    Args:
+        drafter: a drafter with a dense head, trained in place.
+        target: the target that it drafts for, which stays as it is.
+        sequences: endless batches of token ids, each [B, T] int64.
+        steps: number of training steps.
+        rate: maximum learning rate.
+        sharpness: factor of the target's logits. Above 1 it puts more weight on the target's best token, as greedy
+            decoding needs.
+        weights: replaces the drafter's weights while loss and gradients are computed.
     """
 
     def loss(batch: Tensor) -> Tensor:
         total = torch.zeros(())
         for hidden, logits in _draft_steps(drafter, target, batch):
-            wanted = (sharpness * logits).softmax(-1)
-            found = F.linear(hidden, dense_head(drafter).weight)
-            total = total + F.cross_entropy(found.flatten(0, 1), wanted.flatten(0, 1))
+            expected = (sharpness * logits).softmax(-1)
+            actual = F.linear(hidden, dense_head(drafter).weight)
+            total = total + F.cross_entropy(actual.flatten(0, 1), expected.flatten(0, 1))
         return total / DRAFT_STEPS
 
     optimise("drafter", drafter, loss, sequences, steps, rate, weights)
 
 
 def train_centroids(drafter: Drafter, target: Target, tokens: Tensor, ordering: Tensor, steps: int = 200) -> Tensor:
-    """Centroids [C, E] that pick the cluster of the drafter's own best token."""
+    """Train centroids to choose the cluster that holds the drafter's own best token.
+
+    Args:
+        drafter: a trained drafter with a dense head.
+        target: the target that it drafts for.
+        tokens: [T] int64, training text.
+        ordering: [C, M] int64, the token ids of each cluster.
+        steps: number of training steps.
+
+    Returns:
+        Centroids [C, E] float32.
+    """
     cluster_of = torch.empty(VOCAB, dtype=torch.int64)
     cluster_of[ordering] = torch.arange(len(ordering))[:, None]
     scorer = nn.Linear(drafter.config.text.hidden_size, len(ordering), bias=False)
@@ -95,8 +127,8 @@ def train_centroids(drafter: Drafter, target: Target, tokens: Tensor, ordering: 
         total = torch.zeros(())
         for hidden, _ in _draft_steps(drafter, target, batch):
             hidden = hidden.detach()
-            wanted = cluster_of[F.linear(hidden, dense_head(drafter).weight).argmax(-1)]
-            total = total + F.cross_entropy(scorer(hidden).flatten(0, 1), wanted.flatten())
+            expected = cluster_of[F.linear(hidden, dense_head(drafter).weight).argmax(-1)]
+            total = total + F.cross_entropy(scorer(hidden).flatten(0, 1), expected.flatten())
         return total / DRAFT_STEPS
 
     optimise("centroids", scorer, loss, batches(tokens, DRAFTER_BATCH_SEQUENCES, SEQUENCE_TOKENS), steps, 1e-2)
@@ -104,7 +136,18 @@ def train_centroids(drafter: Drafter, target: Target, tokens: Tensor, ordering: 
 
 
 def run_target(target: Target, batch: Tensor) -> TargetOutput:
-    """Run sequences [B, T] from position 0, one row of the batch a call of the model definition."""
+    """Run whole sequences from position 0.
+
+    The model definition takes one sequence, so it is mapped over the batch.
+
+    Args:
+        target: the target.
+        batch: token ids [B, T] int64.
+
+    Returns:
+        The target's output for all positions: logits [B, T, V], states [B, T, E], and K and V of each storing layer,
+        all float32 and with a first dimension B.
+    """
     length = batch.shape[1]
 
     def run(tokens: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -115,9 +158,10 @@ def run_target(target: Target, batch: Tensor) -> TargetOutput:
 
 
 def _draft_steps(drafter: Drafter, target: Target, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states of each draft step, and the target's logits that they should match, each [B, T, *].
+    """Yield, for each draft step, hidden states [B, positions, E] and the target's logits [B, positions, V] for them.
 
-    Step i of the round that starts at p reads token p+i and is to say what the target says after it.
+    A round starts at each position p from 1 to T - `DRAFT_STEPS`. Its step i, counted from 0, reads token p + i and is
+    compared with the target's logits after that token.
     """
     with torch.no_grad():
         out = run_target(target, batch)
@@ -142,7 +186,18 @@ def optimise(
     rate: float,
     weights: SwappedWeights = nullcontext,
 ) -> None:
-    """AdamW with a cosine; loss and gradients are those within `weights(model)`, which may put others in place."""
+    """Train a model with AdamW, a short warm-up and a cosine schedule.
+
+    Args:
+        name: name of the model in what is printed.
+        model: the model, trained in place.
+        loss: returns the loss of a batch.
+        sequences: endless batches of token ids, each [B, T] int64.
+        steps: number of training steps.
+        rate: maximum learning rate.
+        weights: replaces the model's weights while loss and gradients are computed; the gradients are applied to the
+            weights that were replaced.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 25)
@@ -160,12 +215,23 @@ def optimise(
 
 
 def initialise(model: nn.Module, keep: Tensor | None = None) -> None:
+    """Set all matrices of a model to normally distributed values, except the parameter `keep`."""
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter is not keep:
             nn.init.normal_(parameter, std=min(0.05, parameter.shape[1] ** -0.5))
 
 
 def batches(tokens: Tensor, size: int, length: int) -> Iterator[Tensor]:
+    """Yield batches of sequences from random places of a text, without end; always the same ones.
+
+    Args:
+        tokens: [T] int64, the text.
+        size: sequences of a batch, B.
+        length: tokens of a sequence.
+
+    Yields:
+        Token ids [B, length] int64.
+    """
     generator = torch.Generator().manual_seed(1)
     while True:
         starts = torch.randint(len(tokens) - length, (size, 1), generator=generator)
@@ -173,6 +239,14 @@ def batches(tokens: Tensor, size: int, length: int) -> Iterator[Tensor]:
 
 
 def shuffled(texts: Tensor) -> Iterator[Tensor]:
+    """Yield batches of randomly chosen texts, without end; always the same ones.
+
+    Args:
+        texts: token ids [texts, T] int64.
+
+    Yields:
+        Token ids [DRAFTER_BATCH_SEQUENCES, T] int64.
+    """
     generator = torch.Generator().manual_seed(2)
     while True:
         yield texts[torch.randint(len(texts), (DRAFTER_BATCH_SEQUENCES,), generator=generator)]
@@ -180,10 +254,12 @@ def shuffled(texts: Tensor) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def held_out_loss(target: Target, tokens: Tensor) -> float:
+    """Return the mean cross-entropy of a target, in nats for each token, on a text [T] int64."""
     rows = tokens[: len(tokens) // (SEQUENCE_TOKENS + 1) * (SEQUENCE_TOKENS + 1)].reshape(-1, SEQUENCE_TOKENS + 1)
     out = run_target(target, rows[:, :-1])
     return F.cross_entropy(out.logits.flatten(0, 1), rows[:, 1:].flatten()).item()
 
 
 def dense_head(drafter: Drafter) -> DenseHead:
+    """Return the head of a drafter in training, which is dense."""
     return cast(DenseHead, drafter.head)

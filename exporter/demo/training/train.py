@@ -1,9 +1,10 @@
 """Train the built-in pair: `python -m exporter.demo.training.train --output DIR` (one to two hours on one core).
 
-A small Gemma 4 E2B-shaped target learns Python's documentation; its drafter then learns the target. Both run the same
-model definition that is exported, mapped over a batch. Checkpoints are written in the published dialect, in bfloat16.
-The drafter first learns on the documents, then on what the target itself generates, which is what it will draft. What
-is already in DIR is kept: a target as it is, a drafter as the start of the second phase.
+A small target in the shape of Gemma 4 E2B is trained on Python's documentation, then its drafter on the target's
+output. Both run the model definition that is exported, mapped over a batch. The drafter is trained in two phases: on
+the documents, then on text that the target generates, because it will draft such text. Checkpoints are written in the
+published dialect, in bfloat16. Checkpoints that exist in DIR are used: a target is not trained again, and a drafter
+skips its first phase.
 """
 
 import json
@@ -85,13 +86,15 @@ DRAFTER = DrafterConfig(
 
 
 @click.command()
-@click.option("--output", required=True, type=click.Path(path_type=Path))
-@click.option("--target-steps", default=1400, show_default=True)
-@click.option("--drafter-steps", default=650, show_default=True, help="On the documents.")
-@click.option("--own-text-steps", default=650, show_default=True, help="On text that the target wrote.")
-@click.option("--threads", default=1, show_default=True)
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Directory to write the pair to.")
+@click.option("--target-steps", default=1400, show_default=True, help="Training steps of the target.")
+@click.option("--drafter-steps", default=650, show_default=True, help="Training steps of the drafter on the documents.")
+@click.option(
+    "--own-text-steps", default=650, show_default=True, help="Training steps of the drafter on the target's own text."
+)
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
 def main(output: Path, target_steps: int, drafter_steps: int, own_text_steps: int, threads: int) -> None:
-    """Train target, drafter and clusters, and print what they reach on held-out text."""
+    """Train target, drafter and clusters, and print loss and acceptance rate on held-out text."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     training, held_out = documents()
@@ -128,7 +131,13 @@ def main(output: Path, target_steps: int, drafter_steps: int, own_text_steps: in
 
 
 def train_target(target: Target, tokens: Tensor, steps: int) -> None:
-    """Next-token prediction."""
+    """Train a target to predict the next token.
+
+    Args:
+        target: the target, which is initialised and trained in place.
+        tokens: [T] int64, training text.
+        steps: number of training steps.
+    """
     initialise(target)
 
     def loss(batch: Tensor) -> Tensor:

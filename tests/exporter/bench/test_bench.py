@@ -1,4 +1,4 @@
-"""What `bench` reports, but for how fast anything is."""
+"""The document and tables of `bench`: everything about them that does not depend on the speed of this machine."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ Bundle = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def facts(bundle: Bundle) -> dict[str, Any]:
+def document(bundle: Bundle) -> dict[str, Any]:
     return measure_bundle(bundle("e2b"), BenchOptions(1, (20, 100, 99999), seconds=0.05))
 
 
@@ -39,17 +39,17 @@ def engine(bundle: Bundle) -> ForcedEngine:
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("drafts", [1, 2, 5])
-def test_expected_tokens_against_every_outcome(drafts: int, acceptance: float) -> None:
-    found = 0.0
+def test_expected_tokens_is_the_mean_over_all_outcomes(drafts: int, acceptance: float) -> None:
+    mean = 0.0
     for outcome in itertools.product((True, False), repeat=drafts):
         chance = 1.0
         for right in outcome:
             chance *= acceptance if right else 1 - acceptance
         accepted = (*outcome, False).index(False)
-        found += chance * (accepted + 1)
-    assert expected_tokens(drafts, acceptance) == pytest.approx(found)
+        mean += chance * (accepted + 1)
+    assert expected_tokens(drafts, acceptance) == pytest.approx(mean)
     if acceptance < 1:
-        assert found == pytest.approx((1 - acceptance ** (drafts + 1)) / (1 - acceptance))
+        assert mean == pytest.approx((1 - acceptance ** (drafts + 1)) / (1 - acceptance))
 
 
 def test_speedups_by_hand() -> None:
@@ -59,38 +59,39 @@ def test_speedups_by_hand() -> None:
     assert speedups(costs, 0.1, 0.5, 0) == []
 
 
-def test_turns_are_between_least_and_most() -> None:
+def test_number_of_turns_is_between_min_and_max() -> None:
     calls: dict[str, Callable[[], object]] = {"a": lambda: None, "b": lambda: None}
     assert {name: len(times) for name, times in in_turns(calls, 0.0).items()} == {"a": 3, "b": 3}
-    assert len(in_turns(calls, 60.0, most=5)["b"]) == 5
+    assert len(in_turns(calls, 60.0, max_turns=5)["b"]) == 5
 
 
-def test_document(facts: dict[str, Any], bundle: Bundle) -> None:
+def test_document(document: dict[str, Any], bundle: Bundle) -> None:
     manifest = read_manifest(bundle("e2b"))
-    assert json.loads(json.dumps(facts)) == facts
-    assert facts.keys() == {
+    assert json.loads(json.dumps(document)) == document
+    assert document.keys() == {
         *("bundle", "machine", "threads", "load_average", "backend", "recipe", "versions", "read_bandwidth_gb_s"),
         *("decode_weights", "load", "contexts", "speedup", "generation"),
     }
-    assert (facts["backend"], facts["recipe"], facts["threads"]) == ("onnx", "fp32", 1)
-    assert facts["decode_weights"]["bytes"] == (bundle("e2b") / "target.weights").stat().st_size
-    assert [row["context"] for row in facts["contexts"]] == [20, 100]
-    for row in facts["contexts"]:
+    assert (document["backend"], document["recipe"], document["threads"]) == ("onnx", "fp32", 1)
+    assert document["decode_weights"]["bytes"] == (bundle("e2b") / "target.weights").stat().st_size
+    assert [row["context"] for row in document["contexts"]] == [20, 100]
+    for row in document["contexts"]:
         assert [p["tokens"] for p in row["passes"]] == [1, 2, 3, 4, 5, 6, 8, manifest.max_draft_tokens + 1]
         assert row["passes"][0]["cost"] == 1
         assert row["draft_step"]["two_stage_share_of_dense_head"] == (16 + 4 * 16) / 256
         for part in (row["prefill"], row["decode"], row["draft_step"], *row["passes"]):
             assert 0 < part["ms"]["min"] <= part["ms"]["quartile"] <= part["ms"]["median"]
-        share = row["decode"]["share_of_bandwidth"] * facts["read_bandwidth_gb_s"]["max"] * row["decode"]["ms"]["min"]
-        assert share == pytest.approx(facts["decode_weights"]["bytes"] / 1e6)
-    for gain in facts["speedup"]:
-        assert len(gain["by_num_draft_tokens"]) == manifest.max_draft_tokens
-        assert gain["best"] == gain["by_num_draft_tokens"][gain["best_num_draft_tokens"] - 1]
-    assert [gain["acceptance"] for gain in facts["speedup"]] == [0.3, 0.5, 0.7, 0.9] * 2
+        decode, bandwidth = row["decode"], document["read_bandwidth_gb_s"]["max"]
+        read_bytes = decode["share_of_bandwidth"] * bandwidth * decode["ms"]["min"]  # in units of 10^6
+        assert read_bytes == pytest.approx(document["decode_weights"]["bytes"] / 1e6)
+    for row in document["speedup"]:
+        assert len(row["by_num_draft_tokens"]) == manifest.max_draft_tokens
+        assert row["best"] == row["by_num_draft_tokens"][row["best_num_draft_tokens"] - 1]
+    assert [row["acceptance"] for row in document["speedup"]] == [0.3, 0.5, 0.7, 0.9] * 2
 
 
-def test_load_is_measured_in_a_process_of_its_own(facts: dict[str, Any]) -> None:
-    load = facts["load"]
+def test_load_is_measured_in_a_process_of_its_own(document: dict[str, Any]) -> None:
+    load = document["load"]
     assert load["seconds"]["min"] > 0
     assert not load["torch_imported"]
     resident = load["resident"]
@@ -102,15 +103,15 @@ def test_load_is_measured_in_a_process_of_its_own(facts: dict[str, Any]) -> None
         assert resident["generated"]["anonymous"]["total_bytes"] >= resident["loaded"]["anonymous"]["total_bytes"]
 
 
-def test_text_is_measured_at_the_first_context(facts: dict[str, Any]) -> None:
-    generation = facts["generation"]
+def test_generation_is_measured_at_the_first_context(document: dict[str, Any]) -> None:
+    generation = document["generation"]
     assert (generation["context"], generation["acceptance"], generation["same_tokens"]) == (20, 0.7, True)
-    best = next(gain for gain in facts["speedup"] if gain["acceptance"] == 0.7)
-    assert {row["num_draft_tokens"] for row in generation["speculative"]} == {4, best["best_num_draft_tokens"]}
+    computed = next(row for row in document["speedup"] if row["acceptance"] == 0.7)
+    assert {row["num_draft_tokens"] for row in generation["speculative"]} == {4, computed["best_num_draft_tokens"]}
     for row in generation["speculative"]:
-        assert row["expected_times_faster"] == best["by_num_draft_tokens"][row["num_draft_tokens"] - 1]
+        assert row["expected_times_faster"] == computed["by_num_draft_tokens"][row["num_draft_tokens"] - 1]
         assert 1 <= row["tokens_per_round"] <= row["num_draft_tokens"] + 1
-    check_same_text(facts)
+    check_same_text(document)
     with pytest.raises(CheckError, match=r"speculative tokens differ"):
         check_same_text({"generation": {**generation, "same_tokens": False}})
 
@@ -118,9 +119,9 @@ def test_text_is_measured_at_the_first_context(facts: dict[str, Any]) -> None:
 @pytest.mark.parametrize("acceptance", [0.0, 0.7, 1.0])
 def test_forced_acceptance_is_the_scheduled_one(engine: ForcedEngine, acceptance: float) -> None:
     prompt = random_ids(engine.manifest, 30)
-    found = forced_generation(engine, prompt, 128, acceptance, [4], seconds=0.0)
-    (row,) = found["speculative"]
-    assert found["same_tokens"]
+    generation = forced_generation(engine, prompt, 128, acceptance, [4], seconds=0.0)
+    (row,) = generation["speculative"]
+    assert generation["same_tokens"]
     assert row["tokens_per_round"] == pytest.approx(row["expected_tokens_per_round"], rel=0.15)
     engine.scheduled, stats = 0, Stats()
     assert list(generate(engine, prompt, Options(128, 4), stats)) == engine.answer
@@ -128,7 +129,7 @@ def test_forced_acceptance_is_the_scheduled_one(engine: ForcedEngine, acceptance
     assert stats.acceptance_rate == {0.0: 0.0, 1.0: 1.0}.get(acceptance, stats.acceptance_rate)
 
 
-def test_forced_engine_really_drafts(engine: ForcedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_engine_runs_the_drafter(engine: ForcedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     real = engine.draft_step
     monkeypatch.setattr(engine, "draft_step", lambda *step: (steps.append(step), real(*step))[1])
@@ -153,13 +154,13 @@ def test_a_prompt_in_the_cache_is_not_run_again(engine: ForcedEngine, monkeypatc
     assert passes.count([3, 4, 5]) == 3
 
 
-def test_contexts_that_fit(bundle: Bundle) -> None:
+def test_contexts_that_do_not_fit_are_left_out(bundle: Bundle) -> None:
     path = bundle("e2b")
     manifest = replace(read_manifest(path), max_seq_len=300)  # up to 8 drafts
     warnings: list[str] = []
     assert fitting_contexts(path, manifest, (100, 259, 260, 100), warnings.append) == [100, 259]
     assert [re.sub(r".*: context", "context", line) for line in warnings] == [
-        f"context 260, {path} has 300 positions, room for at most 259 before what is timed"
+        f"context 260, {path} has 300 positions, room for at most 259 before those that are timed"
     ]
     assert fitting_contexts(path, manifest, (), warnings.append) == [259]
     assert warnings[1].endswith("; 259 is timed instead")
@@ -171,11 +172,11 @@ def test_contexts_that_fit(bundle: Bundle) -> None:
         fitting_contexts(path, replace(manifest, max_seq_len=40), (), warnings.append)
 
 
-def test_tables(facts: dict[str, Any]) -> None:
-    titles = [str(table.title) for table in bench_tables(facts)]
+def test_tables(document: dict[str, Any]) -> None:
+    titles = [str(table.title) for table in bench_tables(document)]
     assert len(titles) == 4
-    without = {**facts, "speedup": [{**gain, "by_num_draft_tokens": []} for gain in facts["speedup"]]}
-    without["generation"] = {**facts["generation"], "speculative": []}
+    without = {**document, "speedup": [{**row, "by_num_draft_tokens": []} for row in document["speedup"]]}
+    without["generation"] = {**document["generation"], "speculative": []}
     without["decode_weights"] = {"bytes": None, "derived_from": "nothing"}
     assert len(bench_tables(without)) == 3
 
@@ -184,15 +185,15 @@ def test_command(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("exporter.cli.bench_command.BenchOptions", lambda *chosen: BenchOptions(*chosen, seconds=0.05))
     options = ("--threads", 1, "--context", 20, "--context", 590, "--acceptance", 1)
     code, out, err = run("bench", bundle("e2b"), *options, "--json")
-    facts = json.loads(out)
-    assert (code, [gain["acceptance"] for gain in facts["speedup"]]) == (0, [1.0])
+    document = json.loads(out)
+    assert (code, [row["acceptance"] for row in document["speedup"]]) == (0, [1.0])
     assert err.startswith("left out: context 590")
     assert len(err.splitlines()) == 1
-    monkeypatch.setattr("exporter.cli.bench_command.measure_bundle", lambda *_: facts)
+    monkeypatch.setattr("exporter.cli.bench_command.measure_bundle", lambda *_: document)
     code, out, _ = run("bench", bundle("e2b"), *options)
     assert code == 0
     assert "draft step" in out
-    facts["generation"]["same_tokens"] = False
+    document["generation"]["same_tokens"] = False
     code, out, err = run("bench", bundle("e2b"), *options)
     assert (code, "NO" in out) == (1, True)
     assert err.startswith("failed: bench: speculative tokens differ")

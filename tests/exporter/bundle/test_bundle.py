@@ -1,4 +1,4 @@
-"""The bundle as a whole: reproducible, all or nothing, guarded against change."""
+"""Bundles: exports are reproducible and written as a whole or not at all, and changed bundles are refused."""
 
 import hashlib
 import json
@@ -30,17 +30,18 @@ Directories = tuple[Path, Path]
 SCRIPT = """
 import os, resource, signal, sys
 from pathlib import Path
-from exporter import cli
+from exporter.cli import export_command
+from exporter.cli.main import main
 how, target, drafter, output = sys.argv[1:]
 if how == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 else:
     def stop(*_):
         os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
-    real = cli.export_bundle
-    cli.export_bundle = lambda pair, out, options, progress: real(pair, out, options, stop)
+    real = export_command.export_bundle
+    export_command.export_bundle = lambda pair, out, options, progress: real(pair, out, options, stop)
 sys.argv = ["x", "export", "--target", target, "--drafter", drafter, "--output", output]
-cli.main()
+main()
 """
 
 
@@ -52,7 +53,7 @@ def copy(bundle: Callable[[str], Path], tmp_path: Path) -> Path:
 def test_second_export_is_byte_identical(
     bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
 ) -> None:
-    """In another process, with another hash seed, and through the command line."""
+    """Export again in another process, with another hash seed, through the command line."""
     target, drafter = map(str, pair_dirs("dense"))
     command = [sys.executable, "-m", "exporter.cli.main", "export", "--target", target, "--drafter", drafter]
     command += ["--output", str(tmp_path / "again"), "--max-seq-len", str(MAX_SEQ_LEN), "--json"]
@@ -66,7 +67,7 @@ def test_second_export_is_byte_identical(
 
 @pytest.mark.parametrize("how", ["full", "kill", "stop"])
 def test_broken_export_leaves_no_bundle(how: str, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
-    """A full disk, a kill and a polite stop in the middle of writing weights."""
+    """A full disk, SIGKILL and SIGTERM while weights are written."""
     output = tmp_path / "bundle"
     command = [sys.executable, "-c", SCRIPT, how, *map(str, pair_dirs("dense")), str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -93,8 +94,8 @@ def test_existing_output_is_kept(bundle: Callable[[str], Path], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("manifest", ['{"name": "a web page"}', "[", None])
-def test_only_our_own_bundles_are_replaced(manifest: str | None, copy: Path) -> None:
-    """Others use the name manifest.json too, and a bundle may have become somebody's working directory."""
+def test_only_bundles_are_replaced(manifest: str | None, copy: Path) -> None:
+    """A directory with another tool's manifest.json, or with a file that the manifest does not list, is kept."""
     if manifest is None:
         (copy / "notes.txt").write_text("precious")
     else:
@@ -109,10 +110,12 @@ def test_a_link_is_followed(copy: Path, pair_dirs: Callable[[str], Directories],
     export_bundle(open_pair(*pair_dirs("dense")), link, ExportOptions(force=True))
     assert link.is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
-    assert read_manifest(copy).max_seq_len == 4096  # it was another
+    assert read_manifest(copy).max_seq_len == 4096  # the default; the replaced bundle had MAX_SEQ_LEN
 
 
-def test_default_context_is_what_the_target_knows(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+def test_default_context_is_at_most_the_positions_of_the_target(
+    pair_dirs: Callable[[str], Directories], tmp_path: Path
+) -> None:
     pair = open_pair(*pair_dirs("dense"))
     short = replace(pair, target=replace(pair.target, max_position_embeddings=1000))
     export_bundle(short, tmp_path / "b", ExportOptions())
@@ -121,16 +124,18 @@ def test_default_context_is_what_the_target_knows(pair_dirs: Callable[[str], Dir
 
 @pytest.mark.parametrize("drafts", [0, 1, 32])
 def test_few_and_many_drafts(drafts: int, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
-    """The dimension of a pass's outputs may be as small as two."""
+    """With 0, 1 and 32 drafts a round the tokens are those of plain decoding."""
     options = ExportOptions(max_seq_len=64, max_draft_tokens=drafts)
     export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "bundle", options)
     engine = open_engine(tmp_path / "bundle")
-    plain, found = (list(generate(engine, [5, 6], Options(40, n), Stats())) for n in (0, drafts))
-    assert found == plain
+    plain, drafted = (list(generate(engine, [5, 6], Options(40, n), Stats())) for n in (0, drafts))
+    assert drafted == plain
 
 
-def test_context_longer_than_the_target_knows(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--max-seq-len is 200000, the target knows 131072 positions"):
+def test_context_beyond_the_positions_of_the_target_is_refused(
+    pair_dirs: Callable[[str], Directories], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"--max-seq-len is 200000, but the target has 131072 positions"):
         export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions(max_seq_len=200_000))
 
 
@@ -170,7 +175,7 @@ def test_tampered_bundle_is_refused(copy: Path) -> None:
     ],
 )
 def test_incomplete_bundle_is_refused(break_it: Callable[[Path], object], message: str, copy: Path) -> None:
-    read_manifest(copy)  # sound before
+    read_manifest(copy)  # valid before the change
     break_it(copy)
     with pytest.raises(InputError, match=message):
         read_manifest(copy)
@@ -178,8 +183,8 @@ def test_incomplete_bundle_is_refused(break_it: Callable[[Path], object], messag
 
 def test_unknown_manifest_keys_are_ignored(copy: Path) -> None:
     kv = read_manifest(copy).raw["kv"]
-    kv["buffers"][0]["news"] = 1
-    edit_manifest(copy, news=1, kv=kv)
+    kv["buffers"][0]["unknown"] = 1
+    edit_manifest(copy, unknown=1, kv=kv)
     assert [buffer.name for buffer in read_manifest(copy).kv] == [buffer["name"] for buffer in kv["buffers"]]
 
 
@@ -188,7 +193,7 @@ def edit_manifest(bundle: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_parity_passes_and_names_what_it_compared(
+def test_parity_passes_and_lists_its_checks(
     backend: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], Directories]
 ) -> None:
     """The last prompt is longer than a prefill chunk."""
@@ -200,21 +205,21 @@ def test_parity_passes_and_names_what_it_compared(
 
 
 @pytest.mark.parametrize("weights", ["target.weights", "drafter.weights"])
-@pytest.mark.parametrize("cover_up", [False, True], ids=["plain", "with a new digest"])
+@pytest.mark.parametrize("update_digest", [False, True], ids=["plain", "with a new digest"])
 def test_parity_sees_one_changed_weight(
-    weights: str, cover_up: bool, copy: Path, pair_dirs: Callable[[str], Directories]
+    weights: str, update_digest: bool, copy: Path, pair_dirs: Callable[[str], Directories]
 ) -> None:
-    """The lowest bit of one weight, even if the manifest is made to agree."""
+    """Parity fails when the lowest bit of one weight differs, also if the manifest has the new digest."""
     content = bytearray((copy / weights).read_bytes())
     content[-4] ^= 1
     (copy / weights).write_bytes(content)
-    if cover_up:
+    if update_digest:
         files = read_manifest(copy).raw["files"]
         files[weights]["sha256"] = hashlib.sha256(content).hexdigest()
         edit_manifest(copy, files=files)
     failed = {check.stage for check in run_parity(copy, open_pair(*pair_dirs("dense")), [[5]], 2) if not check.passed}
     assert "weights" in failed
-    assert ("files" in failed) != cover_up
+    assert ("files" in failed) != update_digest
 
 
 @pytest.mark.parametrize(
@@ -229,7 +234,7 @@ def test_parity_sees_one_changed_weight(
 def test_parity_sees_a_changed_manifest(
     changes: dict[str, object], copy: Path, pair_dirs: Callable[[str], Directories]
 ) -> None:
-    """A phone acts on these, and no digest covers them."""
+    """A runtime relies on these entries, and no digest covers them."""
     edit_manifest(copy, **changes)
     checks = run_parity(copy, open_pair(*pair_dirs("dense")), [[5]], 2)
     failed = [check for check in checks if not check.passed]
@@ -240,7 +245,7 @@ def test_parity_sees_a_changed_manifest(
 def test_parity_reports_a_bundle_that_cannot_run(
     bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
 ) -> None:
-    """Cluster members beyond the vocabulary make the drafter fail in mid-run: a failed check, not a crash."""
+    """Token ids beyond the vocabulary make the drafter fail while it runs: that is a failed check, not a crash."""
     broken = Path(shutil.copytree(bundle("e2b"), tmp_path / "broken"))
     entry = stored_weights(broken / "drafter.onnx")["head.token_ids"]
     content = bytearray((broken / "drafter.weights").read_bytes())
@@ -251,7 +256,7 @@ def test_parity_reports_a_bundle_that_cannot_run(
 
 
 def test_parity_sees_what_is_not_finite(copy: Path, pair_dirs: Callable[[str], Directories]) -> None:
-    """NaN in the embedding of a token that the second prompt alone has."""
+    """NaN in the embedding of a token that only the second prompt has."""
     row = 77 * read_manifest(copy).tables["embed_tokens_per_layer"]["row_bytes"]
     content = bytearray((copy / "per_layer.table").read_bytes())
     content[row : row + 4] = b"\x00\x00\xc0\x7f"

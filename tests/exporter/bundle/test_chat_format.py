@@ -1,4 +1,4 @@
-"""A template's plain form gives the prompts that the template gives, and there is none where it would not."""
+"""A chat format gives the same prompts as its template; templates for which that is impossible get no format."""
 
 import json
 import random
@@ -23,8 +23,8 @@ TURNS = {
     "assistant": ("<|turn>model\n", "<turn|>\n"),
 }
 ANSWER = "<|turn>model\n"
-SPOKEN = {"user": ("[user] ", "[end]\n"), "assistant": ("[assistant] ", "[end]\n")}
-FORMS = {
+BRACKETS = {"user": ("[user] ", "[end]\n"), "assistant": ("[assistant] ", "[end]\n")}
+FORMATS = {
     "turns": (TEMPLATE, ChatFormat("<bos>", TURNS, ANSWER, trim=True, alternate=True, hidden=None)),
     "channels": (
         CHANNELS,
@@ -32,28 +32,31 @@ FORMS = {
             "<bos>", TURNS, f"{ANSWER}<|channel>thought\n<channel|>", True, True, hidden=("<|channel>", "<channel|>")
         ),
     ),
-    "verbatim": (VERBATIM, ChatFormat("", SPOKEN, "[assistant] ", trim=False, alternate=False, hidden=None)),
-    "system as it is": (
+    "verbatim": (VERBATIM, ChatFormat("", BRACKETS, "[assistant] ", trim=False, alternate=False, hidden=None)),
+    "system not trimmed": (
         TEMPLATE.replace("turn('system', messages[0]['content'])", "'<|turn>system\\n' ~ messages[0]['content']"),
         ChatFormat(
             "<bos>", {role: turn for role, turn in TURNS.items() if role != "system"}, ANSWER, True, True, hidden=None
         ),
     ),
 }
-SAID = "[{{ message.role }}] {{ message.content }}[end]"
-FORMLESS = {
-    "the first trimmed": ("{{ message.content }}", "{{ message.content | trim if loop.first else message.content }}"),
+BRACKETED_MESSAGE = "[{{ message.role }}] {{ message.content }}[end]"
+TEMPLATES_WITHOUT_FORMAT = {
+    "first message trimmed": (
+        "{{ message.content }}",
+        "{{ message.content | trim if loop.first else message.content }}",
+    ),
     "lower case": ("{{ message.content }}", "{{ message.content | lower }}"),
     "escaped": ("{{ message.content }}", "{{ message.content | e }}"),
-    "only ASCII blanks": ("{{ message.content }}", "{{ message.content.strip(' \\n\\r\\t') }}"),
-    "empty ones left out": (SAID, "{% if message.content %}" + SAID + "{% endif %}"),
-    "what comes after thinking": ("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}"),
+    "only ASCII whitespace trimmed": ("{{ message.content }}", "{{ message.content.strip(' \\n\\r\\t') }}"),
+    "empty messages left out": (BRACKETED_MESSAGE, "{% if message.content %}" + BRACKETED_MESSAGE + "{% endif %}"),
+    "only what comes after thinking": ("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}"),
     "thinking of the last turn kept": (
         "{{ message.content }}",
         "{{ message.content if loop.revindex < 3 else message.content.split('<think>')[0] }}",
     ),
     "numbered": ("[{{ message.role }}]", "[{{ message.role }} {{ loop.index }}]"),
-    "said twice": ("{{ message.content }}", "{{ message.content }}{{ message.content }}"),
+    "content twice": ("{{ message.content }}", "{{ message.content }}{{ message.content }}"),
     "dated": ("[end]", "[end]{{ strftime_now('%Y') }}"),
     "refuses all": ("[end]", "{{ raise_exception('no') }}"),
 }
@@ -61,7 +64,7 @@ FORMLESS = {
 
 @pytest.fixture
 def templated(tmp_path: Path) -> Callable[[str], Path]:
-    """A directory with a tokenizer and this template."""
+    """Make a directory with a tokenizer and a template."""
 
     def make(template: str) -> Path:
         shutil.copyfile(PAIR / "target" / "tokenizer.json", tmp_path / "tokenizer.json")
@@ -72,9 +75,9 @@ def templated(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def chats(form: ChatFormat, pieces: Sequence[str]) -> list[list[Message]]:
-    """Random ones that suit a form; the first is empty but for its roles."""
+    """Return random chats that fit a format; in the first, all contents are empty."""
     generator = random.Random(1)
-    found: list[list[Message]] = []
+    result: list[list[Message]] = []
     for number in range(150):
         roles = [("user", "assistant")[i % 2] for i in range(2 * generator.randrange(6) + 1)]
         if not form.alternate:
@@ -83,13 +86,13 @@ def chats(form: ChatFormat, pieces: Sequence[str]) -> list[list[Message]]:
             roles.insert(0, "system")
         length = 12 if number else 1
         contents = ["".join(generator.choices(pieces, k=generator.randrange(length))) for _ in roles]
-        found.append([{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)])
-    return found
+        result.append([{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)])
+    return result
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_forms(name: str, templated: Callable[[str], Path]) -> None:
-    template, form = FORMS[name]
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name: str, templated: Callable[[str], Path]) -> None:
+    template, form = FORMATS[name]
     directory = templated(template)
     assert chat_format(directory, TOKENS) == form
     rendered = ChatTemplate(directory, TextTokenizer(directory, TOKENS)).render
@@ -98,14 +101,14 @@ def test_forms(name: str, templated: Callable[[str], Path]) -> None:
         assert form.render(messages) == rendered(messages)
 
 
-@pytest.mark.parametrize("name", FORMLESS)
-def test_no_form(name: str, templated: Callable[[str], Path]) -> None:
-    old, new = FORMLESS[name]
+@pytest.mark.parametrize("name", TEMPLATES_WITHOUT_FORMAT)
+def test_no_format(name: str, templated: Callable[[str], Path]) -> None:
+    old, new = TEMPLATES_WITHOUT_FORMAT[name]
     assert old in VERBATIM
     assert chat_format(templated(VERBATIM.replace(old, new)), TOKENS) is None
 
 
-def test_no_form_without_a_tokenizer(templated: Callable[[str], Path]) -> None:
+def test_no_format_without_a_tokenizer(templated: Callable[[str], Path]) -> None:
     directory = templated(VERBATIM)
     (directory / "tokenizer.json").write_text("{}")
     assert chat_format(directory, TOKENS) is None
@@ -113,7 +116,7 @@ def test_no_form_without_a_tokenizer(templated: Callable[[str], Path]) -> None:
     assert chat_format(directory, TOKENS) is None
 
 
-def test_bundles_say_it(chat_bundle: Path, bundle: Callable[[str], Path]) -> None:
-    said = json.loads((chat_bundle / "manifest.json").read_text())["chat"]
-    assert said == json.loads(json.dumps(asdict(FORMS["turns"][1])))
+def test_manifest_has_the_format(chat_bundle: Path, bundle: Callable[[str], Path]) -> None:
+    actual = json.loads((chat_bundle / "manifest.json").read_text())["chat"]
+    assert actual == json.loads(json.dumps(asdict(FORMATS["turns"][1])))
     assert "chat" not in json.loads((bundle("dense") / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Unusable checkpoints end in one line that names the offender; each case plants one fault."""
+"""Unusable checkpoints raise an error of one line that names the offender; each case makes one fault."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         r"hidden_size is None, expected a positive integer",
     ),
     "mixture of experts": (lambda t, d: edit_config(t, enable_moe_block=True), r"enable_moe_block is True, only False"),
-    "layer types of another kind": (lambda t, d: edit_config(t, layer_types=[[1]]), r"layer_types is \[\[1\]\]"),
+    "malformed layer types": (lambda t, d: edit_config(t, layer_types=[[1]]), r"layer_types is \[\[1\]\]"),
     "epsilon is text": (lambda t, d: edit_config(t, rms_norm_eps="x"), r"rms_norm_eps is 'x', expected a positive"),
     "softcap is zero": (lambda t, d: edit_config(t, final_logit_softcapping=0), r"final_logit_softcapping is 0"),
     "huge size": (lambda t, d: edit_config(t, hidden_size=10**30), r"hidden_size is 1000.*expected a positive integer"),
@@ -159,9 +159,9 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 
 @pytest.mark.parametrize("fault", [*CONFIG_FAULTS, *TENSOR_FAULTS])
 def test_fault_is_named_in_one_line(fault: str, pair: Directories) -> None:
-    plant, message = (CONFIG_FAULTS | TENSOR_FAULTS)[fault]
-    open_pair(*pair)  # sound before
-    plant(*pair)
+    make_fault, message = (CONFIG_FAULTS | TENSOR_FAULTS)[fault]
+    open_pair(*pair)  # opens before the fault is made
+    make_fault(*pair)
     with pytest.raises(InputError, match=message) as caught:
         open_pair(*pair)
     assert "\n" not in str(caught.value)
@@ -182,11 +182,13 @@ def test_index_that_misplaces_a_tensor(pair: Directories, tmp_path: Path) -> Non
     name = "model.language_model.norm.weight"
     index["weight_map"][name] = next(f for f in index["weight_map"].values() if f != index["weight_map"][name])
     path.write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"the index says that model.language_model.norm.weight is here"):
+    with pytest.raises(
+        InputError, match=r"tensor model.language_model.norm.weight is not in this file, where the index says it is"
+    ):
         open_pair(published, pair[1])
 
 
-def test_index_cannot_lead_outside(pair: Directories, tmp_path: Path) -> None:
+def test_index_cannot_name_files_of_other_directories(pair: Directories, tmp_path: Path) -> None:
     published = to_published(pair[0], tmp_path / "published")
     path = published / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"x": "../target/model.safetensors"}}))
@@ -195,7 +197,7 @@ def test_index_cannot_lead_outside(pair: Directories, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weight_map", [{"a": 5}, ["x"], None, {}])
-def test_index_of_another_kind(weight_map: object, pair: Directories, tmp_path: Path) -> None:
+def test_index_with_a_malformed_weight_map(weight_map: object, pair: Directories, tmp_path: Path) -> None:
     published = to_published(pair[0], tmp_path / "published")
     (published / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(InputError, match=r"weight_map"):
@@ -210,7 +212,7 @@ def test_weights_that_are_not_finite(value: float, pair: Directories) -> None:
         opened.load_target()
 
 
-def test_dense_head_and_demanded_clusters(pair_dirs: Callable[[str], Directories]) -> None:
+def test_dense_head_and_required_clusters(pair_dirs: Callable[[str], Directories]) -> None:
     assert open_pair(*pair_dirs("dense")).table is None
     assert open_pair(*pair_dirs("e2b"), head="dense").table is None
     with pytest.raises(InputError, match=r"has no clusters .* --head checkpoint asks for them"):
@@ -218,8 +220,8 @@ def test_dense_head_and_demanded_clusters(pair_dirs: Callable[[str], Directories
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_narrow_floats_are_widened_exactly(dtype: torch.dtype, pair: Directories) -> None:
+def test_16_bit_floats_are_converted_exactly(dtype: torch.dtype, pair: Directories) -> None:
     edit_tensors(pair[0], lambda x: x.update({k: v.to(dtype) for k, v in x.items()}))
-    found = open_pair(*pair).target_weights["norm.weight"]()
-    assert found.dtype == torch.float32
-    assert found.equal(load_file(pair[0] / "model.safetensors")["model.norm.weight"].float())
+    actual = open_pair(*pair).target_weights["norm.weight"]()
+    assert actual.dtype == torch.float32
+    assert actual.equal(load_file(pair[0] / "model.safetensors")["model.norm.weight"].float())

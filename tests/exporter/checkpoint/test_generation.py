@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says travels in the bundle."""
+"""The settings in a checkpoint's generation_config.json, and that a bundle takes them over."""
 
 import json
 import shutil
@@ -17,19 +17,19 @@ from tests.conftest import Directories, Run
 
 
 @pytest.fixture
-def says(tmp_path: Path) -> Callable[..., Path]:
-    """A directory with this generation_config.json."""
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    """Write a checkpoint directory whose generation_config.json has the given settings."""
 
-    def write(**found: object) -> Path:
+    def write(**settings: object) -> Path:
         (tmp_path / "config.json").write_text("{}")
-        (tmp_path / "generation_config.json").write_text(json.dumps(found))
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
         return tmp_path
 
     return write
 
 
 @pytest.mark.parametrize(
-    ("found", "sampling"),
+    ("settings", "sampling"),
     [
         ({}, Sampling(0.0)),
         ({"temperature": 0.7, "top_k": 20}, Sampling(0.0, top_k=20)),
@@ -40,12 +40,12 @@ def says(tmp_path: Path) -> Callable[..., Path]:
         ({"do_sample": True, "top_k": 64.0}, Sampling(1.0, top_k=64)),
     ],
 )
-def test_defaults(says: Callable[..., Path], found: dict, sampling: Sampling) -> None:
-    assert default_sampling(says(**found)) == sampling
+def test_default_sampling(write_config: Callable[..., Path], settings: dict, sampling: Sampling) -> None:
+    assert default_sampling(write_config(**settings)) == sampling
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("settings", "message"),
     [
         ({"top_k": 65}, r"generation_config.json: top-k is 65, expected 1 to 64: a bundle gives no more .*; correct"),
         ({"top_k": 2.5}, r"top_k is 2.5, expected a whole number"),
@@ -56,13 +56,13 @@ def test_defaults(says: Callable[..., Path], found: dict, sampling: Sampling) ->
         ({"do_sample": "yes"}, r"do_sample is 'yes'"),
     ],
 )
-def test_impossible_values_are_refused(says: Callable[..., Path], found: dict, message: str) -> None:
+def test_impossible_values_are_refused(write_config: Callable[..., Path], settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        default_sampling(says(**found))
+        default_sampling(write_config(**settings))
 
 
-def test_every_end_token_counts(says: Callable[..., Path]) -> None:
-    assert special_tokens(says(eos_token_id=[106, 1, 50, 1])).eos == (1, 50, 106)
+def test_all_end_tokens_are_read(write_config: Callable[..., Path]) -> None:
+    assert special_tokens(write_config(eos_token_id=[106, 1, 50, 1])).eos == (1, 50, 106)
 
 
 def test_a_bundle_samples_as_its_checkpoint_says(
@@ -70,8 +70,8 @@ def test_a_bundle_samples_as_its_checkpoint_says(
 ) -> None:
     target, drafter = pair_dirs("dense")
     shutil.copytree(target, tmp_path / "target")
-    facts = {"do_sample": True, "temperature": 1.3, "top_k": 30, "top_p": 0.9, "eos_token_id": [7, 9]}
-    (tmp_path / "target" / "generation_config.json").write_text(json.dumps(facts))
+    settings = {"do_sample": True, "temperature": 1.3, "top_k": 30, "top_p": 0.9, "eos_token_id": [7, 9]}
+    (tmp_path / "target" / "generation_config.json").write_text(json.dumps(settings))
     output = tmp_path / "bundle"
     assert open_pair(tmp_path / "target", drafter).sampling == Sampling(1.3, 0.9, top_k=30)
     code, _, err = run("export", "--target", tmp_path / "target", "--drafter", drafter, "--output", output)

@@ -1,4 +1,4 @@
-"""A checkpoint's chat template on its way into a bundle, and the chat as a person at a terminal has it."""
+"""Chats: a checkpoint's template in a bundle, `generate --chat`, and a chat at a terminal."""
 
 import codecs
 import fcntl
@@ -56,9 +56,9 @@ BROKEN: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_template_of_the_tokenizer_config(name: str, tmp_path: Path) -> None:
-    found, expected = CONFIGS[name]
+    configured, expected = CONFIGS[name]
     assert chat_template(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": found}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": configured}))
     assert chat_template(tmp_path) == expected
     (tmp_path / "chat_template.jinja").write_text("{{ 3 }}")
     assert chat_template(tmp_path) == "{{ 3 }}"
@@ -69,10 +69,10 @@ def test_broken_template_stops_an_export(name: str, chat_pair: Directories, tmp_
     file, content, message = BROKEN[name]
     target = Path(shutil.copytree(chat_pair[0], tmp_path / "target"))
     (target / file).write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(InputError, match=message) as found:
+    with pytest.raises(InputError, match=message) as error:
         export_bundle(open_pair(target, chat_pair[1]), tmp_path / "bundle", ExportOptions(max_seq_len=64))
-    assert str(found.value).startswith(str(target / file))
-    assert len(str(found.value).splitlines()) == 1
+    assert str(error.value).startswith(str(target / file))
+    assert len(str(error.value).splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
@@ -95,7 +95,7 @@ def test_chat_flag(run: Run, chat_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "terminal", "message"),
     [
-        (("--chat", "--prompt-ids", "ids.json"), True, "--chat goes with --prompt: token ids are run as they are"),
+        (("--chat", "--prompt-ids", "ids.json"), True, "--chat cannot be used with --prompt-ids; give --prompt instead"),
         (("--prompt", "a", "--prompt-ids", "ids.json"), True, "give either --prompt or --prompt-ids"),
         (("--json",), True, "give either --prompt or --prompt-ids"),
         (("--chat",), False, "give either --prompt or --prompt-ids"),
@@ -115,7 +115,7 @@ def test_errors(
 ) -> None:
     monkeypatch.setattr("sys.stdin.isatty", lambda: terminal, raising=False)
     path = bundle("dense")
-    capsys.readouterr()  # what was said while that was made
+    capsys.readouterr()  # discards what the export printed
     code, out, err = run("generate", path, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -125,10 +125,13 @@ def test_errors(
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoder, list[str | type[BaseException]]], list[Any]]:
-    """Hold a chat in which these lines are typed, or keys pressed; the messages of each turn, and its stream."""
+    """Run a chat in which lines are typed, or keys pressed: KeyboardInterrupt for Ctrl-C, and Ctrl-D at the end.
 
-    def hold(decoder: Decoder, lines: list[str | type[BaseException]]) -> list[Any]:
-        left, turns = iter([*lines, EOFError]), []
+    Returns the messages and the stream of each turn.
+    """
+
+    def run_chat(decoder: Decoder, lines: list[str | type[BaseException]]) -> list[Any]:
+        inputs, turns = iter([*lines, EOFError]), []
         chat = decoder.chat
 
         def recorded(messages: Any, **options: Any) -> Any:
@@ -136,16 +139,16 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoder, list[str | type
             return stream
 
         def line(sign: str) -> str:
-            if isinstance(found := next(left), str):
-                return found
-            raise found
+            if isinstance(typed_line := next(inputs), str):
+                return typed_line
+            raise typed_line
 
         monkeypatch.setattr("builtins.input", line)
         monkeypatch.setattr(decoder, "chat", recorded)
         converse(decoder, {"max_new_tokens": 20, "num_draft_tokens": 2})
         return turns
 
-    return hold
+    return run_chat
 
 
 def test_interrupted_answer_stays(
@@ -173,8 +176,8 @@ def test_interrupted_answer_stays(
     assert f"{second[1].stats.reused_tokens} prompt tokens reused" in err
 
 
-def test_full_context_is_said(typed: Callable[..., list[Any]], chat_bundle: Path, capsys: Any) -> None:
-    """And the line that did not fit is not in the conversation."""
+def test_full_context_is_reported(typed: Callable[..., list[Any]], chat_bundle: Path, capsys: Any) -> None:
+    """The line that did not fit is not in the conversation."""
     long = "return " * 700
     first, second = typed(open_decoder(chat_bundle, threads=1), [long, "a", long, "\udcff", "b"])
     assert (first[0], second[0]) == (["a"], ["a", first[1].text, "b"])
@@ -185,11 +188,11 @@ def test_full_context_is_said(typed: Callable[..., list[Any]], chat_bundle: Path
     assert re.match(r"error: the prompt is not valid UTF-8", errors[2])
 
 
-# Answers are slow until the first of them is stopped, so that there is time for that.
+# Answers are slow until the first of them is stopped, so that there is time to stop it.
 SCRIPT = """
 import fcntl, sys, termios, time
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # keys pressed there are signals to this process
-from exporter import cli
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C in this terminal sends a signal to this process
+from exporter.cli.main import main
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.streaming import Stream
 verify, cancel, pause = GraphEngine.verify, Stream.cancel, [0.2]
@@ -200,12 +203,18 @@ def cancelled(stream):
     pause[0] = 0
     cancel(stream)
 GraphEngine.verify, Stream.cancel = slow, cancelled
-cli.main()
+main()
 """
 
 
-class Person:
-    """Somebody at a terminal."""
+class TerminalUser:
+    """A user who runs the command line in a terminal, types and reads.
+
+    Attributes:
+        terminal: file descriptor of the terminal.
+        program: the running program.
+        unread: output that was not read yet.
+    """
 
     def __init__(self, home: Path, *arguments: object) -> None:
         self.terminal, side = pty.openpty()
@@ -221,80 +230,81 @@ class Person:
             env=environment,
         )
         os.close(side)
-        self.seen, self._decode = "", codecs.getincrementaldecoder("utf-8")().decode
+        self.unread, self._decode = "", codecs.getincrementaldecoder("utf-8")().decode
 
-    def types(self, keys: str) -> None:
+    def type_keys(self, keys: str) -> None:
         os.write(self.terminal, keys.encode())
 
-    def reads(self, pattern: str, seconds: float = 120) -> str:
-        """What comes up to the pattern, which must come; later reads begin behind it."""
+    def read_until(self, pattern: str, seconds: float = 120) -> str:
+        """Wait for output that matches a pattern, and return all unread output up to its end."""
         end = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.seen, re.S)):
+        while not (match := re.search(pattern, self.unread, re.S)):
             ready, *_ = select.select([self.terminal], [], [], max(end - time.monotonic(), 0))
-            assert ready, f"no {pattern!r} in {seconds} s, but {self.seen!r}"
+            assert ready, f"no {pattern!r} in {seconds} s, but {self.unread!r}"
             try:
                 new = os.read(self.terminal, 4096)
-            except OSError:  # how Linux says that nobody is at the other end
+            except OSError:  # on Linux, the program has closed its end
                 new = b""
-            assert new, f"the program ended, and what it said has no {pattern!r}: {self.seen!r}"
-            self.seen += self._decode(new)
-        text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+            assert new, f"the program ended without {pattern!r}: {self.unread!r}"
+            self.unread += self._decode(new)
+        text, self.unread = self.unread[: match.end()], self.unread[match.end() :]
         return text
 
-    def leaves(self) -> int:
-        """Exit code of the program after Ctrl-D."""
-        self.types("\x04")
+    def leave(self) -> int:
+        """Press Ctrl-D, and return the program's exit code."""
+        self.type_keys("\x04")
         return self.program.wait(120)
 
 
 @pytest.fixture
-def person(tmp_path: Path) -> Iterator[Callable[..., Person]]:
-    people: list[Person] = []
+def user_of(tmp_path: Path) -> Iterator[Callable[..., TerminalUser]]:
+    """Run the command line with arguments in a terminal of its own."""
+    users: list[TerminalUser] = []
 
-    def sit_down(*arguments: object) -> Person:
-        people.append(Person(tmp_path, *arguments))
-        return people[-1]
+    def start(*arguments: object) -> TerminalUser:
+        users.append(TerminalUser(tmp_path, *arguments))
+        return users[-1]
 
-    yield sit_down
-    for one in people:
-        one.program.kill()
-        one.program.wait()
-        os.close(one.terminal)
-
-
-def test_conversation_on_a_terminal(person: Callable[..., Person], chat_bundle: Path) -> None:
-    """Ctrl-C in an answer that would take a minute, then at the prompt, and the chat goes on."""
-    somebody = person("generate", chat_bundle, "--max-new-tokens", 300, "--mode", "plain")
-    assert "A conversation: /new starts over" in somebody.reads(r"\n> ")
-    somebody.types("return the value\r")
-    somebody.reads(r"return the value\s*\S")  # some of the answer, while it is being written
-    assert somebody.program.poll() is None
-    somebody.types("\x03")
-    assert "(cancelled)" in somebody.reads(r"tokens \(\w+\).*?\n> ")
-    somebody.types("and then\r")
-    told = somebody.reads(r"\d+ tokens \(\w+\).*?\n> ")
-    assert int(re.findall(r"(\d+) prompt tokens reused", told)[0]) > 4
-    assert re.findall(r"(\d+) tokens \((?:length|eos)\)", told)
-    somebody.types("half a li")
-    somebody.reads("half a li")  # a terminal forgets what was typed before Ctrl-C and not read yet
-    somebody.types("\x03")
-    assert "Ctrl-D or /quit ends the chat." in somebody.reads(r"\n> ")
-    somebody.types("/new\r")
-    somebody.reads(r"/new\s+> ")
-    somebody.types("a\x7fwhy\r")
-    somebody.reads(r"why\s.*\d+ tokens \(\w+\).*?\n> ")
-    assert somebody.leaves() == 0
+    yield start
+    for user in users:
+        user.program.kill()
+        user.program.wait()
+        os.close(user.terminal)
 
 
-def test_lines_on_a_terminal(person: Callable[..., Person], chat_bundle: Path, tmp_path: Path) -> None:
+def test_conversation_on_a_terminal(user_of: Callable[..., TerminalUser], chat_bundle: Path) -> None:
+    """The chat goes on after Ctrl-C in an answer that would take a minute, and after Ctrl-C at the prompt."""
+    user = user_of("generate", chat_bundle, "--max-new-tokens", 300, "--mode", "plain")
+    assert "Chat: /new starts a new conversation" in user.read_until(r"\n> ")
+    user.type_keys("return the value\r")
+    user.read_until(r"return the value\s*\S")  # the answer has begun
+    assert user.program.poll() is None
+    user.type_keys("\x03")
+    assert "(cancelled)" in user.read_until(r"tokens \(\w+\).*?\n> ")
+    user.type_keys("and then\r")
+    output = user.read_until(r"\d+ tokens \(\w+\).*?\n> ")
+    assert int(re.findall(r"(\d+) prompt tokens reused", output)[0]) > 4
+    assert re.findall(r"(\d+) tokens \((?:length|eos)\)", output)
+    user.type_keys("half a li")
+    user.read_until("half a li")  # Ctrl-C discards what the program has not read
+    user.type_keys("\x03")
+    assert "Ctrl-D or /quit ends the chat." in user.read_until(r"\n> ")
+    user.type_keys("/new\r")
+    user.read_until(r"/new\s+> ")
+    user.type_keys("a\x7fwhy\r")
+    user.read_until(r"why\s.*\d+ tokens \(\w+\).*?\n> ")
+    assert user.leave() == 0
+
+
+def test_lines_on_a_terminal(user_of: Callable[..., TerminalUser], chat_bundle: Path, tmp_path: Path) -> None:
     without = with_template(chat_bundle, tmp_path / "without", None)
-    somebody = person("generate", without, "--max-new-tokens", 3)
-    assert "no chat template, so each line is continued on its own" in somebody.reads(r"\n> ")
+    user = user_of("generate", without, "--max-new-tokens", 3)
+    assert "no chat template, so each line is continued as a text of its own" in user.read_until(r"\n> ")
     expected = "".join(token.text for token in open_decoder(without).stream("return the value", max_new_tokens=3))
     for _ in range(2):
-        somebody.types("return the value\r")
-        told = somebody.reads(r"\d+ tokens \(\w+\).*?\n> ")
+        user.type_keys("return the value\r")
+        output = user.read_until(r"\d+ tokens \(\w+\).*?\n> ")
         answer = expected.replace("\n", "\r\n")
-        assert f"return the value\r\n{answer}\r\n3 tokens (length)" in told
-    somebody.types("/quit\r")
-    assert somebody.program.wait(120) == 0
+        assert f"return the value\r\n{answer}\r\n3 tokens (length)" in output
+    user.type_keys("/quit\r")
+    assert user.program.wait(120) == 0

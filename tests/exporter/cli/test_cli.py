@@ -1,4 +1,4 @@
-"""The command line as programs use it: JSON, exit codes, one line for bad input."""
+"""The command line as programs use it: JSON documents, exit codes, and bad input reported in one line."""
 
 import json
 import re
@@ -86,7 +86,7 @@ def test_parity_exit_codes(
     assert "was exported from another target: " in err
 
 
-def test_inspect_shows_what_was_delegated(run: Run, bundle: Callable[..., Path]) -> None:
+def test_inspect_shows_delegated_operations(run: Run, bundle: Callable[..., Path]) -> None:
     path = bundle("demo", "executorch")
     target = json.loads(run("inspect", path, "--json")[1])["backend"]["delegation"]["target"]
     assert target["delegated_ops_share"] == pytest.approx(
@@ -97,15 +97,16 @@ def test_inspect_shows_what_was_delegated(run: Run, bundle: Callable[..., Path])
     assert "index_put_ 10" in out
 
 
-@pytest.mark.parametrize("kind", ["bundle", "target", "drafter"])
+@pytest.mark.parametrize("directory_type", ["bundle", "target", "drafter"])
 def test_inspect(
-    kind: str, run: Run, bundle: Callable[[str], Path], pair_dirs: Callable[[str], tuple[Path, Path]]
+    directory_type: str, run: Run, bundle: Callable[[str], Path], pair_dirs: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    path = {"bundle": bundle("e2b"), **dict(zip(("target", "drafter"), pair_dirs("e2b"), strict=True))}[kind]
+    paths = {"bundle": bundle("e2b"), **dict(zip(("target", "drafter"), pair_dirs("e2b"), strict=True))}
+    path = paths[directory_type]
     code, out, _ = run("inspect", path, "--json")
-    facts = json.loads(out)
-    assert (code, facts["kind"]) == (0, kind)
-    assert facts["total_bytes"] == sum(facts["files"].values())
+    document = json.loads(out)
+    assert (code, document["kind"]) == (0, directory_type)
+    assert document["total_bytes"] == sum(document["files"].values())
     assert run("inspect", path)[0] == 0
 
 
@@ -126,7 +127,7 @@ def test_inspect(
         (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "9"], "was exported for up to 8"),
         (
             ["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "x"],
-            "neither 'auto' nor a count",
+            "'x' is not a number of draft tokens; expected 'auto'",
         ),
         (["generate", "nowhere", "--prompt", "hi"], "nowhere: not a bundle"),
         (["inspect", "nowhere"], "nowhere: not a directory"),
@@ -136,7 +137,7 @@ def test_inspect(
         (["export", "--target", "a"], "Missing option '--drafter'"),
         (["export", "--target", "a", "--drafter", "b", "--output", "x" * 300], "File name too long"),
         (["inspect", "x" * 300], "File name too long"),
-        (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "9" * 5000], "nor a count"),
+        (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "9" * 5000], "expected 'auto'"),
         (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--temperature", "nan"], "temperature is nan"),
         (["generate", "{demo}", "--prompt", "a\udcffb"], "the prompt is not valid UTF-8"),
     ],
@@ -159,21 +160,21 @@ def test_bad_input_is_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_cluster_and_export_what_it_wrote(
+def test_cluster_writes_a_table_for_export(
     run: Run, pair_dirs: Callable[[str], tuple[Path, Path]], ids: Callable[[object], Path], tmp_path: Path
 ) -> None:
     target, drafter = pair_dirs("dense")
-    table, picture, output = tmp_path / "table.safetensors", tmp_path / "recall.svg", tmp_path / "bundle"
+    table, image, output = tmp_path / "table.safetensors", tmp_path / "recall.svg", tmp_path / "bundle"
     cluster = ("cluster", "--target", target, "--drafter", drafter, "--clusters", 50)
-    code, out, _ = run(*cluster, "--output", table, "--report", picture, "--json")
-    facts = json.loads(out)
-    assert (code, facts["num_clusters"], facts["cluster_size"]) == (0, 50, 6)
-    assert facts["recall"] >= 0.99
-    assert picture.read_text().count("<svg") == 1
+    code, out, _ = run(*cluster, "--output", table, "--report", image, "--json")
+    document = json.loads(out)
+    assert (code, document["num_clusters"], document["cluster_size"]) == (0, 50, 6)
+    assert document["recall"] >= 0.99
+    assert image.read_text().count("<svg") == 1
     common = ("--target", target, "--drafter", drafter, "--output", output, "--head", "kmeans")
     assert run("export", *common, "--cluster-table", table, "--max-seq-len", 64)[0] == 0
     two_stage = json.loads((output / "manifest.json").read_text())["two_stage"]
-    assert two_stage["top_k_clusters"] == facts["top_k_clusters"]
+    assert two_stage["top_k_clusters"] == document["top_k_clusters"]
     code, out, _ = run("parity", output, *common[:4], "--prompt-ids", ids([5, 6]), "--max-new-tokens", 4, "--json")
     assert (code, json.loads(out)["passed"]) == (0, True)
     assert run(*cluster, "--output", table)[2].startswith(f"error: {table}: exists already;")
@@ -182,7 +183,7 @@ def test_cluster_and_export_what_it_wrote(
     assert "chosen" in out
 
 
-def test_export_keeps_other_clusters_than_the_checkpoint_says(
+def test_export_keeps_as_many_clusters_as_the_option_says(
     run: Run, pair_dirs: Callable[[str], tuple[Path, Path]], ids: Callable[[object], Path], tmp_path: Path
 ) -> None:
     target, drafter = pair_dirs("e2b")
@@ -198,21 +199,21 @@ CLUSTER_ERRORS = {
         ("cluster", "--clusters", 257),
         r"257 clusters asked for, expected 1 to 256, the size of",
     ),
-    "more kept than there are": (
+    "more clusters kept than made": (
         ("cluster", "--clusters", 8, "--top-k-clusters", 9),
         r"9 clusters are to be kept, expected 1 to 8, the clusters there are",
     ),
     "no clusters at all": (("cluster", "--clusters", 0), r"'--clusters'"),
-    "recall of nothing": (("cluster", "--recall", 0), r"'--recall'"),
+    "recall of 0": (("cluster", "--recall", 0), r"'--recall'"),
     "prompts without a target": (("cluster", "--prompt-ids", "ids.json"), r"--prompt-ids needs --target"),
-    "picture of no known kind": (("cluster", "--report", "recall.bmp"), r"recall.bmp: a picture's name ends in one of"),
-    "no such directory": (("cluster", "--output", "absent/table"), r"absent/table: its directory is not there"),
+    "unknown image format": (("cluster", "--report", "recall.bmp"), r"recall.bmp: a picture's name ends in one of"),
+    "no such directory": (("cluster", "--output", "absent/table"), r"absent/table: its directory is missing"),
     "two ways to choose": (("cluster", "--recall", 0.9, "--top-k-clusters", 3), r"give either --recall or"),
     "one file for both": (("cluster", "--output", "x.png", "--report", "./x.png"), r"name the same file"),
     "a device": (("cluster", "--output", "/dev/null", "--force"), r"/dev/null: exists and is not a file"),
-    "longer than the target knows": (
+    "more positions than the target has": (
         ("export", "--head", "kmeans", "--max-seq-len", 10**6),
-        r"--max-seq-len is 1000000, the target knows 131072 positions",
+        r"--max-seq-len is 1000000, but the target has 131072 positions",
     ),
     "clusters for another head": (("export", "--clusters", 8), r"go with --head kmeans"),
     "kept clusters of a dense head": (("export", "--top-k-clusters", 8), r"the head is dense; pass --head kmeans"),
@@ -222,7 +223,7 @@ CLUSTER_ERRORS = {
     ),
     "table and clusters": (
         ("export", "--head", "kmeans", "--cluster-table", "t", "--clusters", 8),
-        r"leave --clusters",
+        r"leave out --clusters",
     ),
 }
 

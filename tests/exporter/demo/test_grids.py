@@ -1,4 +1,4 @@
-"""The built-in pair lies on grids of few bits, exactly."""
+"""Weights of the built-in pair lie exactly on low-bit grids, and rounding to such grids is stable."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exporter.demo.training.qat import five_bits, grid, on_grid, snap
+from exporter.demo.training.qat import round_to_five_bits, grid, on_grid, snap
 
 Directories = tuple[Path, Path]
 
@@ -21,7 +21,7 @@ def test_every_matrix_of_the_built_in_pair_is_on_its_grid(pair_dirs: Callable[[s
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 16), (3, 16)])
-def test_snapped_weights_stay_what_they_are(bits: int, group: int) -> None:
+def test_snapping_twice_changes_nothing(bits: int, group: int) -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 2, 64)[:, None]
     weight[3] = 0
     snapped = snap(weight, bits, group)
@@ -33,10 +33,10 @@ def test_snapped_weights_stay_what_they_are(bits: int, group: int) -> None:
     assert not on_grid(snapped, bits, group)
 
 
-def test_the_best_of_several_scales_errs_less_than_the_widest() -> None:
+def test_the_best_of_several_scales_has_a_smaller_error_than_the_largest() -> None:
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    widest = five_bits(weight.abs().amax(-1, keepdim=True) / 7)
-    plain = (weight / widest).round() * widest
-    error, of_plain = ((found - weight).square().mean(-1) for found in (snap(weight, 4, 32), plain))
-    assert (error <= of_plain).all()
-    assert error.mean() < 0.9 * of_plain.mean()
+    largest_scale = round_to_five_bits(weight.abs().amax(-1, keepdim=True) / 7)
+    rounded = (weight / largest_scale).round() * largest_scale
+    error, error_of_largest = ((actual - weight).square().mean(-1) for actual in (snap(weight, 4, 32), rounded))
+    assert (error <= error_of_largest).all()
+    assert error.mean() < 0.9 * error_of_largest.mean()

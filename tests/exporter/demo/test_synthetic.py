@@ -1,4 +1,4 @@
-"""Pairs with random weights: what other readers make of them, and what they are refused for."""
+"""Pairs with random weights: their values and sizes, what reads them, and refused outputs."""
 
 import shutil
 import sys
@@ -43,11 +43,11 @@ TARGET = replace(
     max_position_embeddings=1024,
 )
 DRAFTER = DrafterConfig(replace(drafter_of(TARGET).text, hidden_size=32, intermediate_size=48), 64, 16, 4)
-SHARD = 20_000  # less than an embedding
+SHARD_BYTES = 20_000  # less than an embedding has
 
 
 def write(output: Path, seed: int = 0, **options: Any) -> Path:
-    SyntheticPair(TARGET, DRAFTER, seed).write(output, shard=SHARD, **options)
+    SyntheticPair(TARGET, DRAFTER, seed).write(output, shard_bytes=SHARD_BYTES, **options)
     return output
 
 
@@ -74,7 +74,7 @@ def test_a_pair_opens_exports_and_generates(pair: Path, tmp_path: Path) -> None:
     assert len(list(generate(engine, [5, 6, 7], Options(12, 4), Stats()))) in range(1, 13)
 
 
-def test_the_reference_reads_it(pair: Path) -> None:
+def test_transformers_reads_it(pair: Path) -> None:
     model, assistant = load_reference(pair / "target", pair / "drafter")
     logits = model(torch.arange(3, 40)[None]).logits
     assert logits.isfinite().all()
@@ -83,7 +83,7 @@ def test_the_reference_reads_it(pair: Path) -> None:
 
 
 def test_values(pair: Path) -> None:
-    """Scales as the model wants them, rows that differ, and tensors that do."""
+    """Scales keep states near 1, and no two rows or tensors are equal."""
     tensors = load(pair / "target")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     prefix = "model.language_model."
@@ -98,7 +98,7 @@ def test_values(pair: Path) -> None:
 
 
 def test_a_table_longer_than_the_values_repeats_no_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(synthetic, "PERIOD", 1009)
+    monkeypatch.setattr(synthetic, "PERIOD_VALUES", 1009)
     write(tmp_path / "pair")
     rows = load(tmp_path / "pair" / "drafter")["model.embed_tokens.weight"]
     assert rows.numel() > 8 * 1009
@@ -112,22 +112,22 @@ def test_the_seed_decides_every_byte(pair: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "parameters", "of_drafter", "published"),
+    ("target", "target_parameters", "drafter_parameters", "published"),
     [(E2B, 4_628_569_379, 77_731_332, 4.65), (E4B, 7_463_013_418, 78_517_764, 7.52)],
 )
-def test_parameter_counts(target: Any, parameters: int, of_drafter: int, published: float) -> None:
-    """`published` counts, in billions, the K and V weights that KV-shared layers carry and nothing reads."""
-    found = sum(map(prod, parameter_shapes(lambda: Target(target)).values()))
-    unused = [target.attention(kind) for kind in target.layer_types[target.num_kv_layers :]]
-    unread = sum(2 * target.hidden_size * sizes.num_key_value_heads * sizes.head_dim for sizes in unused)
-    assert (found, round((found + unread) / 1e9, 2)) == (parameters, published)
+def test_parameter_counts(target: Any, target_parameters: int, drafter_parameters: int, published: float) -> None:
+    """`published`, in billions, includes the K and V weights of KV-shared layers, which nothing reads."""
+    actual = sum(map(prod, parameter_shapes(lambda: Target(target)).values()))
+    kv_shared = [target.attention(layer_type) for layer_type in target.layer_types[target.num_kv_layers :]]
+    unread = sum(2 * target.hidden_size * sizes.num_key_value_heads * sizes.head_dim for sizes in kv_shared)
+    assert (actual, round((actual + unread) / 1e9, 2)) == (target_parameters, published)
     drafter = drafter_of(target)
     shapes = parameter_shapes(lambda: Drafter(drafter, None))
     del shapes["target_embed_tokens.weight"]
-    assert sum(map(prod, shapes.values())) + 2048 * 256 == of_drafter
+    assert sum(map(prod, shapes.values())) + 2048 * 256 == drafter_parameters
 
 
-def test_too_small_a_disk_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_too_small_a_disk_is_refused_before_writing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     with pytest.raises(InputError, match=r"pair: needs 9.42 GB of disk, 1.00 GB are free; free some space, or choose"):
         SyntheticPair(E2B, drafter_of(E2B)).write(tmp_path / "deep" / "pair")
@@ -135,7 +135,7 @@ def test_too_small_a_disk_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize("foreign", ["target/notes.txt", "notes.txt", None])
-def test_only_our_own_pairs_are_replaced(foreign: str | None, pair: Path, tmp_path: Path) -> None:
+def test_only_synthetic_pairs_are_replaced(foreign: str | None, pair: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(pair, tmp_path / "pair")
     with pytest.raises(InputError, match=r"exists already; choose another --output, or pass --force"):
         write(copy)

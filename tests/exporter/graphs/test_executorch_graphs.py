@@ -1,4 +1,4 @@
-"""What the exported program looks like: one copy of the weights, the cache outside, the arithmetic with XNNPACK."""
+"""The exported program: one copy of the weights, the cache outside of it, the arithmetic delegated to XNNPACK."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ Pairs = Callable[[str], tuple[Path, Path]]
 
 
 def test_weights_are_stored_once(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:
-    """Constants take the bytes of the weights and a little more: the embedding once, the cache and PLE not at all."""
+    """The program holds each weight once, also the token embedding, and neither the cache nor PLE."""
     parts = graph_parts(open_pair(*pair_dirs("demo")), RECIPES["fp32"])
     weights = sum(4 * prod(part.shapes[name]) for part in parts.values() for name in part.weights)
     file = bundle("demo", "executorch") / "model.pte"
@@ -45,7 +45,7 @@ def test_weights_are_stored_once(bundle: Callable[..., Path], pair_dirs: Pairs) 
 
 @pytest.mark.parametrize("name", ["odd", "kmeans"])
 def test_drafter_head_stays_sparse(name: str, bundle: Callable[..., Path]) -> None:
-    """No tensor of the method is of size V; the table has one row a cluster."""
+    """No tensor of the method has V as a dimension; the embeddings of a cluster are one row of the head's weight."""
     path = bundle(name, "executorch")
     manifest = json.loads((path / "manifest.json").read_text())
     vocab_size, sizes = manifest["target"]["vocab_size"], manifest["two_stage"]
@@ -58,7 +58,7 @@ def test_drafter_head_stays_sparse(name: str, bundle: Callable[..., Path]) -> No
 
 
 def test_cache_is_no_part_of_the_program(bundle: Callable[..., Path]) -> None:
-    """Methods take the cache as inputs that no memory is planned for, and return nothing of it."""
+    """Methods take the cache as inputs that no memory is planned for, and do not return it."""
     manifest = json.loads((bundle("demo", "executorch") / "manifest.json").read_text())
     program = Runtime.get().load_program(bundle("demo", "executorch") / "model.pte")
     for name, graph in manifest["graphs"].items():
@@ -71,9 +71,10 @@ def test_cache_is_no_part_of_the_program(bundle: Callable[..., Path]) -> None:
 
 
 def test_xnnpack_does_the_arithmetic(bundle: Callable[..., Path]) -> None:
-    """A delegate for each storing layer, one for all KV-shared ones, a few around; look-ups and masks stay portable.
+    """The target has a delegate for each storing layer, one for all KV-shared layers, and a few before and after them.
 
-    The drafter's: before its layers, the layers, the centroids, the rows that were kept, and the ties.
+    The drafter has one before its layers, one for the layers, one for the centroids, one for the rows of the kept
+    clusters, and one for ties. Row reads and masks stay with the portable kernels.
     """
     manifest = json.loads((bundle("demo", "executorch") / "manifest.json").read_text())
     target, drafter = (manifest["backend"]["delegation"][name] for name in ("target", "drafter"))
@@ -82,8 +83,8 @@ def test_xnnpack_does_the_arithmetic(bundle: Callable[..., Path]) -> None:
     assert drafter["delegates"] <= 5
     for method, ops, weights in ((target, 0.88, 0.99), (drafter, 0.82, 0.75)):
         assert method["delegated_ops"] / (method["delegated_ops"] + method["portable_ops"]) >= ops
-        taken, left = method["delegated_weight_bytes"], method["portable_weight_bytes"]
-        assert taken / (taken + left) >= weights
+        delegated, portable = method["delegated_weight_bytes"], method["portable_weight_bytes"]
+        assert delegated / (delegated + portable) >= weights
         arithmetic = {"bmm", "mm", "addmm", "linear", "_softmax", "gelu", "tanh", "sigmoid", "rsqrt", "mean"}
         assert not arithmetic & method["portable_ops_by_name"].keys()
 
@@ -97,7 +98,7 @@ def test_the_same_pair_gives_the_same_bytes(bundle: Callable[..., Path], pair_di
 
 
 def test_parity_sees_one_changed_weight(bundle: Callable[..., Path], pair_dirs: Pairs, tmp_path: Path) -> None:
-    """The lowest bit of one weight."""
+    """Parity fails when the lowest bit of one weight differs."""
     broken = Path(shutil.copytree(bundle("dense", "executorch"), tmp_path / "broken"))
     pair = open_pair(*pair_dirs("dense"))
     table = pair.target_weights["layers.1.mlp.up_proj.weight"]().numpy().tobytes()
@@ -119,7 +120,7 @@ def test_a_program_that_cannot_be_loaded_is_one_line(bundle: Callable[..., Path]
 
 
 class Function(nn.Module):
-    """A function as a module, so that it can be traced."""
+    """A module that calls a function, because only modules can be traced."""
 
     def __init__(self, function: Callable[..., object]) -> None:
         super().__init__()
@@ -130,16 +131,16 @@ class Function(nn.Module):
 
 
 def test_gelu_is_tanh_gelu() -> None:
-    """XNNPACK's own lowering of it is erf-GELU, 4.7e-4 away."""
+    """XNNPACK's own lowering of GELU is erf-GELU, which differs by up to 4.7e-4."""
     x = torch.linspace(-12, 12, 1024).reshape(8, 128)
-    wanted = torch.nn.functional.gelu(x.double(), approximate="tanh")
-    (found,) = lowered(Function(gelu), x)(x)
-    assert (found.double() - wanted).abs().max() < 2e-6
+    expected = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    (actual,) = lowered(Function(gelu), x)(x)
+    assert (actual.double() - expected).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize(("size", "k"), [(70, 64), (1000, 3), (2048, 8)], ids=["one block", "padded", "blocks"])
 def test_top_k_keeps_the_lower_of_equal_values(size: int, k: int) -> None:
-    """Small integers tie often, within and between blocks; rows of one value only tie everywhere."""
+    """Equal values are in one block and in several; some rows have only one value, or values one float32 apart."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(-2, 3, (40, size), generator=generator).float()
     rows[::5] = torch.randn((8, size), generator=generator)
@@ -148,7 +149,7 @@ def test_top_k_keeps_the_lower_of_equal_values(size: int, k: int) -> None:
     rows[6] = torch.nextafter(torch.tensor(30.0), torch.tensor(0.0))
     rows[6, 9] = 30.0
     values, ids = lowered(Function(lambda x: top_k(x, k)), rows)(rows)
-    for row, value, found in zip(rows.numpy(), values.numpy(), ids.numpy(), strict=True):
-        wanted = np.lexsort((np.arange(size), -row))[:k]
-        assert found.tolist() == wanted.tolist()
-        assert np.array_equal(value, row[wanted])
+    for row, actual_values, actual_ids in zip(rows.numpy(), values.numpy(), ids.numpy(), strict=True):
+        expected_ids = np.lexsort((np.arange(size), -row))[:k]
+        assert actual_ids.tolist() == expected_ids.tolist()
+        assert np.array_equal(actual_values, row[expected_ids])

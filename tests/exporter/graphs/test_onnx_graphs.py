@@ -1,4 +1,4 @@
-"""What the exported graphs look like: in place, sparse, weights outside, nothing of the exporting machine inside."""
+"""The exported graphs: a sparse drafter head, weights in files of their own, no trace of the exporting machine."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def test_kv_shared_layers_run_on_the_output_rows_alone(bundle: Callable[[str], P
 
 @pytest.mark.parametrize("name", ["odd", "kmeans"])
 def test_drafter_head_stays_sparse(name: str, bundle: Callable[[str], Path]) -> None:
-    """No tensor of the drafter is of size V; the table has one row a cluster."""
+    """No tensor of the drafter has V as a dimension; the embeddings of a cluster are one row of the head's weight."""
     manifest = json.loads((bundle(name) / "manifest.json").read_text())
     vocab_size, sizes = manifest["target"]["vocab_size"], manifest["two_stage"]
     model = ir.load(bundle(name) / "drafter.onnx")
@@ -49,23 +49,23 @@ def test_graph_files_hold_structure_only(name: str, bundle: Callable[[str], Path
 
 
 def test_kv_sources() -> None:
-    """E2B's drafter reads layers 13 and 14, E4B's 22 and 23."""
+    """E2B's drafter reads the K and V of layers 13 and 14, E4B's of 22 and 23."""
     for shared, layers, per_group, sources in ((20, 35, 4, (13, 14)), (18, 42, 5, (22, 23))):
         pattern = (("sliding_attention",) * per_group + ("full_attention",)) * 7
         config = TextConfig(
-            **{**open_like(), "layer_types": pattern, "num_hidden_layers": layers, "num_kv_shared_layers": shared}
+            **{**empty_config(), "layer_types": pattern, "num_hidden_layers": layers, "num_kv_shared_layers": shared}
         )
         assert (config.kv_source("sliding_attention"), config.kv_source("full_attention")) == sources
 
 
-def open_like() -> dict:
+def empty_config() -> dict:
     return dict.fromkeys(TextConfig.__dataclass_fields__)
 
 
 def test_eager_and_bundle_share_one_definition(
     bundle: Callable[[str], Path], pair_dirs: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    """Stored weights carry the module's own parameter names, so nothing stands between model and graph."""
+    """Stored weights have the names of the eager module's parameters: model and graph have one definition."""
     pair = open_pair(*pair_dirs("e2b"))
     stored = {name: stored_weights(bundle("e2b") / f"{name}.onnx").keys() for name in ("target", "drafter")}
     assert stored["target"] == pair.target_weights.keys() - {"embed_tokens_per_layer.weight"}

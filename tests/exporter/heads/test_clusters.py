@@ -1,4 +1,4 @@
-"""Clusters made for a drafter: on states that are really its own, for next to no acceptance lost."""
+"""Clusters made for a drafter: fitted on its own states, and kept by recall with almost no loss of acceptance."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from exporter.checkpoint.config_json import read_drafter_config
 from exporter.checkpoint.pair import open_pair
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.heads.clusters import ClusterOptions, make_clusters
-from exporter.heads.states import drafting_states, lone_states
+from exporter.heads.states import drafting_states, states_without_target
 from exporter.parity.drafting import DRAFT_STEPS
 from exporter.parity.stages import open_source, run_parity
 from runtime_ref.decoder import Options, generate
@@ -36,14 +36,14 @@ Pairs = Callable[[str], Directories]
 
 @pytest.mark.parametrize("published", [False, True], ids=["float32", "bfloat16 shards"])
 def test_states_are_those_of_drafting(published: bool, pair_dirs: Pairs, tmp_path: Path) -> None:
-    """Their best tokens are the drafts of a bundle with a dense head, from every token of a prompt on."""
+    """The best tokens of the states after each token of a prompt are the drafts of a bundle with a dense head."""
     target, drafter = pair_dirs("e2b")
     if published:
         target = to_published(target, tmp_path / "published")
     pair = open_pair(target, drafter, "dense")
     prompt = [(7 * i * i + 11 * i + 5) % 256 for i in range(150)]  # past the window, in two chunks
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of narrow and wide numbers mixed
+        warnings.simplefilter("error")  # torch warns where bfloat16 and float32 are mixed
         states = drafting_states(pair, [prompt], lambda: None).reshape(len(prompt), DRAFT_STEPS, -1)
     rows = pair.drafter_weights["head.weight"]()
     export_bundle(pair, tmp_path / "bundle", ExportOptions(max_seq_len=200))
@@ -54,7 +54,7 @@ def test_states_are_those_of_drafting(published: bool, pair_dirs: Pairs, tmp_pat
 
 
 def test_states_of_a_drafter_alone(pair_dirs: Pairs) -> None:
-    """They need no target, and centroids fitted on them find most best tokens of real drafting."""
+    """They need no target, and centroids fitted on them have a higher recall than mean rows in real drafting."""
     target, drafter = pair_dirs("demo")
     made = make_clusters(drafter, None, ClusterOptions(64))
     assert made.states == "the drafter alone on random input"
@@ -70,15 +70,15 @@ def test_states_of_a_drafter_alone(pair_dirs: Pairs) -> None:
     )
     assert fitted > means + 0.02
     config, checkpoint = read_drafter_config(drafter), Checkpoint(drafter)
-    assert lone_states(checkpoint, config).equal(lone_states(checkpoint, config))
+    assert states_without_target(checkpoint, config).equal(states_without_target(checkpoint, config))
 
 
 def test_recall_chooses_how_many_clusters_to_keep(pair_dirs: Pairs) -> None:
     target, drafter = pair_dirs("demo")
     pair = open_pair(target, drafter)
-    made = {share: make_clusters(drafter, pair, ClusterOptions(64, recall=share)) for share in (0.9, 0.99)}
-    for share, clustering in made.items():
-        assert clustering.recall[clustering.top_k - 1] >= share > clustering.recall[clustering.top_k - 2]
+    made = {recall: make_clusters(drafter, pair, ClusterOptions(64, recall=recall)) for recall in (0.9, 0.99)}
+    for recall, clustering in made.items():
+        assert clustering.recall[clustering.top_k - 1] >= recall > clustering.recall[clustering.top_k - 2]
         assert np.all(np.diff(clustering.recall) >= 0)
         assert clustering.recall[-1] == 1
     assert np.array_equal(made[0.9].table.centroids, made[0.99].table.centroids)
@@ -86,7 +86,7 @@ def test_recall_chooses_how_many_clusters_to_keep(pair_dirs: Pairs) -> None:
 
 
 def test_clusters_cost_next_to_no_drafts(pair_dirs: Pairs, tmp_path: Path) -> None:
-    """On the built-in pair: the same text, acceptance within two points of the dense head's, a quarter of the work."""
+    """On the built-in pair: the same text, acceptance within 2 points of a dense head's, a quarter of its work."""
     target, drafter = pair_dirs("demo")
     dense = open_pair(target, drafter, "dense")
     made = make_clusters(drafter, dense)
@@ -105,15 +105,15 @@ def test_clusters_cost_next_to_no_drafts(pair_dirs: Pairs, tmp_path: Path) -> No
     assert texts["kmeans"] == texts["dense"]
     assert drafted["dense"] > 1000
     assert abs(accepted["kmeans"] / drafted["kmeans"] - accepted["dense"] / drafted["dense"]) < 0.02
-    assert made.facts()["curve"][-1]["tokens_scored"] == 2048
-    scored = next(row for row in made.facts()["curve"] if row["top_k_clusters"] == made.top_k)
+    assert made.measurements()["curve"][-1]["tokens_scored"] == 2048
+    scored = next(row for row in made.measurements()["curve"] if row["top_k_clusters"] == made.top_k)
     assert scored["share_of_dense_head"] < 0.25
 
 
 def test_parity_of_a_bundle_with_clusters_of_its_own(
     backend: str, bundle: Callable[..., Path], pair_dirs: Pairs
 ) -> None:
-    """Clusters that do not divide the vocabulary; the bundle holds the table, because no checkpoint does."""
+    """The clusters do not divide the vocabulary. The bundle holds their table, because no checkpoint does."""
     path = bundle("kmeans", backend)
     pair = open_source(path, *pair_dirs("dense"))
     assert pair.two_stage is not None
@@ -132,7 +132,7 @@ PROMPTS = {
     "beyond the vocabulary": ([[1, 256]], r"prompt 0 has token 256, expected ids from 0 to 255"),
     "negative": ([[1], [2, -1]], r"prompt 1 has token -1, expected ids from 0 to 255"),
     "no number that fits": ([[2**70]], r"prompt 0 has token 1180591620717411303424"),
-    "beyond the context": ([[1] * 200_000], r"prompt 0 has 200000 tokens, the target knows 131072 positions"),
+    "beyond the context": ([[1] * 200_000], r"prompt 0 has 200000 tokens, the target has 131072 positions"),
 }
 
 

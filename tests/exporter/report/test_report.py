@@ -1,4 +1,4 @@
-"""The report page: whole, closed, true to its figures, and honest about what failed."""
+"""The report page: well-formed, self-contained, with the numbers of its document, and clear about failures."""
 
 import json
 import re
@@ -11,11 +11,20 @@ from typing import Any
 
 import pytest
 
-from exporter.bench.speculation import ForcedEngine, gains
+from exporter.bench.speculation import ForcedEngine, speedups_from_tokens
 from exporter.parity.stages import open_source
 from exporter.report.content import ReportOptions, measure_report
 from exporter.report.page import render
-from exporter.report.texts import Round, Text, acceptance, lengths, openings, speak, speed, tokens_per_round
+from exporter.report.texts import (
+    Text,
+    acceptance,
+    draft_lengths,
+    generate_text,
+    openings,
+    speed,
+    tokens_per_round,
+)
+from runtime_ref.acceptance import Round
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.manifest import read_manifest
@@ -30,7 +39,7 @@ PROMPTS = [[2, 5, 7], [2, 9, 11, 13]]
 
 
 class Page(HTMLParser):
-    """What a page is made of; tags must close in order."""
+    """The tags, attributes and text of a page; fails if tags do not close in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -66,78 +75,83 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def facts(bundle: Bundle, pair_dirs: Callable[[str], Directories]) -> dict[str, Any]:
+def document(bundle: Bundle, pair_dirs: Callable[[str], Directories]) -> dict[str, Any]:
     path = bundle("e2b")
     notes: list[str] = []
-    found = measure_report(
+    measured = measure_report(
         path, open_source(path, *pair_dirs("e2b")), PROMPTS, ReportOptions(1, 12, seconds=0.02), notes.append
     )
     assert "recall: drafting" in notes
-    return found
+    return measured
 
 
 @pytest.fixture(scope="module")
-def page(facts: dict[str, Any]) -> str:
-    return render(facts)
+def page(document: dict[str, Any]) -> str:
+    return render(document)
 
 
-def with_drafting(facts: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    measured = facts["measured"]
-    return {**facts, "measured": {**measured, "drafting": {**measured["drafting"], **changes}}}
+def round_of(num_drafts: int, accepted: int, num_tokens: int) -> Round:
+    """A round of so many drafts and tokens; what they are does not matter to counts."""
+    return Round([0] * num_drafts, accepted, [0] * num_tokens, [0.0] * num_tokens)
 
 
-def test_document(facts: dict[str, Any], bundle: Bundle) -> None:
+def with_drafting(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    measured = document["measured"]
+    return {**document, "measured": {**measured, "drafting": {**measured["drafting"], **changes}}}
+
+
+def test_document(document: dict[str, Any], bundle: Bundle) -> None:
     manifest = read_manifest(bundle("e2b"))
-    assert json.loads(json.dumps(facts)) == facts
-    assert facts["parity"]["passed"]
-    assert {"files", "weights", "graphs", "speculative"} <= {check["rung"] for check in facts["parity"]["checks"]}
-    measured = facts["measured"]
-    found, drafting = measured["speed"], measured["drafting"]
-    assert [row["num_draft_tokens"] for row in found["measured"]] == [0, 1, 2, 4, 8]
-    assert [row["num_draft_tokens"] for row in found["computed"]] == list(range(1, manifest.max_draft_tokens + 1))
-    assert found["same_tokens"]
-    auto = found["auto"]
+    assert json.loads(json.dumps(document)) == document
+    assert document["parity"]["passed"]
+    assert {"files", "weights", "graphs", "speculative"} <= {check["rung"] for check in document["parity"]["checks"]}
+    measured = document["measured"]
+    rates, drafting = measured["speed"], measured["drafting"]
+    assert [row["num_draft_tokens"] for row in rates["measured"]] == [0, 1, 2, 4, 8]
+    assert [row["num_draft_tokens"] for row in rates["computed"]] == list(range(1, manifest.max_draft_tokens + 1))
+    assert rates["same_tokens"]
+    auto = rates["auto"]
     assert sum(row["rounds"] for row in auto["chosen"]) == auto["rounds"] > 0
     assert all(0 <= row["num_draft_tokens"] <= manifest.max_draft_tokens for row in auto["chosen"])
-    assert found["measured"][0]["times_faster"] == 1
+    assert rates["measured"][0]["times_faster"] == 1
     assert drafting["num_draft_tokens"] == manifest.default_draft_tokens
     assert len(drafting["longest"]["by_position"]) == manifest.max_draft_tokens
     assert measured["texts"]["count"] == len(PROMPTS)
     rounds = drafting["rounds"]
     assert sum(row["rounds"] for row in rounds["distribution"]) == rounds["rounds"]
-    given = sum(row["rounds"] * row["tokens"] for row in rounds["distribution"])
-    assert given == measured["texts"]["new_tokens"] - len(PROMPTS)  # the first token of each is the prefill's
-    recall = facts["recall"]
+    added = sum(row["rounds"] * row["tokens"] for row in rounds["distribution"])
+    assert added == measured["texts"]["new_tokens"] - len(PROMPTS)  # the first token of each is the prefill's
+    recall = document["recall"]
     assert recall["num_states"] == 4 * (measured["texts"]["new_tokens"] + measured["texts"]["prompt_tokens"])
     assert recall["curve"][-1]["recall"] == 1
-    assert facts["total_bytes"] == sum(facts["files"].values())
+    assert document["total_bytes"] == sum(document["files"].values())
 
 
-def test_page_is_whole_and_asks_for_nothing(page: str) -> None:
-    found = Page(page)
-    assert found.open == []
-    assert not {"script", "link", "img", "iframe", "object", "metadata"} & set(found.tags)
-    assert found.values("src") == []
+def test_page_is_well_formed_and_loads_nothing(page: str) -> None:
+    parsed = Page(page)
+    assert parsed.open == []
+    assert not {"script", "link", "img", "iframe", "object", "metadata"} & set(parsed.tags)
+    assert parsed.values("src") == []
     assert not re.search(r"https?:|@import|url\((?!#)", page)
-    ids = found.values("id")
+    ids = parsed.values("id")
     assert len(ids) == len(set(ids))
-    places = set(found.values("href")) | {f"#{name}" for name in re.findall(r"url\(#([^)]+)\)", page)}
-    assert len(places) > 3
-    assert {place.removeprefix("#") for place in places} <= set(ids)
-    assert all(place.startswith("#") for place in places)
+    references = set(parsed.values("href")) | {f"#{name}" for name in re.findall(r"url\(#([^)]+)\)", page)}
+    assert len(references) > 3
+    assert {reference.removeprefix("#") for reference in references} <= set(ids)
+    assert all(reference.startswith("#") for reference in references)
 
 
 def test_every_section_is_there(page: str) -> None:
     assert re.findall(r'<section id="(\w+)"', page) == SECTIONS
-    found = Page(page)
-    assert found.tags.count("svg") == 6
+    parsed = Page(page)
+    assert parsed.tags.count("svg") == 6
     assert 'class="absent"' not in page
-    for words in ("PASS", "Machine", "onnx, recipe fp32", "exported by", "K, drafts a round", "a draft step"):
-        assert words in found.text
+    for words in ("PASS", "Machine", "onnx, recipe fp32", "exported by", "K, drafts per round", "a draft step"):
+        assert words in parsed.text
 
 
-def test_figures_are_those_of_the_document(facts: dict[str, Any], page: str) -> None:
-    text, measured = Page(page).text, facts["measured"]
+def test_numbers_are_those_of_the_document(document: dict[str, Any], page: str) -> None:
+    text, measured = Page(page).text, document["measured"]
     drafting = measured["drafting"]
     numbers = re.findall(r'<div class="number"><b>([^<]+)</b>', page)
     headline = next(row for row in measured["speed"]["measured"] if row["num_draft_tokens"] == 4)
@@ -152,44 +166,47 @@ def test_figures_are_those_of_the_document(facts: dict[str, Any], page: str) -> 
         assert f"{rate['median']:.1f} ({rate['min']:.1f}, {rate['max']:.1f})" in text
     assert f"K auto (K = 4: {headline['times_faster']:.2f})" in text
     for row in measured["speed"]["auto"]["chosen"]:
-        share = 100 * row["rounds"] / measured["speed"]["auto"]["rounds"]
-        assert f"{row['num_draft_tokens']} {share:.0f} " in text
+        percentage = 100 * row["rounds"] / measured["speed"]["auto"]["rounds"]
+        assert f"{row['num_draft_tokens']} {percentage:.0f} " in text
     for row in measured["costs"]["passes"]:
         assert f"{row['ms']['median']:.2f} ({row['ms']['min']:.2f}) {row['cost']:.2f}" in text
-    for row in facts["recall"]["curve"]:
+    for row in document["recall"]["curve"]:
         assert f"{100 * row['recall']:.1f} %" in text
-    for name in facts["files"]:
+    for name in document["files"]:
         assert name in text
-    for check in facts["parity"]["checks"]:
+    for check in document["parity"]["checks"]:
         assert f"{check['rung']}: {check['output']} PASS" in text
-    assert render(facts) == page
+    assert render(document) == page
 
 
-def test_what_was_read_is_escaped(facts: dict[str, Any]) -> None:
+def test_names_and_texts_are_escaped(document: dict[str, Any]) -> None:
     nasty = "<b onclick='x'>&\"$x$\u2028"
     pieces = [{"text": nasty, "drafted": True}, {"text": "\n</div>", "drafted": False}]
-    sample = {**facts["measured"]["drafting"]["sample"], "prompt": nasty, "pieces": pieces}
-    changed = with_drafting({**facts, "name": nasty, "bundle": nasty, "files": {nasty: 5}}, sample=sample)
-    found = Page(render(changed))
-    assert found.open == []
-    assert "b" not in found.tags[found.tags.index("main") :]
-    assert found.values("onclick") == []
-    assert found.words.count(nasty) >= 3
-    assert any(nasty in words and "5 B" in words for words in found.words)
-    assert any(nasty in label for label in found.values("aria-label"))
-    assert "\u21b5\n</div>" in found.words
+    sample = {**document["measured"]["drafting"]["sample"], "prompt": nasty, "pieces": pieces}
+    changed = with_drafting({**document, "name": nasty, "bundle": nasty, "files": {nasty: 5}}, sample=sample)
+    parsed = Page(render(changed))
+    assert parsed.open == []
+    assert "b" not in parsed.tags[parsed.tags.index("main") :]
+    assert parsed.values("onclick") == []
+    assert parsed.words.count(nasty) >= 3
+    assert any(nasty in words and "5 B" in words for words in parsed.words)
+    assert any(nasty in label for label in parsed.values("aria-label"))
+    assert "\u21b5\n</div>" in parsed.words
 
 
-def test_drafts_are_underlined(facts: dict[str, Any]) -> None:
+def test_drafts_are_underlined(document: dict[str, Any]) -> None:
     pieces = [{"text": text, "drafted": drafted} for text, drafted in (("one", False), ("two", True), ("", True))]
-    sample = {**facts["measured"]["drafting"]["sample"], "pieces": pieces}
-    page = render(with_drafting(facts, sample=sample))
+    sample = {**document["measured"]["drafting"]["sample"], "pieces": pieces}
+    page = render(with_drafting(document, sample=sample))
     assert '<span>one</span><span class="drafted">two</span></div>' in page
 
 
-def test_failures_come_first(facts: dict[str, Any]) -> None:
-    checks = [*facts["parity"]["checks"], {**facts["parity"]["checks"][0], "passed": False, "detail": "changed: x"}]
-    page = render({**facts, "parity": {**facts["parity"], "passed": False, "checks": checks}})
+def test_failures_come_first(document: dict[str, Any]) -> None:
+    checks = [
+        *document["parity"]["checks"],
+        {**document["parity"]["checks"][0], "passed": False, "detail": "changed: x"},
+    ]
+    page = render({**document, "parity": {**document["parity"], "passed": False, "checks": checks}})
     head, _, rest = page.partition("<main>")
     assert "changed: x" in Page(head).text
     assert "did not pass parity" in head
@@ -198,16 +215,16 @@ def test_failures_come_first(facts: dict[str, Any]) -> None:
     assert verdicts == ["FAIL", "FAIL", *["PASS"] * (len(checks) - 1)]
 
 
-def test_page_says_what_is_missing(facts: dict[str, Any]) -> None:
-    alone = {**facts, "recall": None, "parity": {**facts["parity"], "with_checkpoints": False}}
-    text = Page(render(alone)).text
+def test_page_names_what_is_missing(document: dict[str, Any]) -> None:
+    without_source = {**document, "recall": None, "parity": {**document["parity"], "with_checkpoints": False}}
+    text = Page(render(without_source)).text
     assert text.count("Pass --target and --drafter") == 2
-    assert "head is dense" in Page(render({**alone, "two_stage": None})).text
-    measured = {**facts["measured"], "drafting": None}
-    page = render({**facts, "measured": measured})
+    assert "head is dense" in Page(render({**without_source, "two_stage": None})).text
+    measured = {**document["measured"], "drafting": None}
+    page = render({**document, "measured": measured})
     assert Page(page).text.count("no draft tokens") == 4
     assert re.findall(r'<section id="(\w+)"', page) == SECTIONS
-    page = render({**alone, "measured": None, "not_measured": "broken.onnx"})
+    page = render({**without_source, "measured": None, "not_measured": "broken.onnx"})
     assert re.findall(r'<section id="(\w+)"', page) == SECTIONS
     assert "does not run" in Page(page).text
     assert Page(page).open == []
@@ -216,87 +233,86 @@ def test_page_says_what_is_missing(facts: dict[str, Any]) -> None:
 def test_rounds_of_a_text(bundle: Bundle) -> None:
     loaded = load_engine(bundle("e2b"), replace(read_manifest(bundle("e2b")), eos=frozenset()), threads=1)
     engine = ForcedEngine(loaded.manifest, loaded.graphs, loaded.tables)
-    plain = speak(engine, [3, 4, 5], Options(40, 0))
+    plain = generate_text(engine, [3, 4, 5], Options(40, 0))
     assert plain.tokens == list(generate(engine, [3, 4, 5], Options(40, 0), Stats()))
-    assert plain.rounds == [Round(0, 0, 1)] * 39
+    assert [(len(done.drafts), done.accepted, len(done.tokens)) for done in plain.rounds] == [(0, 0, 1)] * 39
     engine.answer, engine.acceptance = plain.tokens, 0.7
-    stats, text = Stats(), speak(engine, [3, 4, 5], Options(40, 4))
-    engine.chance.seed(0)
-    text = speak(engine, [3, 4, 5], Options(40, 4))
-    engine.chance.seed(0)
+    stats, text = Stats(), generate_text(engine, [3, 4, 5], Options(40, 4))
+    engine.generator.seed(0)
+    text = generate_text(engine, [3, 4, 5], Options(40, 4))
+    engine.generator.seed(0)
     list(generate(engine, [3, 4, 5], Options(40, 4), stats))
     assert text.tokens == plain.tokens
     assert sum(text.drafted) == stats.accepted > 10
-    assert [sum(done.drafted > i for done in text.rounds) for i in range(4)] == stats.drafted_by_position
-    shares = [row["accepted_share"] for row in acceptance([text])["by_position"]]
-    assert shares == stats.acceptance_by_position
+    assert [sum(len(done.drafts) > i for done in text.rounds) for i in range(4)] == stats.drafted_by_position
+    rates = [row["accepted_share"] for row in acceptance([text])["by_position"]]
+    assert rates == stats.acceptance_by_position
     assert tokens_per_round([text], 4)["mean"] == pytest.approx(stats.mean_tokens_per_round)
-    place = 1
+    at = 1
     for done in text.rounds:
-        assert text.drafted[place : place + done.given] == [True] * done.accepted + [False] * (
-            done.given - done.accepted
-        )
-        place += done.given
+        added = [True] * done.accepted + [False] * (len(done.tokens) - done.accepted)
+        assert text.drafted[at : at + len(done.tokens)] == added
+        at += len(done.tokens)
 
 
 def test_an_end_token_ends_its_round(bundle: Bundle) -> None:
     manifest = read_manifest(bundle("e2b"))
     loaded = load_engine(bundle("e2b"), replace(manifest, eos=frozenset()), threads=1)
-    tokens = speak(loaded, [3, 4, 5], Options(9, 0)).tokens
+    tokens = generate_text(loaded, [3, 4, 5], Options(9, 0)).tokens
     at = next(i for i in range(2, 9) if tokens[i] not in tokens[:i])
     engine = ForcedEngine(replace(manifest, eos=frozenset({tokens[at]})), loaded.graphs, loaded.tables)
     engine.answer, engine.acceptance = [*tokens, 0, 0, 0, 0, 0, 0], 1.0
-    text = speak(engine, [3, 4, 5], Options(9, 8))
+    text = generate_text(engine, [3, 4, 5], Options(9, 8))
     assert text.tokens == tokens[: at + 1]
-    assert sum(done.given for done in text.rounds) == at
+    assert sum(len(done.tokens) for done in text.rounds) == at
     assert text.drafted[-1]
 
 
 def test_counts_by_hand() -> None:
-    rounds = [Round(3, 0, 1), Round(3, 2, 3), Round(3, 3, 4), Round(1, 1, 2)]
+    rounds = [round_of(3, 0, 1), round_of(3, 2, 3), round_of(3, 3, 4), round_of(1, 1, 2)]
     text = Text([1] * 11, [False] * 11, rounds, 2.0)
-    found = acceptance([text])
-    assert (found["drafted"], found["accepted"], found["rate"]) == (10, 6, 0.6)
-    rows = [[row[key] for key in ("drafted", "reached", "accepted")] for row in found["by_position"]]
+    counts = acceptance([text])
+    assert (counts["drafted"], counts["accepted"], counts["rate"]) == (10, 6, 0.6)
+    rows = [[row[key] for key in ("drafted", "reached", "accepted")] for row in counts["by_position"]]
     assert rows == [[4, 4, 3], [3, 2, 2], [3, 2, 1]]
-    assert [row["conditional"] for row in found["by_position"]] == [0.75, 1.0, 0.5]
-    found = tokens_per_round([text], 3)
-    assert [row["rounds"] for row in found["distribution"]] == [1, 1, 1, 1]
-    assert found["mean"] == 2.5
-    slow = Text([1] * 11, [False] * 11, [Round(0, 0, 1)] * 10, 5.0)
-    found = speed({3: [[text], [text]], 0: [[slow], [replace(slow, decode_seconds=3.0)]]})
-    assert [row["times_faster"] for row in found["measured"]] == [1.0, 2.0]
-    assert found["measured"][1]["tokens_per_second"] == {"median": 5.0, "min": 5.0, "max": 5.0, "count": 2}
-    assert found["same_tokens"]
+    assert [row["conditional"] for row in counts["by_position"]] == [0.75, 1.0, 0.5]
+    counts = tokens_per_round([text], 3)
+    assert [row["rounds"] for row in counts["distribution"]] == [1, 1, 1, 1]
+    assert counts["mean"] == 2.5
+    slow = Text([1] * 11, [False] * 11, [round_of(0, 0, 1)] * 10, 5.0)
+    rates = speed({3: [[text], [text]], 0: [[slow], [replace(slow, decode_seconds=3.0)]]})
+    assert [row["times_faster"] for row in rates["measured"]] == [1.0, 2.0]
+    assert rates["measured"][1]["tokens_per_second"] == {"median": 5.0, "min": 5.0, "max": 5.0, "count": 2}
+    assert rates["same_tokens"]
     assert not speed({0: [[slow]], 3: [[replace(text, tokens=[2] * 11)]]})["same_tokens"]
 
 
-def test_gains_by_hand() -> None:
-    assert gains({1: 1.0, 2: 1.2, 4: 2.0}, 0.1, [1.5, 1.75]) == pytest.approx([1.5 / 1.3, 1.75 / 1.8])
-    assert gains({1: 1.0, 2: 1.2, 4: 2.0}, 0.1, [1.5, 1.75], 2) == pytest.approx([1.5 / 1.3, 1.75 / 2.2])
-    assert lengths(4, 8) == [1, 2, 4, 8]
-    assert lengths(3, 3) == [1, 2, 3]
-    assert lengths(0, 0) == []
+def test_speedups_from_tokens_by_hand() -> None:
+    assert speedups_from_tokens({1: 1.0, 2: 1.2, 4: 2.0}, 0.1, [1.5, 1.75]) == pytest.approx([1.5 / 1.3, 1.75 / 1.8])
+    assert speedups_from_tokens({1: 1.0, 2: 1.2, 4: 2.0}, 0.1, [1.5, 1.75], 2) == pytest.approx([1.5 / 1.3, 1.75 / 2.2])
+    assert draft_lengths(4, 8) == [1, 2, 4, 8]
+    assert draft_lengths(3, 3) == [1, 2, 3]
+    assert draft_lengths(0, 0) == []
 
 
 def test_openings_are_texts_of_the_target(bundle: Bundle) -> None:
     engine = load_engine(bundle("e2b"), replace(read_manifest(bundle("e2b")), eos=frozenset()), threads=1)
-    found = openings(engine, 2)
-    assert found == openings(engine, 2)
-    assert [(len(prompt), prompt[0]) for prompt in found] == [(13, engine.manifest.bos)] * 4
-    assert len({tuple(prompt) for prompt in found}) == 4
+    prompts = openings(engine, 2)
+    assert prompts == openings(engine, 2)
+    assert [(len(prompt), prompt[0]) for prompt in prompts] == [(13, engine.manifest.bos)] * 4
+    assert len({tuple(prompt) for prompt in prompts}) == 4
 
 
-def test_command(
-    run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, facts: dict[str, Any]
-) -> None:
+def test_command(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     chosen: list[ReportOptions] = []
 
-    def quick(bundle: Path, pair: None, prompts: list[list[int]], options: ReportOptions, note: Any) -> dict[str, Any]:
+    def measure_quickly(
+        bundle: Path, pair: None, prompts: list[list[int]], options: ReportOptions, note: Any
+    ) -> dict[str, Any]:
         chosen.append(options)
         return measure_report(bundle, pair, prompts, replace(options, seconds=0.01), note)
 
-    monkeypatch.setattr("exporter.cli.report_command.measure_report", quick)
+    monkeypatch.setattr("exporter.cli.report_command.measure_report", measure_quickly)
     prompts, output, broken = tmp_path / "prompts.json", tmp_path / "report.html", tmp_path / "broken"
     prompts.write_text(json.dumps(PROMPTS))
     shutil.copytree(bundle("e2b"), broken)
@@ -305,10 +321,10 @@ def test_command(
     (broken / "target.weights").write_bytes(weights)
     arguments = (broken, "--output", output, "--prompt-ids", prompts, "--max-new-tokens", 6, "--threads", 1)
     code, out, err = run("report", *arguments, "--json")
-    assert (code, err.splitlines()[-1]) == (1, "failed: parity: 1 of 3 checks, first files / sha256")
-    found, page = json.loads(out), output.read_text()
-    assert (found["threads"], chosen[0].max_new_tokens) == (1, 6)
-    assert page == render(found)
+    assert (code, err.splitlines()[-1]) == (1, "failed: parity: 1 of 3 checks failed, first files / sha256")
+    document, page = json.loads(out), output.read_text()
+    assert (document["threads"], chosen[0].max_new_tokens) == (1, 6)
+    assert page == render(document)
     assert "did not pass parity" in page
     code, out, err = run("report", *arguments)
     assert (code, out) == (2, "")
@@ -328,7 +344,7 @@ def test_errors_are_one_line(run: Run, bundle: Bundle, tmp_path: Path) -> None:
     for arguments, message in (
         ((path,), "--output"),
         ((tmp_path, "--output", output), "not a bundle"),
-        ((path, "--output", tmp_path / "nowhere" / "x.html"), "its directory is not there"),
+        ((path, "--output", tmp_path / "nowhere" / "x.html"), "its directory is missing"),
         ((path, "--output", output, "--target", tmp_path), "both --target and --drafter"),
         ((path, "--output", output, "--prompt-ids", prompts), "token id 999999"),
         ((path, "--output", output, "--prompt-ids", tmp_path / "none.json"), "none.json"),

@@ -1,0 +1,45 @@
+"""Documents: their links lead somewhere, and those that should be short are."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "runtime_ref/*.md", "android_demo/*.md", "android_demo/ios/*.md")
+    for path in ROOT.glob(pattern)
+)
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that Markdown renderers give to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S), re.M)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for name, anchor in LINK.findall(text):
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), name
+        if anchor:
+            assert anchor in anchors(linked), f"{name}#{anchor}"
+
+
+@pytest.mark.parametrize(("name", "max_words"), [("README.md", 1800), ("CONTRIBUTING.md", 1500)])
+def test_entrances_are_short(name: str, max_words: int) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").split()) <= max_words
+
+
+def test_links_of_the_readme_work_where_it_is_shown_alone() -> None:
+    absolute_links = runpy.run_path(str(ROOT / "setup.py"))["absolute_links"]
+    text = absolute_links((ROOT / "README.md").read_text(encoding="utf-8"), "https://host/owner/name/blob/main")
+    assert "](https://host/owner/name/blob/main/docs/concepts.md)" in text
+    assert re.findall(r"\]\((?!https?:|#)[^)]*\)", text) == []
+    assert "docs/round.svg?raw=true)" in text
