@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from clustering.table import CENTROIDS, TOKEN_ORDERING, ClusterTable
+from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING, ClusterTable
 from exporter.config import DrafterConfig, TextConfig, read_object
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target

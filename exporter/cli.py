@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from clustering.table import load_table
+from clustering.cluster_table import load_table
 from exporter.backends import BACKENDS
 from exporter.bundle import ExportOptions, check_options, check_output, export_bundle
 from exporter.cli_bundle import bench, check_parity, doctor, generate, open_bundle, parity, report, speak, verdict

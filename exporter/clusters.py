@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from clustering.kmeans import ITERATIONS, default_clusters, equal_clusters
+from clustering.cluster_table import ClusterTable, TwoStageSizes
+from clustering.kmeans import BALANCING_ITERATIONS, default_clusters, equal_clusters
 from clustering.recall import best_logits, cluster_ranks, fit_centroids, recall_curve
-from clustering.table import ClusterTable, TwoStageSizes
 from exporter.checkpoint import DRAFTER_EMBEDDING, Checkpoint, read_cluster_table
 from exporter.config import read_drafter_config
 from exporter.pair import Pair
@@ -89,7 +89,7 @@ def work(vocab_size: int, num_clusters: int) -> np.ndarray:
 def cluster_steps(pair: Pair | None, prompts: Sequence[Sequence[int]]) -> int:
     """How many steps `make_clusters` reports."""
     passes = 0 if pair is None else prompt_passes(prompts or random_prompts(pair.target))
-    return passes + 1 + ITERATIONS + 16
+    return passes + 1 + BALANCING_ITERATIONS + 16
 
 
 def make_clusters(

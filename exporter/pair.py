@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from clustering.table import ClusterTable, TwoStageSizes
+from clustering.cluster_table import ClusterTable, TwoStageSizes
 from exporter.checkpoint import (
     Checkpoint,
     Weights,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustering.table import load_table
+from clustering.cluster_table import load_table
 from exporter.backends import load_backend
 from exporter.bundle import CLUSTERS, describe
 from exporter.graphs import DrafterGraph, size_limits

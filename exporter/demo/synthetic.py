@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from clustering.table import CENTROIDS, TOKEN_ORDERING
+from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING
 from exporter.checkpoint import TARGET_PREFIXES, drafter_names, parameter_shapes
 from exporter.config import DrafterConfig, TextConfig, read_object
 from exporter.console import peak_bytes, progress_bar, run_command

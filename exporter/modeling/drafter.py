@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from clustering.table import TwoStageSizes
+from clustering.cluster_table import TwoStageSizes
 from exporter.config import DrafterConfig
 from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
 from exporter.modeling.two_stage import DenseHead, TwoStageHead

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from clustering.table import TwoStageSizes
+from clustering.cluster_table import TwoStageSizes
 from exporter.modeling.layers import Ops
 
 

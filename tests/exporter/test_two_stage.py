@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clustering.table import TwoStageSizes
+from clustering.cluster_table import TwoStageSizes
 from exporter.backends import onnx
 from exporter.backends.executorch_ops import Constants
 from exporter.bench.programs import Run, converted, lowered
