@@ -71,7 +71,7 @@ def chat_format(bundle: Path, tokens: SpecialTokens) -> ChatFormat | None:
     source = (bundle / CHAT_TEMPLATE).read_text(encoding="utf-8")
     if "strftime_now" in source:  # another prompt each day
         return None
-    markers = dict.fromkeys([*MARKER.findall(source), *tokenizer.special.values()])
+    markers = dict.fromkeys([*MARKER.findall(source), *tokenizer.special_tokens.values()])
     return plain_form(ChatTemplate(bundle, tokenizer).render, tuple(markers))
 
 

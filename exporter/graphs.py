@@ -10,7 +10,7 @@ from torch.export import Dim
 from exporter.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
-from runtime_ref.graph_engine import CACHE_STEP
+from runtime_ref.graph_engine import CACHE_STEP_ROWS
 from runtime_ref.manifest import window_rows
 
 TOP_LOGITS = 64  # choices the target returns for each position, the most that sampling may use
@@ -100,7 +100,7 @@ def without_cache_outputs(spec: GraphSpec) -> GraphSpec:
 
 def size_limits(max_seq_len: int, max_draft_tokens: int, sliding_window: int) -> dict[str, int]:
     """The largest size of each dimension that varies, for one call of a graph."""
-    cache_rows = -(-(max_seq_len + ROW_MULTIPLE - 1) // CACHE_STEP) * CACHE_STEP
+    cache_rows = -(-(max_seq_len + ROW_MULTIPLE - 1) // CACHE_STEP_ROWS) * CACHE_STEP_ROWS
     return {
         "num_tokens": PREFILL_CHUNK,
         "num_outputs": -(-(max_draft_tokens + 1) // ROW_MULTIPLE) * ROW_MULTIPLE,

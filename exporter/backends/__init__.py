@@ -12,7 +12,7 @@ from exporter.quantize import Scales
 from exporter.tables import Exported
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
-from runtime_ref.quiet import EXECUTORCH, quiet
+from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 
 BACKENDS = ("onnx", "executorch")
 
@@ -62,7 +62,7 @@ def load_backend(name: str) -> Backend:
     Raises:
         InputError: a package that it needs cannot be imported.
     """
-    with quiet(*EXECUTORCH):
+    with quiet(*EXECUTORCH_LOGGERS):
         try:
             return cast(Backend, importlib.import_module(f"exporter.backends.{name}"))
         except ImportError as error:

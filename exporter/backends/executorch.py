@@ -37,7 +37,7 @@ from exporter.parts import GraphParts
 from exporter.quantize import Quantized, Scales, pack
 from exporter.tables import EMBEDDING, Exported, table_facts
 from runtime_ref.manifest import Progress
-from runtime_ref.quiet import EXECUTORCH, quiet
+from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 
 PROGRAM = "model.pte"
 
@@ -77,7 +77,7 @@ def export_graphs(
     directory: Path, pair: Pair, parts: Mapping[str, GraphParts], limits: Mapping[str, int], progress: Progress
 ) -> Exported:
     """Write the program, weights included; the backend's facts are how much of it XNNPACK took."""
-    with quiet(*EXECUTORCH), torch.no_grad():
+    with quiet(*EXECUTORCH_LOGGERS), torch.no_grad():
         programs = {}
         for name, (_, spec) in graph_specs(pair).items():
             progress(f"tracing {name}", 0)
@@ -190,7 +190,7 @@ def differing_weights(parts: Mapping[str, GraphParts], files: Mapping[str, Path]
 
 
 def _stored_digests(file: Path) -> set[bytes]:
-    with quiet(*EXECUTORCH):
+    with quiet(*EXECUTORCH_LOGGERS):
         program = deserialize_pte_binary(file.read_bytes())
     blobs = [buffer.storage for buffer in program.program.constant_buffer]
     blobs += program.named_data.buffers if program.named_data else []

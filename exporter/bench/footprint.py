@@ -21,7 +21,7 @@ from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import GRAPH_MODULES, load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
-from runtime_ref.quiet import EXECUTORCH, quiet
+from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 from runtime_ref.stats import Stats
 
 STATUS = Path("/proc/self/status")
@@ -54,7 +54,7 @@ def measure(bundle: Path, threads: int) -> dict[str, Any]:
     """Seconds of loads, and what is resident after the first one and after a short speculative generation."""
     manifest = replace(read_manifest(bundle), eos=frozenset())
     if manifest.backend in GRAPH_MODULES:
-        with contextlib.suppress(ImportError), quiet(*EXECUTORCH):  # load_engine has words for it
+        with contextlib.suppress(ImportError), quiet(*EXECUTORCH_LOGGERS):  # load_engine has words for it
             importlib.import_module(GRAPH_MODULES[manifest.backend])
     before, started = resident(), time.perf_counter()
     engine = load_engine(bundle, manifest, threads)

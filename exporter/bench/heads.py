@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
-from clustering.table import TwoStageSizes
+from clustering.cluster_table import TwoStageSizes
 from exporter.backends.executorch_ops import Constants
 from exporter.backends.onnx import OPS
 from exporter.bench import machine, milliseconds

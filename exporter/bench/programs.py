@@ -12,14 +12,14 @@ from torch.export import export
 
 from exporter.backends.executorch import delegate, emit
 from exporter.backends.onnx import OPSET
-from runtime_ref.quiet import EXECUTORCH, quiet
+from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 
 Run = Callable[..., list[Tensor]]
 
 
 def lowered(module: nn.Module, *examples: Tensor) -> Run:
     """The module on ExecuTorch."""
-    with quiet(*EXECUTORCH):
+    with quiet(*EXECUTORCH_LOGGERS):
         program = Runtime.get().load_program(
             emit(delegate({"forward": export(module.eval(), examples, strict=False)})).buffer
         )

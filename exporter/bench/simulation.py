@@ -141,7 +141,7 @@ def planned(table: CostTable, known: bool = True, lookups: bool = True) -> Choos
     def choose(engine: TraceEngine) -> Drafts:
         drafts = PlannedDrafts(cast(Engine, engine), length, engine.trace.tokens[: engine.trace.prompt])
         if not lookups:
-            drafts.lookup.find = lambda most: (0, [])  # type: ignore[method-assign]
+            drafts.lookup.find = lambda max_tokens: (0, [])  # type: ignore[method-assign]
         return drafts
 
     return choose
