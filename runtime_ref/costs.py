@@ -59,13 +59,22 @@ class Costs:
         self._refresh()
 
     def next_to_measure(self, max_drafts: int) -> int | None:
-        """Return the smallest K, at most `max_drafts`, that has too few measurements; None if all have enough."""
+        """Return the smallest K that has too few measurements; None if all have enough.
+
+        Args:
+            max_drafts: the largest K to consider.
+        """
         counts = {tokens: len(times) for tokens, times in self._passes.items()}
         sizes = (size for size in self._sizes if size <= max_drafts)
         return next((size for size in sizes if counts.get(self._pass_tokens(size), 0) < MIN_MEASUREMENTS), None)
 
     def relative(self, source: str, drafts: int) -> float:
-        """Return the time of a round of `drafts` drafts from a source, in plain passes."""
+        """Return the time of a round in plain passes.
+
+        Args:
+            source: where its drafts come from; only those of `DRAFTER` take time.
+            drafts: K of the round.
+        """
         key = source == DRAFTER, drafts
         if key not in self._relative:
             plain = self.verify_seconds(0)
@@ -79,10 +88,15 @@ class Costs:
         return min(self._step, default=None)
 
     def verify_seconds(self, drafts: int) -> float:
-        """Return the time of a pass over the last token and `drafts` drafts.
+        """Return the time of the pass of a round.
 
-        It is interpolated linearly between measured passes and extrapolated beyond them; in plain passes, not seconds,
-        before anything is measured.
+        It is interpolated linearly between measured passes and extrapolated beyond them.
+
+        Args:
+            drafts: K of the round; the pass runs K+1 tokens.
+
+        Returns:
+            Seconds; plain passes before anything is measured.
         """
         tokens, sizes = self._pass_tokens(drafts), list(self._known)
         if not sizes:

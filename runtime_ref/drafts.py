@@ -31,7 +31,12 @@ class FixedDrafts:
         self.source = DRAFTER
 
     def make(self, last: int, max_drafts: int) -> Sequence[int]:
-        """Return K draft tokens after the token `last`, but at most `max_drafts`."""
+        """Return draft tokens after the newest token.
+
+        Args:
+            last: id of the newest token.
+            max_drafts: the largest number of drafts.
+        """
         return self._engine.draft(last, min(self._num_draft_tokens, max_drafts))
 
     def learn(self, done: Round, draft_seconds: float, verify_seconds: float) -> None:
@@ -62,7 +67,12 @@ class PlannedDrafts:
         return self._plan.source
 
     def make(self, last: int, max_drafts: int) -> Sequence[int]:
-        """Return the planned draft tokens after the token `last`, at most `max_drafts`."""
+        """Return the planned draft tokens after the newest token.
+
+        Args:
+            last: id of the newest token.
+            max_drafts: the largest number of drafts.
+        """
         self.lookup.extend([last])
         matching, self._copied = self.lookup.find(max_drafts)
         self._lookup_source = next((name for smallest, name in LOOKUP_SOURCES.items() if matching >= smallest), "")

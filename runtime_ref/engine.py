@@ -42,7 +42,11 @@ class Engine(Protocol):
         ...
 
     def can_resume(self, position: int) -> bool:
-        """Return whether the cache still has every row that tokens from this position on attend to."""
+        """Return whether the cache still has every row that tokens from a position on attend to.
+
+        Args:
+            position: index of the first token that is to be run.
+        """
         ...
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:

@@ -37,9 +37,9 @@ for tool in java javac keytool jar; do
     command -v $tool >/dev/null || skip "this machine has no $tool: install a JDK, 17 or later"
 done
 got=0
-said=$(tools/packages.sh kotlin gson android apk-tools 2>&1) || got=$?
-[[ $got != 3 ]] || skip "$said"
-[[ $got == 0 ]] || { echo "$said" >&2 && exit 1; }
+message=$(tools/packages.sh kotlin gson android apk-tools 2>&1) || got=$?
+[[ $got != 3 ]] || skip "$message"
+[[ $got == 0 ]] || { echo "$message" >&2 && exit 1; }
 export PATH="$PWD/$P/apk-tools/bin:$PWD/$P/android/bin:$PATH"
 
 STDLIB=$P/kotlin/lib/kotlin-stdlib.jar
