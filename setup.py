@@ -11,7 +11,7 @@ REPOSITORY = os.environ.get("REPOSITORY", "")
 
 
 def absolute_links(text: str, repository: str) -> str:
-    """Replace relative links and images of a Markdown text by those of a repository's address, without a final slash."""
+    """Make relative links and images of a Markdown text absolute; `repository` has no final slash."""
     image = re.compile(r"(!\[[^]]*\]\()(?!https?:|#)([^)]+)\)")
     link = re.compile(r"(\]\()(?!https?:|#)([^)]+)\)")
     return link.sub(rf"\g<1>{repository}/\g<2>)", image.sub(rf"\g<1>{repository}/\g<2>?raw=true)", text))

@@ -1,4 +1,4 @@
-// The modules apply these; here they are only put on one class path, with the versions of gradle/libs.versions.toml.
+// The modules apply these plugins; here they get one class path, and the versions of gradle/libs.versions.toml.
 plugins {
     alias(libs.plugins.android.application) apply false
     alias(libs.plugins.android.library) apply false

@@ -1,0 +1,1 @@
+"""Vocabulary clusters of a two-stage head: making them, their centroids, and the file that holds them."""

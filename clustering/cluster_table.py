@@ -1,4 +1,4 @@
-"""The vocabulary clusters of a two-stage head."""
+"""The vocabulary clusters of a two-stage head, and the file that holds them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +9,20 @@ from safetensors.numpy import save
 
 from runtime_ref.errors import InputError
 
-# As the published drafter checkpoints name them.
+# Names of the published drafter checkpoints: tensors, and the key of the clusters to keep.
 CENTROIDS, TOKEN_ORDERING = "masked_embedding.centroids.weight", "masked_embedding.token_ordering"
-TOP_K = "centroid_intermediate_top_k"
+TOP_K_KEY = "centroid_intermediate_top_k"
 
 
 @dataclass(frozen=True)
 class TwoStageSizes:
-    """Clusters, tokens in each, and how many clusters the first stage keeps."""
+    """Sizes of a two-stage head.
+
+    Attributes:
+        num_clusters: C.
+        cluster_size: M, the tokens of the largest cluster.
+        top_k_clusters: how many clusters the first stage keeps.
+    """
 
     num_clusters: int
     cluster_size: int
@@ -24,10 +30,15 @@ class TwoStageSizes:
 
     @classmethod
     def of(cls, vocab_size: int, num_clusters: int, top_k: int) -> "TwoStageSizes":
-        """Sizes for a vocabulary; where the clusters do not divide it, the larger size counts.
+        """Return the sizes for a vocabulary.
+
+        Args:
+            vocab_size: V.
+            num_clusters: C, 1 to V.
+            top_k: how many clusters the first stage keeps, 1 to C.
 
         Raises:
-            InputError: more clusters than tokens, or more to keep than there are.
+            InputError: `num_clusters` or `top_k` is out of its range.
         """
         if not 0 < num_clusters <= vocab_size:
             raise InputError(
@@ -40,19 +51,27 @@ class TwoStageSizes:
 
 @dataclass(frozen=True)
 class ClusterTable:
-    """Centroids [C, E] float32 that score clusters, and token ids [V] int64 grouped by cluster.
+    """The clusters of a vocabulary.
 
     Each cluster has V/C tokens; where C does not divide V, the first V mod C clusters have one more than the others.
+
+    Attributes:
+        centroids: [C, E] float32, which score clusters.
+        token_ordering: [V] int64, token ids grouped by cluster.
     """
 
     centroids: np.ndarray
     token_ordering: np.ndarray
 
     def check(self, source: str) -> None:
-        """Refuse a table that is not finite, or whose ordering is not a permutation.
+        """Refuse a table that cannot be used.
+
+        Args:
+            source: where it comes from, which the error names.
 
         Raises:
-            InputError: names `source` and what is wrong.
+            InputError: there are more clusters than tokens or none, `token_ordering` is not a permutation, or the
+                centroids are not finite.
         """
         clusters, tokens = len(self.centroids), len(self.token_ordering)
         if not 0 < clusters <= tokens:
@@ -65,53 +84,73 @@ class ClusterTable:
             raise InputError(f"{source}: the centroids hold NaN or infinity; restore the file they came from")
 
     def sizes(self, top_k: int) -> TwoStageSizes:
-        """Sizes of a two-stage head that keeps the best `top_k` of these clusters."""
+        """Return the sizes of a two-stage head with these clusters.
+
+        Args:
+            top_k: how many clusters the first stage keeps, 1 to C.
+
+        Raises:
+            InputError: `top_k` is out of its range.
+        """
         return TwoStageSizes.of(len(self.token_ordering), len(self.centroids), top_k)
 
     @property
     def members(self) -> np.ndarray:
-        """Token ids by cluster, rising, [C, ceil(V/C)] int64; a cluster with one less has its first token twice.
+        """Token ids by cluster, rising, [C, M] int64; a cluster that is one token short has its first token twice.
 
-        A repeated token ties with itself and changes no choice, so that no slot has to be masked.
+        A repeated token ties with itself and changes no choice, so no slot has to be masked.
         """
         clusters = [np.sort(part) for part in np.array_split(self.token_ordering, len(self.centroids))]
         size = len(clusters[0])
         return np.stack([np.resize(part, size) for part in clusters])
 
     def to_bytes(self, top_k: int) -> bytes:
-        """A safetensors file, in the names of the published checkpoints, with the clusters to keep as metadata."""
-        return save({CENTROIDS: self.centroids, TOKEN_ORDERING: self.token_ordering}, {TOP_K: str(top_k)})
+        """Return the table as a safetensors file, with the names of the published checkpoints.
+
+        Args:
+            top_k: how many clusters the first stage keeps; it becomes metadata of the file.
+        """
+        return save({CENTROIDS: self.centroids, TOKEN_ORDERING: self.token_ordering}, {TOP_K_KEY: str(top_k)})
 
 
 def load_table(file: Path, vocab_size: int, hidden_size: int) -> tuple[ClusterTable, int]:
-    """Read what `ClusterTable.to_bytes` made, for a drafter of this vocabulary and hidden size.
+    """Read a file of `ClusterTable.to_bytes` for a drafter.
+
+    Args:
+        file: the safetensors file.
+        vocab_size: V of the drafter.
+        hidden_size: E of the drafter.
+
+    Returns:
+        The table, and how many clusters the first stage keeps.
 
     Raises:
-        InputError: no such file, not such a file, or one that does not fit the drafter.
+        InputError: there is no such file, it is no cluster table, or it does not fit the drafter.
     """
     try:
         with safe_open(file, "numpy") as opened:
             metadata = opened.metadata() or {}
-            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not iterable itself
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last for dtypes numpy has not
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not iterable itself
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last for dtypes that numpy lacks
         raise InputError(f"{file}: not a readable cluster table ({error}); make one with `cluster --output`") from error
-    for name, columns, kind in ((CENTROIDS, (hidden_size,), "f"), (TOKEN_ORDERING, (), "i")):
-        if name not in found:
+    for name, columns, dtype_kind in ((CENTROIDS, (hidden_size,), "f"), (TOKEN_ORDERING, (), "i")):
+        if name not in tensors:
             raise InputError(f"{file}: tensor {name} is missing; make a table with `cluster --output`")
-        if found[name].dtype.kind != kind or found[name].shape[1:] != columns or found[name].ndim != 1 + len(columns):
+        dtype, shape = tensors[name].dtype, tensors[name].shape
+        if dtype.kind != dtype_kind or shape[1:] != columns or len(shape) != 1 + len(columns):
             raise InputError(
-                f"{file}: tensor {name} is {found[name].dtype} {list(found[name].shape)}, the drafter's hidden size is"
+                f"{file}: tensor {name} is {dtype} {list(shape)}, the drafter's hidden size is"
                 f" {hidden_size}; make a table for this drafter"
             )
-    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite then, and refused below
-        table = ClusterTable(found[CENTROIDS].astype(np.float32), found[TOKEN_ORDERING].astype(np.int64))
+    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused below
+        table = ClusterTable(tensors[CENTROIDS].astype(np.float32), tensors[TOKEN_ORDERING].astype(np.int64))
     if len(table.token_ordering) != vocab_size:
         raise InputError(
             f"{file}: orders {len(table.token_ordering)} tokens, the drafter has {vocab_size}; make a table for this"
             " drafter"
         )
     table.check(str(file))
-    top_k = metadata.get(TOP_K, "")
+    top_k = metadata.get(TOP_K_KEY, "")
     if not top_k.isdecimal() or len(top_k) > 9:
-        raise InputError(f"{file}: the metadata has no {TOP_K}; make a table with `cluster --output`")
+        raise InputError(f"{file}: the metadata has no {TOP_K_KEY}; make a table with `cluster --output`")
     return table, int(top_k)

@@ -6,9 +6,13 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Round:
-    """What one round did: the drafts proposed, how many were accepted, and the tokens it adds to the text.
+    """The outcome of one round, or of the prefill, which is a round without drafts.
 
-    `logprobs` are those tokens' log-probabilities, as `sampling.log_probabilities` defines them.
+    Attributes:
+        drafts: the K draft tokens that were proposed.
+        accepted: how many of them were accepted, 0 to K.
+        tokens: token ids that the round adds to the text: the accepted drafts and the bonus token.
+        logprobs: log-probabilities of `tokens`, as `sampling.log_probabilities` defines them.
     """
 
     drafts: Sequence[int]
@@ -17,14 +21,18 @@ class Round:
     logprobs: list[float]
 
     def cut(self, count: int) -> "Round":
-        """The same round with only its first tokens; an accepted draft that is cut off counts as not accepted."""
+        """Return the round with only its first tokens; an accepted draft that is cut off counts as not accepted.
+
+        Args:
+            count: tokens to keep, at least 1.
+        """
         return replace(
             self, accepted=min(self.accepted, count), tokens=self.tokens[:count], logprobs=self.logprobs[:count]
         )
 
 
 def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
-    """Length of the longest common prefix of two sequences.
+    """Return the length of the longest common prefix of two sequences.
 
     Args:
         one: tokens or characters, of any length.
@@ -38,11 +46,15 @@ def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def accept(drafts: Sequence[int], choices: Sequence[int]) -> tuple[int, list[int]]:
-    """Longest prefix of drafts that equals the target's own choices, then the bonus token.
+    """Accept the longest prefix of the drafts that equals the target's own choices, and add the bonus token.
+
+    Unlike the rejection sampling of Leviathan et al. (2023), which weighs probabilities, this compares tokens. Noise
+    belongs to the position (`sampling.uniform`), so the text is that of plain decoding token for token, sampled or
+    greedy.
 
     Args:
         drafts: K draft tokens.
-        choices: the target's K+1 choices: after `last`, after the first draft, and so on.
+        choices: the target's K+1 choices: after the last token of the text, after the first draft, and so on.
 
     Returns:
         How many drafts were accepted, and the tokens that the round adds: the accepted drafts and one more.

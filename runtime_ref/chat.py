@@ -1,4 +1,4 @@
-"""Messages to one prompt, by the bundle's chat template."""
+"""Turn messages into one prompt with the bundle's chat template."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,45 +21,62 @@ NO_TEMPLATE = (
     " --chat out"
 )
 
-# `role` (system, user, assistant) and `content`.
+# Keys: `role` (system, user or assistant) and `content`.
 Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """A chat_template.jinja, rendered as transformers 5.22.2 does."""
+    """A chat_template.jinja, rendered as transformers 5.22.2 renders it."""
 
     def __init__(self, bundle: Path, tokenizer: TextTokenizer) -> None:
-        """Raises InputError if the template cannot be read."""
+        """Read and compile the template.
+
+        Args:
+            bundle: directory that has a chat_template.jinja.
+            tokenizer: the bundle's; it gives the texts of the special tokens that the template names.
+
+        Raises:
+            InputError: the template cannot be read or compiled.
+        """
         path = bundle / CHAT_TEMPLATE
         try:
             source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot be read ({error}); export the bundle again") from error
         self._template = parse_template(source, str(path), "export the bundle again")
-        self._special = tokenizer.special
+        self._special_tokens = tokenizer.special_tokens
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt for the answer to the last message, with its beginning-of-text token if the template writes one.
+        """Return the prompt that asks for an answer to the last message.
 
-        Special tokens that are spelled out in a message count as such, as in transformers.
+        It begins with the beginning-of-text token if the template writes one. Special tokens that are spelled out in a
+        message count as special tokens, as in transformers.
+
+        Args:
+            messages: the conversation, oldest message first.
 
         Raises:
             InputError: the template refuses the messages.
         """
-        found = [dict(message) for message in messages]
+        copies = [dict(message) for message in messages]
         try:
             return self._template.render(
-                messages=found, tools=None, documents=None, add_generation_prompt=True, **self._special
+                messages=copies, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
             )
         except Exception as error:  # a template is code: whatever it raises, these messages do not suit it
             raise InputError(f"the chat template refuses the messages: {_one_line(error)}; change them") from error
 
 
 def parse_template(source: str, origin: str, remedy: str) -> jinja2.Template:
-    """Compile a template.
+    """Compile a chat template.
+
+    Args:
+        source: text of the template, in Jinja's language.
+        origin: what the error names, a path for instance.
+        remedy: what the error asks the user to do.
 
     Raises:
-        InputError: it is not one; the line names its `origin` and ends in the `remedy`.
+        InputError: the text is not a template.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
@@ -75,7 +92,7 @@ def parse_template(source: str, origin: str, remedy: str) -> jinja2.Template:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what a model is trained on: to a prompt it is only a scope."""
+    """`{% generation %}`: it marks the text that a model is trained on, and in a prompt it is only a scope."""
 
     tags = {"generation"}  # noqa: RUF012, as jinja2 declares it
 
@@ -91,7 +108,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes for HTML."""
+    """Replaces Jinja's own filter, which escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

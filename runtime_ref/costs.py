@@ -1,4 +1,4 @@
-"""What a device takes for passes and draft steps: measured while it decodes, and kept beside the bundle."""
+"""Times of passes and draft steps on a device: measured while it decodes, and kept in a file beside the bundle."""
 
 import hashlib
 import json
@@ -16,115 +16,163 @@ from runtime_ref.manifest import MANIFEST, Manifest, round_up
 
 DRAFTER = "drafter"  # the source of drafts whose steps take time
 
-RECENT = 5  # measurements that count; the least of them, because whatever else runs only ever adds
-ENOUGH = 2  # of each size, before sizes are chosen by their costs: the first may just have warmed up
+# The newest measurements of each pass, of which the smallest counts: whatever else runs only ever adds time.
+MAX_MEASUREMENTS = 5
+# Measurements of each pass before K is chosen by its time: the first may include warming up.
+MIN_MEASUREMENTS = 2
 
-# What a further token of a pass, and a draft step, are taken to cost beside a plain pass until they are measured.
-UNKNOWN_TOKEN, UNKNOWN_STEP = 0.2, 0.1
+# Assumed times before anything is measured, in plain passes: of each further token of a pass, and of a draft step.
+ASSUMED_TOKEN_PASSES, ASSUMED_STEP_PASSES = 0.2, 0.1
 
 
 class Costs:
-    """Seconds of passes by their number of tokens, and of a draft step, each as they were lately."""
+    """Recent times of passes by their number of tokens, and of a draft step."""
 
-    def __init__(self, most: int, row_multiple: int = 1) -> None:
-        """`most` drafts a round; passes are filled up to `row_multiple` tokens."""
+    def __init__(self, max_drafts: int, row_multiple: int = 1) -> None:
+        """Begin without measurements.
+
+        Args:
+            max_drafts: the largest K of a round.
+            row_multiple: passes are padded to a multiple of this many tokens, so those of equal length share a time.
+        """
         self._row_multiple = row_multiple
-        # None, and then the sizes that show the curve: those between are on the line.
-        self._sizes = sorted({0, most, *(2**i for i in range(most.bit_length()) if 2**i < most)})
+        # Numbers of drafts that are measured: 0, powers of two and the maximum; those between are interpolated.
+        self._sizes = sorted({0, max_drafts, *(2**i for i in range(max_drafts.bit_length()) if 2**i < max_drafts)})
         self._passes: dict[int, deque[float]] = {}
-        self._step: deque[float] = deque(maxlen=RECENT)
+        self._step: deque[float] = deque(maxlen=MAX_MEASUREMENTS)
         self._known: dict[int, float] = {}
         self._known_step: float | None = None
         self._relative: dict[tuple[bool, int], float] = {}
 
-    def measured(self, drafts: int, verify_seconds: float, draft_seconds: float | None = None) -> None:
-        """Count a round: its pass, and its draft steps if the drafter made the drafts."""
-        self._passes.setdefault(self._filled(drafts), deque(maxlen=RECENT)).append(verify_seconds)
+    def record(self, drafts: int, verify_seconds: float, draft_seconds: float | None = None) -> None:
+        """Add the times of a round.
+
+        Args:
+            drafts: K of the round.
+            verify_seconds: time of its pass.
+            draft_seconds: time of its K draft steps; None if the drafts did not come from the drafter.
+        """
+        times = self._passes.setdefault(self._pass_tokens(drafts), deque(maxlen=MAX_MEASUREMENTS))
+        times.append(verify_seconds)
         if draft_seconds is not None and drafts:
             self._step.append(draft_seconds / drafts)
         self._refresh()
 
-    def unknown(self, room: int) -> int | None:
-        """The least number of drafts, at most `room`, whose round is to be measured; None if all are known enough."""
-        known = {size: len(times) for size, times in self._passes.items()}
-        sizes = (size for size in self._sizes if size <= room)
-        return next((size for size in sizes if known.get(self._filled(size), 0) < ENOUGH), None)
+    def next_to_measure(self, max_drafts: int) -> int | None:
+        """Return the smallest K that has too few measurements; None if all have enough.
+
+        Args:
+            max_drafts: the largest K to consider.
+        """
+        counts = {tokens: len(times) for tokens, times in self._passes.items()}
+        sizes = (size for size in self._sizes if size <= max_drafts)
+        return next((size for size in sizes if counts.get(self._pass_tokens(size), 0) < MIN_MEASUREMENTS), None)
 
     def relative(self, source: str, drafts: int) -> float:
-        """Cost of a round of so many drafts beside a plain one."""
+        """Return the time of a round in plain passes.
+
+        Args:
+            source: where its drafts come from; only those of `DRAFTER` take time.
+            drafts: K of the round.
+        """
         key = source == DRAFTER, drafts
         if key not in self._relative:
             plain = self.verify_seconds(0)
-            steps = drafts * (self.step_seconds or UNKNOWN_STEP * plain) if source == DRAFTER else 0.0
+            steps = drafts * (self.step_seconds or ASSUMED_STEP_PASSES * plain) if source == DRAFTER else 0.0
             self._relative[key] = (self.verify_seconds(drafts) + steps) / plain
         return self._relative[key]
 
     @property
     def step_seconds(self) -> float | None:
-        """Of one draft step; None before it was measured."""
+        """Time of one draft step; None before it was measured."""
         return min(self._step, default=None)
 
     def verify_seconds(self, drafts: int) -> float:
-        """Of a pass over `last` and so many drafts; on the line between those measured, and beyond them as steep."""
-        size, sizes = self._filled(drafts), list(self._known)
+        """Return the time of the pass of a round.
+
+        It is interpolated linearly between measured passes and extrapolated beyond them.
+
+        Args:
+            drafts: K of the round; the pass runs K+1 tokens.
+
+        Returns:
+            Seconds; plain passes before anything is measured.
+        """
+        tokens, sizes = self._pass_tokens(drafts), list(self._known)
         if not sizes:
-            return 1 + UNKNOWN_TOKEN * drafts
-        if sizes[0] <= size <= sizes[-1]:
-            return float(np.interp(size, sizes, list(self._known.values())))
+            return 1 + ASSUMED_TOKEN_PASSES * drafts
+        if sizes[0] <= tokens <= sizes[-1]:
+            return float(np.interp(tokens, sizes, list(self._known.values())))
         first, last = sizes[0], sizes[-1]
         rise = self._known[last] - self._known[first]
-        slope = rise / (last - first) if last > first else UNKNOWN_TOKEN * self._known[first]
-        return max(self._known[last] + slope * (size - last), UNKNOWN_TOKEN * self._known[first])
+        slope = rise / (last - first) if last > first else ASSUMED_TOKEN_PASSES * self._known[first]
+        return max(self._known[last] + slope * (tokens - last), ASSUMED_TOKEN_PASSES * self._known[first])
 
     def _refresh(self) -> None:
-        """Bring what is derived up to date; mostly nothing changed, because the least of the recent ones counts."""
-        known, least = {}, float("inf")
-        for size in sorted(self._passes, reverse=True):
-            # A longer pass is never cheaper: what was slow by accident is corrected by a longer one that was not.
-            least = known[size] = min(least, *self._passes[size])
+        """Recompute the derived times; mostly nothing changed, because the smallest of the recent ones counts."""
+        known, smallest = {}, float("inf")
+        for tokens in sorted(self._passes, reverse=True):
+            # A longer pass is never cheaper: a time that was slow by accident is corrected by a longer pass's.
+            smallest = known[tokens] = min(smallest, *self._passes[tokens])
         known = dict(sorted(known.items()))
         if (known, self.step_seconds) != (self._known, self._known_step):
             self._known, self._known_step = known, self.step_seconds
             self._relative.clear()
 
     def as_dict(self) -> dict[str, Any]:
-        """Seconds, as they are kept in a file: of passes by their number of tokens, and of a draft step."""
-        passes = {str(size): min(times) for size, times in sorted(self._passes.items())}
+        """Return the costs as they are kept in a file: seconds of passes by number of tokens, and of a draft step."""
+        passes = {str(tokens): min(times) for tokens, times in sorted(self._passes.items())}
         return {"verify_seconds": passes, "draft_step_seconds": self.step_seconds}
 
-    def restore(self, facts: dict[str, Any]) -> None:
-        """Take over what `as_dict` gave; raises ValueError, KeyError or TypeError for anything else."""
-        step = facts["draft_step_seconds"]
-        passes = {int(size): float(seconds) for size, seconds in facts["verify_seconds"].items()}
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Replace the measurements by saved ones.
+
+        Args:
+            saved: what `as_dict` returned.
+
+        Raises:
+            ValueError: a time or a number of tokens is not positive. KeyError, TypeError or AttributeError are raised
+                for a document of another form.
+        """
+        step = saved["draft_step_seconds"]
+        passes = {int(tokens): float(seconds) for tokens, seconds in saved["verify_seconds"].items()}
         steps = [] if step is None else [float(step)]
         if not all(0 < seconds < 1e6 for seconds in (*passes.values(), *steps)) or min(passes, default=1) < 1:
             raise ValueError("costs must be positive")
-        self._passes = {size: deque([seconds] * ENOUGH, maxlen=RECENT) for size, seconds in passes.items()}
+        self._passes = {
+            tokens: deque([seconds] * MIN_MEASUREMENTS, maxlen=MAX_MEASUREMENTS) for tokens, seconds in passes.items()
+        }
         self._step.extend(steps)
         self._refresh()
 
-    def _filled(self, drafts: int) -> int:
+    def _pass_tokens(self, drafts: int) -> int:
+        """Tokens of the pass that verifies so many drafts, padding included."""
         return round_up(drafts + 1, self._row_multiple)
 
 
 def costs_file(bundle: Path) -> Path:
-    """Where the costs of a bundle are kept: beside it, because it is the same on all devices and they are not."""
+    """Return the file of a bundle's costs: beside the bundle, which is the same on every device while they are not."""
     bundle = bundle.resolve()
     return bundle.parent / f"{bundle.name}.costs.json"
 
 
 def load_costs(bundle: Path, manifest: Manifest, threads: int | None) -> Costs:
-    """What was measured on this device with this bundle and as many threads, else nothing.
+    """Load the costs that were measured with this bundle on this device, else return costs without measurements.
+
+    Args:
+        bundle: directory of the bundle.
+        manifest: the bundle's.
+        threads: threads inside an operation; costs that were measured with another number are ignored.
 
     Raises:
         InputError: the file is not what `save_costs` writes.
     """
     costs, file = Costs(manifest.max_draft_tokens, manifest.row_multiple), costs_file(bundle)
     if file.exists():
-        kept = read_json(file, "costs that were measured; delete the file, and they are measured again")
+        saved = read_json(file, "measured costs; delete the file, and they are measured again")
         try:
-            if kept["of"] == _identity(bundle, threads):
-                costs.restore(kept)
+            if saved["of"] == _identity(bundle, threads):
+                costs.restore(saved)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{file}: not the costs of a bundle ({type(error).__name__}: {error}); delete it, and they are measured"
@@ -134,7 +182,16 @@ def load_costs(bundle: Path, manifest: Manifest, threads: int | None) -> Costs:
 
 
 def save_costs(costs: Costs, bundle: Path, threads: int | None) -> None:
-    """Keep costs for `load_costs`; raises OSError where nothing can be written."""
+    """Write costs to the file that `load_costs` reads.
+
+    Args:
+        costs: what was measured.
+        bundle: directory of the bundle; the file lies beside it.
+        threads: threads inside an operation, as for `load_costs`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     file = costs_file(bundle)
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -145,7 +202,7 @@ def save_costs(costs: Costs, bundle: Path, threads: int | None) -> None:
 
 
 def _identity(bundle: Path, threads: int | None) -> dict[str, Any]:
-    """What costs depend on: device, threads, and the bundle with all its digests."""
+    """What costs depend on: device, threads, and the bundle, which its manifest's digest stands for."""
     device = [platform.node(), platform.machine(), platform.processor(), os.cpu_count()]
     return {
         "device": device,

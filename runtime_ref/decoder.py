@@ -16,7 +16,13 @@ from runtime_ref.stats import Stats
 
 @dataclass(frozen=True)
 class Options:
-    """`num_draft_tokens` 0 is plain decoding, None lets a `DraftLength` plan each round."""
+    """How one text is generated.
+
+    Attributes:
+        max_new_tokens: the largest number of tokens to generate, at least 1.
+        num_draft_tokens: K of every round; 0 is plain decoding, None lets a `DraftLength` plan each round.
+        sampling: how tokens are chosen.
+    """
 
     max_new_tokens: int = 128
     num_draft_tokens: int | None = 0
@@ -24,21 +30,25 @@ class Options:
 
 
 def generate(
-    engine: Engine, prompt: Sequence[int], options: Options, stats: Stats, length: DraftLength | None = None
+    engine: Engine, prompt: Sequence[int], options: Options, stats: Stats, planner: DraftLength | None = None
 ) -> Iterator[int]:
-    """Yield new tokens as they are decided, and count what happened in `stats`.
+    """Yield new token ids as they are decided.
 
-    Speculative and plain decoding yield the same tokens; they stop at the first end token, after `max_new_tokens`, or
+    Speculative and plain decoding yield the same tokens. They stop at the first end token, after `max_new_tokens`, or
     when prompt and answer together fill the context.
 
     Args:
-        length: plans the rounds if the options do not; needed then, and kept by the caller from text to text.
+        engine: a loaded bundle.
+        prompt: token ids, the first of them the beginning-of-text token.
+        options: budget, drafting and sampling.
+        stats: counts of this text, which are added to.
+        planner: plans the rounds if `options.num_draft_tokens` is None; keep it from text to text, so that it learns.
 
     Raises:
-        InputError: the prompt is empty, has ids outside the vocabulary, or leaves no room for an answer, or there are
-            more drafts than the bundle allows.
+        InputError: as `check_prompt` and `check_options`.
+        ValueError: rounds are to be planned, and there is no planner.
     """
-    for done in rounds(engine, prompt, options, stats, length):
+    for done in rounds(engine, prompt, options, stats, planner):
         yield from done.tokens
 
 
@@ -47,20 +57,29 @@ def rounds(
     prompt: Sequence[int],
     options: Options,
     stats: Stats,
-    length: DraftLength | None = None,
+    planner: DraftLength | None = None,
     start: int = 0,
 ) -> Iterator[Round]:
-    """`generate` by rounds, the prefill first; `stats.finish_reason` is set before the last one is yielded.
+    """Yield the rounds of `generate`, the prefill first; `stats.finish_reason` is set before the last one is yielded.
 
     Args:
+        engine: a loaded bundle.
+        prompt: token ids, the first of them the beginning-of-text token.
+        options: budget, drafting and sampling.
+        stats: counts of this text, which are added to.
+        planner: plans the rounds if `options.num_draft_tokens` is None.
         start: how many tokens of the prompt are in the engine's cache already.
+
+    Raises:
+        InputError: as `check_prompt` and `check_options`.
+        ValueError: rounds are to be planned, and there is no planner.
     """
     manifest = engine.manifest
     check_prompt(manifest, prompt)
     check_options(manifest, options)
     room = manifest.max_seq_len - len(prompt)
     budget, out_of_budget = min((options.max_new_tokens, "length"), (room, "max_seq_len"))
-    drafts = _drafts(engine, options, prompt, length)
+    drafts = _drafts(engine, options, prompt, planner)
     stats.reused_tokens, stats.finish_reason = start, ""
     started = time.perf_counter()
     done, source = engine.prefill(prompt, options.sampling, start), None
@@ -78,7 +97,7 @@ def rounds(
         if stats.finish_reason:
             return
         started = time.perf_counter()
-        # The bonus token needs a place in the budget as well.
+        # The bonus token takes one token of the budget as well.
         proposed = drafts.make(done.tokens[-1], min(manifest.max_draft_tokens, left - 1))
         drafted = time.perf_counter()
         done, source = engine.verify(done.tokens[-1], proposed, options.sampling), drafts.source
@@ -88,20 +107,30 @@ def rounds(
 
 
 def _drafts(
-    engine: Engine, options: Options, prompt: Sequence[int], length: DraftLength | None
+    engine: Engine, options: Options, prompt: Sequence[int], planner: DraftLength | None
 ) -> FixedDrafts | PlannedDrafts:
     if options.num_draft_tokens is not None:
         return FixedDrafts(engine, options.num_draft_tokens)
-    if length is None:
+    if planner is None:
         raise ValueError("num_draft_tokens is None: rounds must be planned, but there is no DraftLength")
-    return PlannedDrafts(engine, length, prompt)
+    return PlannedDrafts(engine, planner, prompt)
 
 
 def check_options(manifest: Manifest, options: Options) -> None:
-    """Refuse what a bundle cannot do; raises InputError."""
-    wanted, most = options.num_draft_tokens, manifest.max_draft_tokens
-    if wanted is not None and not 0 <= wanted <= most:
-        raise InputError(f"{wanted} draft tokens a round were asked for, the bundle was exported for up to {most}")
+    """Refuse options that a bundle cannot serve.
+
+    Args:
+        manifest: the bundle's.
+        options: what the caller asks for.
+
+    Raises:
+        InputError: K is negative or beyond what the bundle was exported for, or no new token is asked for.
+    """
+    drafts, max_drafts = options.num_draft_tokens, manifest.max_draft_tokens
+    if drafts is not None and not 0 <= drafts <= max_drafts:
+        raise InputError(
+            f"{drafts} draft tokens a round were asked for, the bundle was exported for up to {max_drafts}"
+        )
     if options.max_new_tokens < 1:
         raise InputError(f"{options.max_new_tokens} new tokens were asked for, expected at least 1")
 
@@ -109,8 +138,12 @@ def check_options(manifest: Manifest, options: Options) -> None:
 def check_prompt(manifest: Manifest, prompt: Sequence[int]) -> None:
     """Refuse a prompt that cannot be run.
 
+    Args:
+        manifest: the bundle's.
+        prompt: token ids.
+
     Raises:
-        InputError: empty, too long for the context, or with an id that is not in the vocabulary.
+        InputError: the prompt is empty, leaves no room for an answer, or has an id that is not in the vocabulary.
     """
     if not prompt:
         raise InputError("the prompt is empty: expected at least one token")

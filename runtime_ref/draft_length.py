@@ -1,7 +1,7 @@
-"""How many tokens to draft next, and where from: as many as make the most tokens a second, none included.
+"""Choose K, the number of draft tokens, and their source before each round, for the most tokens a second.
 
-What a round of K drafts adds is 1 + the sum over i <= K of the chance that i drafts are accepted. What it costs is
-measured. Both are estimated while a text is written, so nobody has to know the right K for a text or a device.
+A round of K drafts is expected to add 1 + the sum over i <= K of the probability that i drafts are accepted. Its time
+is measured. Both are estimated while text is generated, so nobody has to know the best K for a text or a device.
 """
 
 import math
@@ -10,44 +10,64 @@ from dataclasses import dataclass
 
 from runtime_ref.costs import DRAFTER, Costs
 
-# Rounds after which an observation counts half. Estimates of each are mixed by how well they foretold the last rounds:
-# the slow one is exact on steady text, the fast one sees it change.
-HALF_LIVES = (8, 64)
-MEMORY = 0.95  # what is kept, each round, of how well they foretold
+# Rounds after which an observation counts half, one estimate for each. The slow estimate is exact on steady text, the
+# fast one follows a change; they are mixed by how well they predicted the latest rounds.
+HALF_LIVES_ROUNDS = (8, 64)
+# Factor, each round, on the log-likelihoods that say how well the estimates predicted.
+SCORE_DECAY_PER_ROUND = 0.95
 
-# What is assumed of a draft that was not tried lately, as so many observations. It is high, so that what is forgotten
-# is tried again: no other probe is needed.
-PRIOR, PRIOR_WEIGHT = 0.9, 2.0
+# Acceptance that is assumed of a draft before it is observed, and how many observations the assumption counts as. It is
+# high, so that a K that was not tried lately is tried again: no other probe is needed.
+PRIOR_ACCEPTANCE, PRIOR_OBSERVATIONS = 0.9, 2.0
 
-# What drafting may lose against plain decoding: this share of the tokens, so many passes at the start, and of what it
-# gained before at most so many.
-ALLOWANCE, START, GAINED = 0.01, 2.0, 16.0
+# What drafting may lose against plain decoding: a fraction of the tokens, and passes at the start. Passes that it saved
+# may be lost again, up to a maximum.
+LOSS_PASSES_PER_TOKEN, INITIAL_LOSS_PASSES, MAX_SAVED_PASSES = 0.01, 2.0, 16.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to draft next: the source, and how many tokens."""
+    """The drafts of the next round.
+
+    Attributes:
+        source: `costs.DRAFTER`, or a name of prompt lookup (`drafts.LOOKUP_SOURCES`).
+        num_draft_tokens: K, 0 for a plain pass.
+    """
 
     source: str
     num_draft_tokens: int
 
 
-class Acceptance:
-    """How likely it is, from one source, that each draft of a round is accepted if those before it were."""
+class AcceptanceEstimate:
+    """Estimates, for one source, how likely each draft of a round is accepted if those before it were.
 
-    def __init__(self, most: int) -> None:
-        self._keep = [0.5 ** (1 / rounds) for rounds in HALF_LIVES]
-        self._accepted = [[0.0] * most for _ in HALF_LIVES]
-        self._rejected = [[0.0] * most for _ in HALF_LIVES]
-        self._foretold = [0.0] * len(HALF_LIVES)
+    Attributes:
+        reached: [1 + max_drafts] probabilities that the first i drafts are accepted, from i = 0 on.
+    """
+
+    def __init__(self, max_drafts: int) -> None:
+        """Begin without observations.
+
+        Args:
+            max_drafts: the largest K of a round.
+        """
+        self._keep = [0.5 ** (1 / rounds) for rounds in HALF_LIVES_ROUNDS]
+        self._accepted = [[0.0] * max_drafts for _ in HALF_LIVES_ROUNDS]
+        self._rejected = [[0.0] * max_drafts for _ in HALF_LIVES_ROUNDS]
+        self._scores = [0.0] * len(HALF_LIVES_ROUNDS)  # log-likelihoods of the latest rounds, by half-life
         self._estimate()
 
     def update(self, drafted: int, accepted: int) -> None:
-        """Count a round of which so many drafts were judged; a round without any makes what is known older."""
+        """Add the observations of a round.
+
+        Args:
+            drafted: how many drafts were judged; 0 only lets earlier observations fade.
+            accepted: how many of them were right.
+        """
         for i, chances in enumerate(self._chances):
-            self._foretold[i] *= MEMORY if drafted else 1.0
+            self._scores[i] *= SCORE_DECAY_PER_ROUND if drafted else 1.0
             ended = [1 - chances[accepted]] if accepted < drafted else []
-            self._foretold[i] += sum(math.log(max(chance, 1e-3)) for chance in (*chances[:accepted], *ended))
+            self._scores[i] += sum(math.log(max(chance, 1e-3)) for chance in (*chances[:accepted], *ended))
             for counts in (self._accepted[i], self._rejected[i]):
                 counts[:] = [count * self._keep[i] for count in counts]
             for position in range(accepted):
@@ -57,17 +77,17 @@ class Acceptance:
         self._estimate()
 
     def _estimate(self) -> None:
-        """The chance of each draft by each half-life, and `reached`: that so many drafts are accepted, from none on."""
+        """Compute the chance of each draft by each half-life, and their mixture, `reached`."""
         self._chances = []
         self.reached = [0.0] * (1 + len(self._accepted[0]))
-        best = max(self._foretold)
-        weights = [math.exp(foretold - best) for foretold in self._foretold]
+        best = max(self._scores)
+        weights = [math.exp(score - best) for score in self._scores]
         for weight, accepted, rejected in zip(weights, self._accepted, self._rejected, strict=True):
-            chances, chance, through = [], PRIOR, weight / sum(weights)
+            chances, chance, through = [], PRIOR_ACCEPTANCE, weight / sum(weights)
             self.reached[0] += through
             for position, (good, bad) in enumerate(zip(accepted, rejected, strict=True), start=1):
-                # A draft is expected to do as well as the one before it until it shows otherwise.
-                chance = (good + PRIOR_WEIGHT * chance) / (good + bad + PRIOR_WEIGHT)
+                # A draft is expected to do as well as the one before it until observations say otherwise.
+                chance = (good + PRIOR_OBSERVATIONS * chance) / (good + bad + PRIOR_OBSERVATIONS)
                 through *= chance
                 chances.append(chance)
                 self.reached[position] += through
@@ -75,33 +95,42 @@ class Acceptance:
 
 
 class DraftLength:
-    """Plans rounds and learns from them; one for all texts of a bundle on a device.
+    """Plans rounds and learns from them; one instance serves all texts of a bundle on a device.
 
-    A round that could lose more than `ALLOWANCE` and the rest allow is not planned, whatever it promises. So, by the
-    costs as they are known, texts take at most 1.01 times as long as plain decoding and `START` passes together, and no
-    stretch of them more than `GAINED` passes beyond that.
+    The loss is the time that drafting took beyond plain decoding so far, in plain passes, minus what it may lose. A
+    round that could bring it above 0 is not planned, whatever its expected gain. So, by the costs as they are known,
+    texts take at most 1.01 times as long as plain decoding and `INITIAL_LOSS_PASSES` passes together, and no stretch of
+    them more than `MAX_SAVED_PASSES` passes beyond that.
+
+    Attributes:
+        costs: measured times of passes and draft steps.
     """
 
-    def __init__(self, most: int, costs: Costs) -> None:
-        """`most` drafts a round."""
-        self._most, self.costs = most, costs
-        self._sources: dict[str, Acceptance] = {}
-        self._debt = -START
-
-    def plan(self, room: Mapping[str, int]) -> Plan:
-        """Choose a source and a number of drafts.
+    def __init__(self, max_drafts: int, costs: Costs) -> None:
+        """Begin without observations.
 
         Args:
-            room: the most drafts that each source has to give now.
+            max_drafts: the largest K of a round.
+            costs: times of passes and draft steps, which the caller's rounds are recorded in.
         """
-        unknown = self.costs.unknown(room.get(DRAFTER, 0))
-        if unknown is not None and self._affordable(DRAFTER, unknown):
-            return Plan(DRAFTER, unknown)
+        self._max_drafts, self.costs = max_drafts, costs
+        self._sources: dict[str, AcceptanceEstimate] = {}
+        self._loss_passes = -INITIAL_LOSS_PASSES
+
+    def plan(self, available: Mapping[str, int]) -> Plan:
+        """Choose a source and K for the next round.
+
+        Args:
+            available: by source, the largest number of drafts that it can give now.
+        """
+        unmeasured = self.costs.next_to_measure(available.get(DRAFTER, 0))
+        if unmeasured is not None and self._affordable(DRAFTER, unmeasured):
+            return Plan(DRAFTER, unmeasured)
         best, plan = 1.0, Plan(DRAFTER, 0)
-        for source, most in room.items():
+        for source, max_drafts in available.items():
             tokens = 1.0
             reached = self._acceptance(source).reached
-            for drafts in range(1, min(most, self._most) + 1):
+            for drafts in range(1, min(max_drafts, self._max_drafts) + 1):
                 tokens += reached[drafts]
                 rate = tokens / self.costs.relative(source, drafts)
                 if rate > best and self._affordable(source, drafts):
@@ -109,19 +138,33 @@ class DraftLength:
         return plan
 
     def learn(self, source: str, drafted: int, accepted: int) -> None:
-        """Count drafts of a source, verified or seen to be right or wrong otherwise; none: its knowledge grows old."""
+        """Add a source's drafts of one round to its acceptance estimate.
+
+        Args:
+            source: where the drafts came from.
+            drafted: drafts that were verified, or known to be right or wrong in another way; with 0 the source's
+                earlier observations fade.
+            accepted: how many of them were right.
+        """
         self._acceptance(source).update(drafted, accepted)
 
-    def pay(self, plan: Plan, tokens: int) -> None:
-        """Count what a round of this plan cost and added."""
-        self._debt += self.costs.relative(plan.source, plan.num_draft_tokens) - tokens * (1 + ALLOWANCE)
-        self._debt = max(self._debt, -GAINED)
+    def record_loss(self, plan: Plan, tokens: int) -> None:
+        """Add a round's time, less the time of as many tokens by plain decoding, to the loss.
+
+        Args:
+            plan: the round's plan.
+            tokens: how many tokens the round added.
+        """
+        self._loss_passes += self.costs.relative(plan.source, plan.num_draft_tokens) - tokens * (
+            1 + LOSS_PASSES_PER_TOKEN
+        )
+        self._loss_passes = max(self._loss_passes, -MAX_SAVED_PASSES)
 
     def _affordable(self, source: str, drafts: int) -> bool:
-        """Whether the round may be lost as a whole."""
-        return self._debt + self.costs.relative(source, drafts) - 1 <= 0
+        """Whether the loss stays within the allowance even if no draft is accepted."""
+        return self._loss_passes + self.costs.relative(source, drafts) - 1 <= 0
 
-    def _acceptance(self, source: str) -> Acceptance:
+    def _acceptance(self, source: str) -> AcceptanceEstimate:
         if source not in self._sources:
-            self._sources[source] = Acceptance(self._most)
+            self._sources[source] = AcceptanceEstimate(self._max_drafts)
         return self._sources[source]

@@ -1,4 +1,4 @@
-"""Where the drafts of a text come from: the drafter, or the text itself."""
+"""The drafts of a text: from the drafter, or copied from earlier text."""
 
 from collections.abc import Sequence
 
@@ -8,61 +8,96 @@ from runtime_ref.draft_length import DraftLength, Plan
 from runtime_ref.engine import Engine
 from runtime_ref.lookup import Lookup
 
-# Look-ups by how many tokens agree: the more, the likelier what follows agrees too, so each has its own estimate.
-AGREEING = {9: "lookup of 9 or more", 5: "lookup of 5 to 8", 3: "lookup of 3 or 4", 2: "lookup of 2"}
+# Names of prompt lookup as a source, by the smallest number of tokens that match. The more match, the likelier is what
+# follows, so each has its own acceptance estimate.
+LOOKUP_SOURCES = {9: "lookup of 9 or more", 5: "lookup of 5 to 8", 3: "lookup of 3 or 4", 2: "lookup of 2"}
 
 
 class FixedDrafts:
-    """The same number of drafts each round, from the drafter."""
+    """The same number of drafts from the drafter in each round.
+
+    Attributes:
+        source: `costs.DRAFTER`.
+    """
 
     def __init__(self, engine: Engine, num_draft_tokens: int) -> None:
+        """Draft with an engine.
+
+        Args:
+            engine: a loaded bundle.
+            num_draft_tokens: K of every round.
+        """
         self._engine, self._num_draft_tokens = engine, num_draft_tokens
         self.source = DRAFTER
 
-    def make(self, last: int, most: int) -> Sequence[int]:
-        """At most so many drafts after `last`."""
-        return self._engine.draft(last, min(self._num_draft_tokens, most))
+    def make(self, last: int, max_drafts: int) -> Sequence[int]:
+        """Return draft tokens after the newest token.
+
+        Args:
+            last: id of the newest token.
+            max_drafts: the largest number of drafts.
+        """
+        return self._engine.draft(last, min(self._num_draft_tokens, max_drafts))
 
     def learn(self, done: Round, draft_seconds: float, verify_seconds: float) -> None:
-        """Nothing."""
+        """Ignore the outcome of a round: K is fixed."""
 
 
 class PlannedDrafts:
-    """As many as `DraftLength` plans, from the drafter or from where the newest tokens stood before.
+    """As many drafts as `DraftLength` plans, from the drafter or by prompt lookup.
 
-    What a look-up would have been worth shows in each round, whoever made its drafts.
+    What prompt lookup would have proposed is compared with the text in every round, so its estimate needs no trials.
     """
 
-    def __init__(self, engine: Engine, length: DraftLength, prompt: Sequence[int]) -> None:
-        self._engine, self._length, self.lookup = engine, length, Lookup()
+    def __init__(self, engine: Engine, planner: DraftLength, prompt: Sequence[int]) -> None:
+        """Begin a text.
+
+        Args:
+            engine: a loaded bundle.
+            planner: plans the rounds and learns from them.
+            prompt: token ids of the prompt, which prompt lookup copies from as well.
+        """
+        self._engine, self._planner, self.lookup = engine, planner, Lookup()
         self.lookup.extend(prompt)
-        self._plan, self._found, self._kind = Plan(DRAFTER, 0), list[int](), ""
+        self._plan, self._copied, self._lookup_source = Plan(DRAFTER, 0), list[int](), ""
 
     @property
     def source(self) -> str:
-        """Who made the drafts of the last round."""
+        """The source of the last round's drafts."""
         return self._plan.source
 
-    def make(self, last: int, most: int) -> Sequence[int]:
-        """At most so many drafts after `last`."""
+    def make(self, last: int, max_drafts: int) -> Sequence[int]:
+        """Return the planned draft tokens after the newest token.
+
+        Args:
+            last: id of the newest token.
+            max_drafts: the largest number of drafts.
+        """
         self.lookup.extend([last])
-        agreeing, self._found = self.lookup.find(most)
-        self._kind = next((name for least, name in AGREEING.items() if agreeing >= least), "")
-        self._plan = self._length.plan({DRAFTER: most} | ({self._kind: most} if self._found else {}))
+        matching, self._copied = self.lookup.find(max_drafts)
+        self._lookup_source = next((name for smallest, name in LOOKUP_SOURCES.items() if matching >= smallest), "")
+        copied = {self._lookup_source: max_drafts} if self._copied else {}
+        self._plan = self._planner.plan({DRAFTER: max_drafts} | copied)
         if self._plan.source != DRAFTER:
-            return self._found[: self._plan.num_draft_tokens]
+            return self._copied[: self._plan.num_draft_tokens]
         return self._engine.draft(last, self._plan.num_draft_tokens)
 
     def learn(self, done: Round, draft_seconds: float, verify_seconds: float) -> None:
-        """Count what the round did and took."""
-        length, drafted, own = self._length, len(done.drafts), self._plan.source == DRAFTER
-        length.costs.measured(drafted, verify_seconds, draft_seconds if own else None)
-        length.pay(self._plan, len(done.tokens))
-        length.learn(DRAFTER, *((drafted, done.accepted) if own else (0, 0)))
-        if not own:
-            length.learn(self._plan.source, drafted, done.accepted)
-        elif self._found:
-            seen = min(len(done.tokens), len(self._found))
-            right = common_prefix(self._found, done.tokens)
-            length.learn(self._kind, min(right + 1, seen), right)
+        """Learn from the outcome of a round.
+
+        Args:
+            done: the round.
+            draft_seconds: time of making its drafts.
+            verify_seconds: time of its verify pass.
+        """
+        planner, drafted, by_drafter = self._planner, len(done.drafts), self._plan.source == DRAFTER
+        planner.costs.record(drafted, verify_seconds, draft_seconds if by_drafter else None)
+        planner.record_loss(self._plan, len(done.tokens))
+        planner.learn(DRAFTER, *((drafted, done.accepted) if by_drafter else (0, 0)))
+        if not by_drafter:
+            planner.learn(self._plan.source, drafted, done.accepted)
+        elif self._copied:
+            seen = min(len(done.tokens), len(self._copied))
+            right = common_prefix(self._copied, done.tokens)
+            planner.learn(self._lookup_source, min(right + 1, seen), right)
         self.lookup.extend(done.tokens[:-1])

@@ -1,4 +1,4 @@
-"""What the decoding loop asks of a backend, and how a bundle's engine is opened."""
+"""The engine that the decoding loop runs on, and loading one from a bundle."""
 
 import importlib
 from collections.abc import Sequence
@@ -9,34 +9,66 @@ from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import MANIFEST, TABLES, Manifest, Progress, changed_files, read_manifest
-from runtime_ref.quiet import EXECUTORCH, quiet
+from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 from runtime_ref.sampling import Sampling
 from runtime_ref.tables import Table
 
-# Backend -> the module with its `load_graphs`; imported only when a bundle asks for it.
+# Backend -> the module with its `load_graphs`, imported when a bundle needs it: a runtime may not be installed.
 GRAPH_MODULES = {"onnx": "runtime_ref.graphs_onnx", "executorch": "runtime_ref.graphs_executorch"}
 
 
 class Engine(Protocol):
-    """A bundle, loaded: the KV cache, `position` (rows valid in it), and the state that drafting starts from."""
+    """A loaded bundle: its graphs, the KV cache, and the state that drafting starts from.
+
+    Attributes:
+        manifest: the bundle's.
+        position: how many rows of the KV cache are valid; the newest token of a text is not among them.
+    """
 
     manifest: Manifest
     position: int
 
     def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
-        """Start a text whose tokens before `start` are in the cache already; the round has the choice after it."""
+        """Run a prompt and choose the token after it.
+
+        Args:
+            tokens: token ids of the whole prompt, at least one.
+            sampling: how the token is chosen.
+            start: how many of the tokens are in the cache already, fewer than all of them.
+
+        Returns:
+            A round without drafts, of one token.
+        """
         ...
 
-    def keeps(self, position: int) -> bool:
-        """Whether the cache still has all that tokens from this position on may see."""
+    def can_resume(self, position: int) -> bool:
+        """Return whether the cache still has every row that tokens from a position on attend to.
+
+        Args:
+            position: index of the first token that is to be run.
+        """
         ...
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
-        """Draft tokens after `last`, the newest token, which is not in the cache yet."""
+        """Return draft tokens after the newest token.
+
+        Args:
+            last: id of the newest token, which is not in the cache yet.
+            num_draft_tokens: K; 0 gives an empty list.
+        """
         ...
 
     def verify(self, last: int, drafts: Sequence[int], sampling: Sampling) -> Round:
-        """Run `last` and any drafts after it, accept, roll back. With no drafts this is plain decoding."""
+        """Run the newest token and the drafts after it, accept drafts, and roll the cache back.
+
+        Args:
+            last: id of the newest token, which is not in the cache yet.
+            drafts: K draft tokens; none is plain decoding.
+            sampling: how tokens are chosen.
+
+        Returns:
+            The round, of 1 to K+1 tokens.
+        """
         ...
 
 
@@ -46,7 +78,7 @@ def open_engine(bundle: Path, threads: int | None = None, progress: Progress = l
     Args:
         bundle: directory written by `export`.
         threads: threads inside an operation; None lets the backend choose.
-        progress: told of the files as they are checked.
+        progress: called with the name of a file and the number of its bytes that were checked since the last call.
 
     Raises:
         InputError: not a bundle, incomplete, changed since it was exported, or for a backend that is not installed.
@@ -60,17 +92,24 @@ def open_engine(bundle: Path, threads: int | None = None, progress: Progress = l
 def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) -> GraphEngine:
     """Load a bundle whose files are trusted already.
 
+    Args:
+        bundle: directory written by `export`.
+        manifest: the bundle's.
+        threads: threads inside an operation; None lets the backend choose.
+
     Raises:
-        InputError: for a backend that is not installed, or its runtime refuses the graphs.
+        InputError: `threads` is below 1, the backend is unknown or not installed, its runtime cannot load the graphs,
+            or the tables do not fit the manifest.
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
     if manifest.backend not in GRAPH_MODULES:
         raise InputError(
-            f"{bundle}: made for backend {manifest.backend!r}, this version runs {' and '.join(GRAPH_MODULES)}"
+            f"{bundle}: made for backend {manifest.backend!r}, expected {' or '.join(GRAPH_MODULES)}; export it for"
+            " one of these"
         )
     try:
-        with quiet(*EXECUTORCH):
+        with quiet(*EXECUTORCH_LOGGERS):
             module = importlib.import_module(GRAPH_MODULES[manifest.backend])
     except ImportError as error:
         raise InputError(f"{bundle}: the runtime of its backend cannot be imported ({error}); install it") from error

@@ -2,7 +2,10 @@
 
 
 class InputError(Exception):
-    """Input that cannot be used: the message names the offender, what was expected and what to do."""
+    """Input that cannot be used.
+
+    The message is one line that names the offender, what was expected, what was found and what to do.
+    """
 
 
 class CheckError(Exception):

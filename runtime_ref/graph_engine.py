@@ -1,4 +1,4 @@
-"""The round on a bundle's two graphs, whatever runs them: a target and a drafter over one KV cache in host memory."""
+"""The engine of a bundle's two graphs, on any runtime: target and drafter over one KV cache in host memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -6,39 +6,67 @@ from typing import Protocol
 import numpy as np
 
 from runtime_ref.acceptance import Round, accept
-from runtime_ref.manifest import SLIDE, Manifest, round_up
+from runtime_ref.manifest import SLIDE_ROWS, Manifest, round_up
 from runtime_ref.sampling import Sampling, choose, log_probabilities
 
-CACHE_STEP = 256  # rows the cache grows by: short texts stay small, and growing is too rare to matter
+CACHE_STEP_ROWS = 256  # the cache grows by these: short texts stay small, and growing is too rare to matter
 
 
 class BoundGraph(Protocol):
-    """One loaded graph that reads, and in the target's case writes, the cache in the host's memory."""
+    """A loaded graph that reads the KV cache in host memory; the target's graph writes it as well."""
 
     def bind(self, cache: Mapping[str, np.ndarray]) -> None:
-        """Use these cache buffers, by name, from now on."""
+        """Use these cache buffers from now on.
+
+        Args:
+            cache: by name, [N, S, D] float32 each. The graph reads and writes their memory in place.
+        """
         ...
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
-        """Outputs that are not cache buffers, in the graph's order; `inputs` are in the graph's order as well."""
+        """Run the graph.
+
+        Args:
+            inputs: those that are not cache buffers, in the manifest's order; FORMAT.md has their shapes.
+
+        Returns:
+            Outputs that are not cache buffers, in the manifest's order.
+        """
         ...
 
 
-class Rows(Protocol):
-    """An embedding table."""
+class EmbeddingTable(Protocol):
+    """An embedding table that is read row by row."""
 
     def __getitem__(self, ids: Sequence[int], /) -> np.ndarray:
-        """Rows [T, columns] float32 of the ids."""
+        """Return the rows of token ids, [T, columns] float32."""
         ...
 
 
 class GraphEngine:
-    """Runs the graphs `target` and `drafter`; the cache starts small and grows up to `max_seq_len`.
+    """Runs the graphs `target` and `drafter` of a bundle. The cache starts small and grows up to `max_seq_len` rows.
 
-    Sliding layers' buffers stop growing where their window ends: row 0 of them holds position `window_start`.
+    Buffers of sliding layers stop growing at the size of their window; their rows move up in steps of `SLIDE_ROWS`.
+
+    Attributes:
+        manifest: the bundle's.
+        position: how many positions are valid in the cache.
+        window_start: the position that row 0 of sliding layers' buffers holds.
+        graphs: `target` and `drafter`.
+        tables: `embed_tokens`, [V, E], and `embed_tokens_per_layer`, [V, layers * P].
+        cache: buffers by name, [N, S, D] float32.
     """
 
-    def __init__(self, manifest: Manifest, graphs: Mapping[str, BoundGraph], tables: Mapping[str, Rows]) -> None:
+    def __init__(
+        self, manifest: Manifest, graphs: Mapping[str, BoundGraph], tables: Mapping[str, EmbeddingTable]
+    ) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            manifest: the bundle's.
+            graphs: loaded graphs by name.
+            tables: embedding tables by name.
+        """
         self.manifest = manifest
         self.position = self.window_start = 0
         self.graphs, self.tables = graphs, tables
@@ -49,33 +77,37 @@ class GraphEngine:
         self._sliding = {kv.name for kv in manifest.kv if kv.layer_type == "sliding_attention"}
 
     def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+        """Run a prompt and choose the token after it, as `Engine.prefill`."""
         for first, chunk in chunks(tokens, self.manifest.limits["num_tokens"], start):
             self.position = first
             logits, ids, states = self.run_target(chunk, [len(chunk) - 1])
         self.position = len(tokens)
-        return self._chosen([], logits, ids, states, sampling)
+        return self._finish([], logits, ids, states, sampling)
 
-    def keeps(self, position: int) -> bool:
+    def can_resume(self, position: int) -> bool:
+        """Return whether the cache has every row that tokens from `position` on attend to, as `Engine.can_resume`."""
         return self.window_start <= self._window_start(position)
 
     def verify(self, last: int, drafts: Sequence[int], sampling: Sampling) -> Round:
+        """Run the newest token and the drafts after it, as `Engine.verify`."""
         logits, ids, states = self.run_target([last, *drafts], range(len(drafts) + 1))
         self.position += 1
-        return self._chosen(drafts, logits, ids, states, sampling)
+        return self._finish(drafts, logits, ids, states, sampling)
 
-    def _chosen(
+    def _finish(
         self, drafts: Sequence[int], logits: np.ndarray, ids: np.ndarray, states: np.ndarray, sampling: Sampling
     ) -> Round:
-        """The round that these outputs make, the first of them for the token at `position`."""
+        """Choose tokens from a pass's outputs, the first for the token at `position`; accept drafts and roll back."""
         ranks = [choose(row, self.position + i, sampling) for i, row in enumerate(logits)]
         accepted, tokens = accept(drafts, [int(row[rank]) for row, rank in zip(ids, ranks, strict=True)])
         # Rollback is by position alone: rejected rows are masked, and overwritten by the next pass.
         self.position += accepted
         self._state = states[accepted : accepted + 1]
-        found = log_probabilities(logits[: accepted + 1])
-        return Round(drafts, accepted, tokens, [float(row[rank]) for row, rank in zip(found, ranks, strict=False)])
+        logprobs = log_probabilities(logits[: accepted + 1])
+        return Round(drafts, accepted, tokens, [float(row[rank]) for row, rank in zip(logprobs, ranks, strict=False)])
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
+        """Return draft tokens after the newest token, as `Engine.draft`."""
         token, state, drafts = last, self._state, []
         for _ in range(num_draft_tokens):
             token, state = self.draft_step(token, state)
@@ -83,7 +115,15 @@ class GraphEngine:
         return drafts
 
     def draft_step(self, token: int, state: np.ndarray) -> tuple[int, np.ndarray]:
-        """One draft token and its state [1, E]; the position stays that of `last`, as it was in training."""
+        """Run the drafter once. The position stays that of the newest token in every step, as it was in training.
+
+        Args:
+            token: id of the newest token, or of the draft before.
+            state: [1, E] float32, the target's state of the newest token, or the state of the draft before.
+
+        Returns:
+            The id of the draft token, and its state [1, E] float32.
+        """
         draft, next_state = self.graphs["drafter"].run(
             embedded=self.tables["embed_tokens"][[token]],
             state=state,
@@ -93,27 +133,38 @@ class GraphEngine:
         return int(draft[0]), next_state
 
     def run_target(self, tokens: Sequence[int], rows: Sequence[int]) -> list[np.ndarray]:
-        """Write the tokens' K/V from `position` on; return top logits, top ids and states of the given rows."""
+        """Run the target, which writes the tokens' keys and values from `position` on; `position` stays as it is.
+
+        Args:
+            tokens: T token ids, at most the manifest's `num_tokens`.
+            rows: indices into `tokens` of the R rows to output, at most `num_outputs`.
+
+        Returns:
+            Largest logits [R, k] float32 in falling order, their token ids [R, k] int64, and states [R, E] float32.
+
+        Raises:
+            ValueError: the tokens do not fit into `max_seq_len`.
+        """
         if (end := self.position + len(tokens)) > self.manifest.max_seq_len:
             raise ValueError(f"{end} cache rows asked for, the bundle has {self.manifest.max_seq_len}")
-        # What fills up to the multiple is computed and dropped; the row it writes is masked like a rejected one.
-        ids, wanted = (_filled(list(part), self.manifest.row_multiple) for part in (tokens, rows))
+        # Padding is computed and dropped; the cache row that it writes is masked like a rejected one.
+        ids, output_rows = (_padded(list(part), self.manifest.row_multiple) for part in (tokens, rows))
         self._make_room(len(ids))
         outputs = self.graphs["target"].run(
             embedded=self.tables["embed_tokens"][ids],
             per_layer=self.tables["embed_tokens_per_layer"][ids],
             position=np.array([self.position]),
             window_start=np.array([self.window_start]),
-            output_rows=np.array(wanted),
+            output_rows=np.array(output_rows),
         )
         return [output[: len(rows)] for output in outputs]
 
     def _window_start(self, position: int) -> int:
-        """Where sliding layers' buffers may begin at most, so that tokens from a position on see all they may see."""
-        return max(0, position - self.manifest.sliding_window - 2) // SLIDE * SLIDE
+        """The last position at which sliding layers' buffers may begin for tokens from `position` on."""
+        return max(0, position - self.manifest.sliding_window - 2) // SLIDE_ROWS * SLIDE_ROWS
 
     def _make_room(self, count: int) -> None:
-        """Let the buffers hold so many rows after `position`: they grow, then those of sliding layers move up."""
+        """Make room for `count` rows after `position`: move sliding layers' rows up, then grow the buffers."""
         limits = self.manifest.limits
         if self.position == 0:
             self.window_start = 0
@@ -128,7 +179,7 @@ class GraphEngine:
             used = self.position + count - (self.window_start if name in self._sliding else 0)
             if used > old.shape[1]:
                 limit = limits["window_rows" if name in self._sliding else "cache_rows"]
-                rows = min(round_up(used, CACHE_STEP), limit)
+                rows = min(round_up(used, CACHE_STEP_ROWS), limit)
                 self.cache[name] = np.zeros((old.shape[0], rows, old.shape[2]), np.float32)
                 self.cache[name][:, : old.shape[1]] = old
                 grown = True
@@ -138,11 +189,17 @@ class GraphEngine:
 
 
 def chunks(tokens: Sequence[int], size: int, start: int = 0) -> Iterator[tuple[int, Sequence[int]]]:
-    """Tokens from index `start` on in passes of at most `size`, each with the index of its first token."""
+    """Yield the tokens from an index on in chunks, each with the index of its first token.
+
+    Args:
+        tokens: token ids.
+        size: the largest number of tokens in a chunk.
+        start: index of the first token of the first chunk.
+    """
     for first in range(start, len(tokens), size):
         yield first, tokens[first : first + size]
 
 
-def _filled(items: list[int], multiple: int) -> list[int]:
+def _padded(items: list[int], multiple: int) -> list[int]:
     """The list with its last item repeated up to a multiple."""
     return items + items[-1:] * (round_up(len(items), multiple) - len(items))

@@ -1,4 +1,4 @@
-"""Graphs on ExecuTorch: methods of one program, which take the cache by pointer and write into it."""
+"""Graphs on ExecuTorch: methods of one program, which read and write the cache in host memory by pointer."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch  # noqa: TID251 - what ExecuTorch's Python runtime takes and gives
+import torch  # noqa: TID251 - ExecuTorch's Python runtime takes and returns torch tensors
 from executorch.extension.pybindings import portable_lib
 from executorch.runtime import Runtime
 
@@ -21,8 +21,13 @@ def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[s
     """Load the methods of a bundle of backend `executorch`.
 
     Args:
+        bundle: directory of the bundle.
+        manifest: the bundle's.
         threads: threads of the pool that the whole process shares; None keeps the pool as it is, at first one thread
             for each fast core.
+
+    Returns:
+        Graphs by the manifest's names.
 
     Raises:
         InputError: ExecuTorch cannot load them, or another bundle is loaded with another number of threads.
@@ -30,10 +35,10 @@ def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[s
     with _native_notes_hidden():
         current = portable_lib._threadpool_get_thread_count()
         if threads is not None and threads != current:
-            if _loaded:  # they point to the pool, which would be gone
+            if _loaded:  # their methods point to the pool, which would be freed
                 raise InputError(
                     f"{bundle}: asked for {threads} threads while another bundle is loaded with {current}; ExecuTorch"
-                    " has one pool a process, so ask for the same or let go of the other engine first"
+                    " has one pool a process, so ask for the same number or release the other engine first"
                 )
             portable_lib._unsafe_reset_threadpool(threads)
         programs = {file: _load(bundle / file) for file in {graph.file for graph in manifest.graphs.values()}}
@@ -46,11 +51,22 @@ _loaded: "weakref.WeakSet[ExecuTorchGraph]" = weakref.WeakSet()
 
 
 class ExecuTorchGraph:
-    """A method; its cache inputs point into the host's memory with every call."""
+    """A method, whose cache inputs point into host memory in every call."""
 
     def __init__(self, bundle: Path, name: str, graph: Graph, program: Any) -> None:
+        """Load a method.
+
+        Args:
+            bundle: directory of the bundle.
+            name: the graph's name, which is the method's.
+            graph: the manifest's entry.
+            program: the loaded .pte file.
+
+        Raises:
+            InputError: ExecuTorch cannot load the method.
+        """
         self._file, self._graph = bundle / graph.file, graph
-        self._program = program  # a method does not keep its program alive
+        self._program = program  # held here: a method does not keep its program alive
         try:
             self._method = program.load_method(name)
         except (RuntimeError, KeyError) as error:
@@ -59,13 +75,14 @@ class ExecuTorchGraph:
         _loaded.add(self)
 
     def bind(self, cache: Mapping[str, np.ndarray]) -> None:
+        """Use these cache buffers from now on, as `BoundGraph.bind`."""
         self._cache = [torch.from_numpy(cache[name]) for name in self._graph.inputs if name in cache]
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
-        """Outputs in the graph's order.
+        """Run the method, as `BoundGraph.run`.
 
         Raises:
-            InputError: the method cannot run, which no sound bundle's does.
+            InputError: the method cannot run; that of an intact bundle can.
         """
         tensors = [torch.from_numpy(array) for array in inputs.values()]
         try:
@@ -88,10 +105,10 @@ def _line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _native_notes_hidden() -> Iterator[None]:
-    """ExecuTorch writes notes on the machine straight to file descriptor 2 while it starts; nothing turns them off."""
+    """Silence ExecuTorch's notes on the machine: it writes them to file descriptor 2, and no setting turns them off."""
     try:
         kept = os.dup(2)
-    except OSError:  # closed: nobody would see them
+    except OSError:  # the descriptor is closed
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)

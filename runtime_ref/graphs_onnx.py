@@ -13,7 +13,15 @@ from runtime_ref.manifest import Graph, Manifest
 
 
 def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[str, BoundGraph]:
-    """Load the graphs of a bundle of backend `onnx`; `threads` are those inside an operation.
+    """Load the graphs of a bundle of backend `onnx`.
+
+    Args:
+        bundle: directory of the bundle.
+        manifest: the bundle's.
+        threads: threads inside an operation; None lets ONNX Runtime choose.
+
+    Returns:
+        Graphs by the manifest's names.
 
     Raises:
         InputError: ONNX Runtime cannot load them.
@@ -22,9 +30,19 @@ def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[s
 
 
 class OnnxGraph:
-    """A session whose cache inputs and outputs are bound to the same memory, so that writing happens in place."""
+    """A session whose cache inputs and outputs are bound to the same memory, so that it writes in place."""
 
     def __init__(self, bundle: Path, graph: Graph, threads: int | None) -> None:
+        """Load a graph.
+
+        Args:
+            bundle: directory of the bundle.
+            graph: the manifest's entry.
+            threads: threads inside an operation; None lets ONNX Runtime choose.
+
+        Raises:
+            InputError: ONNX Runtime cannot load the graph.
+        """
         self._file = bundle / graph.file
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -44,9 +62,9 @@ class OnnxGraph:
         self._cache: dict[str, np.ndarray] = {}
 
     def bind(self, cache: Mapping[str, np.ndarray]) -> None:
-        """Bind the cache buffers that this graph names, each to its input and, if there is one, its output."""
+        """Bind each cache buffer to its input and, where the graph updates it, to its output; see `BoundGraph.bind`."""
         self._binding = self._session.io_binding()
-        self._cache = dict(cache)  # holds the memory that the binding points into
+        self._cache = dict(cache)  # keeps the memory alive that the binding points into
         for name in self._graph.inputs:
             if (array := cache.get(name)) is not None:
                 self._binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
@@ -55,17 +73,17 @@ class OnnxGraph:
                 self._binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
-        """Outputs that are not cache buffers, in the graph's order.
+        """Run the graph, as `BoundGraph.run`.
 
         Raises:
-            InputError: the graph cannot run, which no sound bundle's does.
+            InputError: the graph cannot run; that of an intact bundle can.
         """
         fresh = [name for name in self._graph.outputs if name.removesuffix("_out") not in self._cache]
         try:
             for name, array in inputs.items():
                 self._binding.bind_cpu_input(name, array)
             for name in fresh:
-                self._binding.bind_output(name, "cpu")  # anew: a bound output keeps the shape of its first run
+                self._binding.bind_output(name, "cpu")  # each time: a bound output keeps the shape of its first run
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime's own exceptions share no base class
             raise InputError(f"{self._file}: cannot run ({str(error).splitlines()[0]}); export it again") from error

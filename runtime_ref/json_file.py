@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else wrote."""
+"""Reading JSON files that may be missing or malformed."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,15 @@ from runtime_ref.errors import InputError
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """Parse a JSON file, or say in one line why that cannot be done and what was `expected`."""
+    """Parse a JSON file.
+
+    Args:
+        path: the file.
+        expected: what the error says was expected, and what to do.
+
+    Raises:
+        InputError: there is no such file, or it is not JSON in UTF-8.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

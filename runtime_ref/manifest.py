@@ -1,4 +1,4 @@
-"""The bundle's manifest: the one contract between exporting and running. FORMAT.md specifies it in prose."""
+"""The bundle's manifest, the contract between exporter and runtime. FORMAT.md specifies it in prose."""
 
 import hashlib
 import platform
@@ -15,16 +15,25 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SAMPLING_KEYS = ("temperature", "top_k", "top_p")
 TABLES = ("embed_tokens", "embed_tokens_per_layer")
-ARM64 = ("aarch64", "arm64")  # as platforms call it
-SLIDE = 128  # rows that sliding layers' buffers move by: sums in blocks of so many rows stay the same sums
+ARM64_MACHINES = ("aarch64", "arm64")  # what `platform.machine` calls the processor
+# Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks.
+SLIDE_ROWS = 128
 
-# Told what is being worked on and how many bytes of it were done.
+# Called with the name of the file or step in progress, and how many bytes or steps of it were done since the last call.
 Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
 class KVBuffer:
-    """K or V of one storing layer: [num_key_value_heads, rows, head_dim] float32."""
+    """Keys or values of one layer that stores them: [N, S, D] float32.
+
+    Attributes:
+        name: of the graphs' input; the output that updates it ends in `_out`.
+        layer: index of the layer.
+        layer_type: `full_attention` or `sliding_attention`.
+        num_key_value_heads: N.
+        head_dim: D.
+    """
 
     name: str
     layer: int
@@ -35,7 +44,13 @@ class KVBuffer:
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph file and the names of its inputs and outputs, in order."""
+    """A graph.
+
+    Attributes:
+        file: name of its file in the bundle.
+        inputs: names of its inputs, in order.
+        outputs: names of its outputs, in order.
+    """
 
     file: str
     inputs: tuple[str, ...]
@@ -46,8 +61,26 @@ class Graph:
 class Manifest:
     """What a runtime needs to run a bundle.
 
-    `limits` are the largest sizes of the dimensions that vary, `files` sizes and digests by name, `raw` the whole
-    document.
+    Attributes:
+        backend: name of the backend that the graphs are for.
+        recipe: name of the quantization recipe.
+        vocab_size: V.
+        hidden_size: E of the target.
+        sliding_window: how many positions a sliding layer attends to.
+        max_seq_len: tokens of prompt and answer together.
+        default_draft_tokens: K if the user does not choose one.
+        max_draft_tokens: the largest K.
+        limits: largest sizes of the dimensions that vary: `num_tokens` (T), `num_outputs` (R), `cache_rows` and
+            `window_rows` (S of full and sliding layers).
+        row_multiple: T and R are padded to a multiple of this.
+        sampling: how tokens are chosen if the user does not say.
+        bos: id of the beginning-of-text token.
+        eos: ids of the tokens that end a text.
+        kv: cache buffers.
+        graphs: by name, `target` and `drafter`.
+        tables: entries of the embedding tables by name, as `tables.Table` reads them.
+        files: size in bytes and hexadecimal sha256 by file name.
+        raw: the whole document.
     """
 
     backend: str
@@ -71,10 +104,14 @@ class Manifest:
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """Read a bundle's manifest and check that every file is there with its size.
+    """Read a bundle's manifest and check that every file is there and has its size.
+
+    Args:
+        bundle: directory written by `export`.
 
     Raises:
-        InputError: not a bundle, a newer format, a broken manifest, or an incomplete bundle.
+        InputError: the directory is no bundle, has another format, a malformed manifest or weights that the
+            manifest does not name, or lacks a file.
     """
     path = bundle / MANIFEST
     if not path.exists():
@@ -93,8 +130,8 @@ def read_manifest(bundle: Path) -> Manifest:
         file = bundle / name
         if not file.is_file():
             raise InputError(f"{file}: named in {MANIFEST} but absent; the bundle is incomplete, copy it again")
-        if (found := file.stat().st_size) != size:
-            raise InputError(f"{file}: is {found} bytes, {MANIFEST} says {size}; copy the bundle again")
+        if (actual := file.stat().st_size) != size:
+            raise InputError(f"{file}: is {actual} bytes, {MANIFEST} says {size}; copy the bundle again")
     for file in sorted(bundle.glob("*.weights")):
         if file.name not in manifest.files:
             raise InputError(f"{file}: not named in {MANIFEST}, so it cannot be checked; export the bundle again")
@@ -102,12 +139,23 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def changed_files(bundle: Path, manifest: Manifest, progress: Progress = lambda *_: None) -> list[str]:
-    """Names of the files whose sha256 is not the manifest's."""
+    """Return names of the files whose sha256 is not the manifest's.
+
+    Args:
+        bundle: directory of the bundle.
+        manifest: the bundle's.
+        progress: called with the name of a file and the number of its bytes that were read since the last call.
+    """
     return [name for name, (_, sha256) in manifest.files.items() if file_sha256(bundle / name, progress) != sha256]
 
 
 def file_sha256(file: Path, progress: Progress = lambda *_: None) -> str:
-    """Hex sha256 of a file, read block by block."""
+    """Return the hexadecimal sha256 of a file, which is read in blocks.
+
+    Args:
+        file: the file.
+        progress: called with its name and the number of bytes that were read since the last call.
+    """
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
@@ -117,13 +165,18 @@ def file_sha256(file: Path, progress: Progress = lambda *_: None) -> str:
 
 
 def round_up(count: int, multiple: int) -> int:
-    """Smallest multiple of `multiple` that is not below `count`; both are positive."""
+    """Return the smallest multiple of `multiple` that is not below `count`; both are positive."""
     return -(-count // multiple) * multiple
 
 
 def window_rows(sliding_window: int, num_tokens: int) -> int:
-    """Rows of a sliding layer's buffer: what the next pass sees (the drafter one row more), writes, and one move."""
-    return round_up(sliding_window + 2 + num_tokens + SLIDE, SLIDE)
+    """Return the rows of a sliding layer's buffer: those that a pass attends to and writes, and those of one move.
+
+    Args:
+        sliding_window: how many positions a sliding layer attends to; the drafter attends to one more.
+        num_tokens: the largest T of a pass.
+    """
+    return round_up(sliding_window + 2 + num_tokens + SLIDE_ROWS, SLIDE_ROWS)
 
 
 def _parse(raw: Mapping[str, Any]) -> Manifest:
@@ -148,27 +201,31 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
             for name, graph in raw["graphs"].items()
         },
         tables=raw["tables"],
-        files={name: (int(facts["size"]), str(facts["sha256"])) for name, facts in raw["files"].items()},
+        files={name: (int(file["size"]), str(file["sha256"])) for name, file in raw["files"].items()},
         raw=raw,
     )
 
 
 def _row_multiple(raw: Mapping[str, Any]) -> int:
-    """Kernels of a processor differ in how many rows they sum alike."""
+    """Processors' kernels differ in the multiples of rows that they compute in the same way."""
     arm64 = "row_multiple_arm64"
-    return int(raw[arm64 if arm64 in raw and platform.machine().lower() in ARM64 else "row_multiple"])
+    return int(raw[arm64 if arm64 in raw and platform.machine().lower() in ARM64_MACHINES else "row_multiple"])
 
 
-def _sampling(found: Mapping[str, Any] | None) -> Sampling:
-    """How tokens are chosen if nobody says otherwise; bundles that do not say are greedy."""
+def _sampling(entry: Mapping[str, Any] | None) -> Sampling:
+    """The checkpoint's recommendation; greedy for a bundle without one."""
     try:
-        return Sampling() if found is None else Sampling(**{key: found[key] for key in SAMPLING_KEYS})
+        return Sampling() if entry is None else Sampling(**{key: entry[key] for key in SAMPLING_KEYS})
     except InputError as error:
         raise ValueError(str(error)) from error
 
 
 def _check(manifest: Manifest) -> None:
-    """Raise ValueError where the parts of a manifest do not fit each other."""
+    """Check that the parts of a manifest fit each other.
+
+    Raises:
+        ValueError: they do not.
+    """
     if not 0 <= manifest.default_draft_tokens <= manifest.max_draft_tokens:
         raise ValueError("num_draft_tokens: default must be between 0 and max")
     if min(manifest.max_seq_len, manifest.vocab_size, manifest.hidden_size, manifest.sliding_window) < 1:
@@ -197,7 +254,7 @@ def _check(manifest: Manifest) -> None:
         if any(place["file"] not in manifest.files for place in places):
             raise ValueError(f"the file of table {name} is not in files")
         if manifest.tables[name]["rows"] != manifest.vocab_size:
-            raise ValueError(f"table {name} has not a row for each token")
+            raise ValueError(f"table {name} does not have a row for each token")
     if manifest.tables["embed_tokens"]["columns"] != manifest.hidden_size:
         raise ValueError("table embed_tokens is not as wide as hidden_size")
     buffers = {kv.name for kv in manifest.kv}

@@ -9,8 +9,14 @@ from runtime_ref.json_file import read_json
 def read_prompt_ids(path: Path) -> list[list[int]]:
     """Read a JSON list of token ids, or a list of such lists.
 
+    Args:
+        path: the JSON file.
+
+    Returns:
+        Prompts, each a list of at least one token id.
+
     Raises:
-        InputError: no such file, not JSON, or anything else in it.
+        InputError: there is no such file, it is not JSON, it holds anything else, or a prompt is empty.
     """
     value = read_json(path, "a list of token ids, or a list of such lists")
     prompts = value if isinstance(value, list) and value and all(isinstance(v, list) for v in value) else [value]

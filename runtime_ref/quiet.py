@@ -1,17 +1,21 @@
-"""Keep the notes of other packages off the user's terminal."""
+"""Keep log messages of other packages off the user's terminal."""
 
 import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
 
-# ExecuTorch brings these along, and they tell of optional parts that are not there.
-EXECUTORCH = ("torchao", "torch.utils._pytree", "executorch")
+# Loggers of packages that ExecuTorch imports; they report optional parts that are not installed.
+EXECUTORCH_LOGGERS = ("torchao", "torch.utils._pytree", "executorch")
 
 
 @contextlib.contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Let these loggers tell errors only, and Python's warnings nothing, while the block runs."""
+    """Let loggers report errors only, and hide Python's warnings, while the block runs.
+
+    Args:
+        names: names of the loggers.
+    """
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

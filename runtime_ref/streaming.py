@@ -1,4 +1,4 @@
-"""Texts from a bundle, token by token: what an application calls."""
+"""Generate text from a bundle, token by token: the interface for applications."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +23,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Token:
-    """A new token, the text that it completes, and its log-probability (see `sampling.log_probabilities`).
+    """A new token.
 
-    The text may be empty: where a token ends inside a character, or a stop string may be about to begin.
+    Attributes:
+        id: token id.
+        text: the text that the token completes; empty where it ends inside a character, or in what may become a stop
+            string.
+        logprob: natural logarithm of its probability, as `sampling.log_probabilities` defines it.
     """
 
     id: int
@@ -34,23 +38,40 @@ class Token:
 
 
 class Decoder:
-    """A bundle, ready to write. It writes one text at a time, and what a text shares with the last is not run again."""
+    """An open bundle, which generates one text at a time. What a prompt shares with the last text is not run again.
+
+    Attributes:
+        bundle: directory of the bundle.
+        engine: the loaded graphs and their cache.
+        tokenizer: the bundle's; None if it has none.
+        planner: chooses the number of drafts of each round.
+        template: the bundle's chat template; None if it has none.
+    """
 
     def __init__(
         self,
         bundle: Path,
         engine: Engine,
         tokenizer: TextTokenizer | None,
-        length: DraftLength,
-        keep: Callable[[], None] = lambda: None,
+        planner: DraftLength,
+        save: Callable[[], None] = lambda: None,
         template: ChatTemplate | None = None,
     ) -> None:
-        """`keep` is called after each text, and may raise OSError: it keeps what was measured."""
-        self.bundle, self.engine, self.tokenizer, self.length = bundle, engine, tokenizer, length
+        """Put a decoder together; applications call `open_decoder`.
+
+        Args:
+            bundle: directory of the bundle, for messages.
+            engine: the loaded graphs and their cache.
+            tokenizer: the bundle's, None if it has none.
+            planner: chooses the number of drafts of each round.
+            save: called after each text to save measured costs; it may raise OSError.
+            template: the bundle's chat template, None if it has none.
+        """
+        self.bundle, self.engine, self.tokenizer, self.planner = bundle, engine, tokenizer, planner
         self.template = template
-        self._keep = keep
+        self._save = save
         self.current: Stream | None = None
-        self.written: Stream | None = None  # the one whose keys and values are in the engine's cache
+        self.cached: Stream | None = None  # the stream whose keys and values are in the engine's cache
 
     def stream(
         self,
@@ -67,20 +88,28 @@ class Decoder:
         """Continue a prompt. The same seed gives the same tokens, whatever is drafted.
 
         Args:
-            prompt: text, or token ids.
-            num_draft_tokens: drafts a round, 0 for plain decoding; None for as many as pay.
-            temperature, top_p, top_k: None for what the checkpoint recommends.
+            prompt: text, or token ids that begin with the beginning-of-text token.
+            max_new_tokens: the largest number of tokens to generate, at least 1.
+            num_draft_tokens: K of every round, 0 for plain decoding; None chooses the fastest K for each round.
+            temperature: divides the logits, 0 is greedy; None for the checkpoint's recommendation.
+            top_p: probability to keep, more than 0 and at most 1; None for the checkpoint's recommendation.
+            top_k: how many of the largest logits to keep, 1 to 64; None for the checkpoint's recommendation.
+            seed: of the noise, 0 to 2**64 - 1.
             stop: strings that end the text; they are not part of it.
 
+        Returns:
+            The new text's stream, which ends any other of this decoder.
+
         Raises:
-            InputError: for a prompt that cannot be run, or impossible options.
+            InputError: the prompt cannot be run, an option is out of its range, or text is to be read or written and
+                the bundle has no tokenizer.
         """
-        usual = self.engine.manifest.sampling
+        defaults = self.engine.manifest.sampling
         sampling = Sampling(
-            usual.temperature if temperature is None else temperature,
-            usual.top_p if top_p is None else top_p,
+            defaults.temperature if temperature is None else temperature,
+            defaults.top_p if top_p is None else top_p,
             seed,
-            usual.top_k if top_k is None else top_k,
+            defaults.top_k if top_k is None else top_k,
         )
         options = Options(max_new_tokens, num_draft_tokens, sampling)
         if self.tokenizer is None and (isinstance(prompt, str) or stop):
@@ -99,40 +128,67 @@ class Decoder:
         return self.current
 
     def chat(self, messages: Sequence[Message], **options: Any) -> "Stream":
-        """Answer the last of the messages; the options are those of `stream`.
+        """Answer the last message of a conversation.
+
+        Args:
+            messages: oldest first, each with the keys `role` (system, user or assistant) and `content`.
+            options: those of `stream`.
+
+        Returns:
+            The answer's stream.
 
         Raises:
-            InputError: as `stream`; the bundle has no chat template, or it refuses the messages.
+            InputError: as `stream`; or the bundle has no chat template, or it refuses the messages.
         """
         if self.template is None:
             raise InputError(f"{self.bundle}: {NO_TEMPLATE}")
         return self.stream(self.template.render(messages), **options)
 
     def forget(self) -> None:
-        """Run the next prompt as a whole."""
-        self.written = None
+        """Let the next prompt be run as a whole, whatever it shares with the last text."""
+        self.cached = None
 
-    def keep_costs(self) -> None:
-        """Keep what was measured for the next time; that it cannot be kept is said once."""
+    def save_costs(self) -> None:
+        """Save measured costs for the next time; a failure is logged once, and not tried again."""
         try:
-            self._keep()
+            self._save()
         except OSError as error:
-            log.warning("costs are not kept: %s: %s", error.filename, error.strerror)
-            self._keep = lambda: None
+            log.warning("costs are not saved: %s: %s", error.filename, error.strerror)
+            self._save = lambda: None
 
     def reusable(self, prompt: Sequence[int]) -> int:
-        """How many of the prompt's first tokens are in the cache still; the last one is always run."""
-        if self.written is None:
+        """Return how many of a prompt's first tokens are in the cache already; its last token is always run.
+
+        Args:
+            prompt: token ids.
+        """
+        if self.cached is None:
             return 0
-        cached = [*self.written.prompt, *self.written.tokens][: self.engine.position]
+        cached = [*self.cached.prompt, *self.cached.tokens][: self.engine.position]
         shared = common_prefix(cached, prompt[:-1])
-        return shared if self.engine.keeps(shared) else 0
+        return shared if self.engine.can_resume(shared) else 0
 
 
 class Stream:
-    """An iterator over the new tokens of one text, which may be left or cancelled at any time."""
+    """An iterator over the new tokens of one text, which may be left or cancelled at any time.
+
+    Attributes:
+        prompt: token ids of the prompt.
+        options: budget, drafting and sampling.
+        stats: counts and times so far.
+        tokens: ids of the new tokens so far.
+        text: the new text so far.
+    """
 
     def __init__(self, decoder: Decoder, prompt: list[int], options: Options, stop: tuple[str, ...]) -> None:
+        """Begin a text; applications call `Decoder.stream` or `Decoder.chat`.
+
+        Args:
+            decoder: the open bundle.
+            prompt: token ids, checked already.
+            options: checked already.
+            stop: strings that end the text.
+        """
         self.prompt, self.options, self.stats = prompt, options, Stats()
         self.tokens: list[int] = []
         self.text = ""
@@ -140,24 +196,30 @@ class Stream:
         self._tokens = self._run()
 
     def __iter__(self) -> "Stream":
+        """Return the stream itself."""
         return self
 
     def __next__(self) -> Token:
+        """Return the next token.
+
+        Raises:
+            RuntimeError: another text was started with this decoder.
+        """
         if self._decoder.current is not self:
-            raise RuntimeError("another text was started with this decoder; it writes one at a time")
+            raise RuntimeError("another text was started with this decoder; it generates one at a time")
         return next(self._tokens)
 
     def cancel(self) -> None:
-        """End the text with the next token; may be called from another thread or a signal handler."""
+        """End the text with its next token; may be called from another thread or a signal handler."""
         self._cancelled = True
 
     def _run(self) -> Iterator[Token]:
         decoder, stats = self._decoder, self.stats
         engine, start = decoder.engine, decoder.reusable(self.prompt)
-        decoder.written = None  # until the prefill is done
+        decoder.cached = None  # until the prefill is done
         texts = decoder.tokenizer.stream(self._stop) if decoder.tokenizer else None
-        for done in rounds(engine, self.prompt, self.options, stats, decoder.length, start):
-            decoder.written = self
+        for done in rounds(engine, self.prompt, self.options, stats, decoder.planner, start):
+            decoder.cached = self
             for i, (token, logprob) in enumerate(zip(done.tokens, done.logprobs, strict=True), start=1):
                 cancelled = self._cancelled
                 last = cancelled or (bool(stats.finish_reason) and i == len(done.tokens))
@@ -167,7 +229,7 @@ class Stream:
                 elif cancelled:
                     stats.finish_reason = "cancelled"
                 if last or (texts and texts.stopped):
-                    decoder.keep_costs()
+                    decoder.save_costs()
                     yield self._new(Token(token, text, logprob))
                     return
                 yield self._new(Token(token, text, logprob))
@@ -181,18 +243,19 @@ class Stream:
 def open_decoder(bundle: Path, threads: int | None = None, progress: Progress = lambda *_: None) -> Decoder:
     """Load a bundle after checking every file against the manifest.
 
-    What passes cost is measured while it writes, and kept beside the bundle for the next time.
+    Times of passes are measured while it generates, and saved beside the bundle for the next time.
 
     Args:
+        bundle: directory written by `export`.
         threads: threads inside an operation; None lets the backend choose.
-        progress: told of the files as they are checked.
+        progress: called with the name of a file and the number of its bytes that were checked since the last call.
 
     Raises:
-        InputError: as `engine.open_engine`; or tokenizer, chat template or the costs that were kept cannot be read.
+        InputError: as `engine.open_engine`; or the tokenizer, chat template or saved costs cannot be read.
     """
     engine = open_engine(bundle, threads, progress)
     tokenizer = TextTokenizer(bundle, engine.manifest) if (bundle / TOKENIZER).exists() else None
     template = ChatTemplate(bundle, tokenizer) if tokenizer and (bundle / CHAT_TEMPLATE).exists() else None
     costs = load_costs(bundle, engine.manifest, threads)
-    length = DraftLength(engine.manifest.max_draft_tokens, costs)
-    return Decoder(bundle, engine, tokenizer, length, lambda: save_costs(costs, bundle, threads), template)
+    planner = DraftLength(engine.manifest.max_draft_tokens, costs)
+    return Decoder(bundle, engine, tokenizer, planner, lambda: save_costs(costs, bundle, threads), template)

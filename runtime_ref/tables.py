@@ -1,4 +1,4 @@
-"""Embedding tables: rows that are read where they lie in a bundle's files, and widened to float32."""
+"""Embedding tables, whose rows are read from mapped files and converted to float32."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,34 +10,49 @@ from runtime_ref.errors import InputError
 
 
 class Table:
-    """One table of a bundle, as FORMAT.md specifies it; only the rows that are asked for are ever read."""
+    """One table of a bundle, as FORMAT.md specifies it; only the rows that are asked for are read.
 
-    def __init__(self, bundle: Path, facts: Mapping[str, Any]) -> None:
-        """`facts` are the manifest's.
+    Attributes:
+        columns: numbers in a row.
+        encoding: how they are stored, a key of `ENCODING_BITS`.
+        group_size: consecutive numbers of a row that share a scale.
+    """
+
+    def __init__(self, bundle: Path, metadata: Mapping[str, Any]) -> None:
+        """Map a table's files.
+
+        Args:
+            bundle: directory of the bundle.
+            metadata: the table's entry in the manifest.
 
         Raises:
-            ValueError: the manifest describes something that its files are too short for, or no known encoding.
+            ValueError: the encoding or a size is impossible, or the files are too short. KeyError, TypeError,
+                OverflowError or OSError are raised for an entry of another form, or files that cannot be mapped.
         """
-        self.columns, self.encoding = int(facts["columns"]), str(facts["encoding"])
-        rows, row_bytes, group = int(facts["rows"]), int(facts["row_bytes"]), int(facts["group_size"])
-        wide = self.encoding == "float32"
-        if self.encoding not in ENCODINGS or row_bytes * 8 < self.columns * ENCODINGS[self.encoding]:
+        self.columns, self.encoding = int(metadata["columns"]), str(metadata["encoding"])
+        rows, row_bytes, group_size = (int(metadata[key]) for key in ("rows", "row_bytes", "group_size"))
+        is_float = self.encoding == "float32"
+        if self.encoding not in ENCODING_BITS or row_bytes * 8 < self.columns * ENCODING_BITS[self.encoding]:
             raise ValueError(f"a table has {row_bytes} bytes for {self.columns} numbers in {self.encoding!r}")
-        if not 0 < rows < 1 << 40 or not 0 < self.columns < 1 << 30 or not 0 < group < 1 << 30 or row_bytes % 4 * wide:
-            raise ValueError(f"a table of {rows} x {self.columns}, {row_bytes} bytes a row, in groups of {group}")
-        self._file = bundle / facts["data"]["file"]
-        self._rows = _mapped(bundle, facts["data"], np.uint8, (rows, row_bytes))
+        possible = 0 < rows < 1 << 40 and 0 < self.columns < 1 << 30 and 0 < group_size < 1 << 30
+        if not possible or row_bytes % 4 * is_float:
+            raise ValueError(f"a table of {rows} x {self.columns}, {row_bytes} bytes a row, in groups of {group_size}")
+        self._file = bundle / metadata["data"]["file"]
+        self._rows = _mapped(bundle, metadata["data"], np.uint8, (rows, row_bytes))
         self._scales: np.ndarray | None = None
-        if not wide:
-            dtype = _SCALES[facts["scales"]["dtype"]]
-            self._scales = _mapped(bundle, facts["scales"], dtype, (rows, -(-self.columns // group)))
-        self.group = group
+        if not is_float:
+            dtype = _SCALE_DTYPES[metadata["scales"]["dtype"]]
+            self._scales = _mapped(bundle, metadata["scales"], dtype, (rows, -(-self.columns // group_size)))
+        self.group_size = group_size
 
     def __getitem__(self, ids: Sequence[int]) -> np.ndarray:
-        """Rows [T, columns] float32 of the ids.
+        """Return the rows of token ids, [T, columns] float32.
+
+        Args:
+            ids: T token ids.
 
         Raises:
-            InputError: an id beyond the table, which no sound bundle's graphs choose.
+            InputError: an id is beyond the table; graphs of an intact bundle choose none.
         """
         if wrong := [token for token in ids if not 0 <= token < len(self._rows)]:
             raise InputError(f"{self._file}: has {len(self._rows)} rows, token {wrong[0]} was chosen; export it again")
@@ -47,26 +62,35 @@ class Table:
         scales = self._scales[ids]
         if scales.dtype == np.uint16:  # bfloat16, which numpy does not know: the upper half of a float32
             scales = (scales.astype(np.uint32) << 16).view(np.float32)
-        return numbers * np.repeat(scales.astype(np.float32), self.group, axis=1)[:, : self.columns]
+        return numbers * np.repeat(scales.astype(np.float32), self.group_size, axis=1)[:, : self.columns]
 
 
 def unpack(rows: np.ndarray, encoding: str, columns: int) -> np.ndarray:
-    """Numbers [T, columns] float32 of the bytes of rows [T, row_bytes], without their scales."""
+    """Convert bytes of rows to numbers, without their scales.
+
+    Args:
+        rows: [T, row_bytes] uint8.
+        encoding: a key of `ENCODING_BITS`.
+        columns: numbers in a row; bytes after them are ignored.
+
+    Returns:
+        [T, columns] float32.
+    """
     if encoding == "float32":
         return rows.view("<f4")[:, :columns]
     if encoding == "int8":
         return rows.view(np.int8)[:, :columns].astype(np.float32)
-    bits = ENCODINGS[encoding]
+    bits = ENCODING_BITS[encoding]
     if bits < 8:
         stream = np.unpackbits(rows, axis=1, count=columns * bits, bitorder="little")
         rows = np.packbits(stream.reshape(-1, bits), axis=1, bitorder="little").reshape(len(rows), columns)
     return rows[:, :columns].astype(np.float32) - np.float32(2 ** (bits - 1))
 
 
-# Bits of a number, by encoding; from the unsigned ones, half of their range is subtracted.
-ENCODINGS = {"float32": 32, "int8": 8, "uint8": 8, "uint4": 4, "uint3": 3, "uint2": 2}
+# Bits of a number; unsigned integers stand for themselves minus half of their range.
+ENCODING_BITS = {"float32": 32, "int8": 8, "uint8": 8, "uint4": 4, "uint3": 3, "uint2": 2}
 
-_SCALES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+_SCALE_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 
 
 def _mapped(bundle: Path, place: Mapping[str, Any], dtype: Any, shape: tuple[int, int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-# The built-in pair's bundles (the Makefile makes them) under aarch64 emulation, with the runtimes' own aarch64 builds.
+# Runs the built-in pair's bundles, which the Makefile makes, on the runtimes' aarch64 builds under emulation.
 AARCH64_BUNDLES ?= onnx-fp32 onnx-int4 executorch-fp32
 
 .PHONY: aarch64-parity

@@ -1,5 +1,5 @@
-// Methods of an ExecuTorch program behind a C interface, for executorch_graphs.py. It links to what the ExecuTorch
-// wheel carries, which has no header of `Module`: so loader and memory are set up here.
+// A C interface to the methods of an ExecuTorch program, for executorch_graphs.py. It links to the ExecuTorch wheel, which
+// lacks the header of `Module`, so data loader and memory are set up here.
 #include <executorch/runtime/core/data_loader.h>
 #include <executorch/runtime/executor/method.h>
 #include <executorch/runtime/executor/program.h>
@@ -14,7 +14,7 @@
 #include <optional>
 #include <vector>
 
-namespace executorch::extension::threadpool { // its header asks for one that the wheel does not carry
+namespace executorch::extension::threadpool { // its header includes one that the wheel lacks
 struct ThreadPool {
   bool _unsafe_reset_threadpool(uint32_t threads);
 };
@@ -34,14 +34,14 @@ struct MappedFile final : DataLoader {
 
   explicit MappedFile(const char* path) {
     int file = ::open(path, O_RDONLY);
-    struct stat facts;
-    if (file < 0 || ::fstat(file, &facts) != 0) {
+    struct stat status;
+    if (file < 0 || ::fstat(file, &status) != 0) {
       return;
     }
-    void* mapped = ::mmap(nullptr, facts.st_size, PROT_READ, MAP_PRIVATE, file, 0);
+    void* mapped = ::mmap(nullptr, status.st_size, PROT_READ, MAP_PRIVATE, file, 0);
     if (mapped != MAP_FAILED) {
       data = static_cast<const char*>(mapped);
-      length = facts.st_size;
+      length = status.st_size;
     }
   }
 
@@ -62,7 +62,7 @@ struct MappedFile final : DataLoader {
   }
 };
 
-// Memory that grows with what is asked for; a method's own lasts, a call's is let go of after each.
+// Memory that grows as it is allocated, until it is reset: a method's lasts, a call's is reset after each call.
 struct Heap final : MemoryAllocator {
   std::vector<std::unique_ptr<char[]>> blocks;
 
@@ -105,7 +105,7 @@ struct Array {
   int32_t shape[4];
 };
 
-// A program, or null and why in `error`.
+// Loads a program; returns null and sets `error` if that fails.
 void* open_program(const char* path, int threads, int* error) {
   runtime_init();
   executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(threads);
@@ -120,7 +120,7 @@ void* open_program(const char* path, int threads, int* error) {
   return opened.release();
 }
 
-// A method, which the program must outlive, or null and why in `error`.
+// Loads a method of a program, which must outlive it; returns null and sets `error` if that fails.
 void* load_method(void* opened, const char* name, int* error) {
   const Program& program = *static_cast<Opened*>(opened)->program;
   auto loaded = std::make_unique<Loaded>();
@@ -147,7 +147,7 @@ void* load_method(void* opened, const char* name, int* error) {
   return loaded.release();
 }
 
-// Runs a method on arrays that it uses where they lie; `outputs` point into its own memory until the next call.
+// Runs a method on arrays without copying them; `outputs` point into the method's memory until its next call.
 int run_method(void* handle, const Array* inputs, int num_inputs, Array* outputs, int num_outputs) {
   Loaded& loaded = *static_cast<Loaded*>(handle);
   static uint8_t row_major[] = {0, 1, 2, 3};

@@ -1,4 +1,4 @@
-"""Graphs on ExecuTorch without PyTorch: the methods behind executorch_graphs.cpp, in place of graphs_executorch."""
+"""Graphs on ExecuTorch without PyTorch, by executorch_graphs.cpp: a replacement of runtime_ref.graphs_executorch."""
 
 import ctypes
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import BoundGraph
 from runtime_ref.manifest import Graph, Manifest
 
-LIBRARY = "libexecutorch_graphs.so"  # found by LD_LIBRARY_PATH, beside what it links to
+LIBRARY = "libexecutorch_graphs.so"  # on LD_LIBRARY_PATH, beside the libraries that it links to
 DTYPES = (np.dtype(np.float32), np.dtype(np.int64))
 
 
 class Array(ctypes.Structure):
-    """`Array` of executorch_graphs.cpp."""
+    """The struct `Array` of executorch_graphs.cpp."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -27,7 +27,11 @@ class Array(ctypes.Structure):
 
 
 def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[str, BoundGraph]:
-    """Load the methods of a bundle; raises InputError if ExecuTorch cannot."""
+    """Load the methods of a bundle, as `runtime_ref.graphs_executorch.load_graphs`.
+
+    Raises:
+        InputError: ExecuTorch cannot load them.
+    """
     library = ctypes.CDLL(LIBRARY)
     library.open_program.restype = library.load_method.restype = ctypes.c_void_p
     file = bundle / manifest.graphs["target"].file
@@ -39,7 +43,7 @@ def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[s
 
 
 class NativeGraph:
-    """A method; its cache inputs point into the host's memory with every call."""
+    """A method, whose cache inputs point into host memory in every call."""
 
     def __init__(self, library: Any, file: Path, program: int, name: str, graph: Graph) -> None:
         error = ctypes.c_int()
@@ -50,16 +54,21 @@ class NativeGraph:
         self._cache: list[np.ndarray] = []
 
     def bind(self, cache: Mapping[str, np.ndarray]) -> None:
+        """Use these cache buffers from now on, as `BoundGraph.bind`."""
         self._cache = [cache[name] for name in self._graph.inputs if name in cache]
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
-        """Outputs in the graph's order, copied out of the method's memory; raises InputError if it cannot run."""
+        """Run the method, as `BoundGraph.run`, and copy its outputs.
+
+        Raises:
+            InputError: the method cannot run.
+        """
         arrays = [*(np.ascontiguousarray(array) for array in inputs.values()), *self._cache]
-        given = (Array * len(arrays))(*map(_described, arrays))
-        found = (Array * len(self._graph.outputs))()
-        if error := self._library.run_method(ctypes.c_void_p(self._method), given, len(given), found, len(found)):
+        passed = (Array * len(arrays))(*map(_described, arrays))
+        outputs = (Array * len(self._graph.outputs))()
+        if error := self._library.run_method(ctypes.c_void_p(self._method), passed, len(passed), outputs, len(outputs)):
             raise InputError(f"{self._file}: cannot run (error {error}); export it again")
-        return [_copied(array) for array in found]
+        return [_copied(array) for array in outputs]
 
 
 def _described(array: np.ndarray) -> Array:

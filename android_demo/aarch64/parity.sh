@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# aarch64/parity.sh BIN NAME...: runs build/bundle-NAME here and under aarch64 emulation and compares. Exit status 1 if
-# tokens differ; what cannot be had to do so is told in capitals, and nothing is compared then.
+# aarch64/parity.sh BIN NAME...: runs build/bundle-NAME here and under aarch64 emulation, and compares the outputs. The
+# exit status is 1 if tokens differ. If a package cannot be fetched, it says so in capitals and compares nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=$1
@@ -24,7 +24,7 @@ mkdir -p "$OUT/here" "$OUT/emulated"
 for name in "$@"; do
     options=(--prompts "${AARCH64_PROMPTS:-3}" --tokens "${AARCH64_TOKENS:-24}")
     here aarch64/run.py "build/bundle-$name" "$OUT/here/$name" "${options[@]}"
-    # Both runtimes say on stderr what they cannot find out about an emulated processor.
+    # Both runtimes report on stderr what they cannot detect of an emulated processor.
     emulated aarch64/run.py "build/bundle-$name" "$OUT/emulated/$name" "${options[@]}" \
         --executorch executorch_graphs 2>"$OUT/emulated/$name.log" || { cat "$OUT/emulated/$name.log" >&2 && exit 1; }
 done

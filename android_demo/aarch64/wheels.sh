@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# aarch64/wheels.sh PYTHON: puts the aarch64 builds of what that Python has installed into .packages/aarch64-wheels, and
-# libexecutorch_graphs.so beside the libraries that it needs. Exit status 3, with one line on stderr, if that cannot be.
+# aarch64/wheels.sh PYTHON: fetches aarch64 builds of packages that PYTHON has installed into .packages/aarch64-wheels, and
+# builds libexecutorch_graphs.so beside the libraries that it needs. If that fails, the exit status is 3, with one line
+# on stderr.
 #
 # ExecuTorch's Python module needs libtorch for its thread pool and some kernels, but not PyTorch. The index has it for
-# aarch64 with CUDA only; the CUDA libraries that it names are stood in for by empty ones, whose functions all fail.
+# aarch64 with CUDA only; stand-ins whose functions all fail replace the CUDA libraries.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$1
@@ -12,7 +13,7 @@ CROSS=$PWD/.packages/cross
 SOURCE=aarch64/executorch_graphs.cpp
 
 fail() {
-    echo "wheels.sh: the aarch64 builds cannot be had: $1" >&2
+    echo "wheels.sh: the aarch64 builds cannot be fetched: $1" >&2
     exit 3
 }
 

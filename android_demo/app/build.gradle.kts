@@ -17,7 +17,7 @@ android {
         versionCode = 1
         versionName = "1.0"
         ndk {
-            // What the runtimes' libraries are published for.
+            // The architectures that the runtimes' libraries are published for.
             abiFilters += listOf("arm64-v8a", "x86_64")
         }
     }
@@ -27,11 +27,11 @@ android {
         targetCompatibility = JavaVersion.VERSION_11
     }
 
-    // A small bundle to carry: put it in android_demo/build/assets/bundle (`make android-apk` does).
+    // A small bundle in the APK: `make android-apk` puts it into android_demo/build/assets/bundle.
     sourceSets["main"].assets.srcDir(rootProject.layout.projectDirectory.dir("build/assets"))
 
     androidResources {
-        // The files of a bundle are stored, so that copying them out is no more than that.
+        // The files of a bundle are stored without compression, so that they are only copied.
         noCompress += listOf("json", "onnx", "pte", "table", "weights")
     }
 }

@@ -1,7 +1,7 @@
-"""Checks of the app's resources that need no Android: contrast, touch targets, references, texts.
+"""Check the app's resources without Android: contrast, touch targets, references, texts.
 
-python android_demo/app/check_resources.py prints the contrast of every pair of text and background, in both themes,
-and then what is wrong, a line each. Exit status 1 if anything is.
+`python android_demo/app/check_resources.py` prints the contrast of every pair of text and background in both themes,
+and then each fault on a line. The exit status is 1 if there is any.
 """
 
 import re
@@ -12,11 +12,11 @@ from pathlib import Path
 
 MAIN = Path(__file__).parent / "src" / "main"
 ANDROID = "{http://schemas.android.com/apk/res/android}"
-THEMES = {"light": ("values",), "dark": ("values-night", "values")}  # folders, the first that has a colour counts
+THEMES = {"light": ("values",), "dark": ("values-night", "values")}  # folders; the first that has a colour counts
 TEXT_CONTRAST, ICON_CONTRAST = 4.5, 3.0  # WCAG 2.2: 1.4.3 and 1.4.11
 TARGET_DP = 48
 
-# Text over background that code sets, or that the framework draws with the theme's colours: dialogs and radio buttons.
+# Text, background and smallest contrast of pairs that code sets or the framework draws: dialogs and radio buttons.
 OTHER_PAIRS = (
     ("error", "background", TEXT_CONTRAST),
     ("text", "surface", TEXT_CONTRAST),
@@ -26,12 +26,12 @@ OTHER_PAIRS = (
 )
 TEXTS = {"TextView", "Button", "RadioButton", "EditText"}
 TARGETS = {"Button", "ImageButton", "RadioButton", "EditText"}
-SPOKEN = ("text", "hint", "contentDescription", "label", "title", "tooltipText")
+TEXT_ATTRIBUTES = ("text", "hint", "contentDescription", "label", "title", "tooltipText")
 ABSOLUTE = re.compile(r"(layout_)?(margin|padding|alignParent)(Left|Right)$")
 
 
 def parsed(pattern: str) -> dict[Path, ET.Element]:
-    """Root elements of XML files, by path."""
+    """Return root elements of XML files by path."""
     return {path: ET.parse(path).getroot() for path in sorted((MAIN / "res").glob(pattern))}
 
 
@@ -43,16 +43,16 @@ XML = {**LAYOUTS, **COLORS, **DRAWABLES, **VALUES, **MIPMAPS, **MANIFEST}
 
 
 def values(tag: str, folder: str = "values") -> dict[str, ET.Element]:
-    """Elements of one kind in a folder of values, by name."""
-    found = (item for path, root in VALUES.items() if path.parent.name == folder for item in root.iter(tag))
-    return {item.attrib["name"]: item for item in found}
+    """Return elements with a tag in a folder of values, by name."""
+    items = (item for path, root in VALUES.items() if path.parent.name == folder for item in root.iter(tag))
+    return {item.attrib["name"]: item for item in items}
 
 
 STYLES = values("style")
 
 
 def styled(style: str, name: str) -> str | None:
-    """An attribute's value by a style of ours or its parents; None if none of them says."""
+    """Return an attribute's value in one of the app's styles or its parents; None if it has none."""
     element = STYLES.get(style.removeprefix("@style/"))
     if element is None:
         return None
@@ -63,41 +63,41 @@ def styled(style: str, name: str) -> str | None:
 
 
 def attribute(view: ET.Element, name: str) -> str | None:
-    """An attribute of a view, its own or its style's."""
+    """Return an attribute of a view, its own or its style's."""
     return view.get(ANDROID + name) or styled(view.get("style", ""), name)
 
 
 def color(reference: str, theme: str, state: str = "enabled") -> str:
-    """#RRGGBB of a reference to a colour, a list of colours or a drawable."""
-    kind, name = reference.removeprefix("@").split("/")
+    """Return #RRGGBB of a reference to a colour, a list of colours or a drawable."""
+    resource_type, name = reference.removeprefix("@").split("/")
     for path, root in {**COLORS, **DRAWABLES}.items():
-        if path.parent.name == kind and path.stem == name:
+        if path.parent.name == resource_type and path.stem == name:
             return color(inner(root, state), theme, state)
-    return next(found[name].text or "" for folder in THEMES[theme] if name in (found := values("color", folder)))
+    return next(colors[name].text or "" for folder in THEMES[theme] if name in (colors := values("color", folder)))
 
 
 def inner(root: ET.Element, state: str) -> str:
-    """The colour or drawable that fills a list of colours, a shape or a ripple."""
+    """Return the colour or drawable that fills a list of colours, a shape or a ripple."""
     if root.tag == "selector":
         fits = (i for i in root if state == "disabled" or i.get(ANDROID + "state_enabled") != "false")
         return next(fits).attrib[ANDROID + "color"]
     if (solid := root.find(".//solid")) is not None:
         return solid.attrib[ANDROID + "color"]
-    return next(found for i in root.iter() if (found := i.get(ANDROID + "drawable") or i.get(ANDROID + "fillColor")))
+    return next(fill for i in root.iter() if (fill := i.get(ANDROID + "drawable") or i.get(ANDROID + "fillColor")))
 
 
 def contrast(first: str, second: str) -> float:
-    """WCAG's contrast ratio of two colours, #RRGGBB."""
+    """Return WCAG's contrast ratio of two colours, #RRGGBB."""
     lights = []
-    for found in (first, second):
-        channels = (int(found[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    for rgb in (first, second):
+        channels = (int(rgb[at : at + 2], 16) / 255 for at in (1, 3, 5))
         red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
         lights.append(0.2126 * red + 0.7152 * green + 0.0722 * blue)
     return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 
 def views(root: ET.Element, background: str) -> Iterator[tuple[ET.Element, str]]:
-    """Every view, with the background that it or the nearest view around it has."""
+    """Yield every view, with the background of it or of the nearest view around it."""
     background = attribute(root, "background") or background
     yield root, background
     for child in root:
@@ -105,24 +105,24 @@ def views(root: ET.Element, background: str) -> Iterator[tuple[ET.Element, str]]
 
 
 def pairs() -> dict[tuple[str, str], float]:
-    """Foreground and background references of all layouts, and the contrast that each needs."""
-    found = {(f"@color/{text}", f"@color/{back}"): least for text, back, least in OTHER_PAIRS}
+    """Return the smallest contrast of each pair of foreground and background references in the layouts."""
+    needed = {(f"@color/{text}", f"@color/{back}"): smallest for text, back, smallest in OTHER_PAIRS}
     window = styled("App", "windowBackground") or ""
     for root in LAYOUTS.values():
         for view, background in views(root, window):
             if view.tag in TEXTS:
                 text = attribute(view, "textColor") or styled("App", "textColorPrimary") or ""
-                found[text, background] = TEXT_CONTRAST
+                needed[text, background] = TEXT_CONTRAST
             if view.tag == "EditText":
-                found[styled("App", "textColorHint") or "", background] = TEXT_CONTRAST
+                needed[styled("App", "textColorHint") or "", background] = TEXT_CONTRAST
             if tint := attribute(view, "tint"):
-                found[tint, background] = ICON_CONTRAST
-    return found
+                needed[tint, background] = ICON_CONTRAST
+    return needed
 
 
 def low_contrast() -> Iterator[str]:
-    """Print all pairs; yield those below what they need. A disabled icon needs nothing."""
-    for (front, back), least in sorted(pairs().items()):
+    """Print the contrast of all pairs, and yield those below the smallest; a disabled icon may have any."""
+    for (front, back), smallest in sorted(pairs().items()):
         for theme in THEMES:
             states = ("disabled", "enabled")
             drawn = {(color(front, theme, state), color(back, theme, state)): state for state in states}
@@ -130,12 +130,12 @@ def low_contrast() -> Iterator[str]:
                 ratio = contrast(*both)
                 line = f"{front} on {back}, {state}, {theme}: {ratio:.1f}"
                 print(line)
-                if ratio < least and (state == "enabled" or least == TEXT_CONTRAST):
-                    yield f"{line}, expected {least} or more"
+                if ratio < smallest and (state == "enabled" or smallest == TEXT_CONTRAST):
+                    yield f"{line}, expected {smallest} or more"
 
 
 def small_targets() -> Iterator[str]:
-    """What can be tapped and may be lower or narrower than a finger."""
+    """Yield views that can be tapped and have no minimum size of a touch target."""
     for path, root in LAYOUTS.items():
         for view in root.iter():
             if view.tag not in TARGETS and not view.get(ANDROID + "clickable") and not view.get(ANDROID + "onClick"):
@@ -149,38 +149,38 @@ def small_targets() -> Iterator[str]:
 
 
 def defined() -> set[str]:
-    """Every resource, as type/name."""
+    """Return every resource as type/name."""
     tables = {f"{tag}/{name}" for tag in ("string", "color", "style") for name in values(tag)}
     files = {f"{path.parent.name.split('-')[0]}/{path.stem}" for path in XML if path.parent.parent.name == "res"}
     return tables | files | {f"id/{name}" for path in LAYOUTS for name in ids(path)}
 
 
 def used() -> dict[str, str]:
-    """Every resource that is named, as type/name, and a file that names it."""
-    found = {}
+    """Return every resource that is referred to as type/name, and a file that refers to it."""
+    files: dict[str, str] = {}
     for path, root in XML.items():
         texts = [text for view in root.iter() for text in (*view.attrib.values(), view.text or "")]
-        for kind, name in re.findall(r"@(\w+)/([\w.]+)", "\n".join(texts)):
-            found[f"{kind}/{name}"] = path.name
-        found |= {f"style/{s.attrib['parent']}": path.name for s in root.iter("style") if s.get("parent") in STYLES}
+        for tag, name in re.findall(r"@(\w+)/([\w.]+)", "\n".join(texts)):
+            files[f"{tag}/{name}"] = path.name
+        files |= {f"style/{s.attrib['parent']}": path.name for s in root.iter("style") if s.get("parent") in STYLES}
     for path, code in CODE.items():
-        found |= {f"{kind}/{name}": path.name for kind, name in re.findall(r"(?<!android\.)\bR\.(\w+)\.(\w+)", code)}
-    return found
+        files |= {f"{tag}/{name}": path.name for tag, name in re.findall(r"(?<!android\.)\bR\.(\w+)\.(\w+)", code)}
+    return files
 
 
 def ids(path: Path) -> set[str]:
-    """Ids of a layout file, without those that it includes."""
+    """Return the ids of a layout file, without those of files that it includes."""
     return {view.get(ANDROID + "id", "").removeprefix("@+id/") for view in LAYOUTS[path].iter()} - {""}
 
 
 def all_ids(path: Path) -> set[str]:
-    """Ids of a layout file and of those that it includes."""
+    """Return the ids of a layout file and of files that it includes."""
     included = (view.attrib["layout"].removeprefix("@layout/") for view in LAYOUTS[path].iter("include"))
     return ids(path).union(*(all_ids(MAIN / "res" / "layout" / f"{name}.xml") for name in included))
 
 
 def references() -> Iterator[str]:
-    """Names of nothing, and what nothing names."""
+    """Yield references to missing resources, resources without references, and differences between variants."""
     exists, named = defined(), used()
     for name, where in sorted(named.items()):
         if name not in exists:
@@ -198,17 +198,17 @@ def references() -> Iterator[str]:
 
 
 def texts() -> Iterator[str]:
-    """Texts outside strings.xml, sizes that do not scale, sides that do not mirror, pictures without a word."""
+    """Yield texts outside strings.xml, sizes that do not scale, sides that do not mirror, undescribed images."""
     for path, root in {**LAYOUTS, **MANIFEST}.items():
         for view in root.iter():
             for key, value in view.attrib.items():
                 name = key.removeprefix(ANDROID)
-                if name in SPOKEN and not value.startswith("@string/"):
+                if name in TEXT_ATTRIBUTES and not value.startswith("@string/"):
                     yield f"{path.name}: {described(view)} has the text '{value}'; put it into strings.xml"
                 if ABSOLUTE.match(name) or (name.endswith("ravity") and re.search("left|right", value)):
-                    yield f"{path.name}: {described(view)} has {name} {value}; say start or end"
+                    yield f"{path.name}: {described(view)} has {name} {value}; use start or end"
                 if name == "textSize" and not value.endswith("sp"):
-                    yield f"{path.name}: {described(view)} has letters of {value}; use sp"
+                    yield f"{path.name}: {described(view)} has textSize {value}; use sp"
             if view.tag in ("ImageButton", "ImageView") and not view.get(ANDROID + "contentDescription"):
                 yield f"{path.name}: {described(view)} has no contentDescription"
     for path, code in CODE.items():
@@ -217,6 +217,7 @@ def texts() -> Iterator[str]:
 
 
 def described(view: ET.Element) -> str:
+    """Return tag and id of a view."""
     return f"{view.tag} {view.get(ANDROID + 'id', '').removeprefix('@+id/')}".strip()
 
 

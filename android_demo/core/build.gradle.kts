@@ -1,6 +1,6 @@
 import org.jetbrains.kotlin.gradle.dsl.JvmTarget
 
-// The decoder loop, tokenizer and statistics: plain Kotlin, no android.*, so that its tests run on any JVM.
+// The decoding loop, tokenizer and statistics, in plain Kotlin without android.*, so that the tests run on any JVM.
 plugins {
     alias(libs.plugins.kotlin.jvm)
 }

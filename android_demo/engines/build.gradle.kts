@@ -1,6 +1,6 @@
 import org.jetbrains.kotlin.gradle.dsl.JvmTarget
 
-// What the decoder asks of a loaded graph, answered by ONNX Runtime and by ExecuTorch.
+// Loaded graphs on ONNX Runtime and on ExecuTorch, for the decoder in core.
 plugins {
     alias(libs.plugins.android.library)
     alias(libs.plugins.kotlin.android)

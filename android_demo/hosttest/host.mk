@@ -1,12 +1,12 @@
-# Host tests: the app's own core and engines on the JVM, over stand-ins of both runtimes' Java classes (standins/).
-# Those call the libraries inside the wheels of the virtual environment (jni/). A JDK 17 and g++ are needed.
+# Host tests: the app's core and engines on the JVM, on stand-ins of both runtimes' Java classes (standins/), which call
+# the libraries in the wheels of the virtual environment (jni/). They need a JDK 17 and g++.
 #
-# The Kotlin is compiled against the real classes of ExecuTorch and run on the stand-ins: where they differ, it fails.
+# Kotlin is compiled against ExecuTorch's real classes and run on the stand-ins, so a difference between them fails.
 # ORT_JAVA=PATH does the same with the real classes of ONNX Runtime (classes.jar of the AAR onnxruntime-android).
 PARTS := build/parts
 HOST_PACKAGES := .packages/.host-tests
 ORT_JAVA ?= $(PARTS)/standins-ort
-# All but the parts of the app that know Android.
+# All sources except those of the app that import Android.
 KOTLIN_SOURCES = $(shell find core/src engines/src hosttest/src app/src/test -name '*.kt') \
     $(shell grep -rL '^import android' app/src/main/kotlin)
 KOTLIN_TESTS = $(subst /,.,$(shell find core/src/test app/src/test -name '*Test.kt' | sed 's|.*/kotlin/||; s|.kt$$||'))
@@ -30,7 +30,7 @@ $(PARTS)/standins-%/.built: $(wildcard hosttest/standins/*/*/*.java hosttest/sta
 	javac -Xlint:all,-serial -d $(@D) $(shell find hosttest/standins/$(if $(filter ort,$*),ai,org) -name '*.java')
 	touch $@
 
-# One compilation for all: starting the compiler is most of its time.
+# All sources in one compilation: starting the compiler takes most of the time.
 $(PARTS)/kotlin/.built: $(KOTLIN_SOURCES) $(HOST_PACKAGES) $(PARTS)/standins-ort/.built
 	rm -rf $(@D) && mkdir -p $(@D)
 	java -Xmx1g -cp '.packages/kotlin/lib/*' org.jetbrains.kotlin.cli.jvm.K2JVMCompiler -no-reflect -jvm-target 11 \
@@ -43,7 +43,7 @@ $(PARTS)/native/.built: hosttest/native.sh $(wildcard hosttest/jni/*) $(HOST_PAC
 	hosttest/native.sh $(BIN) $(@D)
 	touch $@
 
-# Commands that run one of hosttest's main functions from anywhere.
+# Commands that run the main functions of hosttest from any directory.
 build/host: MAIN := MainKt
 build/engines: MAIN := EngineCheckKt
 build/engines: OPTIONS := -Xcheck:jni

@@ -1,29 +1,33 @@
 #!/usr/bin/env bash
-# native.sh BIN OUT: the native half of the stand-ins, on the libraries inside the wheels of a virtual environment.
+# native.sh BIN OUT: builds the native part of the stand-ins on the libraries in the wheels of a virtual environment.
 set -euo pipefail
 bin=$1
 out=$2
 jni=$(dirname "$0")/jni
 java=$(dirname "$(dirname "$(readlink -f "$(command -v javac)")")")/include
 site=$("$bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-# The library of ExecuTorch is a Python module: what it asks of Python is never called, but must be found.
+# The library of ExecuTorch is a Python module: it calls nothing of Python here, but its symbols must be found.
 python=$("$bin/python" - <<'END'
 import sys
 import sysconfig
 from pathlib import Path
 
-of = sysconfig.get_config_vars()
-places = (Path(of["LIBDIR"]), Path(of["LIBDIR"], of.get("MULTIARCH", "")), Path("/usr/lib", of.get("MULTIARCH", "")))
+config = sysconfig.get_config_vars()
+places = (
+    Path(config["LIBDIR"]),
+    Path(config["LIBDIR"], config.get("MULTIARCH", "")),
+    Path("/usr/lib", config.get("MULTIARCH", "")),
+)
 name = "libpython{}.{}.so.1.0".format(*sys.version_info[:2])
-found = [str(place / name) for place in places if (place / name).exists()]
-if not found:
-    sys.exit(f"native.sh: {name} is not there; install it (Debian: {name.split('.so')[0]})")
-print(found[0])
+files = [str(place / name) for place in places if (place / name).exists()]
+if not files:
+    sys.exit(f"native.sh: {name} is missing; install it (Debian: {name.split('.so')[0]})")
+print(files[0])
 END
 )
 flags=(-O2 -Wall -Wextra -shared -fPIC "-I$java" "-I$java/linux")
 
-# The wheel's file has its version in its name, but is asked for as this.
+# The wheel's file has its version in its name, but programs load it by this name.
 ln -sf "$(echo "$site"/onnxruntime/capi/libonnxruntime.so.*)" "$out/libonnxruntime.so.1"
 g++ -std=c++17 "${flags[@]}" -I.packages/onnxruntime-headers/include "$jni/ort.cpp" -o "$out/libort_standin.so" \
     "$out/libonnxruntime.so.1" '-Wl,-rpath,$ORIGIN'

@@ -1,6 +1,6 @@
-"""Each graph of the app's engines gives what runtime_ref's gives, bit for bit, and writes the cache it was given.
+"""The graphs of the app's engines give bitwise the outputs and caches of runtime_ref's graphs.
 
-Run by `make android-test`, which builds what is compared here: EngineCheck.kt makes the same passes.
+Run by `make android-test`, which builds the engines and bundles; EngineCheck.kt runs the same passes.
 """
 
 import shutil
@@ -19,7 +19,7 @@ BUNDLES = ("onnx-fp32", "onnx-int4", "executorch-fp32")
 
 
 class Passes:
-    """The passes of EngineCheck.kt; `parts` has the name, and each output and cache buffer after each pass."""
+    """The passes of EngineCheck.kt; `parts` has the name and array of each output and cache buffer after each pass."""
 
     def __init__(self, bundle: Path) -> None:
         self.manifest = read_manifest(bundle)
@@ -43,11 +43,11 @@ class Passes:
     def token(self, i: int) -> int:
         return (i * 37 + 11) % self.manifest.vocab_size
 
-    def bind(self, wanted: int) -> None:
+    def bind(self, max_rows: int) -> None:
         self.cache: dict[str, np.ndarray] = {}
         for kv in self.manifest.kv:
             limit = self.manifest.limits["window_rows" if kv.layer_type == "sliding_attention" else "cache_rows"]
-            self.cache[kv.name] = np.zeros((kv.num_key_value_heads, min(wanted, limit), kv.head_dim), np.float32)
+            self.cache[kv.name] = np.zeros((kv.num_key_value_heads, min(max_rows, limit), kv.head_dim), np.float32)
         for graph in self.graphs.values():
             graph.bind(self.cache)
 
@@ -71,7 +71,7 @@ class Passes:
         )
 
     def run(self, name: str, **inputs: np.ndarray) -> list[np.ndarray]:
-        # Copied: ExecuTorch's next call overwrites them.
+        # Copied, because ExecuTorch's next call overwrites them.
         outputs = [output.copy() for output in self.graphs[name].run(**inputs)]
         names = [out for out in self.manifest.graphs[name].outputs if out.removesuffix("_out") not in self.cache]
         self.parts += [(f"{name}: {output}", array) for output, array in zip(names, outputs, strict=True)]
@@ -84,36 +84,36 @@ def kotlin(bundle: Path, file: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_every_pass_is_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None:
+def test_every_pass_is_bitwise_the_same(name: str, tmp_path: Path) -> None:
     bundle = BUILD / f"bundle-{name}"
-    file = tmp_path / "found"
+    file = tmp_path / "outputs"
     done = kotlin(bundle, file)
     assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stdout + done.stderr  # what the JVM says about native code
-    found, start, wrong = file.read_bytes(), 0, []
+    assert "WARNING" not in done.stdout + done.stderr  # the JVM warns about native code
+    actual, start, wrong = file.read_bytes(), 0, []
     parts = Passes(bundle).parts
     for index, (part, array) in enumerate(parts):
-        if found[start : start + array.nbytes] != array.tobytes():
+        if actual[start : start + array.nbytes] != array.tobytes():
             wrong.append(f"{index} {part}")
         start += array.nbytes
     assert wrong == []
-    assert start == len(found)
+    assert start == len(actual)
     assert all(array.any() for part, array in parts if "key_" in part or "value_" in part)
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "said"),
+    ("name", "file", "runtime"),
     [("onnx-int4", "target.onnx", "ONNX Runtime"), ("executorch-fp32", "model.pte", "ExecuTorch")],
 )
-def test_a_broken_graph_is_one_line(name: str, file: str, said: str, tmp_path: Path) -> None:
+def test_the_error_of_a_broken_graph_is_one_line(name: str, file: str, runtime: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(BUILD / f"bundle-{name}", bundle)
     content = bytearray((bundle / file).read_bytes())
     content[:4096] = bytes(4096)
     (bundle / file).write_bytes(content)
-    done = kotlin(bundle, tmp_path / "found")
+    done = kotlin(bundle, tmp_path / "outputs")
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if str(bundle) in line]
     assert len(lines) == 1
-    assert lines[0].startswith(f"{bundle / file}: {said}")
+    assert lines[0].startswith(f"{bundle / file}: {runtime}")
     assert "cannot load it (" in lines[0]

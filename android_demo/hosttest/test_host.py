@@ -1,6 +1,6 @@
-"""The Kotlin loop on real bundles of both backends does what runtime_ref does: tokens, rounds, accepted drafts, text.
+"""Kotlin on bundles of both backends gives the tokens, rounds, accepted drafts, text and statistics of runtime_ref.
 
-Run by `make android-test`, which builds what is compared here.
+Run by `make android-test`, which builds the app's core and the bundles.
 """
 
 import json
@@ -37,18 +37,18 @@ TEMPLATE = (
     "{{ '[' + message['role'] + '] ' + message['content'] | trim + '\\n' }}"
     "{% endfor %}{{ '[assistant] ' }}"
 )
-USUAL = {"max_new_tokens": 60, "num_draft_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": 64, "seed": "0"}
+DEFAULTS = {"max_new_tokens": 60, "num_draft_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": 64, "seed": "0"}
 
 
 def texts(bundle: Path) -> list[dict[str, Any]]:
-    """Prompts and options: every way to draft, greedy and sampled, short and past the sliding window."""
+    """Return prompts and options: all numbers of drafts, greedy and sampled, short and past the sliding window."""
     manifest = read_manifest(bundle)
     ids = TextTokenizer(bundle, manifest).encode(TEXT * 40)[: manifest.max_seq_len]
-    most = manifest.max_draft_tokens
+    max_drafts = manifest.max_draft_tokens
     greedy = [
         {"prompt": prompt, "num_draft_tokens": drafts}
         for prompt in (ids[:1], ids[:2], ids[:37], ids[: manifest.sliding_window + 70])
-        for drafts in (0, 1, 4, most, None)
+        for drafts in (0, 1, 4, max_drafts, None)
     ]
     sampled = [
         {"prompt": ids[:20], "num_draft_tokens": drafts, **sampling}
@@ -57,7 +57,7 @@ def texts(bundle: Path) -> list[dict[str, Any]]:
             {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "seed": "3"},
             {"temperature": 2.5, "top_p": 0.99, "seed": "11"},
         )
-        for drafts in (0, 2, most, None)
+        for drafts in (0, 2, max_drafts, None)
     ]
     ends = [
         {"prompt": ids[: manifest.max_seq_len - 9], "num_draft_tokens": drafts, "max_new_tokens": 50}
@@ -74,11 +74,11 @@ def texts(bundle: Path) -> list[dict[str, Any]]:
     # A conversation: each prompt begins with the one before and its answer.
     conversation = [{"prompt": TEXT * n, "num_draft_tokens": None, "max_new_tokens": 20} for n in (1, 2, 3)]
     runs = [*greedy, *sampled, *ends, *budgets, *written, *conversation]
-    return [USUAL | {"stop": []} | run for run in runs]
+    return [DEFAULTS | {"stop": []} | run for run in runs]
 
 
 def clock() -> Any:
-    """The simulated clock of Main.kt."""
+    """Return the simulated clock of Main.kt, as a module `time`."""
     now, reads = 0.0, 0
 
     def seconds() -> float:
@@ -90,15 +90,16 @@ def clock() -> Any:
     return SimpleNamespace(perf_counter=seconds)
 
 
-def in_python(bundle: Path, wanted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def in_python(bundle: Path, requests: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Generate the texts with runtime_ref."""
     manifest = read_manifest(bundle)
     tokenizer = TextTokenizer(bundle, manifest)
-    length = DraftLength(manifest.max_draft_tokens, Costs(manifest.max_draft_tokens, manifest.row_multiple))
+    planner = DraftLength(manifest.max_draft_tokens, Costs(manifest.max_draft_tokens, manifest.row_multiple))
     template = ChatTemplate(bundle, tokenizer) if (bundle / CHAT_TEMPLATE).exists() else None
-    decoder = streaming.Decoder(bundle, load_engine(bundle, manifest, 1), tokenizer, length, template=template)
+    decoder = streaming.Decoder(bundle, load_engine(bundle, manifest, 1), tokenizer, planner, template=template)
     monkeypatch.setattr(decoder_module, "time", clock())
-    found = []
-    for text in wanted:
+    results = []
+    for text in requests:
         rounds: list[dict[str, Any]] = []
 
         def recorded(*arguments: Any, rounds: list[dict[str, Any]] = rounds) -> Any:
@@ -118,7 +119,7 @@ def in_python(bundle: Path, wanted: list[dict[str, Any]], monkeypatch: pytest.Mo
             if len(stream.tokens) == text.get("cancel_after"):
                 stream.cancel()
         stats = stream.stats
-        found.append(
+        results.append(
             {
                 "tokens": stream.tokens,
                 "pieces": pieces,
@@ -133,30 +134,31 @@ def in_python(bundle: Path, wanted: list[dict[str, Any]], monkeypatch: pytest.Mo
                 "decode_seconds": stats.decode_seconds,
                 "drafted_by_position": stats.drafted_by_position,
                 "accepted_by_position": stats.accepted_by_position,
-                "sources": {source: of.drafted for source, of in stats.sources.items()},
+                "sources": {source: counts.drafted for source, counts in stats.sources.items()},
             }
         )
-    return found
+    return results
 
 
-def in_kotlin(bundle: Path, wanted: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
-    request = directory / "texts.json"
-    request.write_text(json.dumps(wanted))
-    done = subprocess.run(["bash", BUILD / "host", bundle, request], capture_output=True, text=True, check=False)
+def in_kotlin(bundle: Path, requests: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
+    """Generate the texts with the app's core."""
+    file = directory / "texts.json"
+    file.write_text(json.dumps(requests))
+    done = subprocess.run(["bash", BUILD / "host", bundle, file], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def compare(wanted: list[dict[str, Any]], kotlin: list[dict[str, Any]], python: list[dict[str, Any]]) -> list[str]:
-    """A line for each text that differs, and in what."""
+def compare(requests: list[dict[str, Any]], kotlin: list[dict[str, Any]], python: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each text that differs, with the parts that do."""
     wrong = []
-    for text, ours, theirs in zip(wanted, kotlin, python, strict=True):
-        pairs = zip(ours.pop("logprobs"), theirs.pop("logprobs"), strict=False)
+    for text, actual, expected in zip(requests, kotlin, python, strict=True):
+        pairs = zip(actual.pop("logprobs"), expected.pop("logprobs"), strict=False)
         # Two libraries' exponentials differ in the last bit.
         close = all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9) for a, b in pairs)
-        close &= math.isclose(ours.pop("decode_seconds"), theirs.pop("decode_seconds"), rel_tol=1e-9)
-        if ours != theirs or not close:
-            parts = [key for key in theirs if ours[key] != theirs[key]] or ["logprobs or seconds"]
+        close &= math.isclose(actual.pop("decode_seconds"), expected.pop("decode_seconds"), rel_tol=1e-9)
+        if actual != expected or not close:
+            parts = [key for key in expected if actual[key] != expected[key]] or ["logprobs or seconds"]
             wrong.append(f"{text | {'prompt': str(text['prompt'])[:40]}}: {', '.join(parts)}")
     return wrong
 
@@ -164,11 +166,11 @@ def compare(wanted: list[dict[str, Any]], kotlin: list[dict[str, Any]], python: 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_kotlin_does_what_python_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = BUILD / f"bundle-{name}"
-    wanted = texts(bundle)
-    kotlin = in_kotlin(bundle, wanted, tmp_path)
-    python = in_python(bundle, wanted, monkeypatch)
-    assert compare(wanted, kotlin, python) == []
-    # What makes it worth comparing: drafts were accepted and rejected, from both sources, and texts ended in all ways.
+    requests = texts(bundle)
+    kotlin = in_kotlin(bundle, requests, tmp_path)
+    python = in_python(bundle, requests, monkeypatch)
+    assert compare(requests, kotlin, python) == []
+    # The texts cover accepted and rejected drafts of both sources, and all ways to end.
     assert 0 < sum(text["accepted"] for text in python) < sum(text["drafted"] for text in python)
     assert {source.split()[0] for text in python for source in text["sources"]} == {"drafter", "lookup"}
     reasons = {text["finish_reason"] for text in python}
@@ -176,8 +178,8 @@ def test_kotlin_does_what_python_does(name: str, tmp_path: Path, monkeypatch: py
     assert any(text["reused"] for text in python)
 
 
-def test_kotlin_chats_as_the_template_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kotlin by the manifest's `chat`, Python by the template itself; a turn runs only what is new."""
+def test_kotlin_chats_as_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kotlin renders by the manifest's `chat`, Python by the template; a turn reuses the cache of the last one."""
     bundle = tmp_path / "bundle"
     shutil.copytree(BUILD / "bundle-onnx-int4", bundle)
     (bundle / CHAT_TEMPLATE).write_text(TEMPLATE)
@@ -192,20 +194,20 @@ def test_kotlin_chats_as_the_template_says(tmp_path: Path, monkeypatch: pytest.M
         {"role": "user", "content": "And a task, naïve one?"},
     ]
     chats = [talk[:1], talk, [system, *talk[:1]], [system, *talk]]
-    usual = USUAL | {"stop": [], "num_draft_tokens": None, "max_new_tokens": 30}
-    wanted = [usual | {"prompt": chat} for chat in chats]
-    python = in_python(bundle, wanted, monkeypatch)
-    assert compare(wanted, in_kotlin(bundle, wanted, tmp_path), python) == []
+    options = DEFAULTS | {"stop": [], "num_draft_tokens": None, "max_new_tokens": 30}
+    requests = [options | {"prompt": chat} for chat in chats]
+    python = in_python(bundle, requests, monkeypatch)
+    assert compare(requests, in_kotlin(bundle, requests, tmp_path), python) == []
     assert python[1]["reused"] > 10
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_kotlin_writes_the_same_whatever_is_drafted(name: str, tmp_path: Path) -> None:
+def test_kotlin_generates_the_same_whatever_is_drafted(name: str, tmp_path: Path) -> None:
     bundle = BUILD / f"bundle-{name}"
-    wanted = texts(bundle)
+    requests = texts(bundle)
     by_text: dict[str, set[tuple[int, ...]]] = {}
-    for text, found in zip(wanted, in_kotlin(bundle, wanted, tmp_path), strict=True):
+    for text, result in zip(requests, in_kotlin(bundle, requests, tmp_path), strict=True):
         if "cancel_after" not in text and not text["stop"]:
             same = {key: value for key, value in text.items() if key != "num_draft_tokens"}
-            by_text.setdefault(json.dumps(same), set()).add(tuple(found["tokens"]))
-    assert sum(len(found) == 1 for found in by_text.values()) == len(by_text) >= 12
+            by_text.setdefault(json.dumps(same), set()).add(tuple(result["tokens"]))
+    assert sum(len(different) == 1 for different in by_text.values()) == len(by_text) >= 12

@@ -1,4 +1,4 @@
-# A packaging check: the app's own sources, resources and a bundle in a signed APK. Nothing is run.
+# A packaging check: puts the app's sources, resources and a bundle into a signed APK. The app is not run.
 .PHONY: apk
 apk: build/assets/bundle/manifest.json
 	packaging/apk.sh $(BIN)

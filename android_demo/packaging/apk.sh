@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# packaging/apk.sh BIN: packs the demo into build/apk/demo.apk without the Android SDK, then checks it with BIN/python.
-# Kotlin, ProGuard and dx stand in for Gradle's D8. The stand-ins of hosttest are compiled against, never packed.
+# packaging/apk.sh BIN: builds the demo as build/apk/demo.apk without the Android SDK, then checks it with BIN/python.
+# Kotlin, ProGuard and dx replace Gradle's D8. The stand-ins of hosttest are on the class path, and never packed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=$1
 OUT=build/apk
 P=.packages
-rm -rf $OUT # a check that is skipped leaves no APK of an earlier one
+rm -rf $OUT # so that a skipped check leaves no earlier APK
 mkdir -p $OUT/{standins,res,java,classes}
 
 skip() { # REASON
@@ -14,7 +14,7 @@ skip() { # REASON
     exit 0
 }
 
-step() { # NAME COMMAND...: quiet unless it fails
+step() { # NAME COMMAND...: prints only if the command fails
     local name=$1
     shift
     "$@" >"$OUT/log" 2>&1 </dev/null || {
@@ -37,9 +37,9 @@ for tool in java javac keytool jar; do
     command -v $tool >/dev/null || skip "this machine has no $tool: install a JDK, 17 or later"
 done
 got=0
-said=$(tools/packages.sh kotlin gson android apk-tools 2>&1) || got=$?
-[[ $got != 3 ]] || skip "$said"
-[[ $got == 0 ]] || { echo "$said" >&2 && exit 1; }
+message=$(tools/packages.sh kotlin gson android apk-tools 2>&1) || got=$?
+[[ $got != 3 ]] || skip "$message"
+[[ $got == 0 ]] || { echo "$message" >&2 && exit 1; }
 export PATH="$PWD/$P/apk-tools/bin:$PWD/$P/android/bin:$PATH"
 
 STDLIB=$P/kotlin/lib/kotlin-stdlib.jar
@@ -65,8 +65,8 @@ step "Kotlin" kotlin -d $OUT/classes -cp "$P/android/android.jar:$STDLIB:$GSON:$
     $(find $OUT/java -name '*.java') @$OUT/sources.list
 step "javac of R" javac -nowarn -source 8 -target 8 -d $OUT/classes $(find $OUT/java -name '*.java')
 
-# Without shrinking, kotlin-stdlib brings invoke-custom, which dx cannot translate for every phone. What Android 6 does
-# not have is an error where our own code asks for it, save the static hashCode() that the compiler puts in data classes.
+# Without shrinking, kotlin-stdlib has invoke-custom, which dx cannot translate for every phone. Classes that Android 6
+# lacks are an error in the app's code, except the static hashCode() that the compiler puts into data classes.
 cat >$OUT/shrink.pro <<END
 -basedirectory '$PWD'
 -injars $OUT/classes
@@ -91,7 +91,7 @@ step "dx" dx --dex --min-sdk-version="$(number minSdk)" --output=$OUT/classes.de
 step "aapt add" env -C $OUT aapt add unsigned.apk classes.dex
 step "zipalign" zipalign -f -p 4 $OUT/unsigned.apk $OUT/aligned.apk
 
-# A key for this build alone: nobody should install an app that it signs.
+# A key for this build only: nobody should install an app that it signs.
 step "keytool" keytool -genkeypair -keystore $OUT/key.p12 -storepass packaging -alias check -keyalg RSA -keysize 2048 \
     -validity 1 -dname "CN=packaging check of gemma-mtp-export"
 step "apksigner" apksigner sign --ks $OUT/key.p12 --ks-pass pass:packaging --out $OUT/demo.apk $OUT/aligned.apk

@@ -1,4 +1,4 @@
-"""Checks of a built APK, with the tools in .packages: `check_apk.py APK BUNDLE`. Nothing is run.
+"""Check a built APK with the tools in .packages: `check_apk.py APK BUNDLE`. The app is not run.
 
 Every check returns what it verified, or raises `WrongError` with one line; the exit status is 1 if any did.
 """
@@ -17,29 +17,31 @@ HERE = Path(__file__).resolve().parent.parent
 TOOLS = HERE / ".packages/apk-tools/bin"
 MANIFEST = HERE / "app/src/main/AndroidManifest.xml"
 GRADLE = HERE / "app/build.gradle.kts"
-# Packages that the runtimes' own libraries bring: ours hold stand-ins, which no phone must get.
+# Packages of the runtimes' libraries: this project has stand-ins of their classes, which must not be in an APK.
 STAND_INS = ("Lai/onnxruntime/", "Lorg/pytorch/executorch/")
 
 
 class WrongError(Exception):
-    """One line: what was expected, and what was found."""
+    """A check that failed: one line with what was expected and what was found."""
 
 
 def output(*command: str | Path) -> str:
-    """Standard output of a tool; `WrongError` with its last line if it fails."""
+    """Return the standard output of a tool; raises `WrongError` with its last line if it fails."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines() or ["it said nothing"]
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
         raise WrongError(f"{Path(command[0]).name}: expected exit status 0, found {done.returncode}: {lines[-1]}")
     return done.stdout
 
 
-def expect(what: str, expected: object, found: object) -> None:
-    if expected != found:
-        raise WrongError(f"{what}: expected {expected}, found {found}")
+def expect(what: str, expected: object, actual: object) -> None:
+    """Raise `WrongError` if two values differ."""
+    if expected != actual:
+        raise WrongError(f"{what}: expected {expected}, found {actual}")
 
 
 def searched(pattern: str, text: str, what: str) -> str:
+    """Return the first group of a pattern in a text; raises `WrongError` if it does not match."""
     match = re.search(pattern, text)
     if not match:
         raise WrongError(f"{what}: expected a line like {pattern}, found none")
@@ -48,11 +50,12 @@ def searched(pattern: str, text: str, what: str) -> str:
 
 @cache
 def dex(apk: Path) -> str:
-    """All that dexdump tells of the APK's classes, instructions included."""
+    """Return the output of dexdump for the APK's classes, with instructions."""
     return output(TOOLS / "dexdump", "-d", "-f", apk)
 
 
 def dex_files(apk: Path, bundle: Path) -> str:
+    """Check that there is one dex file, and that dexdump lists all of its classes."""
     names = [name for name in zipfile.ZipFile(apk).namelist() if name.endswith(".dex")]
     expect("dex files", ["classes.dex"], names)
     text = dex(apk)
@@ -64,7 +67,8 @@ def dex_files(apk: Path, bundle: Path) -> str:
 
 
 def signature(apk: Path, bundle: Path) -> str:
-    # From Android 9 on only v3 is looked at; 7 is the first that wants v2.
+    """Check the signatures of schemes v2 and v3."""
+    # Android 9 and later check v3 only; Android 7 is the first that checks v2.
     text = output(TOOLS / "apksigner", "verify", "--verbose", "--print-certs", "--min-sdk-version", "24", apk)
     for scheme in ("v2", "v3"):
         line = rf"Verified using {scheme} scheme \(.*\): (\w+)"
@@ -74,28 +78,30 @@ def signature(apk: Path, bundle: Path) -> str:
 
 
 def alignment(apk: Path, bundle: Path) -> str:
+    """Check that files in the APK are aligned."""
     output(TOOLS / "zipalign", "-c", "-p", "4", apk)
     return "aligned"
 
 
 def instructions(apk: Path, bundle: Path) -> str:
+    """Check that the code has no instructions that older phones lack."""
     found = re.findall(r": (invoke-(?:custom|polymorphic)\S*)", dex(apk))
     expect("instructions that dx leaves for newer phones (invoke-custom, invoke-polymorphic)", 0, len(found))
     return "no invoke-custom, no invoke-polymorphic"
 
 
 def badging(apk: Path, bundle: Path) -> str:
-    """What an installer reads, against app/build.gradle.kts, the manifest and the string table."""
+    """Check what an installer reads against app/build.gradle.kts, the manifest and the string table."""
     text = output(TOOLS / "aapt", "dump", "badging", apk)
     build = GRADLE.read_text()
     keys = ("applicationId", "minSdk", "targetSdk")
-    wanted = {key: searched(rf'\b{key} = "?([\w.]+)', build, str(GRADLE)) for key in keys}
+    expected = {key: searched(rf'\b{key} = "?([\w.]+)', build, str(GRADLE)) for key in keys}
     activity = searched(r"<activity[^>]*?android:name=\"([\w.]+)\"", MANIFEST.read_text(), str(MANIFEST))
     if activity.startswith("."):
-        activity = wanted["applicationId"] + activity
-    expect("package", wanted["applicationId"], searched(r"package: name='([^']*)'", text, "aapt"))
-    expect("minimum SDK", wanted["minSdk"], searched(r"sdkVersion:'(\d+)'", text, "aapt"))
-    expect("target SDK", wanted["targetSdk"], searched(r"targetSdkVersion:'(\d+)'", text, "aapt"))
+        activity = expected["applicationId"] + activity
+    expect("package", expected["applicationId"], searched(r"package: name='([^']*)'", text, "aapt"))
+    expect("minimum SDK", expected["minSdk"], searched(r"sdkVersion:'(\d+)'", text, "aapt"))
+    expect("target SDK", expected["targetSdk"], searched(r"targetSdkVersion:'(\d+)'", text, "aapt"))
     expect("launchable activity", activity, searched(r"launchable-activity: name='([^']*)'", text, "aapt"))
     label = searched(r"application-label:'([^']*)'", text, "aapt")
     strings = "".join(path.read_text() for path in (MANIFEST.parent / "res/values").glob("*.xml"))
@@ -103,11 +109,12 @@ def badging(apk: Path, bundle: Path) -> str:
     descriptor = f"'L{activity.replace('.', '/')};'"
     if f"Class descriptor  : {descriptor}" not in dex(apk):
         raise WrongError(f"classes: expected the launchable activity {activity}, found no such class")
-    return f"{wanted['applicationId']} '{label}', activity {activity}, SDK {wanted['minSdk']} to {wanted['targetSdk']}"
+    sdks = f"{expected['minSdk']} to {expected['targetSdk']}"
+    return f"{expected['applicationId']} '{label}', activity {activity}, SDK {sdks}"
 
 
 def label_in(strings: str) -> str:
-    """The label, which the manifest names by its resource or spells out."""
+    """Return the app's label, which the manifest has as a text or as the name of a string."""
     name = searched(r"<application[^>]*?android:label=\"([^\"]*)\"", MANIFEST.read_text(), str(MANIFEST))
     if not name.startswith("@string/"):
         return name
@@ -115,6 +122,7 @@ def label_in(strings: str) -> str:
 
 
 def stand_ins(apk: Path, bundle: Path) -> str:
+    """Check that no stand-in of a runtime's class is packed."""
     for line in re.findall(r"^  Class descriptor  : '(.*)'", dex(apk), re.M):
         if line.startswith(STAND_INS):
             raise WrongError(f"classes: expected none of the runtimes' (their libraries bring them), found {line}")
@@ -122,24 +130,25 @@ def stand_ins(apk: Path, bundle: Path) -> str:
 
 
 def assets(apk: Path, bundle: Path) -> str:
-    """The bundle's files inside the APK, against its manifest: sha256, and stored so that they can be mapped."""
+    """Check the sha256 of the bundle's files in the APK, and that they are stored without compression."""
     archive = zipfile.ZipFile(apk)
     folder = "assets/bundle/"
     inside = {name.removeprefix(folder): name for name in archive.namelist() if name.startswith(folder)}
     if "manifest.json" not in inside:
         raise WrongError(f"{apk.name}: expected assets/bundle/manifest.json, found none")
-    found = archive.read(inside["manifest.json"])
-    expect("assets/bundle/manifest.json", sha256((bundle / "manifest.json").read_bytes()), sha256(found))
-    files = json.loads(found)["files"]
+    manifest = archive.read(inside["manifest.json"])
+    expect("assets/bundle/manifest.json", sha256((bundle / "manifest.json").read_bytes()), sha256(manifest))
+    files = json.loads(manifest)["files"]
     expect("files of the bundle", sorted(files), sorted(set(inside) - {"manifest.json"}))
-    for name, facts in files.items():
-        expect(f"sha256 of assets/bundle/{name}", facts["sha256"], sha256(archive.read(inside[name])))
+    for name, metadata in files.items():
+        expect(f"sha256 of assets/bundle/{name}", metadata["sha256"], sha256(archive.read(inside[name])))
         if archive.getinfo(inside[name]).compress_type != zipfile.ZIP_STORED:
             raise WrongError(f"assets/bundle/{name}: expected it stored, found it compressed")
-    return f"a bundle of {len(files)} files, as its manifest says, stored"
+    return f"a bundle of {len(files)} files, with the manifest's digests, stored"
 
 
 def sha256(data: bytes) -> str:
+    """Return a hexadecimal digest."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -155,6 +164,7 @@ CHECKS: tuple[Callable[[Path, Path], str], ...] = (
 
 
 def main(apk: Path, bundle: Path) -> int:
+    """Run all checks and print their results; returns the exit status."""
     wrong = 0
     for check in CHECKS:
         try:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# tools/packages.sh NAME...: fetches build-time packages into android_demo/.packages/NAME, if they are not there yet.
-# Debian packages of any release come through a private apt root and are only unpacked: the machine stays as it is.
-# Exit status 3, with one line on stderr, if a package cannot be had.
+# tools/packages.sh NAME...: fetches build-time packages into android_demo/.packages/NAME, unless they are there already.
+# Debian packages of any release are downloaded through a private apt root and unpacked, not installed.
+# If a package cannot be fetched, the exit status is 3, with one line on stderr.
 set -euo pipefail
 
-# A name may have several rows; all of them are unpacked into its folder.
+# The packages of all rows of a name are unpacked into its folder.
 # name               from    release         packages
 PACKAGES='
 kotlin               npm     -               kotlin-compiler@2.4.20
@@ -33,8 +33,8 @@ cross                debian  bookworm        libstdc++6-arm64-cross linux-libc-d
 cross                debian  bookworm        libctf0 libctf-nobfd0 libgmp10 libisl23 libjansson4 libmpc3 libmpfr6 libzstd1
 '
 
-# What a user of the folder looks for: links to where the package has it, and commands that find their own libraries.
-# name               link               target, or how it runs: native PATH, java JAR
+# Files that users of the folder need: links into the package, and commands that find their own libraries.
+# name               link               target, or how a command runs: native PATH, java JAR
 PLACES='
 kotlin               lib                package/lib
 executorch-java      classes.jar        package/android/libs/classes.jar
@@ -56,18 +56,18 @@ cross                bin/aarch64-g++    native usr/bin/aarch64-linux-gnu-g++-12
 cross                bin/aarch64-nm     native usr/bin/aarch64-linux-gnu-nm
 '
 
-# Large packages of which only these places are kept.
+# Large packages, of which only the files above are kept.
 ONLY_PLACES=' executorch-java qemu '
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)/.packages
 LOG=$ROOT/.log
 
 fail() { # NAME REASON
-    echo "packages.sh: $1 cannot be had: $2" >&2
+    echo "packages.sh: $1 cannot be fetched: $2" >&2
     exit 3
 }
 
-rows() { # TABLE NAME: the rest of each of its rows
+rows() { # TABLE NAME: prints the rows of a name, without the name
     awk -v name="$2" '$1 == name { sub(/^[^ ]+ +/, ""); print }' <<<"$1"
 }
 
@@ -77,7 +77,7 @@ need() { # NAME COMMAND
 
 logged() { "$@" >>"$LOG" 2>&1 </dev/null; }
 
-# The options of a private apt root for one release (and architecture), made on first use: own lists, no package installed.
+# Sets APT to the command for a private apt root of a release and architecture, which is made on first use.
 apt_root() { # NAME RELEASE[/ARCH]
     local dir=$ROOT/.apt/${2/\//-} arch=${2#*/} mirror keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     [[ $2 == */* ]] || arch=$(dpkg --print-architecture)
@@ -86,7 +86,7 @@ apt_root() { # NAME RELEASE[/ARCH]
     [[ $mirror ]] || fail "$1" "apt on this machine has no mirror of Debian's own packages; configure one for $2"
     mkdir -p "$dir/state/lists/partial" "$dir/cache/archives/partial"
     : >"$dir/status"
-    if [[ -e $keyring ]]; then keyring="[signed-by=$keyring]"; else keyring=; fi # else the keys that apt trusts
+    if [[ -e $keyring ]]; then keyring="[signed-by=$keyring]"; else keyring=; fi # else the keys that apt trusts already
     echo "deb $keyring $mirror ${2%/*} main" >"$dir/sources.list"
     APT=(apt-get -q -o "Dir::State=$dir/state" -o "Dir::State::status=$dir/status" -o "Dir::Cache=$dir/cache"
         -o "Dir::Etc::sourcelist=$dir/sources.list" -o Dir::Etc::sourceparts=/dev/null
@@ -170,7 +170,7 @@ get() { # NAME
 
 mkdir -p "$ROOT"
 new=
-trap 'rm -rf "$new"' EXIT # nothing half-made is left
+trap 'rm -rf "$new"' EXIT # leave no incomplete folder
 exec 9>"$ROOT/.lock"
-flock 9 # two makes at once fetch a package once
+flock 9 # so that two runs of make do not fetch a package twice
 for name in "$@"; do get "$name"; done

@@ -21,7 +21,7 @@ from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import GRAPH_MODULES, load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
-from runtime_ref.quiet import EXECUTORCH, quiet
+from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 from runtime_ref.stats import Stats
 
 PROCESS_STATUS = Path("/proc/self/status")
@@ -69,7 +69,7 @@ def measure(bundle: Path, threads: int) -> dict[str, Any]:
     manifest = replace(read_manifest(bundle), eos=frozenset())
     if manifest.backend in GRAPH_MODULES:
         # load_engine reports a missing package.
-        with contextlib.suppress(ImportError), quiet(*EXECUTORCH):
+        with contextlib.suppress(ImportError), quiet(*EXECUTORCH_LOGGERS):
             importlib.import_module(GRAPH_MODULES[manifest.backend])
     before, started = resident_bytes(), time.perf_counter()
     engine = load_engine(bundle, manifest, threads)

@@ -91,7 +91,7 @@ def chat_format(bundle: Path, tokens: SpecialTokens) -> ChatFormat | None:
     source = (bundle / CHAT_TEMPLATE).read_text(encoding="utf-8")
     if "strftime_now" in source:  # its prompts depend on the date
         return None
-    markers = dict.fromkeys([*MARKER.findall(source), *tokenizer.special.values()])
+    markers = dict.fromkeys([*MARKER.findall(source), *tokenizer.special_tokens.values()])
     return find_chat_format(ChatTemplate(bundle, tokenizer).render, tuple(markers))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from exporter.checkpoint.config_json import checkpoint_json
 from runtime_ref.chat import CHAT_TEMPLATE, parse_template
 from runtime_ref.errors import InputError
-from runtime_ref.sampling import LARGEST_TOP_K, Sampling
+from runtime_ref.sampling import MAX_TOP_K, Sampling
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -73,7 +73,7 @@ def default_sampling(directory: Path) -> Sampling:
     if samples not in (None, False, True):
         raise InputError(f"{path}: do_sample is {samples!r}, expected true or false; correct the file")
     temperature, top_p = number("temperature", 1.0), number("top_p", 1.0)
-    top_k = number("top_k", LARGEST_TOP_K) or LARGEST_TOP_K  # 0 switches top-k off
+    top_k = number("top_k", MAX_TOP_K) or MAX_TOP_K  # 0 switches top-k off
     if not float(top_k).is_integer():
         raise InputError(f"{path}: top_k is {top_k}, expected a whole number; correct the file")
     try:

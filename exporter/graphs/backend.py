@@ -12,7 +12,7 @@ from exporter.graphs.spec import GraphSpec
 from exporter.quantization.numbers import Scales
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
-from runtime_ref.quiet import EXECUTORCH, quiet
+from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 
 # The module of each backend; it has the functions of `Backend`.
 BACKENDS = {"onnx": "exporter.graphs.onnx", "executorch": "exporter.graphs.executorch"}
@@ -99,7 +99,7 @@ def load_backend(name: str) -> Backend:
     Raises:
         InputError: a package that the backend needs cannot be imported.
     """
-    with quiet(*EXECUTORCH):
+    with quiet(*EXECUTORCH_LOGGERS):
         try:
             return cast(Backend, importlib.import_module(BACKENDS[name]))
         except ImportError as error:

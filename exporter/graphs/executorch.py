@@ -38,7 +38,7 @@ from exporter.modeling.layers import Ops
 from exporter.modeling.weights import load_module
 from exporter.quantization.numbers import Quantized, Scales, pack
 from runtime_ref.manifest import Progress
-from runtime_ref.quiet import EXECUTORCH, quiet
+from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 
 PROGRAM = "model.pte"
 
@@ -82,7 +82,7 @@ def export_graphs(
 
     The returned metadata, `delegation`, counts the operations and weight bytes that XNNPACK took, for each method.
     """
-    with quiet(*EXECUTORCH), torch.no_grad():
+    with quiet(*EXECUTORCH_LOGGERS), torch.no_grad():
         programs = {}
         for name, (_, spec) in graph_specs(pair).items():
             progress(f"tracing {name}", 0)
@@ -214,7 +214,7 @@ def differing_weights(parts: Mapping[str, GraphParts], files: Mapping[str, Path]
 
 
 def _stored_digests(file: Path) -> set[bytes]:
-    with quiet(*EXECUTORCH):
+    with quiet(*EXECUTORCH_LOGGERS):
         program = deserialize_pte_binary(file.read_bytes())
     blobs = [buffer.storage for buffer in program.program.constant_buffer]
     blobs += program.named_data.buffers if program.named_data else []

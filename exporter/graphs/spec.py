@@ -10,9 +10,9 @@ from torch.export import Dim
 from exporter.modeling.config import DrafterConfig, TextConfig, shared_kv
 from exporter.modeling.drafter import Drafter, kv_by_type
 from exporter.modeling.target import Target
-from runtime_ref.graph_engine import CACHE_STEP
+from runtime_ref.graph_engine import CACHE_STEP_ROWS
 from runtime_ref.manifest import round_up, window_rows
-from runtime_ref.sampling import LARGEST_TOP_K
+from runtime_ref.sampling import MAX_TOP_K
 
 # Limits are multiples of this, the largest row multiple of any backend on any processor, so every pass can be padded.
 MAX_ROW_MULTIPLE = 4
@@ -68,7 +68,7 @@ def target_graph(config: TextConfig) -> GraphSpec:
     A pass takes embedding rows of T tokens and returns the largest logits and the states of R of them.
     """
     kv, per_layer = kv_ports(config), config.num_hidden_layers * config.hidden_size_per_layer_input
-    k = min(LARGEST_TOP_K, config.vocab_size)
+    k = min(MAX_TOP_K, config.vocab_size)
     return GraphSpec(
         "target",
         inputs=(
@@ -126,7 +126,7 @@ def size_limits(max_seq_len: int, max_draft_tokens: int, sliding_window: int) ->
         max_draft_tokens: maximum number of draft tokens in a round.
         sliding_window: the target's sliding window, in tokens.
     """
-    cache_rows = round_up(max_seq_len + MAX_ROW_MULTIPLE - 1, CACHE_STEP)
+    cache_rows = round_up(max_seq_len + MAX_ROW_MULTIPLE - 1, CACHE_STEP_ROWS)
     return {
         "num_tokens": PREFILL_CHUNK_TOKENS,
         "num_outputs": round_up(max_draft_tokens + 1, MAX_ROW_MULTIPLE),
@@ -155,7 +155,7 @@ class TargetGraph(nn.Module):
         output_rows: Tensor,
         kv: list[Tensor],
     ) -> list[Tensor]:
-        """Run one pass; k is `LARGEST_TOP_K`, or V if that is smaller.
+        """Run one pass; k is `MAX_TOP_K`, or V if that is smaller.
 
         Args:
             embedded: [T, E] float32, token embedding rows, not scaled yet.
@@ -172,7 +172,7 @@ class TargetGraph(nn.Module):
         target = self.target
         tokens = target.embed_tokens.scaled(embedded), target.embed_tokens_per_layer.scaled(per_layer)
         out = target.decode(*tokens, position, window_start, output_rows, kv)
-        logits, ids = self.target.ops.top_k(out.logits, min(LARGEST_TOP_K, out.logits.shape[1]))
+        logits, ids = self.target.ops.top_k(out.logits, min(MAX_TOP_K, out.logits.shape[1]))
         return [logits, ids, out.state, *(out.kv if self.cache_outputs else ())]
 
 

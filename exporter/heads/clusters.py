@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clustering.cluster_table import ClusterTable, TwoStageSizes
-from clustering.kmeans import ITERATIONS, default_clusters, equal_clusters
+from clustering.kmeans import BALANCING_ITERATIONS, default_clusters, equal_clusters
 from clustering.recall import best_logits, cluster_ranks, fit_centroids, recall_curve
 from exporter.checkpoint.config_json import read_drafter_config
 from exporter.checkpoint.names import DRAFTER_EMBEDDING, read_cluster_table
@@ -109,7 +109,7 @@ def work_ratios(vocab_size: int, num_clusters: int) -> np.ndarray:
 def cluster_steps(pair: Pair | None, prompts: Sequence[Sequence[int]]) -> int:
     """Return how many steps `make_clusters` reports at most, for the same pair and prompts of token ids."""
     passes = 0 if pair is None else prompt_passes(prompts or random_prompts(pair.target))
-    return passes + 1 + ITERATIONS + 16
+    return passes + 1 + BALANCING_ITERATIONS + 16
 
 
 def make_clusters(

@@ -12,7 +12,7 @@ from torch.export import export
 
 from exporter.graphs.executorch import delegate, emit
 from exporter.graphs.onnx import OPSET
-from runtime_ref.quiet import EXECUTORCH, quiet
+from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 
 Run = Callable[..., list[Tensor]]  # runs a module: from its input tensors to its outputs
 
@@ -27,7 +27,7 @@ def lowered(module: nn.Module, *examples: Tensor) -> Run:
     Returns:
         A function that runs the module on inputs like the examples.
     """
-    with quiet(*EXECUTORCH):
+    with quiet(*EXECUTORCH_LOGGERS):
         program = Runtime.get().load_program(
             emit(delegate({"forward": export(module.eval(), examples, strict=False)})).buffer
         )

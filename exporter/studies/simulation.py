@@ -192,7 +192,7 @@ def planned(table: CostTable, costs_known: bool = True, prompt_lookup: bool = Tr
     def choose(engine: TraceEngine) -> Drafts:
         drafts = PlannedDrafts(cast(Engine, engine), length, engine.trace.tokens[: engine.trace.prompt])
         if not prompt_lookup:
-            drafts.lookup.find = lambda most: (0, [])  # type: ignore[method-assign]
+            drafts.lookup.find = lambda max_tokens: (0, [])  # type: ignore[method-assign]
         return drafts
 
     return choose

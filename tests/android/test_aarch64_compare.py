@@ -40,7 +40,7 @@ def changed(*which: int) -> list[dict[str, Any]]:
     return [{**text, "tokens": [5, 6, 8]} if i in which else text for i, text in enumerate(TEXTS)]
 
 
-def test_differences_of_logits_are_told(main: Main, tmp_path: Path) -> None:
+def test_differences_of_logits_are_reported(main: Main, tmp_path: Path) -> None:
     status, output = main(off=0.25)
     assert status == 0
     assert "2.5e-01" in output
@@ -53,10 +53,10 @@ def test_other_tokens_fail(main: Main) -> None:
     assert "DIFFERENT: b, here and on there: 'a' greedy, 4 drafts, from token 2 on" in output
 
 
-def test_tokens_of_few_bits_are_told(main: Main) -> None:
+def test_tokens_of_low_bit_recipes_are_only_reported(main: Main) -> None:
     status, output = main(changed(0, 1), recipe="int4")
     assert status == 0
-    assert "told: b, here and on there: 'a' greedy, 0 drafts, from token 2 on" in output
+    assert "note: b, here and on there: 'a' greedy, 0 drafts, from token 2 on" in output
 
 
 def test_drafting_must_never_change_tokens(main: Main) -> None:

@@ -9,10 +9,10 @@ from clustering.kmeans import _fill, default_clusters, equal_clusters
 
 
 def rows(count: int, seed: int = 0, centers: int = 12) -> np.ndarray:
-    """Rows [count, 16] in as many heaps as there are centers."""
+    """Rows [count, 16] float32, normally distributed around as many centers."""
     generator = np.random.default_rng(seed)
-    heaps = 4 * generator.standard_normal((centers, 16))
-    return (heaps[generator.integers(0, centers, count)] + generator.standard_normal((count, 16))).astype(np.float32)
+    means = 4 * generator.standard_normal((centers, 16))
+    return (means[generator.integers(0, centers, count)] + generator.standard_normal((count, 16))).astype(np.float32)
 
 
 def spread(embedding: np.ndarray, ordering: np.ndarray, clusters: int) -> float:
@@ -33,12 +33,12 @@ def test_each_token_is_in_one_of_equal_clusters(tokens: int, clusters: int) -> N
 
 
 def test_rows_of_a_cluster_lie_close() -> None:
-    """Nearly as close as in unequal clusters of scikit-learn, where rows are in no heaps that sizes could break up."""
+    """Nearly as close as in unequal clusters of scikit-learn, for rows around one center, which no sizes break up."""
     embedding = rows(2048, centers=1)
-    found = spread(embedding, equal_clusters(embedding, 64), 64)
+    equal = spread(embedding, equal_clusters(embedding, 64), 64)
     free = KMeans(64, n_init=1, random_state=0).fit(embedding).inertia_ / len(embedding)
-    assert free < found < 1.1 * free
-    assert found < 0.7 * spread(embedding, np.arange(len(embedding)), 64)
+    assert free < equal < 1.1 * free
+    assert equal < 0.7 * spread(embedding, np.arange(len(embedding)), 64)
 
 
 def test_depends_on_the_seed_alone() -> None:
@@ -48,7 +48,7 @@ def test_depends_on_the_seed_alone() -> None:
 
 
 def test_rows_that_would_lose_most_keep_their_place() -> None:
-    """Three rows are nearest to the first of two centers, which has room for two: the one in the middle goes."""
+    """Three rows are nearest to the first of two centers, which takes two: the one in the middle moves."""
     embedding = np.array([[2.9], [-1], [0], [9]], np.float32)
     ordering = _fill(embedding, np.array([[0], [6]], np.float32), np.array([2, 2]))
     assert ordering.tolist() == [1, 2, 0, 3]
@@ -56,7 +56,7 @@ def test_rows_that_would_lose_most_keep_their_place() -> None:
 
 @pytest.mark.parametrize("copied", [300, 1000], ids=["a third", "nearly all"])
 def test_copies_of_one_row_stay_among_themselves(copied: int) -> None:
-    """Unused tokens have one embedding: it may be zero, and there may be thousands of them."""
+    """Thousands of unused tokens may share one embedding, zero for instance."""
     embedding = rows(1024)
     embedding[:copied] = 0
     mixed = [cluster for cluster in equal_clusters(embedding, 64).reshape(64, 16) if 0 < (cluster < copied).sum() < 16]

@@ -1,4 +1,4 @@
-"""How often the first stage keeps the best token, against the definition of two-stage logits."""
+"""How often the first stage keeps the best token, compared with the reference of two-stage logits."""
 
 import numpy as np
 
@@ -19,15 +19,15 @@ def drafter() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows, ClusterTable(np.zeros((C, E), np.float32), equal_clusters(rows, C)).members, states
 
 
-def test_a_token_survives_exactly_where_the_definition_finds_it() -> None:
+def test_a_token_survives_where_the_reference_chooses_it() -> None:
     rows, members, states = drafter()
     centroids = rows[members].mean(1)
     ranks = cluster_ranks(states, best_logits(states, rows, members), centroids)
     table = rows[members].reshape(C, -1)
     for state, rank in zip(states[:60], ranks, strict=False):
-        wanted = int((rows @ state).argmax())
-        found = [two_stage_token(state, centroids, table, members, k) == wanted for k in range(1, C + 1)]
-        assert found == [k > rank for k in range(1, C + 1)]
+        best = int((rows @ state).argmax())
+        survives = [two_stage_token(state, centroids, table, members, k) == best for k in range(1, C + 1)]
+        assert survives == [k > rank for k in range(1, C + 1)]
 
 
 def test_tied_centroids_rank_as_they_are_kept() -> None:
@@ -39,7 +39,7 @@ def test_tied_centroids_rank_as_they_are_kept() -> None:
 
 
 def test_fitted_centroids_find_more_than_means() -> None:
-    """On states that they were not fitted on; and with nothing to learn from they stay close to the means."""
+    """On states that they were not fitted on. Centroids that are fitted on noise stay close to the means."""
     rows, members, states = drafter()
     best, means = best_logits(states, rows, members), rows[members].mean(1)
 
@@ -58,6 +58,6 @@ def test_blocks_do_not_matter() -> None:
     rows = generator.standard_normal((4096, 4)).astype(np.float32)
     members, states = generator.permutation(4096).reshape(256, 16), generator.standard_normal((9, 4)).astype(np.float32)
     steps: list[None] = []
-    found = best_logits(states, rows, members, lambda: steps.append(None))
-    assert np.allclose(found, (states @ rows.T)[:, members].max(2), atol=1e-6)
+    best = best_logits(states, rows, members, lambda: steps.append(None))
+    assert np.allclose(best, (states @ rows.T)[:, members].max(2), atol=1e-6)
     assert len(steps) == 16

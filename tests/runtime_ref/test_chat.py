@@ -1,4 +1,4 @@
-"""Prompts of a chat are those of transformers, and what later turns take over changes no answer."""
+"""Prompts of a chat are those of transformers, and reusing the cache in later turns changes no answer."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -104,14 +104,14 @@ def test_refused_messages_are_one_line(
 ) -> None:
     used = decoder.template if template is None else templated(template)
     assert used is not None
-    with pytest.raises(InputError, match=message) as found:
+    with pytest.raises(InputError, match=message) as error:
         used.render([user("a"), user("b")])
-    assert len(str(found.value).splitlines()) == 1
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("template", ["\n{% if %}", "{{ a | nothing }}", "{% for a in b %}" * 30 + "{% endfor %}" * 30])
 def test_broken_template_is_refused(template: str, chat_bundle: Path, tmp_path: Path) -> None:
-    """The last one is sound Jinja, but its loops are too deep for Python's compiler."""
+    """The last template is valid Jinja, but its loops are too deep for Python's compiler."""
     broken = with_template(chat_bundle, tmp_path / "broken", template)
     with pytest.raises(InputError, match=r"broken/chat_template.jinja: not a chat template \(.*\); export the bundle"):
         open_decoder(broken)
@@ -150,7 +150,7 @@ def test_reuse_changes_no_answer(drafts: int, sampled: dict[str, Any], decoder: 
         alone = finish(fresh.chat(messages, max_new_tokens=45, num_draft_tokens=drafts, **sampled))
         assert alone.stats.reused_tokens == 0
         assert (stream.prompt, stream.tokens) == (alone.prompt, alone.tokens)
-        # All of the last prompt, and what its answer's text has the same tokens for; its last token is run in any case.
+        # All of the last prompt is reused, and what of its answer has the same tokens; the last token is always run.
         assert (stream.stats.reused_tokens > 0) == (before > 0)
         assert stream.stats.reused_tokens >= before - 1
         before = len(stream.prompt)
@@ -160,7 +160,7 @@ def test_reuse_changes_no_answer(drafts: int, sampled: dict[str, Any], decoder: 
 
 
 def test_window_that_moved_on_is_run_again(decoder: Decoder, chat_bundle: Path) -> None:
-    """What a short old prompt saw is not in the sliding buffers after a long text that began like it."""
+    """After a long text, the sliding buffers lack the rows that a short prompt with the same beginning attends to."""
     words = "return the value of the list, " * 65
     finish(decoder.chat([user("Go on. " + words)], max_new_tokens=100, num_draft_tokens=4))
     assert decoder.engine.window_start > 0  # type: ignore[attr-defined]
@@ -183,7 +183,7 @@ def test_turn_after_a_cancelled_one(drafts: int, decoder: Decoder, chat_bundle: 
 
 
 def test_any_end_token_ends_a_turn(decoder: Decoder) -> None:
-    """Nothing of it is shown; `<turn|>` is made the most likely token by asking the engine for nothing else."""
+    """Its text is not returned. The engine is patched to choose `<turn|>`."""
     verify = decoder.engine.verify
     decoder.engine.verify = lambda last, drafts, sampling: _ended(verify(last, drafts, sampling))  # type: ignore
     stream = finish(decoder.chat([user("a")], num_draft_tokens=0))
@@ -197,17 +197,17 @@ def _ended(done: Any) -> Any:
     return done
 
 
-def test_answers_of_the_built_in_pair_are_taken_over(bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    """Its answers are text, and read again they are the tokens that were written, but where the next turn joins on."""
+def test_answers_of_the_built_in_pair_are_reused(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its answers encode to the tokens that were generated, except where the next turn joins."""
     turn = "{{ m.content }}{% if m.role != 'user' %}{{ '\n\n' }}{% endif %}"
     plain = "{{ bos_token }}{% for m in messages %}" + turn + "{% endfor %}"
     decoder = open_decoder(with_template(bundle("demo"), tmp_path / "demo", plain), threads=1)
     messages: list[dict[str, str]] = []
-    known = 0
+    cached = 0
     for line in ("Return the", "Raise a", "The module is"):
         messages = [*messages, user(line)]
         stream = finish(decoder.chat(messages, max_new_tokens=40))
         assert re.search(r"[a-z]{3} [a-z]{2}", stream.text), stream.text
-        assert stream.stats.reused_tokens >= known
-        known = len(stream.prompt) + len(stream.tokens) - 3  # the newest token is not in the cache yet
+        assert stream.stats.reused_tokens >= cached
+        cached = len(stream.prompt) + len(stream.tokens) - 3  # the newest token is not in the cache yet
         messages = [*messages, model(stream.text)]

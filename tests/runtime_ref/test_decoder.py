@@ -1,4 +1,4 @@
-"""The loop on an engine that is a few lines of arithmetic: whatever is drafted, the text is that of plain decoding."""
+"""The decoding loop on a fake engine: whatever is drafted, the text is that of plain decoding."""
 
 import random
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from runtime_ref.stats import Stats
 
 @dataclass
 class ArithmeticEngine:
-    """Each token is a hash of the text before it; drafts are right with a given chance."""
+    """Each token is a hash of the text before it; a draft is right with probability `skill`."""
 
     skill: float
     max_seq_len: int = 64
@@ -33,7 +33,7 @@ class ArithmeticEngine:
             max_seq_len=self.max_seq_len, eos=self.eos, vocab_size=11, max_draft_tokens=8, row_multiple=1
         )
 
-    def keeps(self, position: int) -> bool:
+    def can_resume(self, position: int) -> bool:
         return position <= len(self.text)
 
     def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:

@@ -1,4 +1,4 @@
-"""The number of drafts, on texts whose acceptance is known: exporter/studies/simulation.py makes them."""
+"""Planned numbers of drafts, on the simulated texts of exporter/studies/simulation.py, whose acceptance is known."""
 
 import json
 import random
@@ -26,7 +26,7 @@ from exporter.studies.simulation import (
 )
 from runtime_ref.acceptance import Round
 from runtime_ref.costs import DRAFTER, Costs, costs_file, load_costs, save_costs
-from runtime_ref.draft_length import Acceptance, DraftLength
+from runtime_ref.draft_length import AcceptanceEstimate, DraftLength
 from runtime_ref.errors import InputError
 from runtime_ref.lookup import Lookup
 from runtime_ref.manifest import read_manifest
@@ -37,7 +37,7 @@ USEFUL = [name for name in COSTS if name != "hopeless"]
 
 
 def rate(texts: Texts, table: CostTable, choose: Callable) -> float:
-    """Times as fast as plain decoding."""
+    """Tokens a second, relative to plain decoding."""
     time, tokens = simulate(texts, table, choose)
     return tokens / time
 
@@ -52,12 +52,12 @@ def of_category(category: str) -> list[str]:
 
 @pytest.mark.parametrize("costs", COSTS)
 def test_steady_text_is_nearly_as_fast_as_the_best_fixed_number(costs: str) -> None:
-    shares = {
+    ratios = {
         name: rate(SYNTHETIC[name], COSTS[costs], planned(COSTS[costs])) / best_fixed(SYNTHETIC[name], COSTS[costs])
         for name in of_category("steady")
     }
-    assert min(shares.values()) >= 0.93, shares
-    assert sum(shares.values()) / len(shares) >= 0.97
+    assert min(ratios.values()) >= 0.93, ratios
+    assert sum(ratios.values()) / len(ratios) >= 0.97
 
 
 @pytest.mark.parametrize("name", of_category("changing"))
@@ -77,7 +77,7 @@ def test_text_that_is_never_accepted_costs_two_percent_at_most(costs: str, known
 
 @pytest.mark.parametrize("costs", COSTS)
 def test_an_adversary_gains_no_more(costs: str) -> None:
-    """Drafts are right for as long as it takes to be believed, and wrong whenever many are proposed."""
+    """Single drafts are right, so that the estimate rises; drafts are wrong whenever several are proposed."""
 
     class Adversary(TraceEngine):
         def draft(self, last: int, num_draft_tokens: int) -> list[int]:
@@ -97,40 +97,40 @@ def test_an_adversary_gains_no_more(costs: str) -> None:
 
 
 @pytest.mark.parametrize("heuristic", [transformers_heuristic, rule_of_thumb(6)], ids=["transformers", "rule of thumb"])
-def test_others_rules_lose_where_this_does_not(heuristic: Callable) -> None:
+def test_other_rules_lose_where_this_does_not(heuristic: Callable) -> None:
     everything = [*SYNTHETIC.values(), *RECORDED.values()]
     for costs in COSTS:
-        ours = [rate(texts, COSTS[costs], planned(COSTS[costs])) for texts in everything]
-        theirs = [rate(texts, COSTS[costs], heuristic) for texts in everything]
-        assert min(ours) >= 0.98
-        assert sum(ours) > sum(theirs)
-    assert min(theirs) < 0.6
+        planned_rates = [rate(texts, COSTS[costs], planned(COSTS[costs])) for texts in everything]
+        other_rates = [rate(texts, COSTS[costs], heuristic) for texts in everything]
+        assert min(planned_rates) >= 0.98
+        assert sum(planned_rates) > sum(other_rates)
+    assert min(other_rates) < 0.6
 
 
 @pytest.mark.parametrize("costs", USEFUL)
 def test_costs_are_measured_on_the_way(costs: str) -> None:
-    """On texts long enough for it, hardly anything is lost by not knowing the costs at first."""
+    """On long texts, little is lost by measuring the costs first."""
     for name in ("90%", "90/10 % by 300"):
         known, measured = (rate(SYNTHETIC[name], COSTS[costs], planned(COSTS[costs], known)) for known in (True, False))
         assert measured > 0.93 * known
 
 
 @pytest.mark.parametrize("costs", USEFUL)
-def test_look_ups_win(costs: str) -> None:
-    """On copied passages by much, and nothing is lost on what the built-in pair writes."""
-    for name, least in (("copied passages", 1.4), ("greedy", 0.99), ("sampled", 0.99)):
+def test_prompt_lookup_helps(costs: str) -> None:
+    """It is much faster on copied passages, and loses nothing on texts of the built-in pair."""
+    for name, min_ratio in (("copied passages", 1.4), ("greedy", 0.99), ("sampled", 0.99)):
         without = rate(RECORDED[name], COSTS[costs], planned(COSTS[costs], prompt_lookup=False))
-        assert rate(RECORDED[name], COSTS[costs], planned(COSTS[costs])) > least * without
+        assert rate(RECORDED[name], COSTS[costs], planned(COSTS[costs])) > min_ratio * without
 
 
-def test_what_is_not_drafted_is_tried_again() -> None:
-    """A text that turns good after long being bad is noticed."""
+def test_drafting_is_tried_again() -> None:
+    """Drafts that are right after a long stretch of wrong ones are noticed."""
     text = Texts("", "", [Trace(range(1600), [0] * 800 + [MAX_DRAFT_TOKENS] * 800)])
     assert rate(text, COSTS["like a GPU"], planned(COSTS["like a GPU"])) > 1.5
 
 
 def test_acceptance_follows_what_it_sees() -> None:
-    estimate, generator = Acceptance(4), random.Random(0)
+    estimate, generator = AcceptanceEstimate(4), random.Random(0)
     for _ in range(400):
         accepted = next((i for i in range(4) if generator.random() > 0.6), 4)
         estimate.update(4, accepted)
@@ -146,10 +146,10 @@ class TestCosts:
     def measured(self) -> Costs:
         costs = Costs(8)
         for drafts, seconds in ((0, 0.1), (4, 0.2), (8, 0.24)):
-            costs.measured(drafts, seconds, 0.01 * drafts)
+            costs.record(drafts, seconds, 0.01 * drafts)
         return costs
 
-    def test_line_between_what_was_measured(self) -> None:
+    def test_times_are_interpolated(self) -> None:
         costs = self.measured()
         assert costs.relative("", 2) == pytest.approx(1.5)
         assert costs.relative(DRAFTER, 2) == pytest.approx(1.7)
@@ -158,21 +158,21 @@ class TestCosts:
     def test_accidents_do_not_count(self) -> None:
         costs = self.measured()
         for _ in range(4):
-            costs.measured(4, 0.9, 0.4)
+            costs.record(4, 0.9, 0.4)
         assert costs.relative(DRAFTER, 4) == pytest.approx(2.4)
-        costs.measured(4, 0.9, 0.4)  # five in a row are no accident, but a longer pass is cheaper still
+        costs.record(4, 0.9, 0.4)  # five in a row are no accident, but a longer pass is still cheaper
         assert costs.relative("", 4) == pytest.approx(2.4)
 
     def test_sizes_are_measured_in_rising_order(self) -> None:
         costs, order = Costs(8, row_multiple=2), []
-        while (drafts := costs.unknown(8)) is not None:
+        while (drafts := costs.next_to_measure(8)) is not None:
             order.append(drafts)
-            costs.measured(drafts, 0.1, 0.01)
+            costs.record(drafts, 0.1, 0.01)
         assert order == [0, 0, 2, 2, 4, 4, 8, 8]
-        assert Costs(8).unknown(0) == 0
-        assert Costs(0).unknown(0) == 0
+        assert Costs(8).next_to_measure(0) == 0
+        assert Costs(0).next_to_measure(0) == 0
 
-    def test_kept_beside_the_bundle(self, bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    def test_saved_beside_the_bundle(self, bundle: Callable[[str], Path], tmp_path: Path) -> None:
         path = tmp_path / "copy"
         path.mkdir()
         (path / "manifest.json").write_bytes((bundle("dense") / "manifest.json").read_bytes())
@@ -194,7 +194,7 @@ class TestCosts:
                 load_costs(path, manifest, 1)
 
 
-def test_lookup_finds_what_followed() -> None:
+def test_lookup_copies_what_followed() -> None:
     lookup = Lookup()
     lookup.extend([1, 2, 3, 4, 5, 9, 2, 3])
     assert lookup.find(3) == (2, [4, 5, 9])
@@ -204,19 +204,19 @@ def test_lookup_finds_what_followed() -> None:
     assert lookup.find(2) == (0, [])
 
 
-def test_lookup_goes_round_where_a_text_repeats_itself() -> None:
+def test_lookup_continues_a_repetition() -> None:
     lookup = Lookup()
     lookup.extend([8, 1, 2, 1, 2, 1, 2])
     assert lookup.find(5) == (4, [1, 2, 1, 2, 1])
 
 
-def test_a_plan_never_exceeds_the_room() -> None:
-    length = DraftLength(8, Costs(8))
+def test_a_plan_never_exceeds_the_available_drafts() -> None:
+    planner = DraftLength(8, Costs(8))
     for drafts in range(9):
-        length.costs.measured(drafts, 1.0, 0.0)
-        length.costs.measured(drafts, 1.0, 0.0)
-    for room in range(9):
-        assert length.plan({DRAFTER: room}).num_draft_tokens == room
+        planner.costs.record(drafts, 1.0, 0.0)
+        planner.costs.record(drafts, 1.0, 0.0)
+    for available in range(9):
+        assert planner.plan({DRAFTER: available}).num_draft_tokens == available
 
 
 def test_rounds_are_cut() -> None:

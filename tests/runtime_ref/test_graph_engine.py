@@ -1,4 +1,4 @@
-"""What every backend's graphs do with the cache they are given."""
+"""What every backend's graphs do with the cache in host memory."""
 
 import platform
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from exporter.quantization.recipes import RECIPES
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
-from runtime_ref.graph_engine import GraphEngine
-from runtime_ref.manifest import SLIDE, read_manifest
+from runtime_ref.graph_engine import GraphEngine, chunks
+from runtime_ref.manifest import SLIDE_ROWS, read_manifest
 from runtime_ref.stats import Stats
 
 
@@ -35,10 +35,10 @@ def test_cache_is_written_in_place(backend: str, bundle: Callable[..., Path]) ->
 
 
 @pytest.mark.parametrize(("machine", "multiple"), [("x86_64", 2), ("aarch64", 4), ("arm64", 4)])
-def test_passes_are_filled_up_as_the_processor_needs(
+def test_passes_are_padded_for_the_processor(
     machine: str, multiple: int, bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is room for the surplus rows up to the last position, and they change nothing."""
+    """There is room for padding up to the last position, and it changes no token."""
     monkeypatch.setattr(platform, "machine", lambda: machine)
     path = bundle("e2b", "onnx")
     engine = load_engine(path, replace(read_manifest(path), eos=frozenset()), threads=1)
@@ -58,13 +58,13 @@ def test_passes_are_filled_up_as_the_processor_needs(
     assert {count % multiple for count in passes} == {0}
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="kernels of other processors are not promised to do so")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="not promised for kernels of other processors")
 @pytest.mark.parametrize(
     ("backend", "recipe"),
     [*(("onnx", recipe) for recipe in RECIPES), ("executorch", "fp32"), ("executorch", "int4")],
 )
-def test_a_row_is_computed_alike_in_every_pass(backend: str, recipe: str, bundle: Callable[..., Path]) -> None:
-    """Choices and states of a token do not depend on what is verified with it: to the last bit.
+def test_a_row_is_the_same_in_every_pass(backend: str, recipe: str, bundle: Callable[..., Path]) -> None:
+    """Logits and state of a token are bitwise the same whatever is verified with it.
 
     From the first row on, across a growth of the cache and moves of the sliding layers' buffers.
     """
@@ -83,13 +83,13 @@ def test_a_row_is_computed_alike_in_every_pass(backend: str, recipe: str, bundle
             engine.position = base
             together = engine.run_target(text[base : base + count], range(count))
             for i in range(count):
-                for ours, theirs in zip(together, alone[i], strict=True):
-                    assert np.array_equal(ours[i], theirs[0]), f"row {i} of {count} at {base}"
+                for actual, expected in zip(together, alone[i], strict=True):
+                    assert np.array_equal(actual[i], expected[0]), f"row {i} of {count} at {base}"
     assert len(starts) > 1
 
 
 def test_sliding_buffers_move(backend: str, bundle: Callable[..., Path]) -> None:
-    """They hold the window and little more, however long the text, and its last positions as they were written."""
+    """They hold little more than the window, however long the text is, and rows keep their values when they move."""
     path = bundle("e4b", backend)
     engine = load_engine(path, read_manifest(path), threads=1)
     manifest = engine.manifest
@@ -100,7 +100,7 @@ def test_sliding_buffers_move(backend: str, bundle: Callable[..., Path]) -> None
     while engine.window_start == start:
         engine.run_target([text[engine.position]], [0])
         engine.position += 1
-    assert engine.window_start % SLIDE == 0
+    assert engine.window_start % SLIDE_ROWS == 0
     for kv in manifest.kv:
         sliding = kv.layer_type == "sliding_attention"
         assert engine.cache[kv.name].shape[1] <= manifest.limits["window_rows" if sliding else "cache_rows"]
@@ -113,16 +113,14 @@ def test_sliding_buffers_move(backend: str, bundle: Callable[..., Path]) -> None
 
 def prefill(engine: GraphEngine, tokens: list[int]) -> None:
     """Write a text from position 0 on."""
-    engine.position = 0
-    step = engine.manifest.limits["num_tokens"]
-    for start in range(0, len(tokens), step):
-        chunk = tokens[start : start + step]
+    for position, chunk in chunks(tokens, engine.manifest.limits["num_tokens"]):
+        engine.position = position
         engine.run_target(chunk, [len(chunk) - 1])
-        engine.position += len(chunk)
+    engine.position = len(tokens)
 
 
 def test_threads_of_a_pool_in_use_are_not_changed(bundle: Callable[..., Path]) -> None:
-    """ExecuTorch frees the old pool, and a program that still points to it would crash."""
+    """ExecuTorch frees the old pool, and a program that points to it would crash."""
     path = bundle("dense", "executorch")
     engine = load_engine(path, read_manifest(path), threads=1)
     with pytest.raises(InputError, match=r"asked for 2 threads while another bundle is loaded with 1"):

@@ -1,4 +1,4 @@
-"""Speculative equals plain on real bundles, whatever is drafted: the first promise."""
+"""Speculative decoding on real bundles gives the tokens of plain decoding, whatever is drafted."""
 
 import random
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from runtime_ref.costs import Costs
 from runtime_ref.decoder import Options, generate
 from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import load_engine
-from runtime_ref.graph_engine import CACHE_STEP, GraphEngine
+from runtime_ref.graph_engine import CACHE_STEP_ROWS, GraphEngine
 from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling, choose
 from runtime_ref.stats import Stats
@@ -23,7 +23,7 @@ GREEDY, SAMPLED = Sampling(), Sampling(0.8, 0.95, seed=11)
 
 
 class ScriptedEngine(GraphEngine):
-    """Drafts a known continuation, wrong with a given chance, so that every pattern of acceptance occurs."""
+    """Drafts a known continuation, each token wrong with probability `mistakes`, so every acceptance pattern occurs."""
 
     answer: tuple[int, ...] = ()
     prompt_length = 0
@@ -63,19 +63,19 @@ def test_speculative_equals_plain(engine: ScriptedEngine, sampling: Sampling, le
     """Accept-all, mixed and accept-none, past the window, across a growth of the cache for the long prompt."""
     random.seed(length)
     prompt = prompt_of(engine, length)
-    budget = 40 if length < PREFILL_CHUNK_TOKENS else CACHE_STEP + 10 - length
+    budget = 40 if length < PREFILL_CHUNK_TOKENS else CACHE_STEP_ROWS + 10 - length
     plain, _ = run(engine, prompt, Options(budget, 0, sampling))
     engine.answer, engine.prompt_length, engine.mistakes = tuple(plain), len(prompt), mistakes
     for drafts in (1, 4, 8):
-        found, stats = run(engine, prompt, Options(budget, drafts, sampling))
-        assert found == plain, f"{drafts} drafts"
+        actual, stats = run(engine, prompt, Options(budget, drafts, sampling))
+        assert actual == plain, f"{drafts} drafts"
         assert stats.acceptance_rate == {0.0: 1.0, 1.0: 0.0}.get(mistakes, pytest.approx(0.5, abs=0.45))
     planner = DraftLength(8, Costs(8, engine.manifest.row_multiple))
-    for repeated in (False, True):  # a prompt that says everything twice is looked up in
+    for repeated in (False, True):  # prompt lookup finds matches in a prompt that is repeated
         start = prompt * 2 if repeated and 2 * length + budget < engine.manifest.max_seq_len else prompt
-        wanted = run(engine, start, Options(budget, 0, sampling))[0]
-        engine.answer, engine.prompt_length = tuple(wanted), len(start)
-        assert run(engine, start, Options(budget, None, sampling), planner)[0] == wanted
+        expected = run(engine, start, Options(budget, 0, sampling))[0]
+        engine.answer, engine.prompt_length = tuple(expected), len(start)
+        assert run(engine, start, Options(budget, None, sampling), planner)[0] == expected
 
 
 def test_end_tokens_stop_inside_a_draft(engine: ScriptedEngine) -> None:
@@ -84,10 +84,10 @@ def test_end_tokens_stop_inside_a_draft(engine: ScriptedEngine) -> None:
     engine.answer, engine.prompt_length = tuple(plain), len(prompt)
     for end in sorted(set(plain)):
         engine.manifest = replace(engine.manifest, eos=frozenset({end}))
-        found, stats = run(engine, prompt, Options(30, 4))
-        assert found == plain[: plain.index(end) + 1]
+        actual, stats = run(engine, prompt, Options(30, 4))
+        assert actual == plain[: plain.index(end) + 1]
         assert stats.finish_reason == "eos"
-        assert stats.accepted <= len(found)
+        assert stats.accepted <= len(actual)
 
 
 def test_up_to_max_seq_len(engine: ScriptedEngine) -> None:
@@ -96,14 +96,14 @@ def test_up_to_max_seq_len(engine: ScriptedEngine) -> None:
         prompt = prompt_of(engine, length)
         plain, plain_stats = run(engine, prompt, Options(99, 0))
         engine.answer, engine.prompt_length = tuple(plain), len(prompt)
-        found, stats = run(engine, prompt, Options(99, 8))
-        assert found == plain
+        actual, stats = run(engine, prompt, Options(99, 8))
+        assert actual == plain
         assert len(plain) == room - length
         assert stats.finish_reason == plain_stats.finish_reason == "max_seq_len"
 
 
 def test_an_engine_can_be_used_again(engine: ScriptedEngine) -> None:
-    """A shorter text after a longer one is not disturbed by the rows that are left in the cache."""
+    """Rows of a longer text that are left in the cache do not change a shorter one."""
     first, _ = run(engine, prompt_of(engine, 3), Options(10, 0))
     run(engine, prompt_of(engine, 120), Options(30, 0))
     assert run(engine, prompt_of(engine, 3), Options(10, 0))[0] == first
@@ -113,8 +113,8 @@ def test_noise_of_a_sampled_token_is_that_of_its_index(backend: str, bundle: Cal
     """FORMAT.md: the token at index p of the whole text is chosen with the noise of p, prompt included."""
     engine = scripted(bundle("dense", backend))
     text = prompt_of(engine, 5)
-    found, _ = run(engine, text, Options(12, 3, SAMPLED))
-    for token in found:
+    tokens, _ = run(engine, text, Options(12, 3, SAMPLED))
+    for token in tokens:
         engine.position = 0
         logits, ids, _ = engine.run_target(text, [len(text) - 1])
         assert token == ids[0][choose(logits[0], len(text), SAMPLED)]

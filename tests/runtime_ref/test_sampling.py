@@ -1,4 +1,4 @@
-"""Sampling: the vectors that other languages are held to, and that a drafted text has the target's distribution."""
+"""Sampling: the test vectors of all languages, and the distribution of drafted texts, which is the target's."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ PROMPT = [2, 525, 378]
 VECTORS = json.loads(make_sampling.FILE.read_text())
 
 
-def test_the_vectors_are_what_their_script_makes() -> None:
+def test_the_vectors_are_those_of_their_script() -> None:
     assert make_sampling.FILE.read_text() == make_sampling.text()
     assert len(VECTORS["choose"]) > 150
 
@@ -53,8 +53,8 @@ def test_top_k_is_within_what_a_bundle_gives(top_k: int) -> None:
 
 
 def test_log_probabilities() -> None:
-    found = log_probabilities(np.log(np.array([[0.5, 0.3, 0.2]], np.float32)))
-    assert np.exp(found) == pytest.approx(np.array([[0.5, 0.3, 0.2]]))
+    logprobs = log_probabilities(np.log(np.array([[0.5, 0.3, 0.2]], np.float32)))
+    assert np.exp(logprobs) == pytest.approx(np.array([[0.5, 0.3, 0.2]]))
     assert np.isfinite(log_probabilities(np.array([3e38, -3e38], np.float32))).all()
 
 
@@ -84,15 +84,15 @@ def test_many_seeds_have_the_targets_distribution(engine: GraphEngine) -> None:
     prompt = PROMPT
     spread(prompt, 1.0, 4)
     assert sum(exact.values()) == pytest.approx(1)
-    seeds, found, stats = 600, Counter[int](), Stats()
+    seeds, drafted, stats = 600, Counter[int](), Stats()
     for seed in range(seeds):
         options = Options(4, 3, Sampling(0.8, 0.9, seed, 4))
-        found[list(generate(engine, prompt, options, stats))[-1]] += 1
+        drafted[list(generate(engine, prompt, options, stats))[-1]] += 1
     assert stats.accepted > seeds / 2
-    assert found.keys() <= exact.keys()
+    assert drafted.keys() <= exact.keys()
     common = [token for token, chance in exact.items() if chance * seeds >= 5]
     rest = 1 - sum(exact[token] for token in common)
-    counts = [*(found[token] for token in common), seeds - sum(found[token] for token in common)]
-    wanted = [*(exact[token] * seeds for token in common), max(rest * seeds, 1e-9)]
+    counts = [*(drafted[token] for token in common), seeds - sum(drafted[token] for token in common)]
+    expected = [*(exact[token] * seeds for token in common), max(rest * seeds, 1e-9)]
     assert len(common) > 5
-    assert chisquare(counts, np.array(wanted) * (seeds / sum(wanted))).statistic < chi2.ppf(0.999, len(common))
+    assert chisquare(counts, np.array(expected) * (seeds / sum(expected))).statistic < chi2.ppf(0.999, len(common))

@@ -1,4 +1,4 @@
-"""What an application calls: the page of examples, and what it promises."""
+"""The interface for applications: the examples of its README, and what it promises."""
 
 import logging
 import re
@@ -57,32 +57,32 @@ def test_what_is_shared_with_the_last_text_is_not_run_again(decoder: Decoder, dr
 
 
 def test_rows_that_moved_away_are_run_again(decoder: Decoder) -> None:
-    """Sliding layers forget what no later token sees; a prompt that needs it starts over."""
+    """Sliding layers drop rows that no later token attends to; a prompt that needs them is run as a whole."""
     text = np.random.default_rng(1).integers(3, 2000, 450).tolist()
     list(decoder.stream(text, max_new_tokens=2))
     short = [*text[:30], 4]
-    assert not decoder.engine.keeps(30)
+    assert not decoder.engine.can_resume(30)
     stream = decoder.stream(short, max_new_tokens=6, num_draft_tokens=2)
-    found = [token.id for token in stream]
+    tokens = [token.id for token in stream]
     assert stream.stats.reused_tokens == 0
     decoder.forget()
-    assert found == [token.id for token in decoder.stream(short, max_new_tokens=6)]
+    assert tokens == [token.id for token in decoder.stream(short, max_new_tokens=6)]
 
 
-def test_a_text_left_early_leaves_the_decoder_as_it_should_be(decoder: Decoder) -> None:
-    wanted = [token.id for token in decoder.stream(PROMPT, max_new_tokens=12)]
+def test_a_text_left_early_does_not_change_the_next(decoder: Decoder) -> None:
+    expected = [token.id for token in decoder.stream(PROMPT, max_new_tokens=12)]
     decoder.forget()
     for count in (0, 1, 4):
         stream = decoder.stream(PROMPT, max_new_tokens=12, num_draft_tokens=4)
         for _ in range(count):
             next(stream)
-        assert [token.id for token in decoder.stream(PROMPT, max_new_tokens=12)] == wanted
+        assert [token.id for token in decoder.stream(PROMPT, max_new_tokens=12)] == expected
         with pytest.raises(RuntimeError, match="another text was started"):
             next(stream)
 
 
 def test_a_failed_prefill_is_not_reused(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [token.id for token in decoder.stream(PROMPT, max_new_tokens=8)]
+    expected = [token.id for token in decoder.stream(PROMPT, max_new_tokens=8)]
     real = decoder.engine.prefill
 
     def failing(*arguments: object) -> None:
@@ -93,7 +93,7 @@ def test_a_failed_prefill_is_not_reused(decoder: Decoder, monkeypatch: pytest.Mo
         next(decoder.stream([7, 8, 9]))
     monkeypatch.setattr(decoder.engine, "prefill", real)
     stream = decoder.stream(PROMPT, max_new_tokens=8)
-    assert [token.id for token in stream] == wanted
+    assert [token.id for token in stream] == expected
     assert stream.stats.reused_tokens == 0
 
 
@@ -121,7 +121,7 @@ def test_log_probabilities_are_the_targets(decoder: Decoder) -> None:
     assert all(-5 < t.logprob <= 0 for t in tokens)
 
 
-def test_costs_that_cannot_be_kept_are_no_error(
+def test_costs_that_cannot_be_saved_are_no_error(
     decoder: Decoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -131,7 +131,7 @@ def test_costs_that_cannot_be_kept_are_no_error(
     for _ in range(2):
         assert list(decoder.stream(PROMPT, max_new_tokens=4))
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
-        "costs are not kept: bundle.costs.json: No space left on device"
+        "costs are not saved: bundle.costs.json: No space left on device"
     ]
 
 
@@ -154,14 +154,14 @@ def test_impossible_options_are_refused_at_once(decoder: Decoder, options: dict,
 
 
 def pieces(stop: list[str], *tokens: str) -> tuple[list[str], bool]:
-    """Texts given out for tokens that are these strings."""
+    """Texts returned for tokens that are these strings, and whether a stop string came."""
     stream = TextStream(lambda ids: "".join(tokens[i] for i in ids), stop)
-    found = []
+    texts = []
     for i in range(len(tokens)):
-        found.append(stream.add(i, last=i == len(tokens) - 1))
+        texts.append(stream.add(i, last=i == len(tokens) - 1))
         if stream.stopped:
             break
-    return found, stream.stopped
+    return texts, stream.stopped
 
 
 def test_stop_strings() -> None:

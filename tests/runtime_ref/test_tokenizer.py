@@ -1,4 +1,4 @@
-"""Streamed text is the text."""
+"""Streamed pieces of text join to the text of all tokens."""
 
 import random
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def tokenizer(bundle: Callable[[str], Path]) -> TextTokenizer:
     return TextTokenizer(bundle("demo"), read_manifest(bundle("demo")))
 
 
-def test_the_vectors_are_what_their_script_makes() -> None:
+def test_the_vectors_are_those_of_their_script() -> None:
     assert make_tokenizer.GEMMA_SHAPE.read_text(encoding="utf-8") == make_tokenizer.gemma_shape()
     assert make_tokenizer.FILE.read_text(encoding="utf-8") == make_tokenizer.text()
 
@@ -39,7 +39,7 @@ def test_stream_gives_the_whole_text(tokenizer: TextTokenizer, text: str) -> Non
 
 
 def test_no_tokens_break_the_stream(tokenizer: TextTokenizer) -> None:
-    """A model may write bytes that are no character; whatever follows still comes through."""
+    """A model may generate bytes that are no character; text after them is still returned."""
     random.seed(0)
     for _ in range(200):
         tokens = [random.choice([54, 199, 300, random.randrange(2048)]) for _ in range(8)]

@@ -1,4 +1,4 @@
-"""runtime_ref runs a bundle with numpy, tokenizers and onnxruntime alone."""
+"""runtime_ref runs an ONNX bundle with numpy, tokenizers and onnxruntime alone."""
 
 import subprocess
 import sys

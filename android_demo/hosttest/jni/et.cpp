@@ -1,5 +1,5 @@
-// What the stand-in of org.pytorch.executorch asks of the executorch wheel's runtime. Like the real JNI, inputs reach
-// a method by the address of their buffer, and outputs are the method's own memory.
+// The native part of the stand-in of org.pytorch.executorch, on the executorch wheel's runtime. As in the real JNI, a
+// method gets inputs by the address of their buffer, and outputs are the method's own memory.
 #include <executorch/runtime/executor/program.h>
 #include <executorch/runtime/platform/runtime.h>
 #include <fcntl.h>
@@ -37,13 +37,13 @@ class File : public DataLoader {
  public:
   explicit File(const char* path) {
     int file = open(path, O_RDONLY);
-    struct stat facts;
-    if (file < 0 || fstat(file, &facts) != 0) return;
-    void* mapped = mmap(nullptr, facts.st_size, PROT_READ, MAP_PRIVATE, file, 0);
+    struct stat status;
+    if (file < 0 || fstat(file, &status) != 0) return;
+    void* mapped = mmap(nullptr, status.st_size, PROT_READ, MAP_PRIVATE, file, 0);
     close(file);
     if (mapped == MAP_FAILED) return;
     data_ = (const char*)mapped;
-    size_ = facts.st_size;
+    size_ = status.st_size;
   }
   ~File() override {
     if (data_ != nullptr) munmap((void*)data_, size_);
@@ -59,7 +59,7 @@ class File : public DataLoader {
   size_t size_ = 0;
 };
 
-// As much as is asked for, until it is reset.
+// Memory that grows as it is allocated, until it is reset.
 class Heap : public MemoryAllocator {
  public:
   Heap() : MemoryAllocator(0, nullptr) {}
@@ -103,7 +103,7 @@ bool failed(JNIEnv* env, Error error, const std::string& what) {
   return true;
 }
 
-// Null, with an exception pending, if it cannot be loaded.
+// A method, loaded on first use; null, with an exception pending, if it cannot be loaded.
 Method* method(JNIEnv* env, jlong handle, const std::string& name) {
   auto* module = reinterpret_cast<Module*>(handle);
   auto& slot = module->methods[name];
@@ -118,14 +118,14 @@ Method* method(JNIEnv* env, jlong handle, const std::string& name) {
   loaded->planned =
       std::make_unique<HierarchicalAllocator>(Span<Span<uint8_t>>(loaded->spans.data(), loaded->spans.size()));
   loaded->manager = std::make_unique<MemoryManager>(&loaded->heap, loaded->planned.get(), &loaded->scratch);
-  auto found = module->program->load_method(name.c_str(), loaded->manager.get());
-  if (failed(env, found.error(), what)) return nullptr;
-  loaded->method = std::make_unique<Method>(std::move(found.get()));
+  auto result = module->program->load_method(name.c_str(), loaded->manager.get());
+  if (failed(env, result.error(), what)) return nullptr;
+  loaded->method = std::make_unique<Method>(std::move(result.get()));
   slot = std::move(loaded);
   return slot->method.get();
 }
 
-// A tensor's parts, which must live as long as it does. Filled in place, never moved.
+// A tensor and its parts, which must live as long as it does and never move.
 struct Input {
   std::vector<executorch::aten::SizesType> sizes;
   std::vector<executorch::aten::DimOrderType> order;
@@ -164,8 +164,8 @@ NATIVE(void, loadMethodNative)(JNIEnv* env, jclass, jlong module, jstring name) 
 
 NATIVE(jobjectArray, executeNative)
 (JNIEnv* env, jclass, jlong module, jstring name, jobjectArray data, jobjectArray shapes, jintArray types) {
-  const std::string wanted = text(env, name), what = "Execution failed for method: " + wanted;
-  Method* run = method(env, module, wanted);
+  const std::string methodName = text(env, name), what = "Execution failed for method: " + methodName;
+  Method* run = method(env, module, methodName);
   if (run == nullptr) return nullptr;
   std::vector<jint> codes(env->GetArrayLength(types));
   env->GetIntArrayRegion(types, 0, codes.size(), codes.data());
@@ -187,20 +187,20 @@ NATIVE(jobjectArray, executeNative)
     if (failed(env, run->set_input(EValue(tensor), i), what)) return nullptr;
   }
   if (failed(env, run->execute(), what)) return nullptr;
-  jobjectArray found = env->NewObjectArray(2 * run->outputs_size(), env->FindClass("java/lang/Object"), nullptr);
+  jobjectArray outputs = env->NewObjectArray(2 * run->outputs_size(), env->FindClass("java/lang/Object"), nullptr);
   for (size_t i = 0; i < run->outputs_size(); i++) {
     const auto& tensor = run->get_output(i).toTensor();
     std::vector<jlong> info = {(jlong)tensor.scalar_type()};
     info.insert(info.end(), tensor.sizes().begin(), tensor.sizes().end());
-    jlongArray facts = env->NewLongArray(info.size());
-    env->SetLongArrayRegion(facts, 0, info.size(), info.data());
+    jlongArray typeAndShape = env->NewLongArray(info.size());
+    env->SetLongArrayRegion(typeAndShape, 0, info.size(), info.data());
     jobject memory = env->NewDirectByteBuffer(tensor.mutable_data_ptr(), tensor.nbytes());
-    env->SetObjectArrayElement(found, 2 * i, memory);
-    env->SetObjectArrayElement(found, 2 * i + 1, facts);
+    env->SetObjectArrayElement(outputs, 2 * i, memory);
+    env->SetObjectArrayElement(outputs, 2 * i + 1, typeAndShape);
     env->DeleteLocalRef(memory);
-    env->DeleteLocalRef(facts);
+    env->DeleteLocalRef(typeAndShape);
   }
-  return found;
+  return outputs;
 }
 
 NATIVE(void, destroyNative)(JNIEnv*, jclass, jlong module) { delete reinterpret_cast<Module*>(module); }

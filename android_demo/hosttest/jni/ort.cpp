@@ -1,4 +1,4 @@
-// What the stand-in of ai.onnxruntime asks of libonnxruntime, through its C API.
+// The native part of the stand-in of ai.onnxruntime, on the C API of libonnxruntime.
 #include <jni.h>
 #include <onnxruntime_c_api.h>
 
@@ -13,8 +13,8 @@ namespace {
 
 // The header may be older than the library, never newer.
 const OrtApi* api() {
-  static const OrtApi* found = OrtGetApiBase()->GetApi(ORT_API_VERSION);
-  return found;
+  static const OrtApi* loaded = OrtGetApiBase()->GetApi(ORT_API_VERSION);
+  return loaded;
 }
 
 bool failed(JNIEnv* env, OrtStatus* status) {
@@ -28,19 +28,19 @@ bool failed(JNIEnv* env, OrtStatus* status) {
 }
 
 std::vector<std::string> texts(JNIEnv* env, jobjectArray from) {
-  std::vector<std::string> found;
+  std::vector<std::string> copies;
   for (jsize i = 0; i < env->GetArrayLength(from); i++) {
     auto item = (jstring)env->GetObjectArrayElement(from, i);
-    found.push_back(text(env, item));
+    copies.push_back(text(env, item));
     env->DeleteLocalRef(item);
   }
-  return found;
+  return copies;
 }
 
 std::vector<const char*> pointers(const std::vector<std::string>& from) {
-  std::vector<const char*> found;
-  for (const auto& item : from) found.push_back(item.c_str());
-  return found;
+  std::vector<const char*> result;
+  for (const auto& item : from) result.push_back(item.c_str());
+  return result;
 }
 
 std::vector<jlong> longs(JNIEnv* env, jlongArray from) {
@@ -106,18 +106,18 @@ NATIVE(jobjectArray, names)(JNIEnv* env, jclass, jlong session, jboolean outputs
   if (failed(env, api()->GetAllocatorWithDefaultOptions(&allocator))) return nullptr;
   if (failed(env, outputs ? api()->SessionGetOutputCount(from, &count) : api()->SessionGetInputCount(from, &count)))
     return nullptr;
-  jobjectArray found = env->NewObjectArray(count, env->FindClass("java/lang/String"), nullptr);
+  jobjectArray names = env->NewObjectArray(count, env->FindClass("java/lang/String"), nullptr);
   for (size_t i = 0; i < count; i++) {
     char* name = nullptr;
     if (failed(env, outputs ? api()->SessionGetOutputName(from, i, allocator, &name)
                             : api()->SessionGetInputName(from, i, allocator, &name)))
       return nullptr;
     jstring item = env->NewStringUTF(name);
-    env->SetObjectArrayElement(found, i, item);
+    env->SetObjectArrayElement(names, i, item);
     env->DeleteLocalRef(item);
     allocator->Free(allocator, name);
   }
-  return found;
+  return names;
 }
 
 NATIVE(void, closeSession)(JNIEnv*, jclass, jlong session) { api()->ReleaseSession(at<OrtSession>(session)); }
@@ -146,10 +146,10 @@ NATIVE(jlongArray, tensorInfo)(JNIEnv* env, jclass, jlong tensor) {
   std::vector<int64_t> dimensions(rank);
   failed(env, api()->GetDimensions(info, dimensions.data(), rank));
   api()->ReleaseTensorTypeAndShapeInfo(info);
-  std::vector<jlong> found = {(jlong)type};
-  found.insert(found.end(), dimensions.begin(), dimensions.end());
-  jlongArray made = env->NewLongArray(found.size());
-  env->SetLongArrayRegion(made, 0, found.size(), found.data());
+  std::vector<jlong> values = {(jlong)type};
+  values.insert(values.end(), dimensions.begin(), dimensions.end());
+  jlongArray made = env->NewLongArray(values.size());
+  env->SetLongArrayRegion(made, 0, values.size(), values.data());
   return made;
 }
 
@@ -171,14 +171,14 @@ NATIVE(void, closeTensor)(JNIEnv*, jclass, jlong tensor) { api()->ReleaseValue(a
 NATIVE(void, run)
 (JNIEnv* env, jclass, jlong session, jobjectArray inputNames, jlongArray inputs, jobjectArray outputNames,
  jlongArray outputs) {
-  std::vector<std::string> given = texts(env, inputNames), wanted = texts(env, outputNames);
+  std::vector<std::string> inputTexts = texts(env, inputNames), outputTexts = texts(env, outputNames);
   std::vector<jlong> from = longs(env, inputs), to = longs(env, outputs);
   std::vector<const OrtValue*> values;
   std::vector<OrtValue*> results;
   for (jlong each : from) values.push_back(at<OrtValue>(each));
   for (jlong each : to) results.push_back(at<OrtValue>(each));
-  if (failed(env, api()->Run(at<OrtSession>(session), nullptr, pointers(given).data(), values.data(), values.size(),
-                             pointers(wanted).data(), results.size(), results.data())))
+  if (failed(env, api()->Run(at<OrtSession>(session), nullptr, pointers(inputTexts).data(), values.data(), values.size(),
+                             pointers(outputTexts).data(), results.size(), results.data())))
     return;
   for (size_t i = 0; i < to.size(); i++) to[i] = handle(results[i]);
   env->SetLongArrayRegion(outputs, 0, to.size(), to.data());

@@ -95,7 +95,11 @@ def test_chat_flag(run: Run, chat_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "terminal", "message"),
     [
-        (("--chat", "--prompt-ids", "ids.json"), True, "--chat cannot be used with --prompt-ids; give --prompt instead"),
+        (
+            ("--chat", "--prompt-ids", "ids.json"),
+            True,
+            "--chat cannot be used with --prompt-ids; give --prompt instead",
+        ),
         (("--prompt", "a", "--prompt-ids", "ids.json"), True, "give either --prompt or --prompt-ids"),
         (("--json",), True, "give either --prompt or --prompt-ids"),
         (("--chat",), False, "give either --prompt or --prompt-ids"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exporter.demo.training.qat import round_to_five_bits, grid, on_grid, snap
+from exporter.demo.training.qat import grid, on_grid, round_to_five_bits, snap
 
 Directories = tuple[Path, Path]
 

@@ -98,7 +98,7 @@ def test_a_trained_grid_survives_an_export(pair_dirs: Pairs, tmp_path: Path) -> 
         (lambda t: t["data"].update(file="../manifest.json"), "is not in files"),
         (lambda t: t.update(columns="x"), "is not as wide as hidden_size"),
         (lambda t: t.update(group_size=10**30), "tables are malformed"),
-        (lambda t: t.update(rows=7), "has not a row for each token"),
+        (lambda t: t.update(rows=7), "does not have a row for each token"),
     ],
     ids=["encoding", "offset", "no scales", "file", "columns", "groups", "rows"],
 )

@@ -1,10 +1,13 @@
 // NOT COMPILED by this project: only its syntax was checked. It follows runtime_ref/decoder.py, with fixed K.
 import Foundation
 
-/// `numDraftTokens` 0 is plain decoding, nil the bundle's default.
+/// How one text is generated.
 public struct Options {
+    /// The largest number of tokens to generate, at least 1.
     public var maxNewTokens = 128
+    /// K of every round; 0 is plain decoding, nil the bundle's default.
     public var numDraftTokens: Int?
+    /// How tokens are chosen; nil as the checkpoint recommends.
     public var sampling: Sampling?
 
     public init(maxNewTokens: Int = 128, numDraftTokens: Int? = nil, sampling: Sampling? = nil) {
@@ -12,20 +15,21 @@ public struct Options {
     }
 }
 
-/// Counts of one text. Drafts after an end token or past the budget count as drafted, not as accepted.
+/// Counts of one generation. Drafts after an end token or past the budget count as drafted, not as accepted.
 public struct Stats {
     public var rounds = 0
     public var drafted = 0
     public var accepted = 0
+    /// `eos`, `length`, `max_seq_len` or `cancelled`.
     public var finishReason = ""
 
-    /// Accepted drafts over proposed drafts, nil if nothing was drafted.
+    /// Accepted drafts / proposed drafts; nil if nothing was drafted.
     public var acceptanceRate: Double? {
         drafted > 0 ? Double(accepted) / Double(drafted) : nil
     }
 }
 
-/// The decoding loop: prefill, then rounds. Token ids in, token ids out; text is the app's, for example by
+/// The decoding loop: prefill, then rounds. It takes and returns token ids; the app converts text, for example with
 /// swift-transformers, which reads the bundle's tokenizer.json. Call it from one thread at a time, not the main one.
 public final class Decoder {
     public let engine: GraphEngine
@@ -34,15 +38,20 @@ public final class Decoder {
         engine = try GraphEngine(bundle: bundle)
     }
 
-    /// Gives each new token to `onToken` until that returns false, the text ends, or the budget or context is used up.
+    /// Calls `onToken` with each new token id, until it returns false, the text ends, or the budget or context is used up.
     ///
-    /// Speculative and plain decoding give the same tokens. `prompt` begins with the bundle's `tokens.bos`. Throws
-    /// `InputError` for a prompt that cannot be run or impossible options.
+    /// Speculative and plain decoding give the same tokens.
+    ///
+    /// - Parameters:
+    ///   - prompt: token ids, the first of them the bundle's `tokens.bos`.
+    ///   - options: budget, drafting and sampling.
+    ///   - onToken: returns false to cancel.
+    /// - Throws: `InputError` for a prompt that cannot be run, or an option that is out of its range.
     public func generate(prompt: [Int], options: Options, onToken: (Int) -> Bool) throws -> Stats {
         let manifest = engine.manifest
-        let wanted = options.numDraftTokens ?? manifest.numDraftTokens.default
-        try check(prompt, options, wanted)
-        let sampling = try options.sampling ?? usualSampling()
+        let numDraftTokens = options.numDraftTokens ?? manifest.numDraftTokens.default
+        try check(prompt, options, numDraftTokens)
+        let sampling = try options.sampling ?? defaultSampling()
         let room = manifest.maxSeqLen - prompt.count
         let outOfBudget = options.maxNewTokens <= room ? "length" : "max_seq_len"
         var (stats, left) = (Stats(), min(options.maxNewTokens, room))
@@ -51,7 +60,7 @@ public final class Decoder {
         while true {
             let end = done.tokens.firstIndex { manifest.tokens.eos.contains($0) }
             if let end {
-                // What follows an end token is dropped, also if it was accepted.
+                // Tokens after an end token are dropped, even if they were accepted.
                 done.tokens = Array(done.tokens[...end])
                 done.accepted = min(done.accepted, done.tokens.count)
             }
@@ -75,16 +84,16 @@ public final class Decoder {
                 return stats
             }
             let last = done.tokens[done.tokens.count - 1]
-            // The bonus token needs a place in the budget as well.
-            let drafts = try engine.draft(last: last, numDraftTokens: min(wanted, left - 1))
+            // The bonus token takes one token of the budget as well.
+            let drafts = try engine.draft(last: last, numDraftTokens: min(numDraftTokens, left - 1))
             done = try engine.verify(last: last, drafts: drafts, sampling: sampling)
         }
     }
 
-    /// How tokens are chosen if nobody says otherwise; bundles that do not say are greedy.
-    private func usualSampling() throws -> Sampling {
-        guard let usual = engine.manifest.sampling else { return try Sampling() }
-        return try Sampling(temperature: usual.temperature, topP: usual.topP, topK: usual.topK)
+    /// The checkpoint's recommendation; greedy for a bundle without one.
+    private func defaultSampling() throws -> Sampling {
+        guard let entry = engine.manifest.sampling else { return try Sampling() }
+        return try Sampling(temperature: entry.temperature, topP: entry.topP, topK: entry.topK)
     }
 
     private func check(_ prompt: [Int], _ options: Options, _ drafts: Int) throws {
@@ -102,8 +111,10 @@ public final class Decoder {
             throw InputError("the prompt has token id \(token), expected 0 to \(manifest.target.vocabSize - 1)")
         }
         guard (0...manifest.numDraftTokens.max).contains(drafts) else {
-            let most = manifest.numDraftTokens.max
-            throw InputError("\(drafts) draft tokens a round were asked for, the bundle was exported for up to \(most)")
+            let maxDrafts = manifest.numDraftTokens.max
+            throw InputError(
+                "\(drafts) draft tokens a round were asked for, the bundle was exported for up to \(maxDrafts)"
+            )
         }
         guard options.maxNewTokens >= 1 else {
             throw InputError("\(options.maxNewTokens) new tokens were asked for, expected at least 1")

@@ -3,14 +3,17 @@
 import ExecuTorch
 import Foundation
 
-/// What one round did: how many drafts were proposed and accepted, and the tokens that it adds to the text.
+/// The outcome of one round, or of the prefill, which is a round without drafts.
 public struct Round {
+    /// K, the number of draft tokens that were proposed.
     public let drafted: Int
+    /// How many of them were accepted, 0 to K.
     public var accepted: Int
+    /// Token ids that the round adds to the text: the accepted drafts and the bonus token.
     public var tokens: [Int]
 }
 
-/// K or V of one layer in the host's memory, `[heads, rows, headDim]`; the program reads and writes it by pointer.
+/// Keys or values of one layer in the app's memory, `[N, S, D]`; the program reads and writes them by pointer.
 final class CacheBuffer {
     let heads: Int
     let headDim: Int
@@ -18,8 +21,8 @@ final class CacheBuffer {
     private(set) var rows = 0
     private(set) var memory: UnsafeMutablePointer<Float>
 
-    init(_ facts: KVBuffer) {
-        (heads, headDim, sliding) = (facts.numKeyValueHeads, facts.headDim, facts.layerType == "sliding_attention")
+    init(_ entry: KVBuffer) {
+        (heads, headDim, sliding) = (entry.numKeyValueHeads, entry.headDim, entry.layerType == "sliding_attention")
         memory = .allocate(capacity: 0)
     }
 
@@ -27,7 +30,7 @@ final class CacheBuffer {
         memory.deallocate()
     }
 
-    /// Rows that are not valid are masked, but must be finite: so new ones are zeros.
+    /// Makes room for `count` rows. Rows that are not valid are masked, but must be finite, so new ones are zeros.
     func grow(to count: Int) {
         let larger = UnsafeMutablePointer<Float>.allocate(capacity: heads * count * headDim)
         larger.initialize(repeating: 0, count: heads * count * headDim)
@@ -38,7 +41,7 @@ final class CacheBuffer {
         (memory, rows) = (larger, count)
     }
 
-    /// Lets row 0 hold what row `count` held.
+    /// Moves the rows towards row 0, which then holds what row `count` held.
     func moveUp(by count: Int) {
         for head in 0..<heads {
             let start = memory + head * rows * headDim
@@ -51,14 +54,18 @@ final class CacheBuffer {
     }
 }
 
-/// Runs the methods `target` and `drafter`; the cache starts small and grows up to `maxSeqLen`. Not thread-safe.
+/// Runs the methods `target` and `drafter` of a bundle. The cache starts small and grows up to `maxSeqLen` rows.
+///
+/// Buffers of sliding layers stop growing at the size of their window; their rows move up in steps of `slideRows`. One
+/// thread at a time may use an engine.
 public final class GraphEngine {
     public let manifest: Manifest
+    /// How many rows of the KV cache are valid; the newest token of a text is not among them.
     public private(set) var position = 0
+    /// The position that row 0 of sliding layers' buffers holds.
     public private(set) var windowStart = 0
 
-    private static let cacheStep = 256 // rows the cache grows by
-    private static let slide = 128 // rows that sliding layers' buffers move by
+    private static let cacheStepRows = 256 // the cache grows by these
 
     private let program: Module
     private let embedTokens: Table
@@ -71,8 +78,8 @@ public final class GraphEngine {
     /// Throws `InputError`, or what ExecuTorch throws for a program that it cannot load.
     public init(bundle: URL) throws {
         manifest = try Manifest.read(bundle: bundle)
-        embedTokens = try Table(bundle: bundle, facts: manifest.tables["embed_tokens"]!)
-        embedTokensPerLayer = try Table(bundle: bundle, facts: manifest.tables["embed_tokens_per_layer"]!)
+        embedTokens = try Table(bundle: bundle, metadata: manifest.tables["embed_tokens"]!)
+        embedTokensPerLayer = try Table(bundle: bundle, metadata: manifest.tables["embed_tokens_per_layer"]!)
         cache = Dictionary(uniqueKeysWithValues: manifest.kv.buffers.map { ($0.name, CacheBuffer($0)) })
         let file = bundle.appendingPathComponent(manifest.graphs["target"]!.file).path
         program = Module(filePath: file, loadMode: .mmap)
@@ -81,19 +88,18 @@ public final class GraphEngine {
         }
     }
 
-    /// Starts a text; the round has the choice after it.
+    /// Runs a prompt, at least one token id, and chooses the token after it: a round without drafts, of one token.
     public func prefill(_ tokens: [Int], sampling: Sampling) throws -> Round {
         var outputs = Outputs()
-        for start in stride(from: 0, to: tokens.count, by: manifest.limits.numTokens) {
-            position = start
-            let chunk = Array(tokens[start..<min(start + manifest.limits.numTokens, tokens.count)])
+        for (first, chunk) in chunks(tokens, size: manifest.limits.numTokens) {
+            position = first
             outputs = try runTarget(chunk, rows: [chunk.count - 1])
         }
         position = tokens.count
-        return chosen([], outputs, sampling)
+        return finish([], outputs, sampling)
     }
 
-    /// Draft tokens after `last`, the newest token, which is not in the cache yet.
+    /// Returns K draft tokens after the newest token, `last`, which is not in the cache yet.
     public func draft(last: Int, numDraftTokens: Int) throws -> [Int] {
         var (token, state, drafts) = (last, self.state, [Int]())
         for _ in 0..<numDraftTokens {
@@ -111,11 +117,12 @@ public final class GraphEngine {
         return drafts
     }
 
-    /// Runs `last` and any drafts after it, accepts, rolls back. With no drafts this is plain decoding.
+    /// Runs the newest token and the drafts after it, accepts drafts, and rolls the cache back; without drafts this is
+    /// plain decoding.
     public func verify(last: Int, drafts: [Int], sampling: Sampling) throws -> Round {
         let outputs = try runTarget([last] + drafts, rows: Array(0...drafts.count))
         position += 1
-        return chosen(drafts, outputs, sampling)
+        return finish(drafts, outputs, sampling)
     }
 
     private struct Outputs {
@@ -124,7 +131,8 @@ public final class GraphEngine {
         var states: [[Float]] = []
     }
 
-    private func chosen(_ drafts: [Int], _ outputs: Outputs, _ sampling: Sampling) -> Round {
+    /// Chooses tokens from a pass's outputs, the first for the token at `position`; accepts drafts and rolls back.
+    private func finish(_ drafts: [Int], _ outputs: Outputs, _ sampling: Sampling) -> Round {
         let choices = outputs.logits.indices.map { i in
             Int(outputs.ids[i][choose(outputs.logits[i], position: position + i, sampling: sampling)])
         }
@@ -135,10 +143,10 @@ public final class GraphEngine {
         return Round(drafted: drafts.count, accepted: accepted, tokens: tokens)
     }
 
-    /// Writes the tokens' K/V from `position` on; returns the outputs of the given rows.
+    /// Runs the target on T tokens, whose keys and values it writes from `position` on; returns R rows of outputs.
     private func runTarget(_ tokens: [Int], rows: [Int]) throws -> Outputs {
-        // What fills up to the multiple is computed and dropped; the row it writes is masked like a rejected one.
-        let (ids, wanted) = (filled(tokens), filled(rows))
+        // Padding is computed and dropped; the cache row that it writes is masked like a rejected one.
+        let (ids, outputRows) = (padded(tokens), padded(rows))
         makeRoom(for: ids.count)
         let inputs: [String: any ValueConvertible] = [
             "embedded": Tensor<Float>(try embedTokens.rows(ids), shape: [ids.count, embedTokens.columns]),
@@ -147,17 +155,17 @@ public final class GraphEngine {
             ),
             "position": Tensor<Int64>([Int64(position)], shape: [1]),
             "window_start": Tensor<Int64>([Int64(windowStart)], shape: [1]),
-            "output_rows": Tensor<Int64>(wanted.map(Int64.init), shape: [wanted.count]),
+            "output_rows": Tensor<Int64>(outputRows.map(Int64.init), shape: [outputRows.count]),
         ]
         let outputs = try run("target", inputs)
         return Outputs(
-            logits: first(rows.count, of: try scalars(outputs[0], of: Float.self), among: wanted.count),
-            ids: first(rows.count, of: try scalars(outputs[1], of: Int64.self), among: wanted.count),
-            states: first(rows.count, of: try scalars(outputs[2], of: Float.self), among: wanted.count)
+            logits: first(rows.count, of: try scalars(outputs[0], of: Float.self), among: outputRows.count),
+            ids: first(rows.count, of: try scalars(outputs[1], of: Int64.self), among: outputRows.count),
+            states: first(rows.count, of: try scalars(outputs[2], of: Float.self), among: outputRows.count)
         )
     }
 
-    /// Runs a method on its inputs in the manifest's order; the cache's are those that are not given.
+    /// Runs a method on its inputs in the manifest's order; those that are not in `inputs` are cache buffers.
     private func run(_ name: String, _ inputs: [String: any ValueConvertible]) throws -> [Value] {
         try program.execute(name, manifest.graphs[name]!.inputs.map { port -> any ValueConvertible in
             if let input = inputs[port.name] {
@@ -170,7 +178,7 @@ public final class GraphEngine {
         })
     }
 
-    /// A copy of an output: it lies in the method's own memory, which its next call overwrites.
+    /// A copy of an output, which lies in the method's own memory until its next call.
     private func scalars<T: Scalar>(_ value: Value, of type: T.Type) throws -> [T] {
         guard let tensor: Tensor<T> = value.tensor() else {
             throw InputError("an output is not of type \(type); export the bundle again")
@@ -178,25 +186,25 @@ public final class GraphEngine {
         return tensor.scalars()
     }
 
-    /// The first rows of a matrix that lies row by row.
-    private func first<T>(_ wanted: Int, of values: [T], among rows: Int) -> [[T]] {
+    /// The first `count` rows of a row-major matrix.
+    private func first<T>(_ count: Int, of values: [T], among rows: Int) -> [[T]] {
         let columns = values.count / rows
-        return (0..<wanted).map { Array(values[($0 * columns)..<(($0 + 1) * columns)]) }
+        return (0..<count).map { Array(values[($0 * columns)..<(($0 + 1) * columns)]) }
     }
 
-    private func filled(_ items: [Int]) -> [Int] {
-        let multiple = manifest.rowMultiple
-        let missing = (multiple - items.count % multiple) % multiple
+    /// The list with its last item repeated up to a multiple of `rowMultiple`.
+    private func padded(_ items: [Int]) -> [Int] {
+        let missing = roundUp(items.count, multiple: manifest.rowMultiple) - items.count
         return items + Array(repeating: items[items.count - 1], count: missing)
     }
 
-    /// Lets the buffers hold so many rows after `position`: those of sliding layers move up, then they grow.
+    /// Makes room for `count` rows after `position`: moves sliding layers' rows up, then grows the buffers.
     private func makeRoom(for count: Int) {
         if position == 0 {
             windowStart = 0
         }
         if position + count - windowStart > manifest.limits.windowRows {
-            let start = max(0, position - manifest.target.slidingWindow - 2) / GraphEngine.slide * GraphEngine.slide
+            let start = max(0, position - manifest.target.slidingWindow - 2) / slideRows * slideRows
             for buffer in cache.values where buffer.sliding {
                 buffer.moveUp(by: start - windowStart)
             }
@@ -206,9 +214,13 @@ public final class GraphEngine {
             let used = position + count - (buffer.sliding ? windowStart : 0)
             if used > buffer.rows {
                 let limit = buffer.sliding ? manifest.limits.windowRows : manifest.limits.cacheRows
-                let step = GraphEngine.cacheStep
-                buffer.grow(to: min((used + step - 1) / step * step, limit))
+                buffer.grow(to: min(roundUp(used, multiple: GraphEngine.cacheStepRows), limit))
             }
         }
     }
+}
+
+/// The tokens in chunks of at most `size`, each with the index of its first token.
+func chunks(_ tokens: [Int], size: Int) -> [(Int, [Int])] {
+    stride(from: 0, to: tokens.count, by: size).map { ($0, Array(tokens[$0..<min($0 + size, tokens.count)])) }
 }

@@ -2,7 +2,8 @@
 import CryptoKit
 import Foundation
 
-/// What a person can mend: one line that names the offender, what was expected, what was found and what to do.
+/// Input that cannot be used. The text is one line that names the offender, what was expected, what was found and what
+/// to do.
 public struct InputError: Swift.Error, CustomStringConvertible {
     public let description: String
 
@@ -11,7 +12,7 @@ public struct InputError: Swift.Error, CustomStringConvertible {
     }
 }
 
-/// K or V of one storing layer: `[numKeyValueHeads, rows, headDim]` float32.
+/// Keys or values of one layer that stores them: `[N, S, D]` float32.
 public struct KVBuffer: Decodable {
     public let name: String
     public let layerType: String
@@ -37,15 +38,15 @@ public struct Graph: Decodable {
     public let outputs: [Port]
 }
 
-/// Where a table's rows or scales lie.
+/// A place in a file of the bundle: the offset in bytes, and the dtype of scales.
 public struct Place: Decodable {
     public let file: String
     public let offset: Int
     public let dtype: String?
 }
 
-/// How a table of embeddings holds its rows.
-public struct TableFacts: Decodable {
+/// The manifest's entry of an embedding table; `groupSize` consecutive numbers of a row share a scale.
+public struct TableMetadata: Decodable {
     public let rows: Int
     public let columns: Int
     public let rowBytes: Int
@@ -91,7 +92,7 @@ public struct Manifest: Decodable {
         public let eos: [Int]
     }
 
-    public struct Usual: Decodable {
+    public struct SamplingEntry: Decodable {
         public let temperature: Double
         public let topK: Int
         public let topP: Double
@@ -133,11 +134,11 @@ public struct Manifest: Decodable {
     public let limits: Limits
     public let rowMultiple: Int
     public let tokens: Tokens
-    public let sampling: Usual?
+    public let sampling: SamplingEntry?
     public let target: Target
     public let kv: KV
     public let graphs: [String: Graph]
-    public let tables: [String: TableFacts]
+    public let tables: [String: TableMetadata]
     public let files: [String: File]
 
     enum CodingKeys: String, CodingKey {
@@ -147,9 +148,10 @@ public struct Manifest: Decodable {
         case rowMultiple = "row_multiple"
     }
 
-    /// Reads a bundle's manifest and checks that every file is there with its size.
+    /// Reads a bundle's manifest and checks that every file is there and has its size.
     ///
-    /// Throws `InputError`: not a bundle, another format or backend, a broken manifest, an incomplete bundle.
+    /// - Throws: `InputError` if the directory is no bundle, has another format or backend, a malformed manifest, or
+    ///   lacks a file.
     public static func read(bundle: URL) throws -> Manifest {
         struct Version: Decodable {
             let format_version: Int
@@ -160,8 +162,8 @@ public struct Manifest: Decodable {
         }
         let version = try? JSONDecoder().decode(Version.self, from: data).format_version
         guard version == formatVersion else {
-            let found = version.map(String.init) ?? "missing"
-            throw InputError("\(path.path): format_version is \(found), expected \(formatVersion); export it again")
+            let actual = version.map(String.init) ?? "missing"
+            throw InputError("\(path.path): format_version is \(actual), expected \(formatVersion); export it again")
         }
         let manifest: Manifest
         do {
@@ -170,34 +172,42 @@ public struct Manifest: Decodable {
             throw InputError("\(path.path): incomplete or malformed (\(error)); export the bundle again")
         }
         guard manifest.backend.name == "executorch" else {
-            let found = manifest.backend.name
-            throw InputError("\(bundle.path): made for backend \(found), expected executorch; export it for that")
+            let actual = manifest.backend.name
+            throw InputError("\(bundle.path): made for backend \(actual), expected executorch; export it for that")
         }
         guard manifest.graphs["target"] != nil, manifest.graphs["drafter"] != nil, !manifest.kv.buffers.isEmpty,
               manifest.tables["embed_tokens"] != nil, manifest.tables["embed_tokens_per_layer"] != nil
         else {
             throw InputError("\(path.path): lacks graphs, tables or kv buffers; export the bundle again")
         }
-        for (file, facts) in manifest.files {
+        for (file, metadata) in manifest.files {
             let path = bundle.appendingPathComponent(file).path
             let attributes = try? FileManager.default.attributesOfItem(atPath: path)
-            guard let size = (attributes?[.size] as? NSNumber)?.intValue, size == facts.size else {
-                throw InputError("\(path): absent, or not of \(facts.size) bytes; copy the bundle again")
+            guard let size = (attributes?[.size] as? NSNumber)?.intValue, size == metadata.size else {
+                throw InputError("\(path): absent, or not of \(metadata.size) bytes; copy the bundle again")
             }
         }
         return manifest
     }
 
-    /// Names of the files whose sha256 is not the manifest's; to be called once, when a bundle was installed.
+    /// Names of the files whose sha256 is not the manifest's. Call it once, when a bundle was installed.
     public func changedFiles(bundle: URL) throws -> [String] {
-        try files.filter { file, facts in
+        try files.filter { file, metadata in
             let handle = try FileHandle(forReadingFrom: bundle.appendingPathComponent(file))
             defer { try? handle.close() }
             var digest = SHA256()
             while let block = try handle.read(upToCount: 1 << 22), !block.isEmpty {
                 digest.update(data: block)
             }
-            return digest.finalize().map { String(format: "%02x", $0) }.joined() != facts.sha256
+            return digest.finalize().map { String(format: "%02x", $0) }.joined() != metadata.sha256
         }.keys.sorted()
     }
+}
+
+/// Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks.
+let slideRows = 128
+
+/// The smallest multiple of `multiple` that is not below `count`; both are positive.
+func roundUp(_ count: Int, multiple: Int) -> Int {
+    (count + multiple - 1) / multiple * multiple
 }

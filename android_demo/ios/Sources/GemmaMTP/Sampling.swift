@@ -1,45 +1,51 @@
 // NOT COMPILED by this project: only its syntax was checked. It follows runtime_ref/sampling.py and acceptance.py.
 import Foundation
 
-/// Temperature 0 is greedy; `topP` 1 keeps every one of the `topK` largest logits.
+/// How tokens are chosen; the default is greedy.
 public struct Sampling {
-    public static let largestTopK = 64 // logits that a bundle's target gives for each position
+    /// Logits that a bundle's target gives for each position.
+    public static let maxTopK = 64
 
+    /// Divides the logits, 0 or more; 0 is greedy.
     public var temperature: Double
+    /// Keeps the most likely tokens whose probabilities together reach it, more than 0 and at most 1.
     public var topP: Double
+    /// Seed of the noise.
     public var seed: UInt64
+    /// How many of the largest logits are kept, 1 to `maxTopK`.
     public var topK: Int
 
-    public init(temperature: Double = 0, topP: Double = 1, seed: UInt64 = 0, topK: Int = largestTopK) throws {
+    public init(temperature: Double = 0, topP: Double = 1, seed: UInt64 = 0, topK: Int = maxTopK) throws {
         guard temperature >= 0, temperature < .infinity else {
             throw InputError("temperature is \(temperature), expected 0 (greedy) or a positive number")
         }
         guard topP > 0, topP <= 1 else {
             throw InputError("top-p is \(topP), expected more than 0 and at most 1")
         }
-        guard (1...Sampling.largestTopK).contains(topK) else {
-            throw InputError("top-k is \(topK), expected 1 to \(Sampling.largestTopK): a bundle gives no more logits")
+        guard (1...Sampling.maxTopK).contains(topK) else {
+            throw InputError("top-k is \(topK), expected 1 to \(Sampling.maxTopK): a bundle gives no more logits")
         }
         (self.temperature, self.topP, self.seed, self.topK) = (temperature, topP, seed, topK)
     }
 }
 
-/// Noise in [0, 1) for the token at a position: top 24 bits of SplitMix64.
+/// Noise in [0, 1) for the token at a position of the whole text: the top 24 bits of SplitMix64 (Steele, Lea & Flood
+/// 2014).
 ///
 /// The same seed and position give the same number in every call, so that a token does not depend on whether it was
 /// drafted.
 public func uniform(seed: UInt64, position: Int) -> Double {
-    let golden: UInt64 = 0x9E37_79B9_7F4A_7C15
-    var x = (seed ^ (UInt64(position) &* golden)) &+ golden
+    let goldenGamma: UInt64 = 0x9E37_79B9_7F4A_7C15
+    var x = (seed ^ (UInt64(position) &* goldenGamma)) &+ goldenGamma
     x = (x ^ (x >> 30)) &* 0xBF58_476D_1CE4_E5B9
     x = (x ^ (x >> 27)) &* 0x94D0_49BB_1331_11EB
     return Double((x ^ (x >> 31)) >> 40) / 16_777_216
 }
 
-/// Chooses the token at `position` from its largest logits, in falling order; returns its index there.
+/// Chooses a token from the largest logits of its position, in falling order; returns its index in `logits`.
 ///
 /// Greedy takes the first. Sampling takes the first whose cumulative probability, after temperature, the top-k cut and
-/// the top-p cut, exceeds the position's noise. In float64, as everything after the logits.
+/// the top-p cut, exceeds the position's noise. Probabilities are doubles.
 public func choose(_ logits: [Float], position: Int, sampling: Sampling) -> Int {
     if sampling.temperature == 0 {
         return 0
@@ -55,10 +61,15 @@ public func choose(_ logits: [Float], position: Int, sampling: Sampling) -> Int 
     return cumulative[...last].firstIndex { $0 / cumulative[last] > noise } ?? last
 }
 
-/// Longest prefix of K drafts that equals the target's own K+1 choices, then the bonus token.
+/// The length of the longest common prefix of two lists: the shorter length if one of them continues the other.
+func commonPrefix(_ one: [Int], _ other: [Int]) -> Int {
+    zip(one, other).prefix(while: { $0 == $1 }).count
+}
+
+/// Accepts the longest prefix of K drafts that equals the target's own K+1 choices, and adds the bonus token.
 ///
 /// Returns how many drafts were accepted, and the tokens that the round adds.
 public func accept(drafts: [Int], choices: [Int]) -> (accepted: Int, tokens: [Int]) {
-    let accepted = zip(drafts, choices).prefix(while: { $0 == $1 }).count
+    let accepted = commonPrefix(drafts, choices)
     return (accepted, Array(choices.prefix(accepted + 1)))
 }

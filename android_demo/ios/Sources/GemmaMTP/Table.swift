@@ -1,75 +1,75 @@
 // NOT COMPILED by this project: only its syntax was checked. It follows runtime_ref/tables.py.
 import Foundation
 
-/// An embedding table whose rows are read where they lie in a mapped file and widened to float32.
+/// An embedding table, whose rows are read from mapped files and converted to float32.
 public final class Table {
     public let columns: Int
 
-    private let facts: TableFacts
+    private let metadata: TableMetadata
     private let file: String
     private let data: Data
     private let scales: Data?
 
-    /// Bits of a number, by encoding; from the unsigned ones, half of their range is subtracted.
+    /// Bits of a number; unsigned integers stand for themselves minus half of their range.
     private static let bits = ["float32": 32, "int8": 8, "uint8": 8, "uint4": 4, "uint3": 3, "uint2": 2]
     private static let scaleBytes = ["float32": 4, "float16": 2, "bfloat16": 2]
 
-    /// Throws `InputError` if the manifest describes something that its files are too short for.
-    public init(bundle: URL, facts: TableFacts) throws {
-        self.facts = facts
-        columns = facts.columns
-        file = bundle.appendingPathComponent(facts.data.file).path
-        data = try Data(contentsOf: bundle.appendingPathComponent(facts.data.file), options: .alwaysMapped)
-        scales = try facts.scales.map {
+    /// - Throws: `InputError` if the encoding is unknown or the files are too short for the table.
+    public init(bundle: URL, metadata: TableMetadata) throws {
+        self.metadata = metadata
+        columns = metadata.columns
+        file = bundle.appendingPathComponent(metadata.data.file).path
+        data = try Data(contentsOf: bundle.appendingPathComponent(metadata.data.file), options: .alwaysMapped)
+        scales = try metadata.scales.map {
             try Data(contentsOf: bundle.appendingPathComponent($0.file), options: .alwaysMapped)
         }
-        let groups = (facts.columns + facts.groupSize - 1) / facts.groupSize
-        guard let bits = Table.bits[facts.encoding], facts.rowBytes * 8 >= facts.columns * bits,
-              facts.data.offset + facts.rows * facts.rowBytes <= data.count
+        let groups = (metadata.columns + metadata.groupSize - 1) / metadata.groupSize
+        guard let bits = Table.bits[metadata.encoding], metadata.rowBytes * 8 >= metadata.columns * bits,
+              metadata.data.offset + metadata.rows * metadata.rowBytes <= data.count
         else {
             throw InputError("\(file): too short for the table that the manifest describes; export the bundle again")
         }
-        guard facts.encoding != "float32" else { return }
-        guard let place = facts.scales, let bytes = Table.scaleBytes[place.dtype ?? ""],
-              place.offset + facts.rows * groups * bytes <= scales?.count ?? 0
+        guard metadata.encoding != "float32" else { return }
+        guard let place = metadata.scales, let bytes = Table.scaleBytes[place.dtype ?? ""],
+              place.offset + metadata.rows * groups * bytes <= scales?.count ?? 0
         else {
             throw InputError("\(file): the table's scales are missing or too short; export the bundle again")
         }
     }
 
-    /// Rows `[T, columns]` of the ids, end to end; throws `InputError` for an id beyond the table.
+    /// Returns the rows of T token ids, `[T, columns]`; throws `InputError` for an id beyond the table.
     public func rows(_ ids: [Int]) throws -> [Float] {
-        var found: [Float] = []
-        found.reserveCapacity(ids.count * columns)
+        var numbers: [Float] = []
+        numbers.reserveCapacity(ids.count * columns)
         for id in ids {
-            guard id >= 0, id < facts.rows else {
-                throw InputError("\(file): has \(facts.rows) rows, token \(id) was chosen; export it again")
+            guard id >= 0, id < metadata.rows else {
+                throw InputError("\(file): has \(metadata.rows) rows, token \(id) was chosen; export it again")
             }
-            appendRow(id, to: &found)
+            appendRow(id, to: &numbers)
         }
-        return found
+        return numbers
     }
 
-    private func appendRow(_ id: Int, to found: inout [Float]) {
-        let groups = (columns + facts.groupSize - 1) / facts.groupSize
+    private func appendRow(_ id: Int, to numbers: inout [Float]) {
+        let groups = (columns + metadata.groupSize - 1) / metadata.groupSize
         data.withUnsafeBytes { bytes in
-            let row = UnsafeRawBufferPointer(rebasing: bytes[(facts.data.offset + id * facts.rowBytes)...])
-            if facts.encoding == "float32" {
+            let row = UnsafeRawBufferPointer(rebasing: bytes[(metadata.data.offset + id * metadata.rowBytes)...])
+            if metadata.encoding == "float32" {
                 for i in 0..<columns {
-                    found.append(Float(bitPattern: row.loadUnaligned(fromByteOffset: 4 * i, as: UInt32.self)))
+                    numbers.append(Float(bitPattern: row.loadUnaligned(fromByteOffset: 4 * i, as: UInt32.self)))
                 }
                 return
             }
-            let bits = Table.bits[facts.encoding]!
+            let bits = Table.bits[metadata.encoding]!
             for i in 0..<columns {
-                found.append(number(row, i, bits) * scale(id * groups + i / facts.groupSize))
+                numbers.append(number(row, i, bits) * scale(id * groups + i / metadata.groupSize))
             }
         }
     }
 
-    /// Number `i` of a row, without its scale: bits `i * bits` and on of the little-endian stream.
+    /// Number `i` of a row, without its scale: it begins at bit `i * bits` of the little-endian stream.
     private func number(_ row: UnsafeRawBufferPointer, _ i: Int, _ bits: Int) -> Float {
-        if facts.encoding == "int8" {
+        if metadata.encoding == "int8" {
             return Float(Int8(bitPattern: row[i]))
         }
         let first = i * bits
@@ -81,11 +81,11 @@ public final class Table {
     }
 
     private func scale(_ i: Int) -> Float {
-        guard let scales, let place = facts.scales else { return 1 }
+        guard let scales, let place = metadata.scales else { return 1 }
         return scales.withUnsafeBytes { bytes in
             switch place.dtype {
             case "float16":
-                return widened(bytes.loadUnaligned(fromByteOffset: place.offset + 2 * i, as: UInt16.self))
+                return halfToFloat(bytes.loadUnaligned(fromByteOffset: place.offset + 2 * i, as: UInt16.self))
             case "bfloat16":
                 let half = bytes.loadUnaligned(fromByteOffset: place.offset + 2 * i, as: UInt16.self)
                 return Float(bitPattern: UInt32(half) << 16)
@@ -96,8 +96,8 @@ public final class Table {
     }
 }
 
-/// A float16; Swift's own type for it is missing on Intel Macs.
-func widened(_ half: UInt16) -> Float {
+/// Converts the bits of a float16; Swift's own type is missing on Intel Macs.
+func halfToFloat(_ half: UInt16) -> Float {
     let exponent = Int(half >> 10 & 31), fraction = Float(half & 1023)
     let size: Float
     switch exponent {

@@ -3,11 +3,11 @@ import XCTest
 
 @testable import GemmaMTP
 
-/// The pure parts against tests/vectors/sampling.json, which every runtime is held to.
+/// Noise, choices, acceptance and half-precision numbers, on the test vectors of all languages where there are any.
 final class SamplingTests: XCTestCase {
     private struct Vectors: Decodable {
         struct Noise: Decodable {
-            let seed: String // they have 64 bits
+            let seed: String // as text: JSON numbers do not have 64 bits
             let position: Int
             let u_times_2_to_the_24: Int
         }
@@ -38,8 +38,8 @@ final class SamplingTests: XCTestCase {
 
     func testNoise() throws {
         for noise in try vectors().noise {
-            let found = uniform(seed: UInt64(noise.seed)!, position: noise.position)
-            XCTAssertEqual(found * 16_777_216, Double(noise.u_times_2_to_the_24))
+            let actual = uniform(seed: UInt64(noise.seed)!, position: noise.position)
+            XCTAssertEqual(actual * 16_777_216, Double(noise.u_times_2_to_the_24))
         }
     }
 
@@ -60,16 +60,16 @@ final class SamplingTests: XCTestCase {
             ([5, 6], [4, 6, 7], 0, [4]),
             ([], [4], 0, [4]),
         ] as [([Int], [Int], Int, [Int])] {
-            let found = accept(drafts: drafts, choices: choices)
-            XCTAssertEqual(found.accepted, accepted)
-            XCTAssertEqual(found.tokens, tokens)
+            let actual = accept(drafts: drafts, choices: choices)
+            XCTAssertEqual(actual.accepted, accepted)
+            XCTAssertEqual(actual.tokens, tokens)
         }
     }
 
     func testHalfPrecisionScales() {
         let known: [(UInt16, Float)] = [(0x3C00, 1), (0xC000, -2), (0x0001, 5.960464477539063e-8), (0x7BFF, 65504)]
         for (half, wide) in known {
-            XCTAssertEqual(widened(half), wide)
+            XCTAssertEqual(halfToFloat(half), wide)
         }
     }
 }

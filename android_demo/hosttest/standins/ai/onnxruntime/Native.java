@@ -4,7 +4,7 @@ import java.nio.Buffer;
 import java.nio.ByteBuffer;
 import java.util.concurrent.atomic.AtomicInteger;
 
-/** Not in the real package: what ort.cpp does, on the library of the onnxruntime wheel. */
+/** The functions of ort.cpp, on the library of the onnxruntime wheel. The real package has no such class. */
 public final class Native {
     static {
         System.loadLibrary("ort_standin");
@@ -14,7 +14,7 @@ public final class Native {
 
     private Native() {}
 
-    /** Tensors, sessions and options that were opened and not closed, so that a test sees leaks. */
+    /** Number of tensors, sessions and options that are open, for a test to find leaks. */
     public static int open() {
         return open.get();
     }
@@ -45,14 +45,14 @@ public final class Native {
 
     static native long createTensor(Buffer data, long offset, long bytes, long[] shape, int type) throws OrtException;
 
-    /** Type, then shape. */
+    /** A tensor's type, then its shape. */
     static native long[] tensorInfo(long tensor) throws OrtException;
 
     static native ByteBuffer tensorBytes(long tensor);
 
     static native void closeTensor(long tensor);
 
-    /** Fills in the outputs that are 0. */
+    /** Run a session; outputs that are 0 are replaced by new tensors. */
     static native void run(long session, String[] inputNames, long[] inputs, String[] outputNames, long[] outputs)
             throws OrtException;
 }

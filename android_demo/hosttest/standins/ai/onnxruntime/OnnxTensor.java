@@ -12,7 +12,7 @@ public class OnnxTensor extends OnnxTensorLike {
     private static final int INT64 = 7;
 
     private final int type;
-    private final Buffer buffer; // keeps the memory
+    private final Buffer buffer; // keeps the memory alive
 
     OnnxTensor(long nativeHandle, int type, TensorInfo info, Buffer buffer) {
         super(nativeHandle, info);
@@ -31,7 +31,7 @@ public class OnnxTensor extends OnnxTensorLike {
 
     private static OnnxTensor createTensor(int type, int size, Buffer data, ByteOrder order, long[] shape)
             throws OrtException {
-        // The real class copies the first and misreads the second: neither may creep in.
+        // The real class copies the first and misreads the second, so both are errors here.
         if (!data.isDirect()) throw new IllegalStateException("stand-in: not a direct buffer, it would be copied");
         if (order != ByteOrder.nativeOrder()) throw new IllegalStateException("stand-in: not in native byte order");
         long count = 1;

@@ -10,7 +10,7 @@ public abstract class OnnxTensorLike implements OnnxValue {
         this.info = info;
     }
 
-    /** The real class hands out the pointer of a closed tensor as well, and the process dies. */
+    /** The real class returns the pointer of a closed tensor as well, and the process crashes. */
     long getNativeHandle() {
         checkClosed();
         return nativeHandle;

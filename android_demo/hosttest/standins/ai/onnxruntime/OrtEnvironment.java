@@ -28,7 +28,7 @@ public class OrtEnvironment implements AutoCloseable {
         return Native.version();
     }
 
-    /** As in the real class, nothing: the environment lives as long as the process. */
+    /** Does nothing, as in the real class: the environment lives as long as the process. */
     @Override
     public void close() {}
 }

@@ -20,7 +20,7 @@ public class OrtSession implements AutoCloseable {
         Native.count(1);
     }
 
-    /** The real rules: names must exist, no output both requested and pinned, and the pinned ones come first. */
+    /** As in the real class, names must exist, no output may be both requested and pinned, and pinned ones come first. */
     public Result run(
             Map<String, ? extends OnnxTensorLike> inputs,
             Set<String> requestedOutputs,
@@ -46,7 +46,7 @@ public class OrtSession implements AutoCloseable {
             names[i] = input.getKey();
             handles[i++] = input.getValue().getNativeHandle();
         }
-        String[] wanted = new String[count];
+        String[] outputNamesInOrder = new String[count];
         OnnxValue[] values = new OnnxValue[count];
         long[] outputs = new long[count]; // 0: ONNX Runtime allocates it
         i = 0;
@@ -54,7 +54,7 @@ public class OrtSession implements AutoCloseable {
             if (!outputNames.contains(output.getKey())) {
                 throw new OrtException("Unknown output name " + output.getKey() + ", expected one of " + outputNames);
             }
-            wanted[i] = output.getKey();
+            outputNamesInOrder[i] = output.getKey();
             values[i] = output.getValue();
             outputs[i++] = ((OnnxTensorLike) output.getValue()).getNativeHandle();
         }
@@ -66,15 +66,15 @@ public class OrtSession implements AutoCloseable {
                 throw new OrtException("Output '" + name
                         + "' was found in both the requested outputs and the pinned outputs");
             }
-            wanted[i++] = name;
+            outputNamesInOrder[i++] = name;
         }
-        Native.run(nativeHandle, names, handles, wanted, outputs);
+        Native.run(nativeHandle, names, handles, outputNamesInOrder, outputs);
         for (i = pinnedOutputs.size(); i < count; i++) {
             long[] info = Native.tensorInfo(outputs[i]);
             TensorInfo shape = new TensorInfo(Arrays.copyOfRange(info, 1, info.length));
             values[i] = new OnnxTensor(outputs[i], (int) info[0], shape, null);
         }
-        return new Result(wanted, values, pinnedOutputs.size());
+        return new Result(outputNamesInOrder, values, pinnedOutputs.size());
     }
 
     @Override
@@ -120,7 +120,7 @@ public class OrtSession implements AutoCloseable {
         }
     }
 
-    /** What a run returned. Closing it closes what ONNX Runtime allocated, not the pinned outputs. */
+    /** Outputs of a run. Closing it closes those that ONNX Runtime allocated, not the pinned ones. */
     public static class Result implements AutoCloseable, Iterable<Map.Entry<String, OnnxValue>> {
         private final Map<String, OnnxValue> map = new LinkedHashMap<>();
         private final OnnxValue[] values;

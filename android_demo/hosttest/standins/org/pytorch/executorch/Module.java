@@ -19,7 +19,7 @@ public class Module implements Closeable {
         this.nativeHandle = nativeHandle;
     }
 
-    /** Sets the size of the process's thread pool every time, as the real one; 0 is half of the processors. */
+    /** Sets the size of the process's thread pool in every call, as the real class; 0 is half of the processors. */
     public static Module load(String modelPath, int loadMode, int numThreads) {
         if (loadMode != LOAD_MODE_MMAP) throw new IllegalArgumentException("stand-in: LOAD_MODE_MMAP only");
         File file = new File(modelPath);
@@ -34,7 +34,7 @@ public class Module implements Closeable {
         loadMethodNative(nativeHandle, methodName);
     }
 
-    /** Inputs reach the method by address; outputs are its own memory until its next call. */
+    /** The method gets inputs by address; outputs are its own memory until its next call. */
     public EValue[] execute(String methodName, EValue... inputs) {
         checkOpen();
         Buffer[] data = new Buffer[inputs.length];
@@ -74,7 +74,7 @@ public class Module implements Closeable {
 
     private static native void loadMethodNative(long module, String method);
 
-    /** For each output its memory, and its type and shape. */
+    /** Returns for each output its memory, then its type and shape. */
     private static native Object[] executeNative(
             long module, String method, Buffer[] data, long[][] shapes, int[] types);
 

@@ -23,7 +23,7 @@ public abstract class Tensor {
         return new TensorInt64(data, shape);
     }
 
-    /** The real rules: it is the capacity that counts, not what remains. */
+    /** As in the real class, the capacity counts, not what remains. */
     private static void check(Buffer data, ByteOrder order, long[] shape) {
         for (long dimension : shape) checkArgument(dimension >= 0, "Shape elements must be non negative");
         checkArgument(numel(shape) == data.capacity(), "Inconsistent data capacity:" + data.capacity()

@@ -5,23 +5,32 @@ import gemmamtp.core.Message
 import gemmamtp.core.Options
 import gemmamtp.core.Sampling
 
+/** The largest number of tokens of a run. */
 const val BENCHMARK_TOKENS = 64
+
+/** Measured turns; each has a plain and a speculative run. */
 const val BENCHMARK_RUNS = 5
 
-/** One text of a benchmark: its token ids, and the seconds of its rounds. */
+/**
+ * One text of a benchmark.
+ *
+ * @property tokens its token ids.
+ * @param seconds time of all its rounds.
+ */
 class Run(val tokens: List<Int>, seconds: Double) {
     /** Tokens a second; the first token comes from the prefill, so it does not count. */
     val rate = (tokens.size - 1) / seconds
 }
 
 /**
- * Plain decoding beside speculative.
+ * Plain and speculative decoding compared.
  *
- * @property plain tokens a second, median.
- * @property drafted tokens a second, median.
- * @property ratio median of the ratios within turns: the device warms up and throttles between them.
+ * @property plain tokens a second of plain decoding, median.
+ * @property drafted tokens a second of speculative decoding, median.
+ * @property ratio median of the ratios within turns, because the device warms up and throttles between turns.
  * @property equal whether all texts have the same tokens.
- * @property tokens of each text.
+ * @property tokens number of tokens of each text.
+ * @property runs number of turns.
  */
 data class Comparison(
     val plain: Double,
@@ -32,7 +41,7 @@ data class Comparison(
     val runs: Int,
 )
 
-/** Compare runs that were made in turns: a plain one and a speculative one in each. */
+/** Compare runs that were made in turns, a plain and a speculative one in each. */
 fun compare(plain: List<Run>, drafted: List<Run>) = Comparison(
     plain = median(plain.map { it.rate }),
     drafted = median(drafted.map { it.rate }),
@@ -49,10 +58,11 @@ fun median(values: List<Double>): Double {
 }
 
 /**
- * Write the same answer plain and speculative, greedy, [BENCHMARK_RUNS] times after one turn that does not count.
+ * Generate the same greedy answer plain and speculative, in [BENCHMARK_RUNS] turns after one that only warms up.
  *
- * @param numDraftTokens of the speculative runs, null for as many as pay.
- * @param write how one text is written: so that whoever calls can watch it and stop it.
+ * @param numDraftTokens K of the speculative runs; null chooses the fastest K for each round.
+ * @param report receives the number of turns that are done.
+ * @param write generates one text to its end and returns its token ids, so that the caller can show and stop it.
  * @throws InputError the answer ends before anything can be measured.
  */
 fun benchmark(
@@ -67,7 +77,7 @@ fun benchmark(
     for (turn in 0..BENCHMARK_RUNS) {
         report.at(Work(Step.MEASURING, turn.toLong(), BENCHMARK_RUNS + 1L))
         val both = listOf(0 to plain, numDraftTokens to drafted)
-        // Whichever comes second finds the device warmer, so they take turns in that as well.
+        // The second run of a turn finds the device warmer, so the order alternates.
         for ((drafts, runs) in if (turn % 2 == 0) both else both.reversed()) {
             model.forget()
             val writing = model.write(listOf(Message("user", prompt)), Options(BENCHMARK_TOKENS, drafts, Sampling()))

@@ -16,9 +16,9 @@ import java.io.File
 private const val PER_LAYER = "embed_tokens_per_layer"
 
 /**
- * Opens real bundles.
+ * Opens bundles on disk.
  *
- * @param costs folder for what passes cost on this device.
+ * @param costs folder for the costs that are measured on this device.
  */
 class BundleOpener(private val loadGraphs: LoadGraphs, private val costs: File) : Opener {
     override fun memoryNeeded(bundle: File): Long = memoryNeeded(readManifest(bundle))
@@ -28,12 +28,13 @@ class BundleOpener(private val loadGraphs: LoadGraphs, private val costs: File) 
         val total = manifest.files.values.sumOf { it.size }
         costs.mkdirs()
         try {
-            val kept = File(costs, "${manifest.digest}.json")
-            val load = LoadGraphs { dir, facts, threads ->
+            val costsFile = File(costs, "${manifest.digest}.json")
+            val load = LoadGraphs { folder, checked, threads ->
                 report.at(Work(Step.LOADING, 0, 0))
-                loadGraphs.load(dir, facts, threads)
+                loadGraphs.load(folder, checked, threads)
             }
-            return DecoderModel(openDecoder(bundle, load, null, kept, verify, counted(Step.CHECKING, total, report)))
+            val progress = counted(Step.CHECKING, total, report)
+            return DecoderModel(openDecoder(bundle, load, null, costsFile, verify, progress))
         } catch (error: LinkageError) { // native libraries that are not in the APK, or not for this processor
             throw InputError(
                 "$bundle: this app has no ${manifest.backend} libraries for this device (${error.message}); build it" +
@@ -45,8 +46,8 @@ class BundleOpener(private val loadGraphs: LoadGraphs, private val costs: File) 
 }
 
 /**
- * Bytes that an open bundle takes at most: its weights, which both runtimes repack into memory of their own, and the KV
- * cache of a text that fills the context. The per-layer table is mapped, and the system may drop what was read of it.
+ * The largest number of bytes that an open bundle takes: its weights, which both runtimes repack into their own memory,
+ * and the KV cache of a text that fills the context. The per-layer table is mapped, and the system may drop its pages.
  */
 fun memoryNeeded(manifest: Manifest): Long {
     fun filesOf(table: String) = manifest.tables.getValue(table).let { listOfNotNull(it.data.file, it.scales?.file) }

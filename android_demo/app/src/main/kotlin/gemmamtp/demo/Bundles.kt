@@ -14,52 +14,53 @@ import java.io.InputStream
 /**
  * A bundle that can be opened.
  *
- * @property verified whether its files were checked when they came here.
+ * @property dir its directory.
+ * @property verified whether its files were checked when they were copied here.
  */
 data class BundleFolder(val dir: File, val verified: Boolean) {
     val name: String get() = dir.name
 }
 
-/** A file of a source, and its size in bytes as far as that is known, else 0. */
+/** A file of a source; [size] is in bytes, 0 if it is not known. */
 class SourceFile(val name: String, val size: Long, val open: () -> InputStream)
 
-/** Somewhere a bundle can be copied from. A bundle is mapped into memory, so it must be files of its own. */
+/** A place that a bundle can be copied from. A bundle is mapped into memory, so it must be files on disk. */
 interface BundleSource : Closeable {
     val name: String
 
-    /** Its files, without those in folders; throws IOException. */
+    /** Its files, without those in subfolders; throws IOException. */
     fun files(): List<SourceFile>
 }
 
-/** What the name of a copy begins with while another takes its place. */
-private const val OLD = ".old-"
+/** Prefix of the name of a bundle while another replaces it. */
+private const val OLD_PREFIX = ".old-"
 
 /**
  * The bundles of this device.
  *
- * @property installed where the app keeps its copies.
- * @param pushed folders that others may put bundles into, or that are bundles.
+ * @param installed the folder of the app's own copies.
+ * @param pushed folders outside of the app that have bundles in them, or are bundles.
  */
 class Bundles(private val installed: File, private val pushed: List<File>) {
     init {
         clean()
     }
 
-    /** All of them, by name; folders that cannot be read have none. */
+    /** All bundles, by name; folders that cannot be read have none. */
     fun list(): List<BundleFolder> {
         val others = pushed.flatMap { folder -> listOf(folder) + folder.listFiles().orEmpty().sorted() }
-        return found(installed.listFiles().orEmpty().sorted(), true) + found(others, false)
+        return bundlesIn(installed.listFiles().orEmpty().sorted(), true) + bundlesIn(others, false)
     }
 
-    private fun found(folders: List<File>, verified: Boolean) =
+    private fun bundlesIn(folders: List<File>, verified: Boolean) =
         folders.filter { !it.name.startsWith(".") && File(it, MANIFEST).isFile }.map { BundleFolder(it, verified) }
 
     /**
-     * Copy a bundle into the app's storage, written aside, checked against its manifest and renamed.
+     * Copy a bundle into the app's storage: to another name first, then checked against its manifest and renamed.
      *
-     * One of the same name is replaced, unless it has the same manifest: then nothing is copied.
+     * A bundle of the same name is replaced, unless it has the same manifest; then nothing is copied.
      *
-     * @throws InputError it is not a bundle, does not fit, cannot be read, or is damaged.
+     * @throws InputError the source is no bundle, does not fit, cannot be read, or is damaged.
      */
     fun install(source: BundleSource, report: Report): BundleFolder =
         try {
@@ -104,7 +105,7 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
                         to.write(block, 0, count)
                         done += count
                     }
-                    to.fd.sync() // a renamed bundle must not lose its bytes when the battery does
+                    to.fd.sync() // a renamed bundle must not lose bytes when the battery fails
                 }
             }
         }
@@ -120,7 +121,7 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
     }
 
     private fun replace(place: File, aside: File) {
-        val old = File(installed, OLD + place.name)
+        val old = File(installed, OLD_PREFIX + place.name)
         if (place.exists() && !place.renameTo(old)) throw IOException("$place cannot be replaced")
         if (!aside.renameTo(place)) {
             old.renameTo(place)
@@ -128,17 +129,17 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
         }
     }
 
-    /** Remove what this, or a process that was killed, left half done; a bundle that was to be replaced comes back. */
+    /** Remove what an interrupted copy left; a bundle that was being replaced is restored. */
     private fun clean() {
         for (file in installed.listFiles().orEmpty().filter { it.name.startsWith(".") }) {
-            val place = File(installed, file.name.removePrefix(OLD))
-            val lost = file.name.startsWith(OLD) && !place.exists()
+            val place = File(installed, file.name.removePrefix(OLD_PREFIX))
+            val lost = file.name.startsWith(OLD_PREFIX) && !place.exists()
             if (!lost || !file.renameTo(place)) file.deleteRecursively()
         }
     }
 }
 
-/** A progress that adds up to a [total] of bytes. */
+/** A progress that reports the bytes done so far, of a [total], as a [step]. */
 fun counted(step: Step, total: Long, report: Report): Progress {
     var done = 0L
     return Progress { _, bytes ->
@@ -147,7 +148,7 @@ fun counted(step: Step, total: Long, report: Report): Progress {
     }
 }
 
-/** A name from elsewhere, which must not lead out of the folder that it is put into. */
+/** Check a name from outside of the app, which must not lead out of the folder that it is put into. */
 private fun safeName(name: String): String {
     if (name.isEmpty() || name.startsWith(".") || File(name).name != name) {
         throw InputError("'$name': not a name for a file of a bundle; rename it")

@@ -11,10 +11,10 @@ import gemmamtp.engines.Engines
 import java.io.File
 import java.util.concurrent.Executors
 
-/** At most so often is the screen drawn anew: tokens may come faster than eyes. */
+/** The shortest time between two updates of the screen: tokens may come faster than anyone reads. */
 private const val FRAME_MILLIS = 66L
 
-/** Holds the session, which outlives activities: a rotation neither stops an answer nor opens a bundle again. */
+/** Holds the session, which outlives activities, so a rotation neither stops an answer nor opens a bundle again. */
 class DemoApp : Application() {
     val bundles: Bundles by lazy {
         val pushed = listOfNotNull(getExternalFilesDir("bundles"), File("/data/local/tmp/gemma-mtp"))
@@ -34,16 +34,16 @@ class DemoApp : Application() {
         view?.invoke(session.screen)
     }
 
-    // The main thread's own: what draws a screen while an activity is in view.
+    // Used on the main thread only: draws the screen while an activity is in view.
     private var view: ((Screen) -> Unit)? = null
 
-    /** An activity came into view, and draws from now on; the main thread calls it. */
+    /** Draw with [view] from now on: an activity came into view. Call it on the main thread. */
     fun attach(view: (Screen) -> Unit) {
         this.view = view
         view(session.screen)
     }
 
-    /** The activity went out of view. */
+    /** Draw no more: the activity went out of view. */
     fun detach() {
         view = null
     }
@@ -61,10 +61,10 @@ class DemoApp : Application() {
         session.memoryShort(visible = view != null)
     }
 
-    /** What can be taken before the system begins to kill others for it. */
+    /** Bytes that can be allocated before the system begins to kill other apps. */
     private fun availableMemory(): Long {
-        val found = ActivityManager.MemoryInfo()
-        (getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(found)
-        return maxOf(0, found.availMem - found.threshold)
+        val info = ActivityManager.MemoryInfo()
+        (getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(info)
+        return maxOf(0, info.availMem - info.threshold)
     }
 }

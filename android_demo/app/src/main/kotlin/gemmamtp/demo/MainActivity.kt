@@ -19,7 +19,7 @@ import android.widget.Toast
 
 private const val PICK_FOLDER = 1
 
-/** Shows the session's screen and passes on what is tapped; it has no state but the prompt that is being typed. */
+/** Shows the session's screen and passes taps on; its only state is the prompt that is being typed. */
 class MainActivity : Activity() {
     private val app get() = application as DemoApp
     private val session get() = app.session
@@ -34,7 +34,7 @@ class MainActivity : Activity() {
     private val talk by lazy { findViewById(R.id.talk) as LinearLayout }
     private val prompt by lazy { findViewById(R.id.prompt) as EditText }
     private val send by lazy { findViewById(R.id.send) as Button }
-    private val words by lazy { Words(this) }
+    private val screenText by lazy { ScreenText(this) }
     private var dialog: AlertDialog? = null
     private var followsEnd = true
 
@@ -85,14 +85,14 @@ class MainActivity : Activity() {
         send.setText(if (screen.busy) R.string.stop else R.string.send)
         send.isEnabled = screen.busy || screen.ready
         prompt.setHint(if (screen.ready && !screen.chats) R.string.text_hint else R.string.prompt_hint)
-        set(status, words.status(screen))
+        set(status, screenText.status(screen))
         val color = if (screen.problem == null) R.color.text_secondary else R.color.error
         status.setTextColor(getColor(color))
-        transcript.keepScreenOn = screen.busy // else the display goes dark in a long benchmark, and that ends it
+        transcript.keepScreenOn = screen.busy // else the display turns off in a long benchmark, which ends it
         reopen.visibility = visible(screen.canReopen)
         reopen.setText(if (screen.problem is Problem.MemoryShort) R.string.open_anyway else R.string.open_again)
         showWork(screen)
-        for ((id, value) in words.counts(screen.counts)) set(findViewById(id) as TextView, value)
+        for ((id, value) in screenText.counts(screen.counts)) set(findViewById(id) as TextView, value)
         showTalk(screen.talk)
     }
 
@@ -104,7 +104,7 @@ class MainActivity : Activity() {
         if (work != null && known) progress.progress = (progress.max * work.done / work.total).toInt()
     }
 
-    /** Answers only grow, so the end is appended: what is selected stays selected. */
+    /** Append to answers, which only grow, so that a selection in them stays. */
     private fun showTalk(exchanges: List<Exchange>) {
         if (talk.childCount > exchanges.size) talk.removeAllViews()
         while (talk.childCount < exchanges.size) layoutInflater.inflate(R.layout.exchange, talk)
@@ -121,14 +121,14 @@ class MainActivity : Activity() {
         }
     }
 
-    /** A text that is set again is announced again, even if it is the same. */
+    /** Set a text if it differs: setting it again would make a screen reader announce it again. */
     private fun set(view: TextView, text: String) {
         if (view.text.toString() != text) view.text = text
     }
 
     private fun visible(yes: Boolean) = if (yes) View.VISIBLE else View.GONE
 
-    /** The prompt, or null and a word about it if there is none. */
+    /** The prompt; null, and a message to the user, if there is none. */
     private fun typed(): String? {
         val text = prompt.text.toString()
         if (text.isNotBlank()) return text
@@ -147,10 +147,10 @@ class MainActivity : Activity() {
 
     private fun chooseBundle() {
         val carried = AssetSource(applicationContext.assets, getString(R.string.built_in))
-        val found = app.bundles.list().filter { it.name != carried.name }
+        val onDevice = app.bundles.list().filter { it.name != carried.name }
         val choices = ArrayList<Pair<String, () -> Unit>>()
         if (carried.exists) choices.add(carried.name to { session.install(carried) })
-        found.mapTo(choices) { it.name to { session.open(it) } }
+        onDevice.mapTo(choices) { it.name to { session.open(it) } }
         choices.add(getString(R.string.pick_folder) to ::pickFolder)
         dialog = AlertDialog.Builder(this)
             .setTitle(R.string.choose_bundle)

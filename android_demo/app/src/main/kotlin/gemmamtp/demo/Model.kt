@@ -7,41 +7,42 @@ import gemmamtp.core.Token
 import java.io.Closeable
 import java.io.File
 
-/** An open bundle as the app uses it. One thread at a time may use it; [Writing.cancel] alone is for any thread. */
+/** An open bundle as the app uses it. One thread at a time may use it; any thread may call [Writing.cancel]. */
 interface Model : Closeable {
-    /** Whether it answers a conversation; otherwise it continues the newest message as text. */
+    /** Whether it answers conversations; otherwise it continues the last message as text. */
     val chats: Boolean
 
-    /** Drafts a round that the bundle was exported for. */
+    /** The default number of drafts a round, K, of the bundle. */
     val defaultDraftTokens: Int
 
-    /** How the bundle wants tokens to be chosen. */
+    /** How tokens are chosen, as the checkpoint recommends. */
     val sampling: Sampling
 
-    /** Write what follows the last of the messages; throws InputError for what cannot be run. */
+    /** Generate what follows the last message; throws InputError if the messages or options cannot be run. */
     fun write(messages: List<Message>, options: Options): Writing
 
-    /** Run the next prompt as a whole. */
+    /** Let the next prompt be run as a whole, whatever it shares with the last text. */
     fun forget()
 }
 
-/** One text that is being written. */
+/** One text that is being generated. */
 interface Writing : Iterator<Token> {
-    /** What it took so far. */
+    /** Counts and times so far. */
     val counts: Counts
 
-    /** End the text with the next token; any thread may call it. */
+    /** End the text with its next token; any thread may call it. */
     fun cancel()
 }
 
 /**
- * What a text took.
+ * Counts and times of a text.
  *
+ * @property tokens number of new tokens.
  * @property decodeSeconds time of all rounds, without the prefill.
- * @property acceptanceRate accepted drafts over drafts, null if there were none.
- * @property tokensPerRound null before the first round.
- * @property lastDrafted drafts of the newest round, null before the first.
- * @property finish why the text ended, empty while it is written.
+ * @property acceptanceRate accepted drafts / drafts; null if there were none.
+ * @property tokensPerRound mean tokens per round; null before the first round.
+ * @property lastDrafted drafts of the newest round; null before the first.
+ * @property finish why the text ended, as `Stats.finishReason`; empty while it is generated.
  */
 data class Counts(
     val tokens: Int = 0,
@@ -51,15 +52,15 @@ data class Counts(
     val lastDrafted: Int? = null,
     val finish: String = "",
 ) {
-    /** The first token comes from the prefill, so it does not count. Null before the second. */
+    /** Without the first token, which comes from the prefill; null before the second. */
     val tokensPerSecond: Double? get() = if (tokens > 1 && decodeSeconds > 0) (tokens - 1) / decodeSeconds else null
 }
 
 /** Makes models from bundles on disk. */
 interface Opener {
-    /** Bytes of memory that an open bundle takes at most; throws InputError if the directory is not a bundle. */
+    /** The largest number of bytes that an open bundle takes; throws InputError if the directory is no bundle. */
     fun memoryNeeded(bundle: File): Long
 
-    /** Open a bundle; with [verify] every file is checked against the manifest first. Throws InputError. */
+    /** Open a bundle; with [verify], check every file against the manifest first. Throws InputError. */
     fun open(bundle: File, verify: Boolean, report: Report): Model
 }

@@ -3,10 +3,10 @@ package gemmamtp.demo
 import java.util.concurrent.atomic.AtomicBoolean
 
 /**
- * Lets [run] happen at most once in [millis], and always once more after the last request.
+ * Calls [run] at most once in [millis], and always once more after the last request.
  *
  * @param now milliseconds of a clock that never goes back.
- * @param later runs something after so many milliseconds, always on the same thread.
+ * @param later runs a function after so many milliseconds, always on the same thread.
  */
 class Paced(
     private val millis: Long,
@@ -19,7 +19,7 @@ class Paced(
     @Volatile
     private var next = 0L
 
-    /** Any thread may call it. */
+    /** Ask for a run; any thread may call it. */
     fun request() {
         if (!waiting.compareAndSet(false, true)) return
         later(maxOf(0, next - now())) {

@@ -1,46 +1,48 @@
 package gemmamtp.demo
 
-/** What the session is busy with. */
+/** What the session is doing. */
 enum class Phase { IDLE, COPYING, OPENING, READY, WRITING, BENCHMARKING }
 
-/** How many drafts a round has: none, the bundle's default, or as many as pay. */
+/** How many drafts a round has: none, the bundle's default, or the fastest number for each round. */
 enum class Drafting { OFF, ON, AUTO }
 
-/** A prompt and what was written after it, so far. */
+/** A prompt, and the answer so far. */
 data class Exchange(val prompt: String, val answer: String)
 
-/** How far something long is, in bytes or turns. */
+/** Progress of a [step]: [done] of [total] bytes or turns. */
 data class Work(val step: Step, val done: Long, val total: Long)
 
+/** The steps of long work. */
 enum class Step { COPYING, CHECKING, LOADING, MEASURING }
 
-/** Told how far something long is; may throw [Stopped]. */
+/** Receives the progress of long work. */
 fun interface Report {
+    /** Called with the progress; throws [Stopped] to end the work. */
     fun at(work: Work)
 }
 
-/** The user, or the system, wants no more of this. */
+/** Thrown to end work that the user or the system stopped. */
 class Stopped : Exception()
 
-/** Why something did not happen. */
+/** Why a request was not carried out. */
 sealed class Problem {
-    /** The one line of an InputError. */
+    /** The message of an InputError. */
     data class Refused(val line: String) : Problem()
 
-    /** The bundle was not opened, because it needs more bytes than the system can give without pressure. */
+    /** The bundle was not opened, because it needs more bytes than are available. */
     data class MemoryShort(val needed: Long, val available: Long) : Problem()
 
     /** Memory ran out; the bundle was closed. */
     data object OutOfMemory : Problem()
 
-    /** The system asked for memory while the app was in view. */
+    /** The system asked for memory while the app was in view, so generating was stopped. */
     data object StoppedForMemory : Problem()
 
-    /** The system asked for memory while the app was not in view; it need not be short for that. */
+    /** The system asked for memory while the app was not in view, so the bundle was closed. */
     data object ClosedForMemory : Problem()
 }
 
-/** All that the activity shows. */
+/** Everything that the activity shows. */
 data class Screen(
     val phase: Phase = Phase.IDLE,
     val bundle: String? = null,
@@ -55,7 +57,7 @@ data class Screen(
     val busy: Boolean get() = phase != Phase.IDLE && phase != Phase.READY
     val ready: Boolean get() = phase == Phase.READY
 
-    /** Whether the bundle that was asked for last may do better if it is asked for again. */
+    /** Whether opening the same bundle again may succeed. */
     val canReopen: Boolean
         get() = phase == Phase.IDLE &&
             (problem is Problem.MemoryShort || problem == Problem.OutOfMemory || problem == Problem.ClosedForMemory)

@@ -5,16 +5,17 @@ import gemmamtp.core.Message
 import gemmamtp.core.Options
 import java.util.concurrent.Executor
 
+/** The largest number of tokens of an answer. */
 const val MAX_NEW_TOKENS = 512
 
 /**
- * The app's state and its one worker: a bundle, a conversation, and whatever is going on.
+ * The app's state and its one worker: a bundle, a conversation, and the work in progress.
  *
- * All methods return at once and may be called from any thread; what asks for something while the session is busy is
- * refused and returns false. The worker alone touches the model.
+ * All methods return at once and may be called from any thread. Requests while the session is busy are refused, and
+ * return false. Only the worker uses the model.
  *
- * @param available bytes of memory that a bundle may take now.
- * @param worker runs one thing at a time, in order.
+ * @param available gives the bytes of memory that a bundle may take now.
+ * @param worker runs one job at a time, in order.
  * @param changed called after each change of [screen], on whichever thread made it.
  */
 class Session(
@@ -28,18 +29,18 @@ class Session(
     var screen = Screen()
         private set
 
-    // Set and read by several threads: whoever sets one of them looks at the other after that.
+    // Set and read by several threads: each thread that sets one of them reads the other after that.
     @Volatile
     private var stopping = false
 
     @Volatile
     private var writing: Writing? = null
 
-    // The worker's own.
+    // Used by the worker only.
     private var model: Model? = null
     private var asked: BundleFolder? = null
 
-    /** Open a bundle, in place of the one that is open. */
+    /** Open a bundle instead of the one that is open. */
     fun open(bundle: BundleFolder): Boolean = start(Phase.OPENING) { load(bundle, false) }
 
     /** Copy a bundle into the app's storage and open it. */
@@ -53,7 +54,7 @@ class Session(
         return started
     }
 
-    /** Open the bundle that was asked for last, short of memory or not. */
+    /** Open the bundle that was asked for last, even if memory is short. */
     fun reopen(): Boolean = start(Phase.OPENING) { asked?.let { load(it, true) } }
 
     /** Answer a prompt. */
@@ -70,7 +71,7 @@ class Session(
         }
     }
 
-    /** Time the answer to a prompt, plain and with drafts; the conversation stays as it is. */
+    /** Measure the answer to a prompt, plain and with drafts; the conversation does not change. */
     fun benchmark(prompt: String): Boolean = start(Phase.BENCHMARKING, Phase.READY) {
         val model = checkNotNull(model)
         val drafts = if (screen.drafting == Drafting.OFF) model.defaultDraftTokens else draftTokens(model)
@@ -82,35 +83,35 @@ class Session(
         update { it.copy(comparison = comparison) }
     }
 
-    /** Choose how many drafts the next answer has. */
+    /** Choose the number of drafts a round of the next answer. */
     fun draft(drafting: Drafting) = update { it.copy(drafting = drafting) }
 
-    /** Forget the conversation. */
+    /** Begin a new conversation. */
     fun newChat() = update {
         if (it.busy) it else it.copy(talk = emptyList(), counts = null, comparison = null, problem = null)
     }
 
-    /** End whatever is going on, as soon as it can. */
+    /** Stop the work in progress as soon as possible. */
     fun stop() {
         stopping = true
         writing?.cancel()
     }
 
-    /** The app went out of view: stop writing. Copying and opening may go on. */
+    /** Stop generating, because the app went out of view; copying and opening go on. */
     fun background() {
         if (screen.phase == Phase.WRITING || screen.phase == Phase.BENCHMARKING) stop()
     }
 
-    /** The system asks for memory: stop, and if nobody looks, close the bundle. */
+    /** Stop, because the system asks for memory; close the bundle as well if the app is not in view. */
     fun memoryShort(visible: Boolean) {
-        if (screen.phase == Phase.COPYING) return // it takes none, and would have to begin again
+        if (screen.phase == Phase.COPYING) return // copying takes no memory, and would have to begin again
         val stopped = screen.busy
         stop()
         worker.execute {
             if (visible) {
                 if (stopped) update { it.copy(problem = Problem.StoppedForMemory) }
-            } else if (model != null || (stopped && screen.problem == null)) { // opening is stopped as well
-                // In one step, so that nothing starts on a model that is about to go; what started before keeps it.
+            } else if (model != null || (stopped && screen.problem == null)) { // `stopped`: opening was stopped
+                // In one step, so that no job starts on a model that is about to be closed; a job that started keeps it.
                 update { if (it.busy) it else it.copy(phase = Phase.IDLE, problem = Problem.ClosedForMemory) }
                 if (screen.phase == Phase.IDLE) close()
             }
@@ -140,7 +141,7 @@ class Session(
         update { it.copy(chats = opened.chats) }
     }
 
-    /** Write a text to its end, or until it is stopped; returns its tokens. */
+    /** Generate a text to its end, or until it is stopped; returns its token ids. */
     private fun write(text: Writing, token: (String, Counts) -> Unit): List<Int> {
         val tokens = ArrayList<Int>()
         writing = text
@@ -166,7 +167,7 @@ class Session(
         model = null
     }
 
-    /** Take up something, unless the session is busy, or not in the phase [from]. */
+    /** Start a job, unless the session is busy, or not in the phase [from]. */
     private fun start(phase: Phase, from: Phase? = null, job: () -> Unit): Boolean {
         synchronized(this) {
             if (screen.busy || (from != null && screen.phase != from)) return false
@@ -181,7 +182,7 @@ class Session(
             } catch (error: InputError) {
                 problem = Problem.Refused(error.message.orEmpty())
             } catch (_: Stopped) {
-                // as asked
+                // the user or the system asked for it
             } catch (_: OutOfMemoryError) {
                 close()
                 problem = Problem.OutOfMemory

@@ -12,8 +12,9 @@ import java.io.InputStream
 
 private const val ASSETS = "bundle"
 
-/** The bundle that the APK carries, if it does. */
+/** The bundle in the APK's assets. */
 class AssetSource(private val assets: AssetManager, override val name: String) : BundleSource {
+    /** Whether the APK has a bundle. */
     val exists: Boolean get() = MANIFEST in assets.list(ASSETS).orEmpty()
 
     override fun files() = assets.list(ASSETS).orEmpty().map { name ->
@@ -24,15 +25,15 @@ class AssetSource(private val assets: AssetManager, override val name: String) :
     override fun close() = Unit
 }
 
-/** A folder that was picked with the system's picker; the permission to read it is kept until it is closed. */
+/** A folder from the system's picker; the permission to read it is held until it is closed. */
 class TreeSource(private val resolver: ContentResolver, private val tree: Uri) : BundleSource {
     private val id = DocumentsContract.getTreeDocumentId(tree)
 
     init {
-        try { // else it ends with the activity, and copying may take longer
+        try { // else the permission ends with the activity, and copying may take longer
             resolver.takePersistableUriPermission(tree, Intent.FLAG_GRANT_READ_URI_PERMISSION)
         } catch (_: SecurityException) {
-            // the provider gives none that can be kept
+            // the provider gives no permission that lasts
         }
     }
 
@@ -58,7 +59,7 @@ class TreeSource(private val resolver: ContentResolver, private val tree: Uri) :
         try {
             resolver.releasePersistableUriPermission(tree, Intent.FLAG_GRANT_READ_URI_PERMISSION)
         } catch (_: SecurityException) {
-            // none was kept
+            // there was none
         }
     }
 
@@ -66,12 +67,12 @@ class TreeSource(private val resolver: ContentResolver, private val tree: Uri) :
         asIO { resolver.openInputStream(file) } ?: throw IOException("the folder's app does not give $file")
 
     private fun <T> rows(uri: Uri, vararg columns: String, row: (List<String?>) -> T): List<T> = asIO {
-        val found = resolver.query(uri, columns, null, null, null)
+        val cursor = resolver.query(uri, columns, null, null, null)
             ?: throw IOException("the folder's app does not answer")
-        found.use { List(it.count) { at -> it.moveToPosition(at); row(columns.indices.map(it::getString)) } }
+        cursor.use { List(it.count) { at -> it.moveToPosition(at); row(columns.indices.map(it::getString)) } }
     }
 
-    /** Providers are other apps, and what they throw is theirs to choose. */
+    /** Providers are other apps, which may throw anything. */
     private fun <T> asIO(ask: () -> T): T = try {
         ask()
     } catch (error: RuntimeException) {

@@ -17,12 +17,12 @@ class BenchmarkTest {
     @Test
     fun theRatioIsTheMedianWithinTurns() {
         // Throttled by half in the last turn: medians of the rates would say 2, within turns it is 4, 2, 2.
-        val found = compare(runs(4.0, 4.0, 8.0), runs(1.0, 2.0, 4.0))
-        assertEquals(1.0, found.plain)
-        assertEquals(2.0, found.drafted)
-        assertEquals(2.0, found.ratio)
-        assertEquals(5, found.tokens)
-        assertEquals(3, found.runs)
+        val result = compare(runs(4.0, 4.0, 8.0), runs(1.0, 2.0, 4.0))
+        assertEquals(1.0, result.plain)
+        assertEquals(2.0, result.drafted)
+        assertEquals(2.0, result.ratio)
+        assertEquals(5, result.tokens)
+        assertEquals(3, result.runs)
         assertEquals(3.0, compare(runs(4.0, 8.0, 30.0), runs(2.0, 2.0, 10.0)).ratio)
     }
 
@@ -44,15 +44,15 @@ class BenchmarkTest {
     @Test
     fun runsAlternateAfterAWarmUpGreedyAndFromTheBeginning() {
         val model = FakeModel(length = 100)
-        val found = measure(model)
+        val result = measure(model)
         val drafts = model.options.map { it.numDraftTokens }
         assertEquals(listOf<Int?>(0, 4, 4, 0, 0, 4, 4, 0, 0, 4, 4, 0), drafts)
-        assertEquals(BENCHMARK_RUNS, found.runs)
+        assertEquals(BENCHMARK_RUNS, result.runs)
         assertEquals(drafts.size, model.forgotten)
         assertEquals(setOf(0.0), model.options.map { it.sampling.temperature }.toSet())
-        assertEquals(BENCHMARK_TOKENS, found.tokens)
-        assertEquals(1.0, found.plain)
-        assertEquals(2.0, found.ratio)
+        assertEquals(BENCHMARK_TOKENS, result.tokens)
+        assertEquals(1.0, result.plain)
+        assertEquals(2.0, result.ratio)
     }
 
     @Test

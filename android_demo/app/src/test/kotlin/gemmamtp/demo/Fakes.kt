@@ -1,6 +1,6 @@
 package gemmamtp.demo
 
-import gemmamtp.core.FileFacts
+import gemmamtp.core.FileMetadata
 import gemmamtp.core.InputError
 import gemmamtp.core.Message
 import gemmamtp.core.Options
@@ -11,7 +11,7 @@ import java.io.File
 import java.util.ArrayDeque
 import java.util.concurrent.Executor
 
-/** Runs what it is given when the test says so. */
+/** Runs jobs when the test calls [runAll]. */
 class ManualWorker : Executor {
     private val jobs = ArrayDeque<Runnable>()
 
@@ -22,7 +22,7 @@ class ManualWorker : Executor {
     }
 }
 
-/** Writes "0 1 2 ...", one second a token plain and half of one with drafts. */
+/** Generates "0 1 2 ..."; a token takes one second plain, and half a second with drafts. */
 class FakeModel(override val chats: Boolean = true, private val length: Int = 5) : Model {
     override val defaultDraftTokens = 4
     override val sampling = Sampling(temperature = 0.7)
@@ -67,7 +67,7 @@ class FakeModel(override val chats: Boolean = true, private val length: Int = 5)
     }
 }
 
-/** Opens the model it holds, unless it is told to fail. */
+/** Opens its [model], or throws its [failure]. */
 class FakeOpener(var needed: Long = 100) : Opener {
     var model = FakeModel()
     var failure: Throwable? = null
@@ -83,7 +83,7 @@ class FakeOpener(var needed: Long = 100) : Opener {
     }
 }
 
-/** A source of files in memory; `failing` is a name whose stream breaks off. */
+/** A source of files in memory; opening the file [failing] throws. */
 class FakeSource(
     override val name: String,
     private val content: Map<String, ByteArray>,
@@ -105,12 +105,12 @@ class FakeSource(
     }
 }
 
-/** The files of the smallest bundle whose manifest can be read: graphs are never loaded here. */
+/** The files of a minimal bundle with a valid manifest; its graphs cannot be loaded. */
 fun tinyBundle(weights: String = "w".repeat(128)): Map<String, ByteArray> {
     val files = mapOf("model.pte" to weights.toByteArray(), "per_layer.table" to "p".repeat(1000).toByteArray())
-    val facts = files.map { (name, bytes) ->
-        val file = File.createTempFile("facts", null).apply { writeBytes(bytes) }
-        name to FileFacts(file.length(), fileSha256(file)).also { file.delete() }
+    val metadata = files.map { (name, bytes) ->
+        val file = File.createTempFile("file", null).apply { writeBytes(bytes) }
+        name to FileMetadata(file.length(), fileSha256(file)).also { file.delete() }
     }
     fun table(columns: Int, file: String) = """{
         "rows": 8, "columns": $columns, "encoding": "float32", "row_bytes": ${4 * columns}, "group_size": $columns,
@@ -128,7 +128,7 @@ fun tinyBundle(weights: String = "w".repeat(128)): Map<String, ByteArray> {
         "kv": {"buffers": [${kv("key_0", "full_attention")}, ${kv("key_1", "sliding_attention")}]},
         "graphs": {"target": $graph, "drafter": $graph},
         "tables": {"embed_tokens": ${table(4, "model.pte")}, "embed_tokens_per_layer": ${table(2, "per_layer.table")}},
-        "files": {${facts.joinToString { (name, it) -> """"$name": {"size": ${it.size}, "sha256": "${it.sha256}"}""" }}}
+        "files": {${metadata.joinToString { (name, it) -> """"$name": {"size": ${it.size}, "sha256": "${it.sha256}"}""" }}}
     }"""
     return files + ("manifest.json" to manifest.toByteArray())
 }

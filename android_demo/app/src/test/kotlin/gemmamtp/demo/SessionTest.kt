@@ -30,7 +30,7 @@ class SessionTest {
         worker.runAll()
     }
 
-    private fun say(prompt: String) {
+    private fun ask(prompt: String) {
         assertTrue(session.send(prompt))
         worker.runAll()
     }
@@ -38,7 +38,7 @@ class SessionTest {
     @Test
     fun opensWritesAndEndsReady() {
         opened()
-        say("hello")
+        ask("hello")
         assertEquals(listOf(Phase.OPENING, Phase.READY, Phase.WRITING, Phase.READY), phases())
         assertEquals(listOf(Exchange("hello", "0 1 2 3 4 ")), session.screen.talk)
         assertEquals("eos", session.screen.counts?.finish)
@@ -50,13 +50,13 @@ class SessionTest {
     fun showsTheAnswerAsItGrows() {
         opened()
         seen.clear()
-        say("hello")
+        ask("hello")
         val answers = seen.mapNotNull { it.talk.lastOrNull()?.answer }.distinct()
         assertEquals(listOf("", "0 ", "0 1 ", "0 1 2 ", "0 1 2 3 ", "0 1 2 3 4 "), answers)
     }
 
     @Test
-    fun whoeverIsNotReadyIsRefused() {
+    fun requestsAreRefusedUnlessReady() {
         assertFalse(session.send("hello"))
         assertFalse(session.benchmark("hello"))
         opened()
@@ -73,20 +73,20 @@ class SessionTest {
     @Test
     fun aConversationIsPassedOnUntilItIsNew() {
         opened()
-        say("one")
-        say("two")
+        ask("one")
+        ask("two")
         session.newChat()
-        say("three")
+        ask("three")
         assertEquals(listOf("user: one", "assistant: 0 1 2 3 4 ", "user: two"), model.prompts[1])
         assertEquals(listOf("user: three"), model.prompts[2])
     }
 
     @Test
-    fun draftingIsTheSwitch() {
+    fun draftingSetsTheNumberOfDrafts() {
         opened()
         for (drafting in Drafting.values()) {
             session.draft(drafting)
-            say("x")
+            ask("x")
         }
         assertEquals(listOf(0, 4, null), model.options.map { it.numDraftTokens })
         assertEquals(setOf(model.sampling), model.options.map { it.sampling }.toSet())
@@ -96,11 +96,11 @@ class SessionTest {
     fun aStoppedAnswerStaysInTheConversation() {
         opened()
         model.beforeToken = { if (it == 2) session.stop() }
-        say("one")
+        ask("one")
         assertEquals("0 1 2 ", session.screen.talk.single().answer)
         assertEquals("cancelled", session.screen.counts?.finish)
         model.beforeToken = {}
-        say("two")
+        ask("two")
         assertEquals(listOf("user: one", "assistant: 0 1 2 ", "user: two"), model.prompts[1])
         assertEquals("0 1 2 3 4 ", session.screen.talk.last().answer)
     }
@@ -121,7 +121,7 @@ class SessionTest {
         worker.runAll()
         assertEquals(Phase.READY, session.screen.phase)
         model.beforeToken = { if (it == 1) session.background() }
-        say("one")
+        ask("one")
         assertEquals("0 1 ", session.screen.talk.single().answer)
         session.benchmark("one")
         worker.runAll()
@@ -131,12 +131,12 @@ class SessionTest {
     }
 
     @Test
-    fun anErrorIsOneLineAndGoesWithTheNextThing() {
+    fun anErrorIsOneLineAndEndsWithTheNextRequest() {
         opened()
-        say("bad")
+        ask("bad")
         assertEquals(Problem.Refused("the prompt is bad; write a better one"), session.screen.problem)
         assertEquals(Phase.READY, session.screen.phase)
-        say("good")
+        ask("good")
         assertNull(session.screen.problem)
         assertEquals(listOf("user: good"), model.prompts.last(), "what has no answer is no part of the conversation")
     }
@@ -161,7 +161,7 @@ class SessionTest {
     }
 
     @Test
-    fun shortMemoryIsSaidBeforeOpeningAndCanBeOverruled() {
+    fun shortMemoryIsReportedBeforeOpeningAndCanBeOverruled() {
         opener.needed = 1001
         opened()
         assertEquals(Problem.MemoryShort(1001, 1000), session.screen.problem)
@@ -186,7 +186,7 @@ class SessionTest {
         session.reopen()
         worker.runAll()
         model.beforeToken = { if (it == 1) throw OutOfMemoryError() }
-        say("one")
+        ask("one")
         assertEquals(Problem.OutOfMemory, session.screen.problem)
         assertEquals(Phase.IDLE, session.screen.phase)
         assertTrue(model.closed)
@@ -196,21 +196,21 @@ class SessionTest {
     fun memoryShortInViewStopsAndKeepsTheBundle() {
         opened()
         model.beforeToken = { if (it == 1) session.memoryShort(visible = true) }
-        say("one")
+        ask("one")
         assertEquals("0 1 ", session.screen.talk.single().answer)
         assertEquals(Problem.StoppedForMemory, session.screen.problem)
         assertFalse(model.closed)
         session.newChat()
         session.memoryShort(visible = true)
         worker.runAll()
-        assertNull(session.screen.problem, "nothing was stopped, so nothing is said")
+        assertNull(session.screen.problem, "nothing was stopped, so there is no problem")
     }
 
     @Test
     fun memoryShortOutOfViewClosesTheBundleAndKeepsTheConversation() {
         opened()
         model.beforeToken = { if (it == 1) session.memoryShort(visible = false) }
-        say("one")
+        ask("one")
         assertTrue(model.closed)
         assertEquals(Phase.IDLE, session.screen.phase)
         assertEquals(Problem.ClosedForMemory, session.screen.problem)
@@ -218,16 +218,16 @@ class SessionTest {
         assertTrue(session.screen.canReopen)
         session.reopen()
         worker.runAll()
-        say("two")
+        ask("two")
         assertEquals(listOf("user: one", "assistant: 0 1 ", "user: two"), model.prompts.single())
         session.memoryShort(visible = false)
         session.send("three")
         worker.runAll()
-        assertFalse(model.closed, "it was wanted again before it was closed")
+        assertFalse(model.closed, "it was used again before it was closed")
     }
 
     @Test
-    fun memoryShortOutOfViewStopsOpeningAndSaysSo() {
+    fun memoryShortOutOfViewStopsOpeningAndReportsIt() {
         session.open(bundle)
         session.memoryShort(visible = false)
         worker.runAll()
@@ -250,7 +250,7 @@ class SessionTest {
     @Test
     fun anotherBundleBeginsAnotherConversation() {
         opened()
-        say("one")
+        ask("one")
         opened()
         assertEquals(1, session.screen.talk.size)
         session.open(BundleFolder(File("other"), true))
@@ -271,7 +271,7 @@ class SessionTest {
     }
 
     @Test
-    fun aStoppedCopyLeavesNothingAndSaysNothing() {
+    fun aStoppedCopyLeavesNoFilesAndNoProblem() {
         val source = FakeSource("toy", tinyBundle())
         session.install(source)
         session.stop()
@@ -285,12 +285,12 @@ class SessionTest {
     @Test
     fun benchmarksWithoutTouchingTheConversation() {
         opened()
-        say("one")
+        ask("one")
         session.draft(Drafting.OFF)
         session.benchmark("two")
         worker.runAll()
-        val found = checkNotNull(session.screen.comparison)
-        assertEquals(2.0, found.ratio)
+        val comparison = checkNotNull(session.screen.comparison)
+        assertEquals(2.0, comparison.ratio)
         assertEquals(1, session.screen.talk.size)
         assertEquals(setOf<Int?>(0, 4), model.options.drop(1).map { it.numDraftTokens }.toSet())
         assertEquals(Phase.READY, session.screen.phase)

@@ -8,33 +8,42 @@ import java.nio.FloatBuffer
 import java.nio.LongBuffer
 
 /**
- * Numbers in direct memory of native byte order, which both runtimes take by address.
+ * An array in direct memory of native byte order, which both runtimes take by address.
  *
- * @property data a FloatBuffer or a LongBuffer with exactly as many elements as [shape] says.
+ * @property data a FloatBuffer or a LongBuffer with as many elements as the [shape] has.
  */
 class Tensor(val data: Buffer, vararg val shape: Long)
 
-/** One loaded graph that reads, and in the target's case writes, the cache in the app's own memory. */
+/** A loaded graph that reads the KV cache in the app's memory; the target's graph writes it as well. */
 interface BoundGraph : Closeable {
-    /** Use these cache buffers, by name, from now on; those that the graph does not name are left out. */
+    /**
+     * Use these cache buffers from now on.
+     *
+     * @param cache by name, `[N, S, D]` each. The graph reads and writes their memory in place, and ignores those that it
+     *     does not name.
+     */
     fun bind(cache: Map<String, Tensor>)
 
     /**
-     * Outputs that are not cache buffers, by name. They may lie in memory that the next run overwrites.
+     * Run the graph, and return the outputs that are not cache buffers, by name. The next run may overwrite them.
      *
-     * @param inputs those that are not cache buffers, by name.
-     * @throws InputError the graph cannot run, which no sound bundle's does.
+     * @param inputs those that are not cache buffers, by name; FORMAT.md has their shapes.
+     * @throws InputError the graph cannot run; that of an intact bundle can.
      */
     fun run(inputs: Map<String, Tensor>): Map<String, Tensor>
 }
 
-/** What an [InputError]'s message is: one line that names the offender, what was expected, and what to do. */
+/**
+ * Input that cannot be used.
+ *
+ * The message is one line that names the offender, what was expected, what was found and what to do.
+ */
 class InputError(message: String, cause: Throwable? = null) : Exception(message, cause)
 
-/** Zeros in direct memory. */
+/** A buffer of [count] zeros in direct memory. */
 fun floats(count: Int): FloatBuffer = direct(count.toLong() * Float.SIZE_BYTES).asFloatBuffer()
 
-/** Zeros in direct memory. */
+/** A buffer of [count] zeros in direct memory. */
 fun longs(count: Int): LongBuffer = direct(count.toLong() * Long.SIZE_BYTES).asLongBuffer()
 
 private fun direct(bytes: Long): ByteBuffer {

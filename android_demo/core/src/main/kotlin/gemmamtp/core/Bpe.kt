@@ -2,25 +2,25 @@ package gemmamtp.core
 
 import java.util.PriorityQueue
 
-/** Ids of tokens and merges have this many bits in a [Merges] entry. */
+/** Bits of the ids of tokens and merges in a [Merges] entry. */
 internal const val ID_BITS = 21
 private const val ID_MASK = (1L shl ID_BITS) - 1
 private const val MAX_IDS = 1 shl ID_BITS
 
-/** Tokens by id and by text, as UTF-8 in one array: as strings Gemma's 262144 would be a fifth of a phone's heap. */
+/** Tokens by id and by text, as UTF-8 in one array: as strings Gemma's 262144 would take a fifth of a phone's heap. */
 internal class Vocabulary {
     private var text = ByteArray(1 shl 12)
     private var used = 0
-    private var starts = IntArray(0) // by id, -1 where there is no such token
+    private var starts = IntArray(0) // by id, -1 where there is no token
     private var lengths = IntArray(0)
     private var table = IntArray(1 shl 9) { -1 } // open addressing, at most half full
     private var scratch = ByteArray(64)
 
-    /** How many texts there are. */
+    /** How many different texts there are. */
     var size = 0
         private set
 
-    /** @throws IllegalArgumentException the id is out of range or taken. */
+    /** Add a token; throws IllegalArgumentException if the id is out of range or taken. */
     fun add(token: String, id: Int) {
         require(id in 0 until MAX_IDS) { "token $id is beyond the $MAX_IDS ids that fit" }
         if (id >= starts.size) {
@@ -52,9 +52,10 @@ internal class Vocabulary {
         return id(bytes, bytes.size)
     }
 
+    /** The id of a token in UTF-8, -1 if there is none. */
     fun id(bytes: ByteArray, length: Int): Int = table[slot(bytes, 0, length)]
 
-    /** The id of the token that two others make, -1 if there is none. */
+    /** The id of the token whose text is that of two others joined, -1 if there is none. */
     fun joined(left: Int, right: Int): Int {
         val length = lengths[left] + lengths[right]
         if (length > scratch.size) scratch = ByteArray(2 * length)
@@ -83,13 +84,13 @@ internal class Vocabulary {
     }
 }
 
-/** Which pairs of tokens merge, as left, right and rank in one number each; [sort] comes after the last [add]. */
+/** Pairs of tokens that merge: left, right and rank in one number each. Call [sort] after the last [add]. */
 internal class Merges(private val vocabulary: Vocabulary) {
     private var pairs = LongArray(1 shl 8)
     private var joined = IntArray(1 shl 8) // by rank
     private var count = 0
 
-    /** @throws IllegalArgumentException one of the three tokens is not in the vocabulary. */
+    /** Add a merge, of the next rank; throws IllegalArgumentException if one of its three tokens is not in the vocabulary. */
     fun add(left: String, right: String) {
         require(count < MAX_IDS) { "model.merges has more than the $MAX_IDS merges that fit" }
         if (count == pairs.size) {
@@ -120,7 +121,7 @@ internal class Merges(private val vocabulary: Vocabulary) {
         return if (low > 0 && (pairs[low - 1] ushr ID_BITS) == pair) (pairs[low - 1] and ID_MASK).toInt() else -1
     }
 
-    /** The token that the merge of a rank makes. */
+    /** The token that the merge of a rank gives. */
     fun joined(rank: Int): Int = joined[rank]
 }
 
@@ -133,10 +134,10 @@ internal class Bpe(
     byteFallback: Boolean,
     private val ignoreMerges: Boolean,
 ) {
-    /** The token of each byte, -1 where there is none; null if unknown characters are not spelled in bytes. */
+    /** The token of each byte, -1 where there is none; null if unknown characters are not encoded as bytes. */
     private val bytes = if (byteFallback) IntArray(256) { vocabulary.id(byteToken(it)) } else null
 
-    /** Adds the tokens of a word, well-formed text, to [ids]; takes n log n steps. */
+    /** Add the tokens of a word, well-formed text, to [ids]; takes n log n steps. */
     fun encode(word: String, ids: MutableList<Int>) {
         if (ignoreMerges) {
             val whole = vocabulary.id(word)
@@ -152,13 +153,13 @@ internal class Bpe(
 
     /** The tokens of a word's characters. */
     private fun symbols(word: String): IntArray {
-        var found = IntArray(word.length + 4)
+        var symbols = IntArray(word.length + 4)
         var count = 0
         fun add(id: Int) {
-            if (count == found.size) found = found.copyOf(2 * count)
-            found[count++] = id
+            if (count == symbols.size) symbols = symbols.copyOf(2 * count)
+            symbols[count++] = id
         }
-        var unknown = false // an unk token that is to come
+        var unknown = false // an unk token is still to be added
         val utf8 = ByteArray(4)
         var i = 0
         while (i < word.length) {
@@ -171,7 +172,7 @@ internal class Bpe(
                 unknown = false
                 add(id)
             } else if (bytes != null && (0 until length).all { bytes[utf8[it].toInt() and 0xFF] >= 0 }) {
-                // The library leaves an unk token for later here, after the bytes.
+                // As in the library, an unk token that is still to be added comes after the bytes.
                 for (k in 0 until length) add(bytes[utf8[k].toInt() and 0xFF])
             } else if (unk != null) {
                 if (unknown && !fuseUnk) add(unk)
@@ -179,10 +180,10 @@ internal class Bpe(
             }
         }
         if (unknown) add(unk!!)
-        return found.copyOf(count)
+        return symbols.copyOf(count)
     }
 
-    /** Merges pairs in place, lowest rank first, of equal ones the left one; -1 is left where a token was merged away. */
+    /** Merge pairs in place, lowest rank first, of equal ranks the left one; -1 marks a token that was merged away. */
     private fun merge(symbols: IntArray) {
         val next = IntArray(symbols.size) { if (it + 1 < symbols.size) it + 1 else -1 }
         val previous = IntArray(symbols.size) { it - 1 }
@@ -197,7 +198,7 @@ internal class Bpe(
             val left = (best and 0xFFFFFFFFL).toInt()
             val right = next[left]
             if (symbols[left] < 0 || right < 0) continue
-            // One of the two may have been merged since. Like the library, ask only whether they make the same token.
+            // One of the two may have been merged since. As in the library, it counts only that they give the same token.
             val joined = merges.joined((best ushr 32).toInt())
             val rank = merges.rank(symbols[left], symbols[right])
             if (rank < 0 || merges.joined(rank) != joined) continue
@@ -213,7 +214,7 @@ internal class Bpe(
 
 private fun byteToken(byte: Int): String = "<0x" + byte.toString(16).uppercase().padStart(2, '0') + ">"
 
-/** Writes a code point as UTF-8; returns how many bytes it has. */
+/** Write a code point as UTF-8, and return how many bytes it has. */
 private fun utf8(point: Int, into: ByteArray): Int {
     val length = if (point < 0x80) 1 else if (point < 0x800) 2 else if (point < 0x10000) 3 else 4
     for (i in length - 1 downTo 1) into[i] = (0x80 or ((point ushr 6 * (length - 1 - i)) and 0x3F)).toByte()

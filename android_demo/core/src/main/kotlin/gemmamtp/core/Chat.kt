@@ -2,20 +2,21 @@ package gemmamtp.core
 
 import com.google.gson.JsonObject
 
-/** What is said in a chat, by the [role] `system`, `user` or `assistant`. */
+/** A message of a chat; [role] is `system`, `user` or `assistant`. */
 class Message(val role: String, val content: String)
 
-/** What stands before and after a message's content. */
+/** The text before and after a message's content. */
 class Turn(val before: String, val after: String)
 
 /**
- * The plain form of a chat template: what the exporter found that it comes to. FORMAT.md, "Chat", has the rule.
+ * The plain form that the exporter derived from a chat template. FORMAT.md, "Chat", has the rule.
  *
- * @property turns by role.
- * @property answer what makes the model answer.
- * @property trim whether blanks around contents are dropped.
- * @property alternate whether users and assistants must take turns, and a user have the last word.
- * @property hidden what begins and ends the parts of an assistant's messages that are dropped; null if none are.
+ * @property begin the text before the first message.
+ * @property turns the text around a message, by role.
+ * @property answer the text after the last message, which makes the model answer.
+ * @property trim whether white space around contents is dropped.
+ * @property alternate whether user and assistant must take turns, and the user's message be the last.
+ * @property hidden the texts that begin and end parts of an assistant's messages that are dropped; null if none are.
  */
 class ChatFormat(
     val begin: String,
@@ -26,28 +27,29 @@ class ChatFormat(
     val hidden: Pair<String, String>?,
 )
 
-/** The manifest's `chat`; throws IllegalArgumentException or IllegalStateException if it is malformed. */
+/** Read the manifest's `chat`; throws IllegalArgumentException or IllegalStateException if it is malformed. */
 fun chatFormat(json: JsonObject): ChatFormat {
-    val turns = json.found("turns").asJsonObject
+    val turns = json.required("turns").asJsonObject
     for (role in listOf("user", "assistant")) require(turns.has(role)) { "chat.turns has no $role" }
     return ChatFormat(
-        json.found("begin").asString,
+        json.required("begin").asString,
         turns.keySet().associateWith { role -> pair(turns, role).let { Turn(it.first, it.second) } },
-        json.found("answer").asString,
-        json.found("trim").asBoolean,
-        json.found("alternate").asBoolean,
-        if (json.found("hidden").isJsonNull) null else pair(json, "hidden"),
+        json.required("answer").asString,
+        json.required("trim").asBoolean,
+        json.required("alternate").asBoolean,
+        if (json.required("hidden").isJsonNull) null else pair(json, "hidden"),
     )
 }
 
-/** Messages to one prompt, as the checkpoint's own template puts them. */
+/** Turns messages into one prompt, the same as the checkpoint's own template. */
 class ChatTemplate(private val format: ChatFormat) {
     /**
-     * The prompt for the answer to the last message, with its beginning-of-text token if the template writes one.
+     * The prompt that asks for an answer to the last message.
      *
-     * Special tokens that are spelled out in a message count as such, as in transformers.
+     * It begins with the beginning-of-text token if the template writes one. Special tokens that are spelled out in a
+     * message count as special tokens, as in transformers.
      *
-     * @throws InputError the format has no place for the messages.
+     * @throws InputError the format does not allow the messages.
      */
     fun render(messages: List<Message>): String {
         check(messages)
@@ -84,16 +86,16 @@ class ChatTemplate(private val format: ChatFormat) {
         throw InputError("the chat template refuses the messages: $reason; change them")
 }
 
-/** What Python's str.strip() drops, which differs from Kotlin's trim() and from Unicode's White_Space. */
+/** Whether Python's str.strip() drops a character, which differs from Kotlin's trim() and Unicode's White_Space. */
 private fun blank(char: Char): Boolean =
     char in '\t'..'\r' || char in '\u001C'..' ' || char in '\u2000'..'\u200A' || char in OTHER_BLANKS
 
 private const val OTHER_BLANKS = "\u0085\u00A0\u1680\u2028\u2029\u202F\u205F\u3000"
 
 private fun pair(json: JsonObject, name: String): Pair<String, String> {
-    val found = json.found(name).asJsonArray
-    require(found.size() == 2) { "chat: $name has ${found.size()} parts, expected two" }
-    return found[0].asString to found[1].asString
+    val parts = json.required(name).asJsonArray
+    require(parts.size() == 2) { "chat: $name has ${parts.size()} parts, expected two" }
+    return parts[0].asString to parts[1].asString
 }
 
-private fun JsonObject.found(name: String) = requireNotNull(get(name)) { "chat.$name is missing" }
+private fun JsonObject.required(name: String) = requireNotNull(get(name)) { "chat.$name is missing" }

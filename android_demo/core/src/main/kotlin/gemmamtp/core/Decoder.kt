@@ -5,39 +5,48 @@ import java.io.File
 import java.io.IOException
 
 /**
- * A new token, the text that it completes, and its log-probability (see [logProbability]).
+ * A new token.
  *
- * The text may be empty: where a token ends inside a character, or a stop string may be about to begin.
+ * @property id token id.
+ * @property text the text that the token completes; empty where it ends inside a character, or in what may become a stop
+ *     string.
+ * @property logprob natural logarithm of its probability, as [logProbability] defines it.
  */
 class Token(val id: Int, val text: String, val logprob: Double)
 
 /**
- * A bundle, ready to write: what an app holds. It writes one text at a time, on one thread at a time, and what a text
- * shares with the last is not run again.
+ * An open bundle, which generates one text at a time, on one thread at a time. What a prompt shares with the last text is
+ * not run again. Apps call [openDecoder].
  *
- * @param keep is called after each text, and keeps what was measured.
+ * @property tokenizer the bundle's; null if it has none.
+ * @property chat form of the prompts of conversations; null if the bundle has none.
+ * @param planner chooses the number of drafts of each round.
+ * @param clock measures passes and draft steps.
+ * @param save called after each text to save measured costs.
  */
 class Decoder(
     private val engine: Engine,
     val tokenizer: Tokenizer?,
     val chat: ChatTemplate?,
-    private val length: DraftLength,
+    private val planner: DraftLength,
     private val clock: Clock = SYSTEM_CLOCK,
-    private val keep: () -> Unit = {},
+    private val save: () -> Unit = {},
 ) : Closeable {
+    /** The bundle's manifest. */
     val manifest: Manifest get() = engine.manifest
     private var current: Stream? = null
-    private var written: Stream? = null // the one whose keys and values are in the engine's cache
+    private var cached: Stream? = null // the stream whose keys and values are in the engine's cache
 
     /**
      * Continue a prompt. The same seed gives the same tokens, whatever is drafted.
      *
      * @param stop strings that end the text; they are not part of it.
-     * @throws InputError for a prompt that cannot be run, or impossible options.
+     * @throws InputError the prompt cannot be run, an option is out of its range, or the bundle has no tokenizer.
      */
     fun stream(prompt: String, options: Options, stop: List<String> = emptyList()): Stream =
         stream(requireTokenizer().encode(prompt), options, stop)
 
+    /** Continue a prompt of token ids that begin with the beginning-of-text token, as the other [stream] does. */
     fun stream(prompt: IntArray, options: Options, stop: List<String> = emptyList()): Stream {
         if (stop.isNotEmpty()) requireTokenizer()
         if (stop.any { it.isEmpty() }) throw InputError("a stop string is empty: expected some text")
@@ -46,17 +55,23 @@ class Decoder(
         return Stream(prompt.toList(), options, tokenizer?.stream(stop)).also { current = it }
     }
 
-    /** Answer the last of the messages; throws InputError as [stream] does, and if the bundle has no form for them. */
+    /**
+     * Answer the last message of a conversation.
+     *
+     * @param messages oldest first.
+     * @throws InputError as [stream]; or the bundle has no chat format, or it does not allow the messages.
+     */
     fun chat(messages: List<Message>, options: Options): Stream {
         val template = chat ?: throw InputError("the bundle has no chat format; export it from a checkpoint that chats")
         return stream(template.render(messages), options)
     }
 
-    /** Run the next prompt as a whole. */
+    /** Let the next prompt be run as a whole, whatever it shares with the last text. */
     fun forget() {
-        written = null
+        cached = null
     }
 
+    /** Close the engine; neither the decoder nor its streams can be used after that. */
     override fun close() {
         (engine as? Closeable)?.close()
     }
@@ -64,14 +79,18 @@ class Decoder(
     private fun requireTokenizer() =
         tokenizer ?: throw InputError("the bundle has no tokenizer.json; export a checkpoint that has one")
 
-    /** How many of the prompt's first tokens are in the cache still; the last one is always run. */
+    /** How many of a prompt's first tokens are in the cache already; its last token is always run. */
     private fun reusable(prompt: List<Int>): Int {
-        val cached = written?.let { (it.prompt + it.tokens).take(engine.position) } ?: return 0
-        val shared = cached.zip(prompt.dropLast(1)).takeWhile { (old, new) -> old == new }.size
-        return if (engine.keeps(shared)) shared else 0
+        val tokens = cached?.let { (it.prompt + it.tokens).take(engine.position) } ?: return 0
+        val shared = commonPrefix(tokens, prompt.dropLast(1))
+        return if (engine.canResume(shared)) shared else 0
     }
 
-    /** The new tokens of one text, which may be left or cancelled at any time. */
+    /**
+     * An iterator over the new tokens of one text, which may be left or cancelled at any time.
+     *
+     * @property stats counts and times so far.
+     */
     inner class Stream internal constructor(
         internal val prompt: List<Int>,
         private val options: Options,
@@ -80,20 +99,23 @@ class Decoder(
         val stats = Stats()
         private val new = ArrayList<Int>()
         private val pending = ArrayDeque<Token>()
-        private val found = StringBuilder()
+        private val newText = StringBuilder()
         private var rounds: Rounds? = null
         private var ended = false
 
         @Volatile private var cancelled = false
 
+        /** Ids of the new tokens so far. */
         val tokens: List<Int> get() = new
-        val text: String get() = found.toString()
 
-        /** The newest round, null before the first. */
+        /** The new text so far. */
+        val text: String get() = newText.toString()
+
+        /** The newest round; null before the first. */
         var lastRound: Round? = null
             private set
 
-        /** End the text with the next token; may be called from any thread. */
+        /** End the text with its next token; may be called from any thread. */
         fun cancel() {
             cancelled = true
         }
@@ -101,7 +123,7 @@ class Decoder(
         override fun hasNext() = !ended
 
         override fun next(): Token {
-            check(current === this) { "another text was started with this decoder; it writes one at a time" }
+            check(current === this) { "another text was started with this decoder; it generates one at a time" }
             if (ended) throw NoSuchElementException()
             if (pending.isEmpty()) decide()
             var token = pending.removeFirst()
@@ -109,21 +131,21 @@ class Decoder(
             val text = texts?.add(token.id, last) ?: ""
             if (texts?.stopped == true) stats.finishReason = "stop" else if (cancelled) stats.finishReason = "cancelled"
             ended = last || texts?.stopped == true
-            if (ended) keep()
+            if (ended) save()
             token = Token(token.id, text, token.logprob)
             new.add(token.id)
-            found.append(text)
+            newText.append(text)
             return token
         }
 
         /** The tokens of the next round. */
         private fun decide() {
-            val open = rounds ?: Rounds(engine, prompt, options, stats, length, reusable(prompt), clock).also {
+            val open = rounds ?: Rounds(engine, prompt, options, stats, planner, reusable(prompt), clock).also {
                 rounds = it
-                written = null // until the prefill is done
+                cached = null // until the prefill is done
             }
             val round = open.next()
-            written = this
+            cached = this
             lastRound = round
             round.tokens.zip(round.logprobs) { id, logprob -> pending.addLast(Token(id, "", logprob)) }
         }
@@ -135,14 +157,16 @@ typealias Stream = Decoder.Stream
 /**
  * Load a bundle.
  *
- * What passes cost is measured while it writes, and kept in [costsFile] for the next time.
+ * Times of passes are measured while it generates, and saved in [costsFile] for the next time.
  *
+ * @param bundle directory written by `export`.
+ * @param loadGraphs the runtimes.
  * @param threads threads inside an operation; null lets the backend choose.
- * @param costsFile outside of the bundle, which is the same on all devices; null keeps nothing. One that cannot be read
- *     is measured and written anew.
+ * @param costsFile a file outside of the bundle, which is the same on all devices; null saves nothing. One that cannot be
+ *     read is replaced.
  * @param verify compare every file's sha256 with the manifest's, needed once after a bundle was copied.
- * @param progress told of the files as they are verified.
- * @throws InputError not a bundle, incomplete, changed, or not for these runtimes.
+ * @param progress receives the files as they are verified.
+ * @throws InputError the directory is no bundle, or an incomplete or changed one, or none for these runtimes.
  */
 fun openDecoder(
     bundle: File,
@@ -162,17 +186,18 @@ fun openDecoder(
     val costs = try {
         costsFile?.let { loadCosts(it, manifest, threads) }
     } catch (_: InputError) {
-        null // nobody can delete it in an app's own storage: it is written anew
+        null // nobody can delete it in an app's own storage, so it is replaced
     } ?: Costs(manifest.maxDraftTokens, manifest.rowMultiple)
-    val length = DraftLength(manifest.maxDraftTokens, costs)
+    val planner = DraftLength(manifest.maxDraftTokens, costs)
     val engine = loadEngine(bundle, manifest, loadGraphs, threads)
-    val keep = {
+    val save = {
         try {
             costsFile?.let { saveCosts(costs, it, manifest, threads) }
         } catch (error: IOException) {
-            // No room left: they are measured again next time, which costs a few rounds.
+            // There is no room left: costs are measured again next time, in a few rounds.
         }
         Unit
     }
-    return Decoder(engine, tokenizer, if (tokenizer == null) null else manifest.chat?.let(::ChatTemplate), length, keep = keep)
+    val template = if (tokenizer == null) null else manifest.chat?.let(::ChatTemplate)
+    return Decoder(engine, tokenizer, template, planner, save = save)
 }

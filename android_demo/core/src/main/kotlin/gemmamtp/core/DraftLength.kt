@@ -5,56 +5,70 @@ import kotlin.math.ln
 import kotlin.math.pow
 
 /**
- * Rounds after which an observation counts half. Estimates of each are mixed by how well they foretold the last rounds:
- * the slow one is exact on steady text, the fast one sees it change.
+ * Rounds after which an observation counts half, one estimate for each. The slow estimate is exact on steady text, the
+ * fast one follows a change; they are mixed by how well they predicted the latest rounds.
  */
-private val HALF_LIVES = intArrayOf(8, 64)
+private val HALF_LIVES_ROUNDS = intArrayOf(8, 64)
 
-/** What is kept, each round, of how well they foretold. */
-private const val MEMORY = 0.95
+/** Factor, each round, on the log-likelihoods that say how well the estimates predicted. */
+private const val SCORE_DECAY_PER_ROUND = 0.95
 
 /**
- * What is assumed of a draft that was not tried lately, as so many observations. It is high, so that what is forgotten
- * is tried again: no other probe is needed.
+ * Acceptance that is assumed of a draft before it is observed, and how many observations the assumption counts as. It is
+ * high, so that a K that was not tried lately is tried again: no other probe is needed.
  */
-private const val PRIOR = 0.9
-private const val PRIOR_WEIGHT = 2.0
+private const val PRIOR_ACCEPTANCE = 0.9
+private const val PRIOR_OBSERVATIONS = 2.0
 
 /**
- * What drafting may lose against plain decoding: this share of the tokens, so many passes at the start, and of what it
- * gained before at most so many.
+ * What drafting may lose against plain decoding: a fraction of the tokens, and passes at the start. Passes that it saved
+ * may be lost again, up to a maximum.
  */
-private const val ALLOWANCE = 0.01
-private const val START = 2.0
-private const val GAINED = 16.0
+private const val LOSS_PASSES_PER_TOKEN = 0.01
+private const val INITIAL_LOSS_PASSES = 2.0
+private const val MAX_SAVED_PASSES = 16.0
 
-/** What to draft next: the source, and how many tokens. */
+/**
+ * The drafts of the next round.
+ *
+ * @property source [DRAFTER], or a name of prompt lookup.
+ * @property numDraftTokens K, 0 for a plain pass.
+ */
 class Plan(val source: String, val numDraftTokens: Int)
 
-/** How likely it is, from one source, that each draft of a round is accepted if those before it were. */
-class Acceptance(most: Int) {
-    private val keep = DoubleArray(HALF_LIVES.size) { 0.5.pow(1.0 / HALF_LIVES[it]) }
-    private val accepted = Array(HALF_LIVES.size) { DoubleArray(most) }
-    private val rejected = Array(HALF_LIVES.size) { DoubleArray(most) }
-    private val foretold = DoubleArray(HALF_LIVES.size)
+/**
+ * Estimates, for one source, how likely each draft of a round is accepted if those before it were.
+ *
+ * @param maxDrafts the largest K of a round.
+ */
+class AcceptanceEstimate(maxDrafts: Int) {
+    private val keep = DoubleArray(HALF_LIVES_ROUNDS.size) { 0.5.pow(1.0 / HALF_LIVES_ROUNDS[it]) }
+    private val accepted = Array(HALF_LIVES_ROUNDS.size) { DoubleArray(maxDrafts) }
+    private val rejected = Array(HALF_LIVES_ROUNDS.size) { DoubleArray(maxDrafts) }
+    private val scores = DoubleArray(HALF_LIVES_ROUNDS.size) // log-likelihoods of the latest rounds, by half-life
 
-    /** The chance of each draft, by each half-life. */
-    private val chances = Array(HALF_LIVES.size) { DoubleArray(most) }
+    /** The chance of each draft, by half-life. */
+    private val chances = Array(HALF_LIVES_ROUNDS.size) { DoubleArray(maxDrafts) }
 
-    /** The chance that so many drafts are accepted, from none on. */
-    val reached = DoubleArray(1 + most)
+    /** Probabilities that the first i drafts are accepted, from i = 0 on. */
+    val reached = DoubleArray(1 + maxDrafts)
 
     init {
         estimate()
     }
 
-    /** Count a round of which so many drafts were judged; a round without any makes what is known older. */
+    /**
+     * Add the observations of a round.
+     *
+     * @param drafted how many drafts were judged; 0 only lets earlier observations fade.
+     * @param acceptedDrafts how many of them were right.
+     */
     fun update(drafted: Int, acceptedDrafts: Int) {
         val ended = acceptedDrafts < drafted
-        for (i in HALF_LIVES.indices) {
-            if (drafted > 0) foretold[i] *= MEMORY
-            for (position in 0 until acceptedDrafts) foretold[i] += ln(maxOf(chances[i][position], 1e-3))
-            if (ended) foretold[i] += ln(maxOf(1 - chances[i][acceptedDrafts], 1e-3))
+        for (i in HALF_LIVES_ROUNDS.indices) {
+            if (drafted > 0) scores[i] *= SCORE_DECAY_PER_ROUND
+            for (position in 0 until acceptedDrafts) scores[i] += ln(maxOf(chances[i][position], 1e-3))
+            if (ended) scores[i] += ln(maxOf(1 - chances[i][acceptedDrafts], 1e-3))
             for (counts in listOf(accepted[i], rejected[i])) {
                 for (position in counts.indices) counts[position] *= keep[i]
             }
@@ -65,17 +79,17 @@ class Acceptance(most: Int) {
     }
 
     private fun estimate() {
-        val best = foretold.max()
-        val weights = foretold.map { exp(it - best) }
+        val best = scores.max()
+        val weights = scores.map { exp(it - best) }
         reached.fill(0.0)
-        for (i in HALF_LIVES.indices) {
-            var chance = PRIOR
+        for (i in HALF_LIVES_ROUNDS.indices) {
+            var chance = PRIOR_ACCEPTANCE
             var through = weights[i] / weights.sum()
             reached[0] += through
             for (position in chances[i].indices) {
-                // A draft is expected to do as well as the one before it until it shows otherwise.
+                // A draft is expected to do as well as the one before it until observations say otherwise.
                 val good = accepted[i][position]
-                chance = (good + PRIOR_WEIGHT * chance) / (good + rejected[i][position] + PRIOR_WEIGHT)
+                chance = (good + PRIOR_OBSERVATIONS * chance) / (good + rejected[i][position] + PRIOR_OBSERVATIONS)
                 through *= chance
                 chances[i][position] = chance
                 reached[position + 1] += through
@@ -85,30 +99,38 @@ class Acceptance(most: Int) {
 }
 
 /**
- * How many tokens to draft next, and where from: as many as make the most tokens a second, none included. One for all
- * texts of a bundle on a device.
+ * Chooses K, the number of draft tokens, and their source before each round, for the most tokens a second. One instance
+ * serves all texts of a bundle on a device.
  *
- * What a round of K drafts adds is 1 + the sum over i <= K of the chance that i drafts are accepted. What it costs is
- * measured. A round that could lose more than the allowance and the rest allow is not planned, whatever it promises. So,
- * by the costs as they are known, texts take at most 1.01 times as long as plain decoding and two passes together, and
- * no stretch of them more than 16 passes beyond that.
+ * A round of K drafts is expected to add 1 + the sum over i <= K of the probability that i drafts are accepted. Its time
+ * is measured.
  *
- * @param most drafts a round.
+ * The loss is the time that drafting took beyond plain decoding so far, in plain passes, minus what it may lose. A round
+ * that could bring it above 0 is not planned, whatever its expected gain. So, by the costs as they are known, texts take
+ * at most 1.01 times as long as plain decoding and two passes together, and no stretch of them more than 16 passes
+ * beyond that.
+ *
+ * @param maxDrafts the largest K of a round.
+ * @property costs measured times of passes and draft steps.
  */
-class DraftLength(private val most: Int, val costs: Costs) {
-    private val sources = HashMap<String, Acceptance>()
-    private var debt = -START
+class DraftLength(private val maxDrafts: Int, val costs: Costs) {
+    private val sources = HashMap<String, AcceptanceEstimate>()
+    private var lossPasses = -INITIAL_LOSS_PASSES
 
-    /** Choose a source and a number of drafts; [room] has the most drafts that each source has to give now. */
-    fun plan(room: List<Pair<String, Int>>): Plan {
-        val unknown = costs.unknown(room.firstOrNull { it.first == DRAFTER }?.second ?: 0)
-        if (unknown != null && affordable(DRAFTER, unknown)) return Plan(DRAFTER, unknown)
+    /**
+     * Choose a source and K for the next round.
+     *
+     * @param available sources, and the largest number of drafts that each can give now.
+     */
+    fun plan(available: List<Pair<String, Int>>): Plan {
+        val unmeasured = costs.nextToMeasure(available.firstOrNull { it.first == DRAFTER }?.second ?: 0)
+        if (unmeasured != null && affordable(DRAFTER, unmeasured)) return Plan(DRAFTER, unmeasured)
         var best = 1.0
         var plan = Plan(DRAFTER, 0)
-        for ((source, has) in room) {
+        for ((source, has) in available) {
             var tokens = 1.0
             val reached = acceptance(source).reached
-            for (drafts in 1..minOf(has, most)) {
+            for (drafts in 1..minOf(has, maxDrafts)) {
                 tokens += reached[drafts]
                 val rate = tokens / costs.relative(source, drafts)
                 if (rate > best && affordable(source, drafts)) {
@@ -120,17 +142,23 @@ class DraftLength(private val most: Int, val costs: Costs) {
         return plan
     }
 
-    /** Count drafts of a source, verified or seen to be right or wrong otherwise; none: its knowledge grows old. */
+    /**
+     * Add a source's drafts of one round to its acceptance estimate.
+     *
+     * @param drafted drafts that were verified, or known to be right or wrong in another way; with 0 the source's earlier
+     *     observations fade.
+     * @param accepted how many of them were right.
+     */
     fun learn(source: String, drafted: Int, accepted: Int) = acceptance(source).update(drafted, accepted)
 
-    /** Count what a round of this plan cost and added. */
-    fun pay(plan: Plan, tokens: Int) {
-        debt += costs.relative(plan.source, plan.numDraftTokens) - tokens * (1 + ALLOWANCE)
-        debt = maxOf(debt, -GAINED)
+    /** Add a round's time, less the time of as many tokens by plain decoding, to the loss. */
+    fun recordLoss(plan: Plan, tokens: Int) {
+        lossPasses += costs.relative(plan.source, plan.numDraftTokens) - tokens * (1 + LOSS_PASSES_PER_TOKEN)
+        lossPasses = maxOf(lossPasses, -MAX_SAVED_PASSES)
     }
 
-    /** Whether the round may be lost as a whole. */
-    private fun affordable(source: String, drafts: Int) = debt + costs.relative(source, drafts) - 1 <= 0
+    /** Whether the loss stays within the allowance even if no draft is accepted. */
+    private fun affordable(source: String, drafts: Int) = lossPasses + costs.relative(source, drafts) - 1 <= 0
 
-    private fun acceptance(source: String) = sources.getOrPut(source) { Acceptance(most) }
+    private fun acceptance(source: String) = sources.getOrPut(source) { AcceptanceEstimate(maxDrafts) }
 }

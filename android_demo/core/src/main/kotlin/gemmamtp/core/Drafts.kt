@@ -1,65 +1,76 @@
 package gemmamtp.core
 
-/** Where the drafts of a text come from. */
+/** The drafts of a text: from the drafter, or copied from earlier text. */
 interface Drafts {
-    /** Who made the drafts of the last round. */
+    /** The source of the last round's drafts. */
     val source: String
 
-    /** At most so many drafts after [last]. */
-    fun make(last: Int, most: Int): List<Int>
+    /** Draft tokens after the token [last], at most [maxDrafts]. */
+    fun make(last: Int, maxDrafts: Int): List<Int>
 
-    /** Count what the round did and took. */
+    /**
+     * Learn from the outcome of a round.
+     *
+     * @param draftSeconds time of making its drafts.
+     * @param verifySeconds time of its verify pass.
+     */
     fun learn(done: Round, draftSeconds: Double, verifySeconds: Double)
 }
 
-/** The same number of drafts each round, from the drafter. */
+/** The same number of drafts from the drafter in each round. */
 class FixedDrafts(private val engine: Engine, private val numDraftTokens: Int) : Drafts {
     override val source = DRAFTER
 
-    override fun make(last: Int, most: Int) = engine.draft(last, minOf(numDraftTokens, most))
+    override fun make(last: Int, maxDrafts: Int) = engine.draft(last, minOf(numDraftTokens, maxDrafts))
 
     override fun learn(done: Round, draftSeconds: Double, verifySeconds: Double) = Unit
 }
 
-/** Look-ups by how many tokens agree: the more, the likelier what follows agrees too, so each has its own estimate. */
-private val AGREEING =
+/**
+ * Names of prompt lookup as a source, by the smallest number of tokens that match. The more match, the likelier is what
+ * follows, so each has its own acceptance estimate.
+ */
+private val LOOKUP_SOURCES =
     listOf(9 to "lookup of 9 or more", 5 to "lookup of 5 to 8", 3 to "lookup of 3 or 4", 2 to "lookup of 2")
 
 /**
- * As many as [DraftLength] plans, from the drafter or from where the newest tokens stood before.
+ * As many drafts as [DraftLength] plans, from the drafter or by prompt lookup.
  *
- * What a look-up would have been worth shows in each round, whoever made its drafts.
+ * What prompt lookup would have proposed is compared with the text in every round, so its estimate needs no trials.
+ *
+ * @param prompt token ids of the prompt, which prompt lookup copies from as well.
  */
-class PlannedDrafts(private val engine: Engine, private val length: DraftLength, prompt: List<Int>) : Drafts {
+class PlannedDrafts(private val engine: Engine, private val planner: DraftLength, prompt: List<Int>) : Drafts {
     private val lookup = Lookup().apply { extend(prompt) }
     private var plan = Plan(DRAFTER, 0)
-    private var found = emptyList<Int>()
-    private var kind = ""
+    private var copied = emptyList<Int>()
+    private var lookupSource = ""
 
     override val source get() = plan.source
 
-    override fun make(last: Int, most: Int): List<Int> {
+    override fun make(last: Int, maxDrafts: Int): List<Int> {
         lookup.extend(listOf(last))
-        val looked = lookup.find(most)
-        found = looked.tokens
-        kind = AGREEING.firstOrNull { (least, _) -> looked.agreeing >= least }?.second ?: ""
-        plan = length.plan(if (found.isEmpty()) listOf(DRAFTER to most) else listOf(DRAFTER to most, kind to most))
-        if (plan.source != DRAFTER) return found.take(plan.numDraftTokens)
+        val match = lookup.find(maxDrafts)
+        copied = match.tokens
+        lookupSource = LOOKUP_SOURCES.firstOrNull { (smallest, _) -> match.matching >= smallest }?.second ?: ""
+        val byLookup = if (copied.isEmpty()) emptyList() else listOf(lookupSource to maxDrafts)
+        plan = planner.plan(listOf(DRAFTER to maxDrafts) + byLookup)
+        if (plan.source != DRAFTER) return copied.take(plan.numDraftTokens)
         return engine.draft(last, plan.numDraftTokens)
     }
 
     override fun learn(done: Round, draftSeconds: Double, verifySeconds: Double) {
         val drafted = done.drafts.size
-        val own = plan.source == DRAFTER
-        length.costs.measured(drafted, verifySeconds, if (own) draftSeconds else null)
-        length.pay(plan, done.tokens.size)
-        if (own) length.learn(DRAFTER, drafted, done.accepted) else length.learn(DRAFTER, 0, 0)
-        if (!own) {
-            length.learn(plan.source, drafted, done.accepted)
-        } else if (found.isNotEmpty()) {
-            val seen = minOf(done.tokens.size, found.size)
-            val right = (0 until seen).firstOrNull { found[it] != done.tokens[it] } ?: seen
-            length.learn(kind, minOf(right + 1, seen), right)
+        val byDrafter = plan.source == DRAFTER
+        planner.costs.record(drafted, verifySeconds, if (byDrafter) draftSeconds else null)
+        planner.recordLoss(plan, done.tokens.size)
+        if (byDrafter) planner.learn(DRAFTER, drafted, done.accepted) else planner.learn(DRAFTER, 0, 0)
+        if (!byDrafter) {
+            planner.learn(plan.source, drafted, done.accepted)
+        } else if (copied.isNotEmpty()) {
+            val seen = minOf(done.tokens.size, copied.size)
+            val right = commonPrefix(copied, done.tokens)
+            planner.learn(lookupSource, minOf(right + 1, seen), right)
         }
         lookup.extend(done.tokens.dropLast(1))
     }

@@ -7,42 +7,65 @@ import java.nio.Buffer
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
 
-/** Rows the cache grows by: short texts stay small, and growing is too rare to matter. */
-private const val CACHE_STEP = 256
+/** The cache grows by these: short texts stay small, and growing is too rare to matter. */
+private const val CACHE_STEP_ROWS = 256
 
-/** Loads the graphs of a bundle, by name; `threads` null lets the backend choose. */
+/** Loads the graphs of a bundle. */
 fun interface LoadGraphs {
+    /**
+     * Graphs by the manifest's names.
+     *
+     * @param threads threads inside an operation; null lets the backend choose.
+     * @throws InputError the backend is unknown, or its runtime cannot load the graphs.
+     */
     fun load(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph>
 }
 
-/** What the decoding loop asks of a loaded bundle: its KV cache, and the state that drafting starts from. */
+/** A loaded bundle: its graphs, the KV cache, and the state that drafting starts from. */
 interface Engine {
     val manifest: Manifest
 
-    /** Rows that are valid in the cache. */
+    /** How many rows of the KV cache are valid; the newest token of a text is not among them. */
     val position: Int
 
-    /** Start a text whose tokens before [start] are in the cache already; the round has the choice after it. */
+    /**
+     * Run a prompt and choose the token after it: a round without drafts, of one token.
+     *
+     * @param tokens token ids of the whole prompt, at least one.
+     * @param start how many of the tokens are in the cache already, fewer than all of them.
+     */
     fun prefill(tokens: List<Int>, sampling: Sampling, start: Int = 0): Round
 
-    /** Whether the cache still has all that tokens from this position on may see. */
-    fun keeps(position: Int): Boolean
+    /** Whether the cache still has every row that tokens from this position on attend to. */
+    fun canResume(position: Int): Boolean
 
-    /** Draft tokens after [last], the newest token, which is not in the cache yet. */
+    /**
+     * Draft tokens after the newest token.
+     *
+     * @param last id of the newest token, which is not in the cache yet.
+     * @param numDraftTokens K; 0 gives an empty list.
+     */
     fun draft(last: Int, numDraftTokens: Int): List<Int>
 
-    /** Run [last] and any drafts after it, accept, roll back. With no drafts this is plain decoding. */
+    /**
+     * Run the newest token and the drafts after it, accept drafts, and roll the cache back.
+     *
+     * @param last id of the newest token, which is not in the cache yet.
+     * @param drafts K draft tokens; none is plain decoding.
+     */
     fun verify(last: Int, drafts: List<Int>, sampling: Sampling): Round
 }
 
-/** What one pass of the target gives for each row that was asked for: logits in falling order, their ids, the state. */
+/** Outputs of a pass of the target: for each of R rows its largest logits in falling order, their ids, and its state. */
 private class Outputs(val logits: List<FloatArray>, val ids: List<IntArray>, val states: FloatBuffer)
 
 /**
- * Runs the graphs `target` and `drafter` of a bundle; the cache starts small and grows up to `max_seq_len`.
+ * Runs the graphs `target` and `drafter` of a bundle. The cache starts small and grows up to `max_seq_len` rows.
  *
- * Sliding layers' buffers stop growing where their window ends: row 0 of them holds position [windowStart]. One thread
- * at a time may use an engine.
+ * Buffers of sliding layers stop growing at the size of their window; their rows move up in steps of [SLIDE_ROWS]. One
+ * thread at a time may use an engine.
+ *
+ * @property windowStart the position that row 0 of sliding layers' buffers holds.
  */
 class GraphEngine(
     override val manifest: Manifest,
@@ -60,7 +83,7 @@ class GraphEngine(
         it.name to Tensor(floats(0), it.numKeyValueHeads.toLong(), 0, it.headDim.toLong())
     }
 
-    // Inputs that are filled anew for each pass: allocated once, for the largest.
+    // Inputs, which each pass overwrites: allocated once, for the largest pass.
     private val embedded = floats(manifest.limits.getValue("num_tokens") * hidden)
     private val perLayerColumns = tables.getValue(TABLES[1]).columns
     private val perLayer = floats(manifest.limits.getValue("num_tokens") * perLayerColumns)
@@ -70,21 +93,20 @@ class GraphEngine(
 
     override fun prefill(tokens: List<Int>, sampling: Sampling, start: Int): Round {
         lateinit var outputs: Outputs
-        for (from in start until tokens.size step manifest.limits.getValue("num_tokens")) {
-            position = from
-            val chunk = tokens.subList(from, minOf(tokens.size, from + manifest.limits.getValue("num_tokens")))
+        for ((first, chunk) in chunks(tokens, manifest.limits.getValue("num_tokens"), start)) {
+            position = first
             outputs = runTarget(chunk, listOf(chunk.lastIndex))
         }
         position = tokens.size
-        return chosen(emptyList(), outputs, sampling)
+        return finish(emptyList(), outputs, sampling)
     }
 
-    override fun keeps(position: Int) = windowStart <= windowStartAt(position)
+    override fun canResume(position: Int) = windowStart <= windowStartAt(position)
 
     override fun verify(last: Int, drafts: List<Int>, sampling: Sampling): Round {
         val outputs = runTarget(listOf(last) + drafts, (0..drafts.size).toList())
         position += 1
-        return chosen(drafts, outputs, sampling)
+        return finish(drafts, outputs, sampling)
     }
 
     override fun draft(last: Int, numDraftTokens: Int): List<Int> {
@@ -92,7 +114,7 @@ class GraphEngine(
         var token = last
         var from = state
         repeat(numDraftTokens) {
-            // The position stays that of `last`, as it was in training.
+            // The position stays that of the newest token in every step, as it was in training.
             tables.getValue(TABLES[0]).read(listOf(token), embedded)
             val outputs = graphs.getValue("drafter").run(
                 mapOf(
@@ -105,15 +127,15 @@ class GraphEngine(
             token = (outputs.getValue("draft_token").data as LongBuffer).get(0).toInt()
             drafts.add(token)
             if (drafts.size < numDraftTokens) {
-                // Copied, because the next run may overwrite what it reads.
+                // Copied: the next run may overwrite the memory of this output.
                 from = nextState.also { copy(outputs.getValue("next_state").data as FloatBuffer, 0, it) }
             }
         }
         return drafts
     }
 
-    /** The round that these outputs make, the first of them for the token at [position]. */
-    private fun chosen(drafts: List<Int>, outputs: Outputs, sampling: Sampling): Round {
+    /** Choose tokens from a pass's outputs, the first for the token at [position]; accept drafts and roll back. */
+    private fun finish(drafts: List<Int>, outputs: Outputs, sampling: Sampling): Round {
         val ranks = outputs.logits.mapIndexed { i, logits -> choose(logits, position + i, sampling) }
         val choices = ranks.mapIndexed { i, rank -> outputs.ids[i][rank] }
         val accepted = accept(drafts, choices)
@@ -124,17 +146,17 @@ class GraphEngine(
         return Round(drafts, accepted, choices.take(accepted + 1), logprobs)
     }
 
-    /** Write the tokens' K/V from [position] on. */
+    /** Run the target on T tokens, whose keys and values it writes from [position] on, and output R rows of them. */
     private fun runTarget(tokens: List<Int>, rows: List<Int>): Outputs {
         val end = position + tokens.size
         check(end <= manifest.maxSeqLen) { "$end cache rows asked for, the bundle has ${manifest.maxSeqLen}" }
-        // What fills up to the multiple is computed and dropped; the row it writes is masked like a rejected one.
-        val ids = filled(tokens, manifest.rowMultiple)
-        val wanted = filled(rows, manifest.rowMultiple)
+        // Padding is computed and dropped; the cache row that it writes is masked like a rejected one.
+        val ids = padded(tokens, manifest.rowMultiple)
+        val paddedRows = padded(rows, manifest.rowMultiple)
         makeRoom(ids.size)
         tables.getValue(TABLES[0]).read(ids, embedded)
         tables.getValue(TABLES[1]).read(ids, perLayer)
-        wanted.forEachIndexed { i, row -> outputRows.put(i, row.toLong()) }
+        paddedRows.forEachIndexed { i, row -> outputRows.put(i, row.toLong()) }
         val count = ids.size.toLong()
         val outputs = graphs.getValue("target").run(
             mapOf(
@@ -142,7 +164,7 @@ class GraphEngine(
                 "per_layer" to Tensor(perLayer.first(ids.size * perLayerColumns), count, perLayerColumns.toLong()),
                 "position" to Tensor(positionInput.put(0, position.toLong()), 1),
                 "window_start" to Tensor(windowInput.put(0, windowStart.toLong()), 1),
-                "output_rows" to Tensor(outputRows.first(wanted.size), wanted.size.toLong()),
+                "output_rows" to Tensor(outputRows.first(paddedRows.size), paddedRows.size.toLong()),
             ),
         )
         val logits = outputs.getValue("top_logits")
@@ -155,10 +177,11 @@ class GraphEngine(
         )
     }
 
-    /** Where sliding layers' buffers may begin at most, so that tokens from a position on see all they may see. */
-    private fun windowStartAt(position: Int) = maxOf(0, position - manifest.slidingWindow - 2) / SLIDE * SLIDE
+    /** The last position at which sliding layers' buffers may begin for tokens from a position on. */
+    private fun windowStartAt(position: Int) =
+        maxOf(0, position - manifest.slidingWindow - 2) / SLIDE_ROWS * SLIDE_ROWS
 
-    /** Let the buffers hold so many rows after [position]: they grow, then those of sliding layers move up. */
+    /** Make room for [count] rows after [position]: move sliding layers' rows up, then grow the buffers. */
     private fun makeRoom(count: Int) {
         val windowRows = manifest.limits.getValue("window_rows")
         if (position == 0) windowStart = 0
@@ -170,11 +193,11 @@ class GraphEngine(
         val used = { kv: KVBuffer -> position + count - if (kv.sliding) windowStart else 0 }
         val short = manifest.kv.filter { used(it) > cache.getValue(it.name).shape[1] }
         if (short.isEmpty()) return
-        // Nobody else holds an old buffer while a new one is made, so only one of them exists twice.
+        // Graphs release the old buffers first, so that only one buffer at a time exists twice.
         graphs.values.forEach { it.bind(emptyMap()) }
         for (kv in short) {
             val limit = if (kv.sliding) windowRows else manifest.limits.getValue("cache_rows")
-            val rows = minOf((used(kv) + CACHE_STEP - 1) / CACHE_STEP * CACHE_STEP, limit)
+            val rows = minOf(roundUp(used(kv), CACHE_STEP_ROWS), limit)
             cache[kv.name] = grow(cache.getValue(kv.name), rows)
         }
         graphs.values.forEach { it.bind(cache) }
@@ -183,11 +206,17 @@ class GraphEngine(
     override fun close() = graphs.values.forEach { it.close() }
 }
 
-/** Open a bundle whose files are trusted already; throws InputError. */
+/**
+ * Load a bundle whose files are trusted already.
+ *
+ * @param threads threads inside an operation; null lets the backend choose.
+ * @throws InputError [threads] is below 1, the backend is unknown, its runtime cannot load the graphs, or the tables do
+ *     not fit the manifest.
+ */
 fun loadEngine(bundle: File, manifest: Manifest, loadGraphs: LoadGraphs, threads: Int? = null): GraphEngine {
     if (threads != null && threads < 1) throw InputError("threads is $threads, expected at least 1")
     val tables = try {
-        manifest.tables.mapValues { (_, facts) -> Table(bundle, facts) }
+        manifest.tables.mapValues { (_, metadata) -> Table(bundle, metadata) }
     } catch (error: IllegalArgumentException) {
         throw InputError("$bundle: tables are malformed (${oneLine(error)}); export the bundle again", error)
     } catch (error: IOException) {
@@ -196,17 +225,21 @@ fun loadEngine(bundle: File, manifest: Manifest, loadGraphs: LoadGraphs, threads
     val graphs = loadGraphs.load(bundle, manifest, threads)
     try {
         return GraphEngine(manifest, graphs, tables)
-    } catch (error: Throwable) { // memory may run out for its buffers, and nobody else knows the graphs
+    } catch (error: Throwable) { // memory may run out for its buffers, and nothing else closes the graphs
         graphs.values.forEach { it.close() }
         throw error
     }
 }
 
-/** The list with its last item repeated up to a multiple. */
-private fun filled(items: List<Int>, multiple: Int) =
-    items + List((multiple - items.size % multiple) % multiple) { items.last() }
+/** The tokens from index [start] on in chunks of at most [size], each with the index of its first token. */
+fun chunks(tokens: List<Int>, size: Int, start: Int = 0): Sequence<Pair<Int, List<Int>>> =
+    (start until tokens.size step size).asSequence().map { it to tokens.subList(it, minOf(tokens.size, it + size)) }
 
-/** Shift the rows of a cache buffer `[heads, rows, dim]` towards row 0. */
+/** The list with its last item repeated up to a multiple. */
+private fun padded(items: List<Int>, multiple: Int) =
+    items + List(roundUp(items.size, multiple) - items.size) { items.last() }
+
+/** Move the rows of a cache buffer `[N, S, D]` towards row 0. */
 private fun moveUp(tensor: Tensor, by: Int) {
     val (heads, rows, dim) = tensor.shape.map { it.toInt() }
     val data = tensor.data as FloatBuffer
@@ -216,7 +249,7 @@ private fun moveUp(tensor: Tensor, by: Int) {
     }
 }
 
-/** A larger cache buffer `[heads, rows, dim]` with the same rows, then zeros. */
+/** A larger cache buffer `[N, S, D]` with the same rows, then zeros. */
 private fun grow(old: Tensor, rows: Int): Tensor {
     val (heads, before, dim) = old.shape.map { it.toInt() }
     val data = floats(heads * rows * dim)
@@ -237,7 +270,7 @@ private fun LongBuffer.first(count: Int): LongBuffer = duplicate().also { it.onl
 /** The same memory, as a buffer of its own. */
 private fun FloatBuffer.part(start: Int, count: Int): FloatBuffer = duplicate().also { it.only(start, count) }.slice()
 
-/** On [Buffer], whose methods every Android has: those of FloatBuffer itself came with Java 9. */
+/** An extension of [Buffer], whose methods every Android has: FloatBuffer's own came with Java 9. */
 private fun Buffer.only(start: Int, count: Int) {
     position(start)
     limit(start + count)

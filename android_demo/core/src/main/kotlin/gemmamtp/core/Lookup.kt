@@ -1,41 +1,50 @@
 package gemmamtp.core
 
-/** Tokens that must agree; agreement beyond the second number says no more. */
-private const val SHORTEST = 2
-private const val LONGEST = 16
+/** Tokens that must match. */
+private const val MIN_MATCH_TOKENS = 2
+
+/** A longer match is no better sign. */
+private const val MAX_MATCH_TOKENS = 16
 
 /**
- * Draft tokens that cost nothing: what followed the newest tokens where they stood before.
+ * Prompt lookup: draft tokens copied from where the newest tokens occurred before in the text.
  *
- * Prompt lookup decoding (Saxena 2023).
+ * Prompt lookup decoding (Saxena 2023). Such drafts take no time to make.
  */
 class Lookup {
     private val text = ArrayList<Int>()
     private val after = HashMap<List<Int>, Int>()
 
-    /** How many of the newest tokens stood together before, and what followed them there. */
-    class Found(val agreeing: Int, val tokens: List<Int>)
+    /**
+     * What a lookup gives.
+     *
+     * @property matching how many of the newest tokens match, at most [MAX_MATCH_TOKENS]; 0 if too few do.
+     * @property tokens copied token ids, none if too few match.
+     */
+    class Match(val matching: Int, val tokens: List<Int>)
 
-    /** Add tokens to the text. */
+    /** Append tokens to the text. */
     fun extend(tokens: List<Int>) {
         for (token in tokens) {
-            // Only now is it known what follows: so the newest tokens never find themselves.
-            after[text.takeLast(SHORTEST)] = text.size
+            // A run is entered once its follower is known, so the newest tokens never match themselves.
+            after[text.takeLast(MIN_MATCH_TOKENS)] = text.size
             text.add(token)
         }
     }
 
     /**
-     * What followed the newest tokens, up to [most] tokens.
+     * Copy [maxTokens] tokens that followed the newest tokens where they occurred last.
      *
-     * Where what followed reaches the end of the text, it goes round: a text that repeats itself goes on doing so.
+     * A copy that reaches the end of the text goes on with its own beginning: a text that repeats itself is expected to
+     * continue so.
      */
-    fun find(most: Int): Found {
-        val start = if (text.size > SHORTEST) after[text.takeLast(SHORTEST)] else null
-        if (start == null) return Found(0, emptyList())
+    fun find(maxTokens: Int): Match {
+        val start = if (text.size > MIN_MATCH_TOKENS) after[text.takeLast(MIN_MATCH_TOKENS)] else null
+        if (start == null) return Match(0, emptyList())
         val period = text.size - start
-        var agreeing = SHORTEST
-        while (agreeing < minOf(LONGEST, start) && text[start - 1 - agreeing] == text[text.size - 1 - agreeing]) agreeing++
-        return Found(agreeing, List(most) { text[start + it % period] })
+        val longest = minOf(MAX_MATCH_TOKENS, start)
+        var matching = MIN_MATCH_TOKENS
+        while (matching < longest && text[start - 1 - matching] == text[text.size - 1 - matching]) matching++
+        return Match(matching, List(maxTokens) { text[start + it % period] })
     }
 }

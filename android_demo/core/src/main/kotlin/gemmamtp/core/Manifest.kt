@@ -13,31 +13,48 @@ const val FORMAT_VERSION = 2
 const val MANIFEST = "manifest.json"
 val TABLES = listOf("embed_tokens", "embed_tokens_per_layer")
 
-/** Rows that sliding layers' buffers move by: sums in blocks of so many rows stay the same sums. */
-const val SLIDE = 128
+/** Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks. */
+const val SLIDE_ROWS = 128
 
-/** As platforms call it. */
-private val ARM64 = listOf("aarch64", "arm64")
+/** What the system property `os.arch` calls the processor. */
+private val ARM64_MACHINES = listOf("aarch64", "arm64")
 
-/** Told what is being worked on and how many bytes of it were done. */
+/** Receives the progress of reading files. */
 fun interface Progress {
+    /** Called with the name of a file and the number of its bytes that were read since the last call. */
     fun done(name: String, bytes: Long)
 }
 
-/** K or V of one storing layer: `[numKeyValueHeads, rows, headDim]` float32. */
+/**
+ * Keys or values of one layer that stores them: `[N, S, D]` float32.
+ *
+ * @property name of the graphs' input; the output that updates it ends in `_out`.
+ * @property sliding whether the layer's type is `sliding_attention`.
+ * @property numKeyValueHeads N.
+ * @property headDim D.
+ */
 class KVBuffer(val name: String, val sliding: Boolean, val numKeyValueHeads: Int, val headDim: Int)
 
-/** A graph file and the names of its inputs and outputs, in order. */
+/** A graph: the name of its file in the bundle, and the names of its inputs and outputs, in order. */
 class Graph(val file: String, val inputs: List<String>, val outputs: List<String>)
 
 /** Size in bytes and hexadecimal sha256 of a file of the bundle. */
-class FileFacts(val size: Long, val sha256: String)
+class FileMetadata(val size: Long, val sha256: String)
 
-/** Where something begins in a file of the bundle; `dtype` is that of scales. */
+/** A place in a file of the bundle: [offset] in bytes, and the [dtype] of scales, else an empty text. */
 class Place(val file: String, val offset: Long, val dtype: String)
 
-/** An embedding table; `scales` is null where numbers have none. */
-class TableFacts(
+/**
+ * The manifest's entry of an embedding table.
+ *
+ * @property rows one for each token.
+ * @property columns numbers in a row.
+ * @property rowBytes bytes from one row to the next.
+ * @property encoding how numbers are stored: `float32`, `int8`, `uint8`, `uint4`, `uint3` or `uint2`.
+ * @property groupSize consecutive numbers of a row that share a scale.
+ * @property scales null where numbers have none.
+ */
+class TableMetadata(
     val rows: Int,
     val columns: Int,
     val rowBytes: Int,
@@ -50,9 +67,20 @@ class TableFacts(
 /**
  * What a runtime needs to run a bundle; FORMAT.md specifies it in prose.
  *
- * @property limits the largest sizes of the dimensions that vary.
- * @property chat how a conversation is put to the model, null if the bundle does not say.
- * @property digest sha256 of the manifest itself: another one is another bundle.
+ * @property vocabSize V.
+ * @property hiddenSize E of the target.
+ * @property slidingWindow how many positions a sliding layer attends to.
+ * @property maxSeqLen tokens of prompt and answer together.
+ * @property defaultDraftTokens K if the user does not choose one.
+ * @property maxDraftTokens the largest K.
+ * @property limits largest sizes of the dimensions that vary: `num_tokens` (T), `num_outputs` (R), `cache_rows` and
+ *     `window_rows` (S of full and sliding layers).
+ * @property rowMultiple T and R are padded to a multiple of this.
+ * @property sampling how tokens are chosen if the user does not say.
+ * @property bos id of the beginning-of-text token.
+ * @property eos ids of the tokens that end a text.
+ * @property chat form of the prompts of conversations, null if the bundle has none.
+ * @property digest hexadecimal sha256 of the manifest itself, which differs between bundles.
  */
 class Manifest(
     val backend: String,
@@ -70,26 +98,27 @@ class Manifest(
     val eos: Set<Int>,
     val kv: List<KVBuffer>,
     val graphs: Map<String, Graph>,
-    val tables: Map<String, TableFacts>,
-    val files: Map<String, FileFacts>,
+    val tables: Map<String, TableMetadata>,
+    val files: Map<String, FileMetadata>,
     val chat: ChatFormat?,
     val digest: String,
 )
 
 /**
- * Read a bundle's manifest and check that every file is there with its size.
+ * Read a bundle's manifest and check that every file is there and has its size.
  *
- * @throws InputError not a bundle, a newer format, a broken manifest, or an incomplete bundle.
+ * @throws InputError the directory is no bundle, has another format, a malformed manifest or weights that the manifest
+ *     does not name, or lacks a file.
  */
 fun readManifest(bundle: File): Manifest {
     val path = File(bundle, MANIFEST)
     if (!path.exists()) throw InputError("$bundle: not a bundle, $MANIFEST is missing; expected the output of `export`")
     val manifest = parseManifest(readJson(path, "the manifest of a bundle; export it again"), "$path", fileSha256(path))
-    for ((name, facts) in manifest.files) {
+    for ((name, metadata) in manifest.files) {
         val file = File(bundle, name)
         if (!file.isFile) throw InputError("$file: named in $MANIFEST but absent; the bundle is incomplete, copy it again")
-        if (file.length() != facts.size) {
-            throw InputError("$file: is ${file.length()} bytes, $MANIFEST says ${facts.size}; copy the bundle again")
+        if (file.length() != metadata.size) {
+            throw InputError("$file: is ${file.length()} bytes, $MANIFEST says ${metadata.size}; copy the bundle again")
         }
     }
     bundle.list().orEmpty().sorted().firstOrNull { it.endsWith(".weights") && it !in manifest.files }?.let {
@@ -100,15 +129,15 @@ fun readManifest(bundle: File): Manifest {
 
 /** Names of the files whose sha256 is not the manifest's; throws InputError if one cannot be read. */
 fun changedFiles(bundle: File, manifest: Manifest, progress: Progress = Progress { _, _ -> }): List<String> =
-    manifest.files.filter { (name, facts) ->
+    manifest.files.filter { (name, metadata) ->
         try {
-            fileSha256(File(bundle, name), progress) != facts.sha256
+            fileSha256(File(bundle, name), progress) != metadata.sha256
         } catch (error: IOException) {
             throw InputError("${File(bundle, name)}: cannot be read (${error.message}); copy the bundle again", error)
         }
     }.keys.toList()
 
-/** Hexadecimal sha256 of a file, read block by block. */
+/** Hexadecimal sha256 of a file, which is read in blocks. */
 fun fileSha256(file: File, progress: Progress = Progress { _, _ -> }): String {
     val digest = MessageDigest.getInstance("SHA-256")
     val block = ByteArray(1 shl 18)
@@ -123,7 +152,12 @@ fun fileSha256(file: File, progress: Progress = Progress { _, _ -> }): String {
     return digest.digest().joinToString("") { "%02x".format(it) }
 }
 
-/** Parse a JSON file, or say in one line why that cannot be done and what was [expected]. */
+/**
+ * Parse a JSON file.
+ *
+ * @param expected what the error says was expected, and what to do.
+ * @throws InputError the file cannot be read, or is not JSON.
+ */
 internal fun readJson(path: File, expected: String): JsonElement =
     try {
         JsonParser.parseString(String(path.readBytes(), StandardCharsets.UTF_8))
@@ -133,26 +167,30 @@ internal fun readJson(path: File, expected: String): JsonElement =
         throw InputError("$path: cannot be read as JSON (${oneLine(error)}); expected $expected", error)
     }
 
+/** The first line of an error's message. */
 internal fun oneLine(error: Throwable): String = (error.message ?: error.javaClass.simpleName).lineSequence().first()
 
 /**
- * The manifest in a JSON document.
+ * Read a manifest from a JSON document.
  *
  * @param origin what errors name.
- * @param arm64 whether this is such a processor: they differ in how many rows their kernels sum alike.
+ * @param digest hexadecimal sha256 of the document.
+ * @param arm64 whether the processor is one: processors' kernels differ in the multiples of rows that they compute in
+ *     the same way.
+ * @throws InputError it has another format, or is incomplete or malformed.
  */
 internal fun parseManifest(
-    found: JsonElement,
+    document: JsonElement,
     origin: String,
     digest: String,
-    arm64: Boolean = System.getProperty("os.arch") in ARM64,
+    arm64: Boolean = System.getProperty("os.arch") in ARM64_MACHINES,
 ): Manifest {
-    val version = (found as? JsonObject)?.get("format_version")
+    val version = (document as? JsonObject)?.get("format_version")
     if (version == null || version.toString() != FORMAT_VERSION.toString()) {
         throw InputError("$origin: format_version is $version, this version reads $FORMAT_VERSION; export it again")
     }
     try {
-        return parse(found, digest, arm64).also(::check)
+        return parse(document, digest, arm64).also(::check)
     } catch (error: RuntimeException) { // whatever is missing, of another type, or does not fit
         val reason = "${error.javaClass.simpleName}: ${oneLine(error)}"
         throw InputError("$origin: incomplete or malformed ($reason); export the bundle again", error)
@@ -192,27 +230,27 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
             Graph(graph.asJsonObject.text("file"), inputs, outputs)
         },
         tables = TABLES.associateWith { table(raw.part("tables").part(it)) },
-        files = raw.part("files").asMap().mapValues { (_, facts) ->
-            FileFacts(facts.asJsonObject.get("size").asLong, facts.asJsonObject.text("sha256"))
+        files = raw.part("files").asMap().mapValues { (_, file) ->
+            FileMetadata(file.asJsonObject.get("size").asLong, file.asJsonObject.text("sha256"))
         },
         chat = raw.optional("chat")?.let(::chatFormat),
         digest = digest,
     )
 }
 
-private fun table(facts: JsonObject): TableFacts {
-    val (rows, columns, rowBytes) = listOf("rows", "columns", "row_bytes").map(facts::int)
-    val scales = facts.optional("scales")
-    return TableFacts(
-        rows, columns, rowBytes, facts.text("encoding"), facts.int("group_size"), place(facts.part("data")),
+private fun table(entry: JsonObject): TableMetadata {
+    val (rows, columns, rowBytes) = listOf("rows", "columns", "row_bytes").map(entry::int)
+    val scales = entry.optional("scales")
+    return TableMetadata(
+        rows, columns, rowBytes, entry.text("encoding"), entry.int("group_size"), place(entry.part("data")),
         scales?.let(::place),
     )
 }
 
-private fun place(facts: JsonObject) =
-    Place(facts.text("file"), facts.get("offset").asLong, facts.get("dtype")?.asString ?: "")
+private fun place(entry: JsonObject) =
+    Place(entry.text("file"), entry.get("offset").asLong, entry.get("dtype")?.asString ?: "")
 
-/** Throws where the parts of a manifest do not fit each other. */
+/** Checks that the parts of a manifest fit each other; throws IllegalArgumentException. */
 private fun check(manifest: Manifest): Unit = with(manifest) {
     require(defaultDraftTokens in 0..maxDraftTokens) { "num_draft_tokens: default must be between 0 and max" }
     require(minOf(minOf(maxSeqLen, vocabSize), minOf(hiddenSize, slidingWindow)) >= 1) {
@@ -237,7 +275,7 @@ private fun check(manifest: Manifest): Unit = with(manifest) {
         require(listOfNotNull(table.data, table.scales).all { it.file in files }) {
             "the file of table $name is not in files"
         }
-        require(table.rows == vocabSize) { "table $name has not a row for each token" }
+        require(table.rows == vocabSize) { "table $name does not have a row for each token" }
     }
     require(tables.getValue(TABLES[0]).columns == hiddenSize) { "table embed_tokens is not as wide as hidden_size" }
     require(kv.isNotEmpty() && kv.all { it.name in graphs.getValue("target").inputs }) {
@@ -246,16 +284,24 @@ private fun check(manifest: Manifest): Unit = with(manifest) {
     require(kv.all { minOf(it.numKeyValueHeads, it.headDim) >= 1 }) { "kv.buffers must have positive sizes" }
 }
 
-/** Rows of a sliding layer's buffer: what the next pass sees (the drafter one row more), writes, and one move. */
-internal fun windowRows(slidingWindow: Int, numTokens: Int): Int =
-    (slidingWindow + 2 + numTokens + SLIDE + SLIDE - 1) / SLIDE * SLIDE
+/** The smallest multiple of [multiple] that is not below [count]; both are positive. */
+fun roundUp(count: Int, multiple: Int): Int = (count + multiple - 1) / multiple * multiple
 
-private fun JsonObject.found(name: String): JsonElement = requireNotNull(get(name)) { "$name is missing" }
-private fun JsonObject.part(name: String): JsonObject = found(name).asJsonObject
+/**
+ * Rows of a sliding layer's buffer: those that a pass attends to and writes, and those of one move.
+ *
+ * @param slidingWindow how many positions a sliding layer attends to; the drafter attends to one more.
+ * @param numTokens the largest T of a pass.
+ */
+internal fun windowRows(slidingWindow: Int, numTokens: Int): Int =
+    roundUp(slidingWindow + 2 + numTokens + SLIDE_ROWS, SLIDE_ROWS)
+
+private fun JsonObject.required(name: String): JsonElement = requireNotNull(get(name)) { "$name is missing" }
+private fun JsonObject.part(name: String): JsonObject = required(name).asJsonObject
 private fun JsonObject.optional(name: String): JsonObject? = get(name)?.takeIf { !it.isJsonNull }?.asJsonObject
-private fun JsonObject.list(name: String) = found(name).asJsonArray
-private fun JsonObject.text(name: String): String = found(name).asString
+private fun JsonObject.list(name: String) = required(name).asJsonArray
+private fun JsonObject.text(name: String): String = required(name).asString
 private fun JsonObject.int(name: String): Int =
-    requireNotNull(found(name).toString().toIntOrNull()) { "$name is ${get(name)}, expected a whole number" }
+    requireNotNull(required(name).toString().toIntOrNull()) { "$name is ${get(name)}, expected a whole number" }
 private fun JsonObject.number(name: String): Double =
-    requireNotNull(found(name).toString().toDoubleOrNull()) { "$name is ${get(name)}, expected a number" }
+    requireNotNull(required(name).toString().toDoubleOrNull()) { "$name is ${get(name)}, expected a number" }

@@ -1,41 +1,52 @@
 package gemmamtp.core
 
-/** What is to be written. [numDraftTokens] 0 is plain decoding, null lets a [DraftLength] plan each round. */
+/**
+ * How one text is generated.
+ *
+ * @property maxNewTokens the largest number of tokens to generate, at least 1.
+ * @property numDraftTokens K of every round; 0 is plain decoding, null lets a [DraftLength] plan each round.
+ * @property sampling how tokens are chosen.
+ */
 data class Options(
     val maxNewTokens: Int = 128,
     val numDraftTokens: Int? = 0,
     val sampling: Sampling = Sampling(),
 )
 
-/** Seconds from some moment on. */
+/** A clock that never goes back. */
 fun interface Clock {
+    /** Seconds since any fixed moment. */
     fun seconds(): Double
 }
 
+/** The JVM's clock. */
 val SYSTEM_CLOCK = Clock { System.nanoTime() / 1e9 }
 
 /**
  * The decoding loop: the prefill, then rounds, as they are decided.
  *
- * Speculative and plain decoding give the same tokens; they stop at the first end token, after `maxNewTokens`, or when
- * prompt and answer together fill the context. `stats.finishReason` is set before the last round is given.
+ * Speculative and plain decoding give the same tokens. They stop at the first end token, after `maxNewTokens`, or when
+ * prompt and answer together fill the context. `stats.finishReason` is set before the last round is returned.
  *
- * @param length plans the rounds, kept by the caller from text to text.
+ * @param prompt token ids, the first of them the beginning-of-text token.
+ * @param stats counts of this text, which are added to.
+ * @param planner plans the rounds if the options do not; keep it from text to text, so that it learns.
  * @param start how many tokens of the prompt are in the engine's cache already.
- * @throws InputError the prompt or the options are impossible for this bundle.
+ * @param clock measures passes and draft steps.
+ * @throws InputError as [checkPrompt] and [checkOptions].
  */
 class Rounds(
     private val engine: Engine,
     private val prompt: List<Int>,
     private val options: Options,
     private val stats: Stats,
-    length: DraftLength,
+    planner: DraftLength,
     private val start: Int = 0,
     private val clock: Clock = SYSTEM_CLOCK,
 ) : Iterator<Round> {
     private val room = engine.manifest.maxSeqLen - prompt.size
     private val outOfBudget = if (options.maxNewTokens <= room) "length" else "max_seq_len"
-    private val drafts = options.numDraftTokens?.let { FixedDrafts(engine, it) } ?: PlannedDrafts(engine, length, prompt)
+    private val drafts = options.numDraftTokens?.let { FixedDrafts(engine, it) } ?: PlannedDrafts(engine, planner, prompt)
     private var left = minOf(options.maxNewTokens, room)
     private var last: Int? = null // none before the prefill
 
@@ -70,7 +81,7 @@ class Rounds(
 
     private fun round(last: Int): Round {
         val started = clock.seconds()
-        // The bonus token needs a place in the budget as well.
+        // The bonus token takes one token of the budget as well.
         val proposed = drafts.make(last, minOf(engine.manifest.maxDraftTokens, left - 1))
         val drafted = clock.seconds()
         val done = engine.verify(last, proposed, options.sampling)
@@ -81,12 +92,16 @@ class Rounds(
     }
 }
 
-/** Refuse what a bundle cannot do. */
+/**
+ * Refuse options that a bundle cannot serve.
+ *
+ * @throws InputError K is negative or beyond what the bundle was exported for, or no new token is asked for.
+ */
 fun checkOptions(manifest: Manifest, options: Options) {
-    val most = manifest.maxDraftTokens
-    if (options.numDraftTokens != null && options.numDraftTokens !in 0..most) {
+    val maxDrafts = manifest.maxDraftTokens
+    if (options.numDraftTokens != null && options.numDraftTokens !in 0..maxDrafts) {
         throw InputError(
-            "${options.numDraftTokens} draft tokens a round were asked for, the bundle was exported for up to $most",
+            "${options.numDraftTokens} draft tokens a round were asked for, the bundle was exported for up to $maxDrafts",
         )
     }
     if (options.maxNewTokens < 1) {
@@ -94,7 +109,11 @@ fun checkOptions(manifest: Manifest, options: Options) {
     }
 }
 
-/** Refuse a prompt that cannot be run: empty, too long for the context, or with an id that is not in the vocabulary. */
+/**
+ * Refuse a prompt that cannot be run.
+ *
+ * @throws InputError the prompt is empty, leaves no room for an answer, or has an id that is not in the vocabulary.
+ */
 fun checkPrompt(manifest: Manifest, prompt: List<Int>) {
     if (prompt.isEmpty()) throw InputError("the prompt is empty: expected at least one token")
     if (prompt.size >= manifest.maxSeqLen) {

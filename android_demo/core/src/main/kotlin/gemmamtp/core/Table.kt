@@ -7,12 +7,12 @@ import java.nio.ByteOrder
 import java.nio.FloatBuffer
 import java.nio.channels.FileChannel
 
-/** A mapping has at most 2 GiB, and a table of per-layer embeddings may have more: so it is mapped in pieces. */
-private const val PIECE_BYTES = 1L shl 30
+/** A mapping has at most 2 GiB, and a table of per-layer embeddings may have more, so it is mapped in pieces. */
+private const val MAX_PIECE_BYTES = 1L shl 30
 
+/** How a number is stored: its bits, and what is subtracted from it. */
 private class Encoding(val bits: Int, val zero: Int)
 
-/** Bits of a number, and what is subtracted from it. */
 private val ENCODINGS = mapOf(
     "float32" to Encoding(32, 0),
     "int8" to Encoding(8, 0),
@@ -24,37 +24,42 @@ private val ENCODINGS = mapOf(
 
 private val SCALE_BYTES = mapOf("float32" to 4, "float16" to 2, "bfloat16" to 2)
 
-/** An embedding table of a bundle, as FORMAT.md specifies it; only the rows that are asked for are ever read. */
-class Table(bundle: File, private val facts: TableFacts) {
-    val columns = facts.columns
+/**
+ * An embedding table of a bundle, as FORMAT.md specifies it; only the rows that are asked for are read.
+ *
+ * @property columns numbers in a row.
+ * @throws IllegalArgumentException the encoding or a size is impossible, or the files are too short.
+ */
+class Table(bundle: File, private val metadata: TableMetadata) {
+    val columns = metadata.columns
     private val encoding =
-        requireNotNull(ENCODINGS[facts.encoding]) { "a table has encoding '${facts.encoding}', which is none" }
+        requireNotNull(ENCODINGS[metadata.encoding]) { "a table has encoding '${metadata.encoding}', which is none" }
     private val groups: Int
-    private val data = Rows(bundle, facts.data, facts.rows, facts.rowBytes)
-    private val scales: Rows?
+    private val data = MappedRows(bundle, metadata.data, metadata.rows, metadata.rowBytes)
+    private val scales: MappedRows?
 
     init {
-        require(columns > 0 && facts.groupSize > 0) { "a table has $columns columns in groups of ${facts.groupSize}" }
-        groups = (columns + facts.groupSize - 1) / facts.groupSize
-        require(facts.rowBytes * 8L >= columns.toLong() * encoding.bits) {
-            "a table has ${facts.rowBytes} bytes for $columns numbers in ${facts.encoding}"
+        require(columns > 0 && metadata.groupSize > 0) { "a table has $columns columns in groups of ${metadata.groupSize}" }
+        groups = (columns + metadata.groupSize - 1) / metadata.groupSize
+        require(metadata.rowBytes * 8L >= columns.toLong() * encoding.bits) {
+            "a table has ${metadata.rowBytes} bytes for $columns numbers in ${metadata.encoding}"
         }
         scales = if (encoding.bits == 32) null else {
-            val place = requireNotNull(facts.scales) { "a table in ${facts.encoding} has no scales" }
+            val place = requireNotNull(metadata.scales) { "a table in ${metadata.encoding} has no scales" }
             val bytes = requireNotNull(SCALE_BYTES[place.dtype]) { "a table has scales in '${place.dtype}'" }
-            Rows(bundle, place, facts.rows, groups * bytes)
+            MappedRows(bundle, place, metadata.rows, groups * bytes)
         }
     }
 
     /**
-     * Write the rows of some ids, one after the other, as `[T, columns]` float32.
+     * Write the rows of T token ids into a buffer, `[T, columns]` float32.
      *
-     * @throws InputError an id beyond the table, which no sound bundle's graphs choose.
+     * @throws InputError an id is beyond the table; graphs of an intact bundle choose none.
      */
     fun read(ids: List<Int>, into: FloatBuffer) {
         for ((i, id) in ids.withIndex()) {
-            if (id !in 0 until facts.rows) {
-                throw InputError("${facts.data.file}: has ${facts.rows} rows, token $id was chosen; export it again")
+            if (id !in 0 until metadata.rows) {
+                throw InputError("${metadata.data.file}: has ${metadata.rows} rows, token $id was chosen; export it again")
             }
             readRow(id, into, i * columns)
         }
@@ -67,11 +72,11 @@ class Table(bundle: File, private val facts: TableFacts) {
             for (i in 0 until columns) into.put(start + i, bytes.getFloat(offset + 4 * i))
             return
         }
-        val signed = facts.encoding == "int8"
+        val signed = metadata.encoding == "int8"
         val mask = (1 shl encoding.bits) - 1
         for (group in 0 until groups) {
             val scale = scale(scales, id, group)
-            for (i in group * facts.groupSize until minOf(columns, (group + 1) * facts.groupSize)) {
+            for (i in group * metadata.groupSize until minOf(columns, (group + 1) * metadata.groupSize)) {
                 // The number may straddle two bytes; the last one of a row never does.
                 val bit = i * encoding.bits
                 var word = bytes.get(offset + (bit shr 3)).toInt() and 0xff
@@ -82,10 +87,10 @@ class Table(bundle: File, private val facts: TableFacts) {
         }
     }
 
-    private fun scale(rows: Rows, id: Int, group: Int): Float {
+    private fun scale(rows: MappedRows, id: Int, group: Int): Float {
         val bytes = rows.buffer(id)
         val offset = rows.offset(id)
-        return when (facts.scales!!.dtype) {
+        return when (metadata.scales!!.dtype) {
             "float32" -> bytes.getFloat(offset + 4 * group)
             "bfloat16" -> Float.fromBits(bytes.getShort(offset + 2 * group).toInt() shl 16)
             else -> halfToFloat(bytes.getShort(offset + 2 * group).toInt())
@@ -93,7 +98,7 @@ class Table(bundle: File, private val facts: TableFacts) {
     }
 }
 
-/** The number that 16 bits hold in IEEE 754's half precision. */
+/** Convert the 16 bits of an IEEE 754 half-precision number. */
 internal fun halfToFloat(bits: Int): Float {
     val magnitude = when (val exponent = (bits shr 10) and 0x1f) {
         0 -> (bits and 0x3ff) * (1f / (1 shl 24))
@@ -103,8 +108,8 @@ internal fun halfToFloat(bits: Int): Float {
     return if (bits and 0x8000 != 0) -magnitude else magnitude
 }
 
-/** Rows of bytes where they lie in a file, mapped. */
-private class Rows(bundle: File, place: Place, rows: Int, private val rowBytes: Int) {
+/** Rows of bytes in a mapped file. */
+private class MappedRows(bundle: File, place: Place, rows: Int, private val rowBytes: Int) {
     private val perPiece: Int
     private val pieces: List<ByteBuffer>
 
@@ -113,7 +118,7 @@ private class Rows(bundle: File, place: Place, rows: Int, private val rowBytes: 
         require(rowBytes > 0 && place.offset >= 0 && place.offset + rows.toLong() * rowBytes <= file.length()) {
             "${place.file} is too short for a table of $rows rows of $rowBytes bytes"
         }
-        perPiece = maxOf(1, (PIECE_BYTES / rowBytes).toInt())
+        perPiece = maxOf(1, (MAX_PIECE_BYTES / rowBytes).toInt())
         pieces = RandomAccessFile(file, "r").use { open ->
             (0 until rows step perPiece).map { first ->
                 val size = minOf(perPiece, rows - first).toLong() * rowBytes

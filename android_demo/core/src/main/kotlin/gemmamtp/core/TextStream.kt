@@ -2,65 +2,73 @@ package gemmamtp.core
 
 private const val REPLACEMENT = '\uFFFD'
 
-/** Turns tokens into text as they come, holding back incomplete characters and what may become a stop string. */
+/**
+ * Decodes tokens as they come, holding back incomplete characters and text that may begin a stop string.
+ *
+ * @param decode converts token ids to text.
+ * @param stop strings that end the text.
+ */
 class TextStream(private val decode: (List<Int>) -> String, private val stop: List<String> = emptyList()) {
-    // Tokens whose text was given out, then those whose text was not; older ones are no longer needed as context.
-    private var given = emptyList<Int>()
+    // Tokens whose text was returned, then those whose text was not; older ones are no longer needed as context.
+    private var returned = emptyList<Int>()
     private var held = emptyList<Int>()
-    private var maybe = "" // complete characters that may begin a stop string
+    private var possibleStop = "" // complete characters that may begin a stop string
 
-    /** A stop string came. */
+    /** Whether a stop string came. */
     var stopped = false
         private set
 
     /**
-     * The text that this token completes, possibly none; after the [last] token of a text all that is left.
+     * The text that a token completes, which may be empty.
      *
-     * A stop string sets [stopped], and neither it nor anything after it is given out.
+     * A stop string sets [stopped]; neither it nor anything after it is returned.
+     *
+     * @param last whether it is the text's last token; then all remaining text is returned.
      */
     fun add(token: Int, last: Boolean = false): String {
         held = held + token
-        var found = pending()
-        if (found.endsWith(REPLACEMENT) && !last) {
-            found = ""
+        var new = pending()
+        if (new.endsWith(REPLACEMENT) && !last) {
+            new = ""
         } else {
-            given = held
+            returned = held
             held = emptyList()
         }
-        return withoutStop(found, last)
+        return withoutStop(new, last)
     }
 
-    /** The rest, at the end of a text, incomplete characters included. */
+    /** The remaining text at the end, incomplete characters included. */
     fun flush(): String {
-        val found = pending()
-        given = held.ifEmpty { given }
+        val new = pending()
+        returned = held.ifEmpty { returned }
         held = emptyList()
-        return withoutStop(found, last = true)
+        return withoutStop(new, last = true)
     }
 
     private fun pending(): String {
-        val before = decode(given)
-        val text = decode(given + held)
+        val before = decode(returned)
+        val text = decode(returned + held)
         if (text.startsWith(before)) return text.substring(before.length)
-        // Bytes that came later can break what was a character: then characters count, not their halves in UTF-16.
+        // Later bytes can break what was a character; then code points are counted, as in Python, not UTF-16 units.
         val count = before.codePointCount(0, before.length)
         return if (count >= text.codePointCount(0, text.length)) "" else text.substring(text.offsetByCodePoints(0, count))
     }
 
-    private fun withoutStop(found: String, last: Boolean): String {
-        val text = maybe + found
+    /** The new text up to a stop string, or up to characters that may begin one. */
+    private fun withoutStop(new: String, last: Boolean): String {
+        val text = possibleStop + new
         val ends = stop.map { text.indexOf(it) }.filter { it >= 0 }
         if (stopped || ends.isNotEmpty()) {
             stopped = true
-            maybe = ""
+            possibleStop = ""
             return text.substring(0, ends.minOrNull() ?: 0)
         }
-        val longest = if (last) 0 else stop.maxOfOrNull { begun(it, text) } ?: 0
-        maybe = text.substring(text.length - longest)
+        val longest = if (last) 0 else stop.maxOfOrNull { stopPrefix(it, text) } ?: 0
+        possibleStop = text.substring(text.length - longest)
         return text.substring(0, text.length - longest)
     }
 }
 
 /** How many characters at the end of a text begin a stop string. */
-private fun begun(stop: String, text: String): Int =
+private fun stopPrefix(stop: String, text: String): Int =
     (minOf(stop.length - 1, text.length) downTo 1).firstOrNull { text.endsWith(stop.substring(0, it)) } ?: 0

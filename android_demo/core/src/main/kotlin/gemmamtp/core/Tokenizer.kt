@@ -7,9 +7,9 @@ import java.nio.charset.CharacterCodingException
 const val TOKENIZER = "tokenizer.json"
 
 /**
- * Text to tokens and back, by the bundle's tokenizer.json, with the same results as the `tokenizers` library.
+ * Converts text to tokens and back with the bundle's tokenizer.json, with the results of the `tokenizers` library.
  *
- * @param bos the beginning-of-text token that Gemma expects before every prompt.
+ * @param bos id of the beginning-of-text token, which Gemma expects before every prompt.
  */
 class Tokenizer(file: File, private val bos: Int) {
     private val parts: TokenizerParts
@@ -31,9 +31,9 @@ class Tokenizer(file: File, private val bos: Int) {
     private val special = parts.added.filter { it.special }.map { it.content }.toSet()
 
     /**
-     * Token ids of a prompt, the first of them the beginning-of-text token, added if the text does not spell it.
+     * Token ids of a prompt, the first of them the beginning-of-text token, which is added if the text does not spell it.
      *
-     * @throws InputError the text has halves of characters, which no UTF-8 can spell.
+     * @throws InputError the text has unpaired surrogates, which UTF-8 cannot encode.
      */
     fun encode(text: String): IntArray {
         if (!wellFormed(text)) {
@@ -49,23 +49,23 @@ class Tokenizer(file: File, private val bos: Int) {
         return ids.toIntArray()
     }
 
-    /** The text of tokens, without special ones and those that do not exist. */
+    /** The text of token ids, without special tokens and ids that do not exist. */
     fun decode(ids: List<Int>): String {
         val tokens = ids.mapNotNull { added[it]?.content ?: parts.vocabulary.token(it) }.filter { it !in special }
         return parts.decode(tokens).joinToString("")
     }
 
-    /** Text as its tokens come, up to any of the stop strings. */
+    /** Begin a text that is decoded token by token, up to any of the stop strings. */
     fun stream(stop: List<String> = emptyList()): TextStream = TextStream(::decode, stop)
 }
 
-/** Finds added tokens: the leftmost, of several that begin there the longest. */
+/** Finds added tokens in a text: the leftmost, and the longest of several that begin at the same place. */
 private class AddedTokens(private val ids: Map<String, Int>) {
     private val lengths: Map<Char, List<Int>> = ids.keys.groupBy { it[0] }.mapValues { (_, tokens) ->
         tokens.map { it.length }.distinct().sortedDescending()
     }
 
-    /** Tells [token] and [text] of the parts of a text, in order. */
+    /** Calls [token] and [text] for the parts of a text, in order. */
     fun split(whole: String, token: (Int) -> Unit, text: (String) -> Unit) {
         var start = 0
         var i = 0
@@ -84,7 +84,7 @@ private class AddedTokens(private val ids: Map<String, Int>) {
     }
 }
 
-/** Pieces that end with a pattern; only the first of several patterns in a row belongs to what is before it. */
+/** Split a text after each pattern; of several patterns in a row, only the first stays with the text before it. */
 internal fun splitAfter(text: String, pattern: String): List<String> {
     val pieces = ArrayList<String>()
     var start = 0
@@ -97,7 +97,7 @@ internal fun splitAfter(text: String, pattern: String): List<String> {
     return pieces
 }
 
-/** Pieces that begin with a pattern; only the last of several patterns in a row belongs to what is after it. */
+/** Split a text before each pattern; of several patterns in a row, only the last stays with the text after it. */
 internal fun splitBefore(text: String, pattern: String): List<String> {
     val pieces = ArrayList<String>()
     var start = 0
@@ -110,7 +110,7 @@ internal fun splitBefore(text: String, pattern: String): List<String> {
     return pieces
 }
 
-/** Byte tokens, `<0x00>` to `<0xFF>`, as the text that each run of them spells: all of a run, or U+FFFD for each byte. */
+/** Replace each run of byte tokens, `<0x00>` to `<0xFF>`, by its text in UTF-8, or by U+FFFD for each byte if it is none. */
 internal fun joinBytes(tokens: List<String>): List<String> {
     val texts = ArrayList<String>()
     var i = 0
@@ -123,7 +123,7 @@ internal fun joinBytes(tokens: List<String>): List<String> {
     return texts
 }
 
-/** The byte that a token stands for, null if none; as in the library, also of `<0xa0>` and `<0x+1>`. */
+/** The byte that a token stands for, null if none; as in the library, `<0xa0>` and `<0x+1>` count as well. */
 private fun byteOf(token: String): Int? {
     if (token.length != 6 || !token.startsWith("<0x") || !token.endsWith(">")) return null
     val digits = token.substring(3, 5).removePrefix("+")

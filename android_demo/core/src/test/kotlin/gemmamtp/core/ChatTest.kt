@@ -10,12 +10,12 @@ import kotlin.test.assertFailsWith
 import kotlin.test.assertTrue
 
 class ChatTest {
-    private val found = vectors("tokenizer.json")
-    private val formats = found.rows("formats")
+    private val cases = vectors("tokenizer.json")
+    private val formats = cases.rows("formats")
 
     @Test
     fun `chats become the prompts of jinja2`() {
-        val rows = found.rows("chats")
+        val rows = cases.rows("chats")
         assertTrue(rows.size > 100)
         for (row in rows) {
             val messages = row.rows("messages").map { Message(it.string("role"), it.string("content")) }

@@ -7,24 +7,24 @@ import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
 import kotlin.test.assertTrue
 
-/** Drafting adapts, and never costs more than it may; the plans themselves are compared with Python's in hosttest. */
+/** Drafting adapts, and stays within its allowance; hosttest compares the plans with Python's. */
 class DraftLengthTest {
     private fun verifySeconds(drafts: Int) = 1 + 0.2 * drafts
     private val stepSeconds = 0.1
 
-    /** Seconds that a text of so many tokens takes beside plain decoding, if each draft is accepted with a chance. */
+    /** Time of a text relative to plain decoding, if each draft is accepted with probability [chance]. */
     private fun simulate(chance: Double, tokens: Int = 600): Double {
         val random = Random(1)
-        val length = DraftLength(8, Costs(8))
+        val planner = DraftLength(8, Costs(8))
         var seconds = 0.0
         var written = 0
         while (written < tokens) {
-            val plan = length.plan(listOf(DRAFTER to 8))
+            val plan = planner.plan(listOf(DRAFTER to 8))
             val drafted = plan.numDraftTokens
             val accepted = (0 until drafted).firstOrNull { random.nextDouble() >= chance } ?: drafted
-            length.costs.measured(drafted, verifySeconds(drafted), drafted * stepSeconds)
-            length.pay(plan, accepted + 1)
-            length.learn(DRAFTER, drafted, accepted)
+            planner.costs.record(drafted, verifySeconds(drafted), drafted * stepSeconds)
+            planner.recordLoss(plan, accepted + 1)
+            planner.learn(DRAFTER, drafted, accepted)
             seconds += verifySeconds(drafted) + drafted * stepSeconds
             written += accepted + 1
         }
@@ -32,35 +32,35 @@ class DraftLengthTest {
     }
 
     @Test
-    fun neverSlowerAndFasterWhereItPays() {
+    fun notSlowerAndFasterWhereDraftsAreAccepted() {
         assertTrue(simulate(0.0) <= 1.01 + 2.0 / 600)
         assertTrue(simulate(0.9) < 0.6)
     }
 
     @Test
-    fun costsLieOnTheLineBetweenThoseMeasured() {
+    fun costsAreInterpolated() {
         val costs = Costs(8, rowMultiple = 2)
-        assertEquals(0, costs.unknown(8))
-        repeat(2) { for (drafts in listOf(0, 2, 4, 8)) costs.measured(drafts, 1.0 + drafts, 0.5 * drafts) }
-        assertEquals(null, costs.unknown(8))
-        costs.measured(4, 50.0, 9.0) // whatever else runs only ever adds
-        assertEquals(1.0, costs.verifySeconds(1)) // filled up to the same pass
+        assertEquals(0, costs.nextToMeasure(8))
+        repeat(2) { for (drafts in listOf(0, 2, 4, 8)) costs.record(drafts, 1.0 + drafts, 0.5 * drafts) }
+        assertEquals(null, costs.nextToMeasure(8))
+        costs.record(4, 50.0, 9.0) // an accident, which does not count
+        assertEquals(1.0, costs.verifySeconds(1)) // padded to the same pass
         assertEquals(7.0, costs.verifySeconds(6)) // half way from 6 tokens' 5 seconds to 10 tokens' 9
         assertEquals(7.0, costs.relative(DRAFTER, 4)) // the pass, and four steps
         assertEquals(3.0, costs.relative("lookup", 2))
     }
 
     @Test
-    fun costsAreKeptForTheSameBundleAndThreads() = inTemporaryDirectory { directory ->
+    fun costsAreSavedForTheSameBundleAndThreads() = inTemporaryDirectory { directory ->
         val manifest = smallManifest(10, 100, 8)
         val file = File(directory, "costs.json")
         val costs = Costs(8)
-        repeat(2) { for (drafts in listOf(0, 1, 2, 4, 8)) costs.measured(drafts, 1.0 + drafts, 0.5 * drafts) }
+        repeat(2) { for (drafts in listOf(0, 1, 2, 4, 8)) costs.record(drafts, 1.0 + drafts, 0.5 * drafts) }
         saveCosts(costs, file, manifest, 2)
         assertEquals(listOf("costs.json"), directory.list()!!.toList())
         val again = loadCosts(file, manifest, 2)
-        assertEquals(listOf(null, 4.0, 0.5), listOf(again.unknown(8), again.verifySeconds(3), again.stepSeconds))
-        assertEquals(0, loadCosts(file, manifest, 1).unknown(8))
+        assertEquals(listOf(null, 4.0, 0.5), listOf(again.nextToMeasure(8), again.verifySeconds(3), again.stepSeconds))
+        assertEquals(0, loadCosts(file, manifest, 1).nextToMeasure(8))
         file.writeText("{\"of\": {\"bundle\": \"\", \"threads\": 2}, \"verify_seconds\": {\"1\": -1}}")
         assertTrue("not the costs of a bundle" in assertFailsWith<InputError> { loadCosts(file, manifest, 2) }.message!!)
     }

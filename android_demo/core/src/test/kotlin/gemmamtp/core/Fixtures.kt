@@ -2,7 +2,7 @@ package gemmamtp.core
 
 import java.io.File
 
-/** A manifest of a model that is small in all that a test does not ask for. */
+/** A manifest of a small model; a test names the sizes that matter to it. */
 fun smallManifest(
     vocabSize: Int,
     maxSeqLen: Int,
@@ -12,7 +12,7 @@ fun smallManifest(
     numTokens: Int = 16,
     rowMultiple: Int = 1,
     kv: List<KVBuffer> = emptyList(),
-    tables: Map<String, TableFacts> = emptyMap(),
+    tables: Map<String, TableMetadata> = emptyMap(),
 ) = Manifest(
     backend = "fake",
     recipe = "fp32",
@@ -40,6 +40,7 @@ fun smallManifest(
     digest = "",
 )
 
+/** Run [work] with a new directory, and remove the directory. */
 fun inTemporaryDirectory(work: (File) -> Unit) {
     val directory = File.createTempFile("gemmamtp", "").apply { delete() }
     check(directory.mkdirs())

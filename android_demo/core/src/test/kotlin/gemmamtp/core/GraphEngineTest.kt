@@ -13,20 +13,20 @@ import kotlin.test.assertTrue
 private const val WINDOW = 40
 private const val VOCAB = 50
 
-/** What the fake target chooses after a text: a sum over what its full and its sliding layer see. */
+/** The token that the fake target chooses after a text: from sums over what its full and sliding layer attend to. */
 private fun chosenAfter(text: List<Int>): Int {
     val window = text.takeLast(WINDOW)
     val sum = text.sum() + window.withIndex().sumOf { (i, token) -> token * (text.size - window.size + i) % 7 }
     return if (sum % 3 == 0) sum % VOCAB else (text.last() + 1) % VOCAB
 }
 
-/** A target over two buffers of two heads whose rows hold the token, and a drafter that guesses one more. */
+/** A target with two buffers of two heads whose rows hold the token id, or a drafter that drafts the next id. */
 private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
     private var cache = emptyMap<String, Tensor>()
     var closed = false
 
     override fun bind(cache: Map<String, Tensor>) {
-        assertTrue(cache.isEmpty() || this.cache.isEmpty(), "old buffers are still held while new ones are made")
+        assertTrue(cache.isEmpty() || this.cache.isEmpty(), "old buffers are not released while new ones are made")
         this.cache = cache
     }
 
@@ -44,7 +44,7 @@ private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
             return mapOf("draft_token" to Tensor(longs(1).put(0, next), 1), "next_state" to Tensor(floats(1), 1, 1))
         }
         assertEquals(0, tokens.size % 2)
-        assertEquals(0, windowStart % SLIDE)
+        assertEquals(0, windowStart % SLIDE_ROWS)
         for ((i, token) in tokens.withIndex()) {
             for (head in 0..1) {
                 row("key_full", head, position + i).let { (data, at) -> data.put(at, token.toFloat()) }
@@ -80,7 +80,7 @@ private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
     }
 }
 
-/** The cache: it grows, moves and rolls back without losing a row. */
+/** The cache grows, moves and rolls back without losing a row. */
 class GraphEngineTest {
     private val graphs = mapOf("target" to FakeGraph(true), "drafter" to FakeGraph(false))
 
@@ -88,7 +88,7 @@ class GraphEngineTest {
         val numbers = ByteBuffer.allocate(4 * VOCAB).order(ByteOrder.LITTLE_ENDIAN)
         for (token in 0 until VOCAB) numbers.putFloat(token.toFloat())
         File(directory, "rows").writeBytes(numbers.array())
-        val facts = TableFacts(VOCAB, 1, 4, "float32", 1, Place("rows", 0, ""), null)
+        val metadata = TableMetadata(VOCAB, 1, 4, "float32", 1, Place("rows", 0, ""), null)
         val manifest = smallManifest(
             vocabSize = VOCAB,
             maxSeqLen = 900,
@@ -97,7 +97,7 @@ class GraphEngineTest {
             numTokens = numTokens,
             rowMultiple = 2,
             kv = listOf(KVBuffer("key_full", false, 2, 1), KVBuffer("key_sliding", true, 2, 1)),
-            tables = TABLES.associateWith { facts },
+            tables = TABLES.associateWith { metadata },
         )
         return loadEngine(directory, manifest, { _, _, _ -> graphs })
     }
@@ -115,17 +115,17 @@ class GraphEngineTest {
                     text.add(token)
                 }
                 assertEquals(900, text.size)
-                assertTrue(engine.windowStart >= 900 - WINDOW - 3 * SLIDE)
+                assertTrue(engine.windowStart >= 900 - WINDOW - 3 * SLIDE_ROWS)
             }
         }
     }
 
     @Test
-    fun keepsWhatItsWindowStillHas() = inTemporaryDirectory { directory ->
+    fun resumesWhereTheWindowHasAllRows() = inTemporaryDirectory { directory ->
         val engine = engine(directory)
         engine.prefill(List(600) { 3 }, Sampling())
-        assertTrue(engine.keeps(599))
-        assertEquals(false, engine.keeps(100))
+        assertTrue(engine.canResume(599))
+        assertEquals(false, engine.canResume(100))
     }
 
     @Test

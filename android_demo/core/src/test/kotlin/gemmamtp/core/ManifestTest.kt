@@ -8,7 +8,7 @@ import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
 import kotlin.test.assertTrue
 
-/** What is read of a manifest, and the line that a broken one gets. */
+/** Reading manifests, and the errors of malformed ones. */
 class ManifestTest {
     private val tables = """{"file": "w", "offset": 0}"""
     private val text = """
@@ -36,7 +36,7 @@ class ManifestTest {
     }
 
     @Test
-    fun whatItSays() {
+    fun fieldsAreRead() {
         val manifest = parseManifest(JsonParser.parseString(text), "", "d")
         assertEquals("onnx", manifest.backend)
         assertEquals(setOf(1, 106), manifest.eos)
@@ -48,7 +48,7 @@ class ManifestTest {
     }
 
     @Test
-    fun passesAreFilledUpAsTheProcessorNeeds() {
+    fun passesArePaddedForTheProcessor() {
         val json = JsonParser.parseString(text).asJsonObject
         assertEquals(listOf(2, 2), listOf(false, true).map { parseManifest(json, "", "", arm64 = it).rowMultiple })
         json.addProperty("row_multiple_arm64", 4)
@@ -57,7 +57,7 @@ class ManifestTest {
     }
 
     @Test
-    fun whatDoesNotFit() {
+    fun malformedManifestsAreRefused() {
         for (
             (expected, change) in listOf<Pair<String, (JsonObject) -> Unit>>(
                 "format_version is 3, this version reads 2; export it again" to { it.addProperty("format_version", 3) },
@@ -81,7 +81,7 @@ class ManifestTest {
     }
 
     @Test
-    fun filesThatAreMissingOrChanged() = inTemporaryDirectory { bundle ->
+    fun missingAndChangedFilesAreRefused() = inTemporaryDirectory { bundle ->
         fun error() = assertFailsWith<InputError> { readManifest(bundle) }.message!!
         assertTrue("not a bundle, manifest.json is missing" in error())
         File(bundle, MANIFEST).writeText("{")

@@ -8,14 +8,14 @@ import kotlin.test.assertTrue
 private const val VOCAB = 97
 private const val EOS = 1
 
-/** The token that follows a text: mostly one more than the last, so that a drafter can guess, and sometimes the end. */
+/** The token that follows a text: mostly the next id, which the drafter drafts, and sometimes the end token. */
 private fun choiceAfter(text: List<Int>): Int {
     val sum = text.withIndex().sumOf { (i, token) -> (i + 3L) * token }
     return if (sum % 5 == 0L) (sum % VOCAB).toInt() else (text.last() + 1) % VOCAB
 }
 
-/** An engine whose target follows [choiceAfter] and whose drafter always guesses one more. */
-private class Counting(override val manifest: Manifest) : Engine {
+/** An engine whose target follows [choiceAfter] and whose drafter always drafts the next id. */
+private class CountingEngine(override val manifest: Manifest) : Engine {
     override val position get() = text.size
     private var text = mutableListOf<Int>()
 
@@ -25,7 +25,7 @@ private class Counting(override val manifest: Manifest) : Engine {
         return Round(emptyList(), 0, listOf(choiceAfter(text)), listOf(0.0))
     }
 
-    override fun keeps(position: Int) = true
+    override fun canResume(position: Int) = true
 
     override fun draft(last: Int, numDraftTokens: Int) = (1..numDraftTokens).map { (last + it) % VOCAB }
 
@@ -38,19 +38,19 @@ private class Counting(override val manifest: Manifest) : Engine {
     }
 }
 
-/** Where a text ends, and that it is the same whatever is drafted. */
+/** Where texts end, and that they are the same whatever is drafted. */
 class RoundsTest {
     private val manifest = smallManifest(vocabSize = VOCAB, maxSeqLen = 200, maxDraftTokens = 8, eos = setOf(EOS))
 
-    private fun write(prompt: List<Int>, most: Int, drafts: Int?, stats: Stats = Stats()): List<Int> {
-        val length = DraftLength(8, Costs(8))
-        val options = Options(most, drafts)
-        return Rounds(Counting(manifest), prompt, options, stats, length).asSequence().flatMap { it.tokens }.toList()
+    private fun write(prompt: List<Int>, maxNewTokens: Int, drafts: Int?, stats: Stats = Stats()): List<Int> {
+        val planner = DraftLength(8, Costs(8))
+        val options = Options(maxNewTokens, drafts)
+        return Rounds(CountingEngine(manifest), prompt, options, stats, planner).asSequence().flatMap { it.tokens }.toList()
     }
 
-    private fun plain(prompt: List<Int>, most: Int): List<Int> {
+    private fun plain(prompt: List<Int>, maxNewTokens: Int): List<Int> {
         val text = prompt.toMutableList()
-        while (text.size < minOf(prompt.size + most, manifest.maxSeqLen)) {
+        while (text.size < minOf(prompt.size + maxNewTokens, manifest.maxSeqLen)) {
             text.add(choiceAfter(text))
             if (text.last() == EOS) break
         }
@@ -61,13 +61,13 @@ class RoundsTest {
     fun sameTextWhateverIsDrafted() {
         val reasons = HashSet<String>()
         for (first in 2 until 60) {
-            for (most in listOf(1, 2, 3, 30, 500)) {
+            for (maxNewTokens in listOf(1, 2, 3, 30, 500)) {
                 for (drafts in listOf(0, 1, 3, 8, null)) {
                     val stats = Stats()
-                    val written = write(listOf(first, 7), most, drafts, stats)
-                    assertEquals(plain(listOf(first, 7), most), written)
+                    val written = write(listOf(first, 7), maxNewTokens, drafts, stats)
+                    assertEquals(plain(listOf(first, 7), maxNewTokens), written)
                     assertEquals(stats.accepted, stats.acceptedByPosition.sum())
-                    // Each round adds its accepted drafts and one more, unless a draft is the end.
+                    // Each round adds its accepted drafts and one more, unless a draft is the end token.
                     val missing = stats.rounds + stats.accepted - (written.size - 1)
                     assertTrue(missing in 0..(if (stats.finishReason == "eos") 1 else 0))
                     reasons.add(stats.finishReason)
@@ -101,8 +101,8 @@ class RoundsTest {
     }
 
     @Test
-    fun streamsReuseWhatTheyShare() {
-        val engine = Counting(manifest)
+    fun streamsReuseTheCacheOfTheLastOne() {
+        val engine = CountingEngine(manifest)
         val decoder = Decoder(engine, null, null, DraftLength(8, Costs(8)))
         val first = decoder.stream(intArrayOf(4, 7), Options(12, null))
         val written = first.asSequence().map { it.id }.toList()
@@ -115,7 +115,7 @@ class RoundsTest {
 
     @Test
     fun aCancelledStreamEndsWithItsNextToken() {
-        val stream = Decoder(Counting(manifest), null, null, DraftLength(8, Costs(8))).stream(intArrayOf(5), Options(50, 4))
+        val stream = Decoder(CountingEngine(manifest), null, null, DraftLength(8, Costs(8))).stream(intArrayOf(5), Options(50, 4))
         stream.next()
         stream.cancel()
         stream.next()

@@ -6,15 +6,15 @@ import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
 import kotlin.test.assertTrue
 
-/** The vectors that all languages are held to. */
+/** Sampling, on the test vectors of all languages. */
 class SamplingTest {
-    private val found = vectors("sampling.json")
+    private val cases = vectors("sampling.json")
 
     private fun JsonObject.seed() = string("seed").toULong().toLong()
 
     @Test
     fun noise() {
-        for (row in found.rows("noise")) {
+        for (row in cases.rows("noise")) {
             val noise = uniform(row.seed(), row.get("position").asInt) * (1 shl 24)
             assertEquals(row.get("u_times_2_to_the_24").asDouble, noise, "$row")
         }
@@ -22,7 +22,7 @@ class SamplingTest {
 
     @Test
     fun chosenTokens() {
-        val rows = found.rows("choose")
+        val rows = cases.rows("choose")
         assertTrue(rows.size > 150)
         for (row in rows) {
             val (temperature, topP) = listOf("temperature", "top_p").map { row.get(it).asDouble }

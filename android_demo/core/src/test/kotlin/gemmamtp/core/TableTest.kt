@@ -8,7 +8,7 @@ import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
 import kotlin.test.assertTrue
 
-/** Embeddings in every encoding of FORMAT.md, against its own words: bit n is bit n mod 8 of byte n div 8. */
+/** Embeddings in every encoding, packed here as FORMAT.md specifies: bit n is bit n mod 8 of byte n div 8. */
 class TableTest {
     private val columns = 11
     private val groupSize = 4
@@ -40,16 +40,16 @@ class TableTest {
                 val scales = List(3) { row -> List(3) { 0.5f * (row + 1) * if (it == 1) -1 else 1 } }
                 File(directory, "data").writeBytes(ByteArray(5) + stored.map { bytes(it, bits, length) }.reduce(ByteArray::plus))
                 File(directory, "scales").writeBytes(scales.flatten().map(encode).reduce(ByteArray::plus))
-                val facts = TableFacts(
+                val metadata = TableMetadata(
                     3, columns, length, encoding, groupSize, Place("data", 5, ""), Place("scales", 0, dtype),
                 )
-                val found = floats(2 * columns)
-                Table(directory, facts).read(listOf(2, 0), found)
+                val actual = floats(2 * columns)
+                Table(directory, metadata).read(listOf(2, 0), actual)
                 for ((i, row) in listOf(2, 0).withIndex()) {
                     for (column in 0 until columns) {
                         val number = stored[row][column]
                         val value = if (encoding == "int8") number.toByte().toInt() else number - zero
-                        assertEquals(value * scales[row][column / groupSize], found.get(i * columns + column), "$encoding $dtype")
+                        assertEquals(value * scales[row][column / groupSize], actual.get(i * columns + column), "$encoding $dtype")
                     }
                 }
             }
@@ -65,10 +65,10 @@ class TableTest {
     }
 
     @Test
-    fun whatIsNotATable() = inTemporaryDirectory { directory ->
+    fun impossibleTablesAreRefused() = inTemporaryDirectory { directory ->
         File(directory, "data").writeBytes(ByteArray(40))
         fun table(encoding: String, rows: Int = 2, rowBytes: Int = 20, groupSize: Int = 5) =
-            Table(directory, TableFacts(rows, 5, rowBytes, encoding, groupSize, Place("data", 0, ""), null))
+            Table(directory, TableMetadata(rows, 5, rowBytes, encoding, groupSize, Place("data", 0, ""), null))
         assertFailsWith<IllegalArgumentException> { table("float64") }
         assertFailsWith<IllegalArgumentException> { table("int8") }
         assertFailsWith<IllegalArgumentException> { table("float32", rows = 3) }

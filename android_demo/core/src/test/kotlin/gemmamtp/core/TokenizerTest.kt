@@ -13,14 +13,14 @@ import kotlin.test.assertFailsWith
 import kotlin.test.assertTrue
 
 class TokenizerTest {
-    private val found = vectors("tokenizer.json")
-    private val tokenizers = found.rows("files").map { Tokenizer(File(repository, it.string("file")), it["bos"].asInt) }
+    private val cases = vectors("tokenizer.json")
+    private val tokenizers = cases.rows("files").map { Tokenizer(File(repository, it.string("file")), it["bos"].asInt) }
 
     private fun tokenizer(row: JsonObject) = tokenizers[row["file"].asInt]
 
     @Test
     fun `texts become the ids of the tokenizers library`() {
-        val rows = found.rows("texts")
+        val rows = cases.rows("texts")
         assertTrue(rows.size > 100)
         for (row in rows) {
             val ids = tokenizer(row).encode(row.string("text").repeat(row["times"]?.asInt ?: 1)).toList()
@@ -36,12 +36,12 @@ class TokenizerTest {
 
     @Test
     fun `ids become its texts`() {
-        for (row in found.rows("streams")) assertEquals(row.string("text"), tokenizer(row).decode(row.ints("ids")))
+        for (row in cases.rows("streams")) assertEquals(row.string("text"), tokenizer(row).decode(row.ints("ids")))
     }
 
     @Test
-    fun `streams give out what runtime_ref gives out`() {
-        for (row in found.rows("streams")) {
+    fun `streams return what those of runtime_ref return`() {
+        for (row in cases.rows("streams")) {
             val ids = row.ints("ids")
             val stream = tokenizer(row).stream(row.texts("stop"))
             assertEquals(row.texts("pieces"), ids.mapIndexed { i, id -> stream.add(id, i == ids.size - 1) }, "$ids")
@@ -50,7 +50,7 @@ class TokenizerTest {
     }
 
     @Test
-    fun `flush gives out what is incomplete`() {
+    fun `flush returns incomplete characters`() {
         val stream = tokenizers[0].stream()
         val first = tokenizers[0].encode("é")[1]
         assertEquals("", stream.add(first))
@@ -82,7 +82,7 @@ class TokenizerTest {
     }
 
     @Test
-    fun `what Gemma's files do not ask for is refused in one line`() {
+    fun `what Gemma's files do not use is refused in one line`() {
         val cases = listOf<Pair<String, (JsonObject) -> Unit>>(
             "model.type is \"Unigram\", expected BPE" to { it.part("model").addProperty("type", "Unigram") },
             "model.dropout is 0.1" to { it.part("model").addProperty("dropout", 0.1) },

@@ -11,7 +11,7 @@ internal val repository: File by lazy {
         ?: generateSequence(File("").absoluteFile) { it.parentFile }.first { File(it, "tests/vectors").isDirectory }
 }
 
-/** One of the files of tests/vectors, which other runtimes are held to as well; the property `vectors` has the folder. */
+/** A file of tests/vectors, the test vectors of all languages; the system property `vectors` names another folder. */
 internal fun vectors(name: String): JsonObject {
     val folder = System.getProperty("vectors")?.let(::File) ?: File(repository, "tests/vectors")
     return JsonParser.parseString(File(folder, name).readText()).asJsonObject

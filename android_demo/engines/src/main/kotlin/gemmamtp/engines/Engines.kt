@@ -20,13 +20,13 @@ object Engines : LoadGraphs {
 
     override fun load(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph> {
         val load = loaders[manifest.backend] ?: throw InputError(
-            "$bundle: made for backend '${manifest.backend}', this app runs ${loaders.keys.joinToString(" and ")}"
+            "$bundle: made for backend '${manifest.backend}', expected ${loaders.keys.joinToString(" or ")}; export it for one of these"
         )
         return load(bundle, manifest, threads)
     }
 }
 
-/** Every graph of a manifest, opened one after the other; if one fails, those before it are closed. */
+/** Open every graph of a manifest, one after the other; if one fails, close those before it. */
 internal fun <T : Closeable> openGraphs(manifest: Manifest, open: (String, Graph) -> T): Map<String, T> {
     val opened = LinkedHashMap<String, T>()
     try {
@@ -38,16 +38,16 @@ internal fun <T : Closeable> openGraphs(manifest: Manifest, open: (String, Graph
     return opened
 }
 
-/** The first line of what a runtime has to say; some of them append a whole log. */
+/** The first line of a runtime's error message; some runtimes append a whole log. */
 internal fun line(error: Throwable): String =
     error.message?.lineSequence()?.firstOrNull { it.isNotBlank() } ?: error.javaClass.simpleName
 
-/** A copy in direct memory: outputs of one call may be inputs of the next. */
+/** A copy in direct memory, because outputs of one call may be inputs of the next. */
 internal fun copied(values: FloatBuffer, shape: LongArray) =
     Tensor(floats(values.remaining()).also { whole(it.put(values)) }, *shape)
 
 internal fun copied(values: LongBuffer, shape: LongArray) =
     Tensor(longs(values.remaining()).also { whole(it.put(values)) }, *shape)
 
-/** All of a buffer, whatever its position was. On [Buffer]: FloatBuffer's own `clear` is missing on older phones. */
+/** Make all of a buffer its content. On [Buffer]: FloatBuffer's own `clear` is missing on older phones. */
 internal fun whole(buffer: Buffer): Buffer = buffer.clear()

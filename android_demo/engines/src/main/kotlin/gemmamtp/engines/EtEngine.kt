@@ -33,7 +33,7 @@ internal fun loadEt(bundle: File, manifest: Manifest, threads: Int?): Map<String
     }
 }
 
-/** A method; its cache inputs point into the app's memory with every call. */
+/** A method, whose cache inputs point into the app's memory in every call. */
 private class EtGraph(private val program: Program, private val name: String, private val graph: Graph) : BoundGraph {
     private var cache = emptyMap<String, EValue>()
 
@@ -50,7 +50,7 @@ private class EtGraph(private val program: Program, private val name: String, pr
         try {
             val values = graph.inputs.map { cache[it] ?: etValue(inputs.getValue(it)) }
             val outputs = program.module.execute(name, *values.toTypedArray())
-            // A program that was closed answers with nothing at all.
+            // A program that was closed returns no outputs.
             check(outputs.size == graph.outputs.size) { "${outputs.size} outputs, not ${graph.outputs.size}" }
             return graph.outputs.indices.associate { graph.outputs[it] to output(outputs[it].toTensor()) }
         } catch (error: Exception) {
@@ -65,7 +65,7 @@ private class EtGraph(private val program: Program, private val name: String, pr
     }
 }
 
-/** A loaded .pte, until the last of its graphs is closed. */
+/** A loaded .pte file, which is closed with the last of its graphs. */
 private class Program(val file: File, threads: Int) : Closeable {
     val graphs = mutableSetOf<EtGraph>()
     val module: Module
@@ -80,14 +80,14 @@ private class Program(val file: File, threads: Int) : Closeable {
             throw InputError("$file: ExecuTorch cannot load it (${line(error)}); export it again", error)
         } catch (error: LinkageError) {
             Pool.leave()
-            throw InputError("$file: ExecuTorch is not there for this processor (${line(error)})", error)
+            throw InputError("$file: ExecuTorch has no library for this processor (${line(error)})", error)
         }
     }
 
-    /** Load a method now: ExecuTorch would do it in the first call, which then seems slow. */
+    /** Load a method now: else ExecuTorch loads it in the first call, which is slow then. */
     fun load(method: String) {
         try {
-            // Older versions return an error code, newer ones nothing: they throw.
+            // Older versions return an error code, newer ones throw.
             val code: Any = module.loadMethod(method)
             check(code !is Int || code == 0) { "error $code" }
         } catch (error: Exception) {
@@ -103,20 +103,20 @@ private class Program(val file: File, threads: Int) : Closeable {
     }
 }
 
-/** ExecuTorch has one thread pool a process. A program that is loaded may replace it while others point to it. */
+/** ExecuTorch's thread pool, one a process. Loading a program may replace it, and others that point to it would crash. */
 private object Pool {
     private var programs = 0
     private var threads = 0
 
     @Synchronized
-    fun join(file: File, wanted: Int) {
-        if (programs > 0 && wanted != threads) {
+    fun join(file: File, requested: Int) {
+        if (programs > 0 && requested != threads) {
             throw InputError(
-                "$file: asked for ${said(wanted)} threads while another bundle is loaded with ${said(threads)};" +
-                    " ExecuTorch has one pool a process, so ask for the same or close the other bundle first"
+                "$file: asked for ${described(requested)} threads while another bundle is loaded with ${described(threads)};" +
+                    " ExecuTorch has one pool a process, so ask for the same number or close the other bundle first"
             )
         }
-        threads = wanted
+        threads = requested
         programs++
     }
 
@@ -125,10 +125,10 @@ private object Pool {
         programs--
     }
 
-    private fun said(threads: Int) = if (threads == 0) "the default number of" else "$threads"
+    private fun described(threads: Int) = if (threads == 0) "the default number of" else "$threads"
 }
 
-/** A tensor that is this memory, not a copy of it. */
+/** A tensor over the same memory, not a copy. */
 private fun etValue(tensor: Tensor): EValue =
     when (val data = tensor.data) {
         is FloatBuffer -> EValue.from(EtTensor.fromBlob(data, tensor.shape))
@@ -136,7 +136,7 @@ private fun etValue(tensor: Tensor): EValue =
         else -> throw IllegalArgumentException("an input is ${data.javaClass.simpleName}, not of floats or longs")
     }
 
-/** Outputs lie in the method's own memory, which its next call overwrites. */
+/** A copy of an output, which lies in the method's own memory until its next call. */
 private fun output(value: EtTensor): Tensor =
     when (val type = value.dtype()) {
         DType.FLOAT -> copied(FloatBuffer.wrap(value.dataAsFloatArray), value.shape())

@@ -23,13 +23,13 @@ import java.nio.LongBuffer
 internal fun loadOrt(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph> =
     openGraphs(manifest) { _, graph -> OrtGraph(File(bundle, graph.file), graph, threads) }
 
-/** A session whose cache inputs and outputs are bound to the same memory, so that writing happens in place. */
+/** A session whose cache inputs and outputs are bound to the same memory, so that it writes in place. */
 private class OrtGraph(private val file: File, private val graph: Graph, threads: Int?) : BoundGraph {
     private val options: OrtSession.SessionOptions
     private val session: OrtSession
     private var cache = emptyMap<String, OnnxTensor>()
     private var pinned = emptyMap<String, OnnxTensor>()
-    private var fresh = graph.outputs.toSet()
+    private var requested = graph.outputs.toSet()
     private var closed = false
 
     init {
@@ -49,30 +49,30 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
             val version = OrtEnvironment.getEnvironment().version
             throw InputError("$file: ONNX Runtime $version cannot load it (${line(error)})", error)
         } catch (error: LinkageError) {
-            throw InputError("$file: ONNX Runtime is not there for this processor (${line(error)})", error)
+            throw InputError("$file: ONNX Runtime has no library for this processor (${line(error)})", error)
         }
     }
 
-    /** One tensor for each buffer, which is input and, if the graph updates it, output: they share their memory. */
+    /** Make one tensor for each buffer, which is an input and, if the graph updates it, also an output. */
     override fun bind(cache: Map<String, Tensor>) {
         val old = this.cache
         this.cache = graph.inputs.filter { it in cache }.associateWith { onnxTensor(cache.getValue(it)) }
         pinned = graph.outputs.filter { bufferOf(it) in this.cache }.associateWith { this.cache.getValue(bufferOf(it)) }
-        fresh = graph.outputs.toSet() - pinned.keys
+        requested = graph.outputs.toSet() - pinned.keys
         old.values.forEach { it.close() }
     }
 
     override fun run(inputs: Map<String, Tensor>): Map<String, Tensor> {
-        val given = HashMap<String, OnnxTensor>()
+        val inputTensors = HashMap<String, OnnxTensor>()
         try {
-            for ((name, tensor) in inputs) given[name] = onnxTensor(tensor)
-            session.run(cache + given, fresh, pinned).use { result ->
-                return result.filter { it.key in fresh }.associate { it.key to output(it.value as OnnxTensor) }
+            for ((name, tensor) in inputs) inputTensors[name] = onnxTensor(tensor)
+            session.run(cache + inputTensors, requested, pinned).use { result ->
+                return result.filter { it.key in requested }.associate { it.key to output(it.value as OnnxTensor) }
             }
         } catch (error: Exception) {
             throw InputError("$file: cannot run (${line(error)}); export it again", error)
         } finally {
-            given.values.forEach { it.close() }
+            inputTensors.values.forEach { it.close() }
         }
     }
 
@@ -85,10 +85,10 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
     }
 }
 
-/** The buffer that an output updates. */
+/** Name of the buffer that an output updates. */
 private fun bufferOf(output: String) = output.removeSuffix("_out")
 
-/** The same memory, all of it whatever the buffer's position: ONNX Runtime takes what remains. */
+/** A tensor over all of the same memory, whatever the buffer's position: ONNX Runtime takes what remains after it. */
 private fun onnxTensor(tensor: Tensor): OnnxTensor {
     val environment = OrtEnvironment.getEnvironment()
     return when (val data = tensor.data) {
@@ -98,7 +98,7 @@ private fun onnxTensor(tensor: Tensor): OnnxTensor {
     }
 }
 
-/** ONNX Runtime gives outputs as copies on the heap. */
+/** A copy of an output in direct memory: ONNX Runtime returns copies on the heap. */
 private fun output(value: OnnxTensor): Tensor {
     // Not as properties: TensorInfo also has a field `shape`, which is not public.
     val shape = value.getInfo().getShape()

@@ -18,11 +18,11 @@ import java.nio.FloatBuffer
 import java.nio.LongBuffer
 import kotlin.system.exitProcess
 
-/** The passes that test_engines.py runs as well; every output and the cache after each pass goes to a file. */
+/** Runs the passes of test_engines.py, and collects every output and the cache after each pass. */
 private class Check(private val manifest: Manifest, bundle: File, private val graphs: Map<String, BoundGraph>) {
     private val tables = manifest.tables.mapValues { Table(bundle, it.value) }
     private var cache = cacheOf(128)
-    private val found = ByteArrayOutputStream()
+    private val bytes = ByteArrayOutputStream()
 
     fun run(): ByteArray {
         bind()
@@ -35,7 +35,7 @@ private class Check(private val manifest: Manifest, bundle: File, private val gr
             state = drafted.getValue("next_state")
         }
         target(96, (0 until 6).map { token(it + 200) }, (0 until 6).toList())
-        // Larger buffers, as when a text grows: what was bound before must not be used any more.
+        // Larger buffers, as when a text grows: the old buffers must not be used any more.
         val before = cache
         cache = cacheOf(256)
         for ((name, tensor) in cache) {
@@ -49,13 +49,13 @@ private class Check(private val manifest: Manifest, bundle: File, private val gr
         bind()
         outputs = target(98, (0 until 4).map { token(it + 300) }, (0 until 4).toList())
         drafter(102, 9, row(outputs.getValue("state"), 3))
-        return found.toByteArray()
+        return bytes.toByteArray()
     }
 
     private fun token(i: Int) = (i * 37 + 11) % manifest.vocabSize
 
-    private fun cacheOf(wanted: Int) = manifest.kv.associate {
-        val rows = minOf(wanted, manifest.limits.getValue(if (it.sliding) "window_rows" else "cache_rows"))
+    private fun cacheOf(maxRows: Int) = manifest.kv.associate {
+        val rows = minOf(maxRows, manifest.limits.getValue(if (it.sliding) "window_rows" else "cache_rows"))
         val shape = longArrayOf(it.numKeyValueHeads.toLong(), rows.toLong(), it.headDim.toLong())
         it.name to Tensor(floats(it.numKeyValueHeads * rows * it.headDim), *shape)
     }
@@ -65,8 +65,8 @@ private class Check(private val manifest: Manifest, bundle: File, private val gr
     private fun target(position: Int, ids: List<Int>, rows: List<Int>) = pass(
         "target",
         mapOf(
-            "embedded" to looked("embed_tokens", ids),
-            "per_layer" to looked("embed_tokens_per_layer", ids),
+            "embedded" to embeddingRows("embed_tokens", ids),
+            "per_layer" to embeddingRows("embed_tokens_per_layer", ids),
             "position" to numbers(listOf(position)),
             "window_start" to numbers(listOf(0)),
             "output_rows" to numbers(rows),
@@ -76,7 +76,7 @@ private class Check(private val manifest: Manifest, bundle: File, private val gr
     private fun drafter(position: Int, token: Int, state: Tensor) = pass(
         "drafter",
         mapOf(
-            "embedded" to looked("embed_tokens", listOf(token)),
+            "embedded" to embeddingRows("embed_tokens", listOf(token)),
             "state" to state,
             "position" to numbers(listOf(position)),
             "window_start" to numbers(listOf(0)),
@@ -89,7 +89,7 @@ private class Check(private val manifest: Manifest, bundle: File, private val gr
         return outputs
     }
 
-    private fun looked(name: String, ids: List<Int>): Tensor {
+    private fun embeddingRows(name: String, ids: List<Int>): Tensor {
         val columns = manifest.tables.getValue(name).columns
         val data = floats(ids.size * columns).also { tables.getValue(name).read(ids, it) }
         return Tensor(data, ids.size.toLong(), columns.toLong())
@@ -111,16 +111,16 @@ private class Check(private val manifest: Manifest, bundle: File, private val gr
 
     private fun keep(tensor: Tensor) {
         val data: Buffer = tensor.data
-        val bytes = ByteBuffer.allocate(data.capacity() * 8).order(ByteOrder.LITTLE_ENDIAN)
-        if (data is FloatBuffer) repeat(data.capacity()) { bytes.putFloat(data.get(it)) }
-        if (data is LongBuffer) repeat(data.capacity()) { bytes.putLong(data.get(it)) }
-        found.write(bytes.array(), 0, bytes.position())
+        val copy = ByteBuffer.allocate(data.capacity() * 8).order(ByteOrder.LITTLE_ENDIAN)
+        if (data is FloatBuffer) repeat(data.capacity()) { copy.putFloat(data.get(it)) }
+        if (data is LongBuffer) repeat(data.capacity()) { copy.putLong(data.get(it)) }
+        bytes.write(copy.array(), 0, copy.position())
     }
 }
 
 /**
- * Arguments: the bundle, and the file for what was computed, which `test_engines.py` compares. Exit 2 and one line for
- * an [InputError].
+ * Arguments: the bundle, and the file to write, which `test_engines.py` compares. Exit status 2 and one line for an
+ * [InputError].
  */
 fun main(arguments: Array<String>) {
     val bundle = File(arguments[0])
@@ -129,7 +129,7 @@ fun main(arguments: Array<String>) {
         val graphs = Engines.load(bundle, manifest, 1)
         File(arguments[1]).writeBytes(Check(manifest, bundle, graphs).run())
         if (manifest.backend == "executorch") checkPool(bundle, manifest)
-        // Twice: the second has nothing left to do.
+        // Twice: closing again must do nothing.
         repeat(2) { graphs.values.forEach { it.close() } }
         if (manifest.backend == "executorch") Engines.load(bundle, manifest, 2).values.forEach { it.close() }
         if (manifest.backend == "onnx") checkClosed()
@@ -139,7 +139,7 @@ fun main(arguments: Array<String>) {
     }
 }
 
-/** While a bundle is loaded, none may be with another number of threads: the pool that the first points to would go. */
+/** No bundle may be loaded with another number of threads while one is loaded: the pool of the first would be freed. */
 private fun checkPool(bundle: File, manifest: Manifest) {
     Engines.load(bundle, manifest, 1).values.forEach { it.close() }
     try {
@@ -150,7 +150,7 @@ private fun checkPool(bundle: File, manifest: Manifest) {
     throw IllegalStateException("a second pool was made")
 }
 
-/** The stand-in counts tensors, sessions and options; the real classes, which this may be compiled against, do not. */
+/** Check that all are closed. The stand-in counts them; the real classes, which this may be compiled against, do not. */
 private fun checkClosed() {
     val open = Class.forName("ai.onnxruntime.Native").getMethod("open").invoke(null)
     check(open == 0) { "$open tensors, sessions or options were left open" }

@@ -23,8 +23,9 @@ import java.io.File
 import kotlin.system.exitProcess
 
 /**
- * Writes texts from a bundle as a JSON document asks for, and says what each round did: what `test_host.py` compares
- * with runtime_ref. Arguments: the bundle, and the file with the texts. Exit 2 and one line for an [InputError].
+ * Generates the texts that a JSON document asks for, and prints each with its rounds as JSON, for `test_host.py` to
+ * compare with runtime_ref. Arguments: the bundle, and the file of the JSON document. Exit status 2 and one line for an
+ * [InputError].
  */
 fun main(arguments: Array<String>) {
     val (bundle, file) = arguments.map(::File)
@@ -39,15 +40,15 @@ fun main(arguments: Array<String>) {
 private fun write(bundle: File, texts: JsonArray): JsonArray {
     val manifest = readManifest(bundle)
     changedFiles(bundle, manifest).firstOrNull()?.let { throw InputError("$it: sha256 differs from the manifest's") }
-    val length = DraftLength(manifest.maxDraftTokens, Costs(manifest.maxDraftTokens, manifest.rowMultiple))
+    val planner = DraftLength(manifest.maxDraftTokens, Costs(manifest.maxDraftTokens, manifest.rowMultiple))
     val tokenizer = Tokenizer(bundle, manifest)
     val engine = loadEngine(bundle, manifest, Engines, threads = 1)
-    return Decoder(engine, tokenizer, manifest.chat?.let(::ChatTemplate), length, SimulatedClock()).use { decoder ->
+    return Decoder(engine, tokenizer, manifest.chat?.let(::ChatTemplate), planner, SimulatedClock()).use { decoder ->
         JsonArray().apply { texts.forEach { add(written(decoder, it.asJsonObject)) } }
     }
 }
 
-/** A clock that is the same in Python: how long things take decides how many tokens are drafted. */
+/** A clock that test_host.py simulates as well, because measured times decide the number of drafts. */
 private class SimulatedClock : Clock {
     private var reads = 0
     private var now = 0.0
@@ -118,4 +119,4 @@ private fun written(decoder: Decoder, text: JsonObject): JsonObject {
 private fun messages(prompt: JsonElement) =
     prompt.asJsonArray.map { it.asJsonObject }.map { Message(it.get("role").asString, it.get("content").asString) }
 
-private fun numbers(found: List<Int>) = JsonArray().apply { found.forEach { add(it) } }
+private fun numbers(values: List<Int>) = JsonArray().apply { values.forEach { add(it) } }

@@ -28,7 +28,10 @@ def test_file_round_trip(tmp_path: Path) -> None:
 BROKEN = {
     "twice": ({TOKEN_ORDERING: np.array([7, 2, 0, 1, 5, 6, 3, 3])}, r"not a permutation of 0\.\.7"),
     "other vocabulary": ({TOKEN_ORDERING: np.arange(9)}, r"orders 9 tokens, the drafter has 8"),
-    "other width": ({CENTROIDS: np.ones((3, 5), np.float32)}, r"float32 \[3, 5\], the drafter's hidden size is 4"),
+    "other hidden size": (
+        {CENTROIDS: np.ones((3, 5), np.float32)},
+        r"float32 \[3, 5\], the drafter's hidden size is 4",
+    ),
     "no clusters": ({CENTROIDS: np.ones((0, 4), np.float32)}, r"0 clusters of 8 tokens"),
     "more clusters than tokens": ({CENTROIDS: np.ones((9, 4), np.float32)}, r"9 clusters of 8 tokens"),
     "not finite": ({CENTROIDS: np.full((3, 4), np.inf, np.float32)}, r"centroids hold NaN or infinity"),
@@ -49,7 +52,7 @@ def test_broken_tables(name: str, tmp_path: Path) -> None:
         load_table(tmp_path / "table", 8, 4)
 
 
-def test_files_that_are_no_table(tmp_path: Path) -> None:
+def test_files_that_are_no_cluster_table(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a readable cluster table"):
         load_table(tmp_path / "absent", 8, 4)
     (tmp_path / "text").write_text("no")
