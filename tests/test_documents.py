@@ -43,3 +43,19 @@ def test_links_of_the_readme_work_where_it_is_shown_alone() -> None:
     assert "](https://host/owner/name/blob/main/docs/concepts.md)" in text
     assert re.findall(r"\]\((?!https?:|#)[^)]*\)", text) == []
     assert "docs/round.svg?raw=true)" in text
+
+
+def test_documents_name_tests_and_modules_that_exist() -> None:
+    """`pytest -k WORDS`, `test_NAME.py` and `python -m MODULE`, as decisions give them for their evidence."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    names = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M)}
+    words = names | {str(file.relative_to(ROOT)) for file in files} | {"executorch"}  # the last is a parameter
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        expressions = re.findall(r"pytest[^`\n]* -k (\"[^\"]+\"|\w+)", text)
+        for word in re.findall(r"\w+", " ".join(expressions)):
+            assert word in ("or", "and", "not") or any(word in name for name in words), f"{page.name}: -k {word}"
+        for name in re.findall(r"\b(test_\w+\.py)\b", text):
+            assert any(file.name == name for file in files) or (ROOT / "android_demo/hosttest" / name).exists(), name
+        for module in re.findall(r"python -m (exporter[\w.]+)", text):
+            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page.name}: {module}"

@@ -167,11 +167,11 @@ def _check_stages(
         if pair.two_stage is not None:
             note("dense head")
             dense_detail = _dense_acceptance(engine, reference, prompts, max_new_tokens)
+            # The engine with a dense head bound the target to its own cache; a new engine binds it to a new one.
+            engine = GraphEngine(manifest, engine.graphs, engine.tables)
         if manifest.recipe != "fp32":
             note("quality")
             quality = measure_quality(engine, pair, prompts, max_new_tokens)
-        # The engine with a dense head bound the target to its own cache; a new engine binds it to a new one.
-        engine = GraphEngine(manifest, engine.graphs, engine.tables)
     note("speculative")
     for sampling, label in ((Sampling(), "greedy"), (Sampling(1.0, 0.95, seed=1), "sampled")):
         expected = plain if label == "greedy" else [_tokens(engine, p, max_new_tokens, 0, sampling)[0] for p in prompts]

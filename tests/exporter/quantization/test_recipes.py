@@ -48,6 +48,18 @@ def test_parity_passes_and_measures_a_recipes_quality(recipe: str, bundle: Bundl
     assert [c.output.partition(" ")[0] for c in checks if c.stage == "recipe"] == ["logits", "choices", "drafts"]
 
 
+def test_a_recipes_quality_is_that_of_a_fresh_engine(bundle: Bundle, pair_dirs: Pairs) -> None:
+    """On a text that outgrows the sliding buffers, after the check that runs the target with a dense head's cache."""
+    path, pair = bundle("e2b", "onnx", "int4"), open_pair(*pair_dirs("e2b"))
+    manifest = read_manifest(path)
+    prompts = [np.random.default_rng(0).integers(0, manifest.vocab_size, manifest.limits["window_rows"] + 60).tolist()]
+    quality = measure_quality(load_engine(path, manifest, threads=1), pair, prompts, 4)
+    details = {check.output: check.detail for check in run_parity(path, pair, prompts, 4)}
+    assert pair.two_stage is not None
+    assert details["logits against fp32"] == f"SQNR {quality.sqnr_db:.1f} dB"
+    assert details["choices against fp32"] == f"{quality.agreement:.1%} of {quality.positions} top-1 equal"
+
+
 def test_parity_passes_on_executorch(bundle: Bundle, pair_dirs: Pairs) -> None:
     path = bundle("e2b", "executorch", "int4")
     checks = run_parity(path, open_pair(*pair_dirs("e2b")), [[5], list(range(3, 40))], 12)
