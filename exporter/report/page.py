@@ -8,7 +8,7 @@ import jinja2
 from exporter.files import human_bytes
 from exporter.report.figures import FIGURES, MIN_RELIABLE_DRAFTS
 
-TEMPLATE = "report.html.jinja"
+TEMPLATE = "page.html.jinja"
 
 
 def render(document: dict[str, Any]) -> str:
@@ -31,7 +31,7 @@ def render(document: dict[str, Any]) -> str:
         "mark_line_breaks": mark_line_breaks,
     }
     pictures = {name: draw(document) for name, (has_data, draw) in FIGURES.items() if has_data(document)}
-    return environment.get_template(TEMPLATE).render(facts=document, pictures=pictures, few=MIN_RELIABLE_DRAFTS)
+    return environment.get_template(TEMPLATE).render(document=document, pictures=pictures, few=MIN_RELIABLE_DRAFTS)
 
 
 def percent(ratio: float | None) -> str:

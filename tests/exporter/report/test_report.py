@@ -287,7 +287,7 @@ def test_counts_by_hand() -> None:
     assert not speed({0: [[slow]], 3: [[replace(text, tokens=[2] * 11)]]})["same_tokens"]
 
 
-def test_speedups_from_tokens_by_hand() -> None:
+def test_gains_by_hand() -> None:
     assert speedups_from_tokens({1: 1.0, 2: 1.2, 4: 2.0}, 0.1, [1.5, 1.75]) == pytest.approx([1.5 / 1.3, 1.75 / 1.8])
     assert speedups_from_tokens({1: 1.0, 2: 1.2, 4: 2.0}, 0.1, [1.5, 1.75], 2) == pytest.approx([1.5 / 1.3, 1.75 / 2.2])
     assert draft_lengths(4, 8) == [1, 2, 4, 8]
