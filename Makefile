@@ -27,7 +27,7 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 docs: .venv/installed
-	$(BIN)/python -m exporter.cli.reference > docs/cli.md
+	$(BIN)/python -m exporter.cli.command_reference > docs/cli.md
 
 # REPOSITORY is where its files can be read, such as https://HOST/OWNER/NAME/blob/main: PyPI shows README.md alone.
 dist: .venv/installed-dev

@@ -7,8 +7,6 @@ PACKAGES = ("exporter", "clustering", "runtime_ref")
 
 # Modules of exporter with the name of their counterpart in runtime_ref: one writes what the other reads.
 COUNTERPARTS = {"tables", "two_stage"}
-# Of parity, the model in eager torch; of cli, the reference of commands (docs/cli.md).
-SHARED_NAMES = ["reference"]
 
 
 def modules(package: str) -> list[Path]:
@@ -17,7 +15,7 @@ def modules(package: str) -> list[Path]:
 
 def test_each_module_has_a_name_of_its_own() -> None:
     names = [path.stem for path in modules("exporter")]
-    assert sorted(names) == sorted([*set(names), *SHARED_NAMES])
+    assert sorted(names) == sorted(set(names))
     assert set(names) & {path.stem for package in PACKAGES[1:] for path in modules(package)} == COUNTERPARTS
 
 

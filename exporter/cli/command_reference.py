@@ -1,4 +1,4 @@
-"""Write docs/cli.md, the reference of all commands, from the commands: `python -m exporter.cli.reference`."""
+"""Write docs/cli.md, the reference of all commands, from the commands: `python -m exporter.cli.command_reference`."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 import pytest
 
+from exporter.cli.command_reference import command_contexts, render_reference
 from exporter.cli.main import COMMANDS
 from exporter.cli.options import ARGUMENTS
-from exporter.cli.reference import command_contexts, render_reference
 from exporter.demo.synthetic import synthetic
 from exporter.demo.training import qat, train
 
