@@ -44,7 +44,8 @@ def test_readme_imports_only_these() -> None:
     imported = set()
     for block in re.findall(r"```python\n(.*?)```", README, re.S):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "runtime_ref":
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("runtime_ref"):
+                assert node.module == "runtime_ref", block
                 imported.update(alias.name for alias in node.names)
             elif isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("runtime_ref") for alias in node.names), block
