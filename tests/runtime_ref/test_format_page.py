@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from exporter.bundle.export import ExportOptions, resolve_max_seq_len
+from exporter.checkpoint.pair import open_pair
+from exporter.demo import PAIR
+from exporter.graphs.spec import size_limits
 from runtime_ref.engine import load_engine
 from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling, choose, uniform
@@ -18,6 +22,7 @@ PAGE = (Path(__file__).parents[2] / "FORMAT.md").read_text(encoding="utf-8")
 EXAMPLE = PAGE.partition("## Worked example")[2]
 MANIFEST, PER_LAYER = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", EXAMPLE, re.S))
 VERSIONED = ("tool_version", "backend", "files")  # these change with the packages that export
+CONTEXT = ("max_seq_len", "limits")  # the page's bundle has the target's whole context, that of the tests a shorter one
 
 
 def cells(pattern: str) -> list[tuple[str, ...]]:
@@ -45,7 +50,14 @@ def assert_part_of(part: Any, whole: Any) -> None:
 
 def test_manifest_of_the_page_is_part_of_the_exported_one(bundle: Callable[..., Path]) -> None:
     raw = json.loads((bundle("demo") / "manifest.json").read_text(encoding="utf-8"))
-    assert_part_of({key: value for key, value in MANIFEST.items() if key not in VERSIONED}, raw)
+    assert_part_of({key: value for key, value in MANIFEST.items() if key not in VERSIONED + CONTEXT}, raw)
+
+
+def test_limits_of_the_page_are_those_of_the_default_export() -> None:
+    pair = open_pair(PAIR / "target", PAIR / "drafter")
+    max_seq_len, max_drafts = resolve_max_seq_len(pair, ExportOptions()), ExportOptions.max_draft_tokens
+    assert MANIFEST["max_seq_len"] == max_seq_len
+    assert MANIFEST["limits"] == size_limits(max_seq_len, max_drafts, pair.target.sliding_window)
 
 
 def test_rounds_of_the_page_are_the_runtimes(bundle: Callable[..., Path]) -> None:
