@@ -5,7 +5,7 @@ An application imports these names and no others: `open_decoder` loads a bundle 
 that cannot be used raises `InputError`; a check that does not hold raises `CheckError`.
 
 Each name is loaded when it is first used. So importing a submodule such as `runtime_ref.errors` loads neither
-tokenizers nor jinja2, and torch and ONNX Runtime are imported only when a bundle of theirs is opened.
+tokenizers nor jinja2, and torch and ONNX Runtime are imported only when a bundle that needs them is opened.
 """
 
 import importlib

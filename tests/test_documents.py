@@ -1,5 +1,6 @@
 """Documents: their links lead somewhere, and those that should be short are."""
 
+import pkgutil
 import re
 import runpy
 from pathlib import Path
@@ -7,11 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    path
-    for pattern in ("*.md", "docs/**/*.md", "runtime_ref/*.md", "android_demo/*.md", "android_demo/ios/*.md")
-    for path in ROOT.glob(pattern)
-)
+FOLDERS = ("", "docs/", "docs/decisions/", "runtime_ref/", "android_demo/", "android_demo/ios/", "exporter/demo/pair/")
+PAGES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
 
@@ -61,3 +59,15 @@ def test_documents_name_tests_and_modules_that_exist() -> None:
             assert any(file.name == name for file in files) or (ROOT / "android_demo/hosttest" / name).exists(), name
         for module in re.findall(r"python -m (exporter[\w.]+)", text):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page.name}: {module}"
+
+
+def test_docstrings_name_what_exists() -> None:
+    """Names such as `runtime_ref.tables.Table` between backticks, in modules and documents."""
+    sources = [path for package in ("exporter", "clustering", "runtime_ref") for path in (ROOT / package).rglob("*.py")]
+    for source in [*sources, *PAGES]:
+        if source.name == "CHANGELOG.md":  # it names what is gone
+            continue
+        for name in re.findall(
+            r"`((?:exporter|clustering|runtime_ref)\.[\w.]*\w)`", source.read_text(encoding="utf-8")
+        ):
+            assert pkgutil.resolve_name(name) is not None, f"{source.name}: {name}"

@@ -85,8 +85,8 @@ def alignment(apk: Path, bundle: Path) -> str:
 
 def instructions(apk: Path, bundle: Path) -> str:
     """Check that the code has no instructions that older phones lack."""
-    found = re.findall(r": (invoke-(?:custom|polymorphic)\S*)", dex(apk))
-    expect("instructions that dx leaves for newer phones (invoke-custom, invoke-polymorphic)", 0, len(found))
+    newer = re.findall(r": (invoke-(?:custom|polymorphic)\S*)", dex(apk))
+    expect("instructions that dx leaves for newer phones (invoke-custom, invoke-polymorphic)", 0, len(newer))
     return "no invoke-custom, no invoke-polymorphic"
 
 

@@ -12,7 +12,7 @@ PROGRAM = "gemma-mtp-export"
 
 EXIT_CODES = (
     ("0", "fine"),
-    ("1", "a check failed"),
+    ("1", "a check failed, or `doctor` has a finding"),
     ("2", "bad input or usage; a line on standard error says what is wrong and what to do"),
     ("130", "interrupted, by Ctrl-C"),
     ("143", "terminated, by SIGTERM"),

@@ -120,7 +120,7 @@ def with_softcap(drafter: Drafter, cap: float) -> Drafter:
 
 
 class _ChangedDrafter(Drafter):
-    """A drafter whose given positions [T] are wrong by `offsets` [T] int64."""
+    """A drafter whose given positions [rounds] are wrong by `offsets` [rounds] int64."""
 
     change: Change
     offsets: Tensor

@@ -52,7 +52,7 @@ class Study:
         faults: the faults that are tried.
         in_fp32: whether the bundle's recipe is fp32.
         softcap: `final_logit_softcapping` of the drafter's config, else of the target's; None if neither has one.
-        rounds: by variant, for each text, accepted drafts [T] int64 of rounds that start at every position of it.
+        rounds: by variant, for each text, accepted drafts [rounds] int64 of rounds that start at every position of it.
         drafted: draft tokens in the bundle's own rounds.
         accepted: how many of them were accepted.
         dense_matches: of the drafts of the two-stage head, how many a dense head chooses as well, and how many were

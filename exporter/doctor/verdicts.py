@@ -125,7 +125,7 @@ def acceptance_gain(baseline: Sequence[Tensor], variant: Sequence[Tensor], steps
     Rounds of one text resemble each other, so the standard error is over texts, not over rounds.
 
     Args:
-        baseline: for each text, accepted drafts of each round, [T] int64.
+        baseline: for each text, accepted drafts of each round, [rounds] int64.
         variant: the same for the variant, on the same rounds.
         steps: drafts in a round.
 

@@ -31,7 +31,7 @@ def table_metadata(
 
     Args:
         shape: rows and columns.
-        encoding: how a row holds its numbers, a key of `runtime_ref.tables.ENCODINGS`.
+        encoding: how a row holds its numbers, a key of `runtime_ref.tables.ENCODING_BITS`.
         data: file name and byte offset of row 0.
         row_bytes: bytes from one row to the next.
         group_size: columns that share a scale; None for all columns.

@@ -159,7 +159,7 @@ class EagerGraph:
 
 
 class EagerTable:
-    """An embedding in eager torch with the interface of a bundle's table, `runtime_ref.graph_engine.Rows`."""
+    """An embedding in eager torch with the interface of a bundle's table, `runtime_ref.graph_engine.EmbeddingTable`."""
 
     def __init__(self, embedding: ScaledEmbedding) -> None:
         self._embedding = embedding

@@ -71,7 +71,7 @@ class Check:
     detail: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the check as `--json` documents have it, where the stage is called `rung`."""
+        """Return the check for `--json`, whose keys do not change: the stage has its former name there, `rung`."""
         return {"rung": self.stage, **{name: value for name, value in vars(self).items() if name != "stage"}}
 
     @classmethod

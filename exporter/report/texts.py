@@ -154,13 +154,13 @@ def speed(runs: Runs) -> dict[str, Any]:
     fixed = sorted(k for k in runs if k is not None)
     return {
         "measured": [{"num_draft_tokens": k, **_rates(runs[k], plain)} for k in fixed],
-        "auto": {**_rates(runs[None], plain), **controller_choice(runs[None][-1])} if None in runs else None,
+        "auto": {**_rates(runs[None], plain), **planned_rounds(runs[None][-1])} if None in runs else None,
         "same_tokens": all([text.tokens for text in turn] == tokens for texts in runs.values() for turn in texts),
         "turns": len(plain),
     }
 
 
-def controller_choice(texts: Sequence[Text]) -> dict[str, Any]:
+def planned_rounds(texts: Sequence[Text]) -> dict[str, Any]:
     """Count rounds by the number of drafts that the runtime chose, from the drafter or by prompt lookup.
 
     Args:

@@ -80,7 +80,7 @@ COSTS = {
     "E2B, llama.cpp": CostTable((1, 1.65, 2.2, 2.25, 2.9, 3.2, 3.6, 4.07, 4.4), 0.1),
     "like a GPU": CostTable(tuple(1 + 0.01 * i for i in range(9)), 0.06),
     "linear": CostTable(tuple(1 + 0.3 * i for i in range(9)), 0.1),
-    "hopeless": CostTable(tuple(1.0 + i for i in range(9)), 0.1),
+    "each token a full pass": CostTable(tuple(1.0 + i for i in range(9)), 0.1),
 }
 
 

@@ -46,9 +46,9 @@ def test_scripts_close_what_they_open(script: Path) -> None:
 
 
 def test_runtimes_read_what_the_exporter_writes() -> None:
-    wanted = dict(re.split("==|>=", line) for line in PYPROJECT["project"]["dependencies"])
-    assert CATALOG["versions"]["executorch"] == wanted["executorch"]
-    assert CATALOG["versions"]["onnxruntime"].startswith(f"{wanted['onnxruntime']}.")
+    dependencies = dict(re.split("==|>=", line) for line in PYPROJECT["project"]["dependencies"])
+    assert CATALOG["versions"]["executorch"] == dependencies["executorch"]
+    assert CATALOG["versions"]["onnxruntime"].startswith(f"{dependencies['onnxruntime']}.")
 
 
 def test_kotlin_is_the_compiler_of_the_host_tests() -> None:

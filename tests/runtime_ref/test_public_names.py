@@ -63,5 +63,5 @@ def test_importing_loads_no_runtime() -> None:
     assert not modules_after("from runtime_ref import *") & RUNTIMES
 
 
-def test_submodules_do_not_load_the_whole_face() -> None:
+def test_submodules_do_not_load_all_of_it() -> None:
     assert not modules_after("import runtime_ref, runtime_ref.decoder") & (RUNTIMES | TEXT_LIBRARIES)
