@@ -1,6 +1,6 @@
 """Everything that the report page shows about a bundle, measured and gathered in one document."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from exporter.checkpoint.names import DRAFTER_EMBEDDING
 from exporter.checkpoint.pair import Pair
 from exporter.heads.clusters import Clustering
 from exporter.heads.states import drafting_states
-from exporter.parity.stages import Check, run_parity
+from exporter.parity.stages import Check, Note, run_parity
 from exporter.report.texts import (
     MAX_OPENING_TOKENS,
     Text,
@@ -36,8 +36,6 @@ from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import Manifest, read_manifest
 from runtime_ref.tokenizer import TextTokenizer
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
