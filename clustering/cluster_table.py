@@ -154,3 +154,17 @@ def load_table(file: Path, vocab_size: int, hidden_size: int) -> tuple[ClusterTa
     if not top_k.isdecimal() or len(top_k) > 9:
         raise InputError(f"{file}: the metadata has no {TOP_K_KEY}; make a table with `cluster --output`")
     return table, int(top_k)
+
+
+def work_ratios(vocab_size: int, num_clusters: int) -> np.ndarray:
+    """Return multiplications of both stages over those of a dense head, when 1, 2, .. C clusters are kept.
+
+    Args:
+        vocab_size: V, in tokens.
+        num_clusters: C.
+
+    Returns:
+        [C] float64.
+    """
+    size = TwoStageSizes.of(vocab_size, num_clusters, 1).cluster_size
+    return (num_clusters + size * np.arange(1, num_clusters + 1)) / vocab_size

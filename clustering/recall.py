@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+DEFAULT_RECALL = 0.99  # fraction of states whose best token must be in a kept cluster
 RIDGE_PENALTIES = (0.1, 0.3, 1, 3, 10, 100)  # relative to the states' mean square
 _MAX_LOGITS = 1 << 25  # computed at once
 

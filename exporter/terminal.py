@@ -1,7 +1,6 @@
 """What all commands share on a terminal: consoles, progress bars and exit codes."""
 
 import contextlib
-import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,12 +15,18 @@ from runtime_ref.errors import CheckError, InputError
 err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 out = Console(markup=False, highlight=False)
 
+# Modules that are not among the base dependencies, and the extra that installs each.
+EXTRAS = {
+    **dict.fromkeys(("executorch", "torchao"), "executorch"),
+    **dict.fromkeys(("matplotlib", "onnx", "onnx_ir", "onnxscript", "safetensors", "sklearn", "torch"), "export"),
+}
+
 
 def run_command(command: click.Command) -> None:
     """Run a command with the arguments in `sys.argv`, and exit the process unless it succeeds.
 
-    Errors are printed in one line on standard error. The exit code is 2 for bad input or usage, 1 for a failed check,
-    130 after Ctrl-C and 143 after SIGTERM.
+    Errors are printed in one line on standard error. The exit code is 2 for bad input or usage, or if the command needs
+    an extra that is not installed; 1 for a failed check, 130 after Ctrl-C and 143 after SIGTERM.
 
     Args:
         command: a click command or group.
@@ -41,6 +46,13 @@ def run_command(command: click.Command) -> None:
     except OSError as error:
         click.echo(f"error: {error.filename or 'output'}: {error.strerror or error}", err=True)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        command_line = f"pip install 'gemma-mtp-export[{EXTRAS[module]}]'"
+        click.echo(f"error: this command needs {module}, which is not installed; {command_line}", err=True)
+        sys.exit(2)
     except CheckError as error:
         click.echo(f"failed: {error}", err=True)
         sys.exit(1)
@@ -50,6 +62,8 @@ def run_command(command: click.Command) -> None:
 
 def peak_bytes() -> int:
     """Return the peak resident memory of this process so far, in bytes, mapped files included."""
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -26,7 +26,7 @@ Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """A chat_template.jinja, rendered as transformers 5.22.2 renders it."""
+    """A chat_template.jinja, rendered as transformers 5.24.0 renders it."""
 
     def __init__(self, bundle: Path, tokenizer: TextTokenizer) -> None:
         """Read and compile the template.

@@ -112,7 +112,11 @@ def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) ->
         with quiet(*EXECUTORCH_LOGGERS):
             module = importlib.import_module(GRAPH_MODULES[manifest.backend])
     except ImportError as error:
-        raise InputError(f"{bundle}: the runtime of its backend cannot be imported ({error}); install it") from error
+        extra = "" if manifest.backend == "onnx" else f"[{manifest.backend}]"
+        raise InputError(
+            f"{bundle}: the runtime of its backend {manifest.backend} cannot be imported ({error}); pip install"
+            f" 'gemma-mtp-export{extra}'"
+        ) from error
     try:
         tables = {name: Table(bundle, manifest.tables[name]) for name in TABLES}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:

@@ -43,8 +43,8 @@ class ExportOptions:
         force: whether an existing bundle may be replaced.
     """
 
-    backend: str = "onnx"
-    recipe: str = "fp32"
+    backend: str
+    recipe: str
     max_seq_len: int | None = None
     max_draft_tokens: int = 8
     force: bool = False

@@ -4,15 +4,14 @@ from collections import Counter
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from exporter.checkpoint.config_json import read_drafter_config, read_object, read_target_config
-from exporter.checkpoint.names import drafter_weights, read_cluster_table, target_weights
-from exporter.checkpoint.tensors import Checkpoint
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifest
+
+if TYPE_CHECKING:
+    from exporter.checkpoint.tensors import Checkpoint
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -78,12 +77,20 @@ def _with_delegated_fractions(path: Path, backend: dict[str, Any]) -> dict[str, 
 
 
 def _inspect_target(path: Path) -> dict[str, Any]:
+    from exporter.checkpoint.names import target_weights
+    from exporter.checkpoint.tensors import Checkpoint
+
     config, checkpoint = read_target_config(path), Checkpoint(path)
     used = target_weights(checkpoint, config)
     return {"kind": "target", "target": _sizes(asdict(config)), **_tensors(checkpoint, len(used))}
 
 
 def _inspect_drafter(path: Path) -> dict[str, Any]:
+    import torch  # not needed for bundles, which can be inspected where it is not installed
+
+    from exporter.checkpoint.names import drafter_weights, read_cluster_table
+    from exporter.checkpoint.tensors import Checkpoint
+
     config, checkpoint = read_drafter_config(path), Checkpoint(path)
     table = read_cluster_table(checkpoint, config)
     # This checks every name and shape; a drafter shares the target's embedding, which is not needed for that.
@@ -97,7 +104,7 @@ def _inspect_drafter(path: Path) -> dict[str, Any]:
     }
 
 
-def _tensors(checkpoint: Checkpoint, tensors_used: int) -> dict[str, Any]:
+def _tensors(checkpoint: "Checkpoint", tensors_used: int) -> dict[str, Any]:
     entries = checkpoint.entries.values()
     return {
         "tensors": len(entries),

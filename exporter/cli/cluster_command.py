@@ -4,18 +4,21 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from exporter.checkpoint.pair import Pair, open_pair
+from clustering.recall import DEFAULT_RECALL
 from exporter.cli.options import PATH, clusters_option, json_option, prompt_ids_option, top_k_option
 from exporter.files import check_file, human_bytes, write_file
-from exporter.heads.clusters import Clustering, ClusterOptions, cluster_steps, make_clusters
 from exporter.heads.recall_plot import FORMATS, check_picture, recall_picture
 from exporter.terminal import err, out, peak_bytes, progress_bar
 from runtime_ref.prompts import read_prompt_ids
+
+if TYPE_CHECKING:
+    from exporter.checkpoint.pair import Pair
+    from exporter.heads.clusters import Clustering, ClusterOptions
 
 
 def recall_table(document: dict[str, Any]) -> Table:
@@ -56,7 +59,7 @@ def recall_table(document: dict[str, Any]) -> Table:
     "--recall",
     type=click.FloatRange(0, 1, min_open=True),
     help="Keep the smallest number of clusters that reaches this recall.",
-    show_default=str(ClusterOptions.recall),
+    show_default=str(DEFAULT_RECALL),
 )
 @top_k_option
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of k-means.")
@@ -83,6 +86,9 @@ def cluster(
 
     Recall is the fraction of hidden states whose best token is in a cluster that the first stage keeps.
     """
+    from exporter.checkpoint.pair import open_pair
+    from exporter.heads.clusters import ClusterOptions
+
     if prompt_ids is not None and target is None:
         raise click.UsageError("--prompt-ids needs --target, which runs the prompts")
     if top_k_clusters is not None and recall is not None:
@@ -97,7 +103,7 @@ def cluster(
     started = time.perf_counter()
     pair = None if target is None else open_pair(target, drafter, "dense")
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
-    options = ClusterOptions(clusters, top_k_clusters, ClusterOptions.recall if recall is None else recall, seed)
+    options = ClusterOptions(clusters, top_k_clusters, DEFAULT_RECALL if recall is None else recall, seed)
     clustering = run_clustering(drafter, pair, options, prompts)
     document = {**clustering.measurements(), "seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
     if output is not None:
@@ -112,8 +118,8 @@ def cluster(
 
 
 def run_clustering(
-    drafter: Path, pair: Pair | None, options: ClusterOptions, prompts: Sequence[Sequence[int]] = ()
-) -> Clustering:
+    drafter: Path, pair: "Pair | None", options: "ClusterOptions", prompts: Sequence[Sequence[int]] = ()
+) -> "Clustering":
     """Make clusters with a progress bar, and warn if their head would need more than half of a dense head's work.
 
     Args:
@@ -125,6 +131,8 @@ def run_clustering(
     Raises:
         InputError: see `exporter.heads.clusters.make_clusters`.
     """
+    from exporter.heads.clusters import cluster_steps, make_clusters
+
     with progress_bar(err, "clusters", cluster_steps(pair, prompts)) as progress:
         clustering = make_clusters(drafter, pair, options, prompts, progress)
     if (work := clustering.work_ratio) > 0.5:

@@ -4,13 +4,7 @@ from pathlib import Path
 
 import click
 
-from exporter.bundle.export import ExportOptions
-from exporter.checkpoint.pair import open_pair
-from exporter.cli.export_command import run_export
-from exporter.cli.generate_command import open_bundle
 from exporter.cli.options import PATH, backend_option
-from exporter.cli.parity_command import check_parity, parity_table, require_passed
-from exporter.cli.printing import print_continuation
 from exporter.demo import PAIR, PROMPTS
 from exporter.terminal import out
 
@@ -25,8 +19,15 @@ from exporter.terminal import out
 @backend_option
 def demo(output: Path, backend: str) -> None:
     """Export the built-in pair, generate text with it, and check parity."""
+    from exporter.bundle.export import ExportOptions
+    from exporter.checkpoint.pair import open_pair
+    from exporter.cli.export_command import run_export
+    from exporter.cli.generate_command import open_bundle
+    from exporter.cli.parity_command import check_parity, parity_table, require_passed
+    from exporter.cli.printing import print_continuation
+
     pair = open_pair(PAIR / "target", PAIR / "drafter")
-    run_export(pair, output, ExportOptions(backend=backend, max_seq_len=512, force=True))
+    run_export(pair, output, ExportOptions(backend, "fp32", max_seq_len=512, force=True))
     decoder, prompts = open_bundle(output), []
     for text in PROMPTS:
         click.echo()

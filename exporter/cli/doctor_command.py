@@ -2,22 +2,24 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Column, Table
 from rich.text import Text
 
 from exporter.cli.options import bundle_argument, json_option, prompt_ids_option, source_options
-from exporter.doctor.diagnosis import Diagnosis, run_doctor
-from exporter.parity.stages import open_source
 from exporter.terminal import err, out
 from runtime_ref.errors import CheckError
 from runtime_ref.prompts import read_prompt_ids
 
+if TYPE_CHECKING:
+    from exporter.doctor.diagnosis import Diagnosis
+
 VERDICTS = {"pass": ("PASS", "green"), "finding": ("FINDING", "bold red"), "skipped": ("skipped", "dim")}
 
 
-def doctor_table(diagnosis: Diagnosis) -> Table:
+def doctor_table(diagnosis: "Diagnosis") -> Table:
     """Return a table with a row for each experiment of a diagnosis."""
     title = "Known causes of a low acceptance rate"
     if diagnosis.acceptance_rate is not None:
@@ -42,6 +44,9 @@ def doctor(
     Each experiment runs the checkpoints in eager torch with one known fault, such as an outdated KV cache, and compares
     the result with the bundle. The exit code is 1 if there is a finding.
     """
+    from exporter.doctor.diagnosis import run_doctor
+    from exporter.parity.stages import open_source
+
     pair = open_source(bundle, target, drafter)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     with err.status("doctor") as status:

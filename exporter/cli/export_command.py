@@ -3,19 +3,19 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from clustering.cluster_table import load_table
-from exporter.bundle.export import ExportOptions, check_output, export_bundle, plan_export
-from exporter.checkpoint.pair import Pair, open_pair
 from exporter.cli.cluster_command import run_clustering
 from exporter.cli.options import PATH, backend_option, clusters_option, json_option, top_k_option
 from exporter.files import directory_bytes, human_bytes, remove_leftovers
-from exporter.heads.clusters import ClusterOptions
-from exporter.quantization.recipes import RECIPES
+from exporter.quantization.recipes import AUTO, RECIPES, auto_recipe
 from exporter.terminal import err, peak_bytes, progress_bar
+
+if TYPE_CHECKING:
+    from exporter.bundle.export import ExportOptions
+    from exporter.checkpoint.pair import Pair
 
 
 @click.command()
@@ -25,10 +25,10 @@ from exporter.terminal import err, peak_bytes, progress_bar
 @backend_option
 @click.option(
     "--recipe",
-    type=click.Choice(list(RECIPES)),
-    default="fp32",
+    type=click.Choice([AUTO, *RECIPES]),
+    default=AUTO,
     help="Precision: float32 (`fp32`), or 8-bit activations and weights of 8 bits (`int8`), mostly 4 bits (`int4`), or "
-    "4 and 2 bits (`smallest`).",
+    "4 and 2 bits (`smallest`). `auto` is `int4`.",
 )
 @click.option(
     "--max-seq-len",
@@ -71,11 +71,19 @@ def export(
     Checkpoints are directories with config.json and safetensors files, as published or as transformers saves them. The
     same checkpoints and options give the same bytes.
     """
+    from clustering.cluster_table import load_table
+    from exporter.bundle.export import ExportOptions, check_output, plan_export
+    from exporter.checkpoint.pair import open_pair
+    from exporter.heads.clusters import ClusterOptions
+
     if head != "kmeans" and (clusters is not None or cluster_table is not None):
         raise click.UsageError("--clusters and --cluster-table go with --head kmeans")
     if clusters is not None and cluster_table is not None:
         raise click.UsageError("--cluster-table has a fixed number of clusters; leave out --clusters")
     check_output(output, force)
+    if recipe == AUTO:
+        recipe, reason = auto_recipe()
+        err.print(f"recipe {recipe}: {reason}")
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force)
     if head == "kmeans":
         pair = open_pair(target, drafter, "dense")
@@ -94,7 +102,7 @@ def export(
         click.echo(json.dumps(summary))
 
 
-def run_export(pair: Pair, output: Path, options: ExportOptions) -> dict[str, Any]:
+def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str, Any]:
     """Export a pair with a progress bar, and print the bundle's size, the time and the peak memory.
 
     Args:
@@ -108,6 +116,8 @@ def run_export(pair: Pair, output: Path, options: ExportOptions) -> dict[str, An
     Raises:
         InputError: see `exporter.bundle.export.export_bundle`.
     """
+    from exporter.bundle.export import export_bundle
+
     started = time.perf_counter()
     total = pair.weight_bytes
     with progress_bar(err, "export", total) as progress:
@@ -116,4 +126,10 @@ def run_export(pair: Pair, output: Path, options: ExportOptions) -> dict[str, An
     seconds = time.perf_counter() - started
     peak = peak_bytes()
     err.print(f"exported {output} ({human_bytes(size)}) in {seconds:.0f} s, peak memory {human_bytes(peak)}")
-    return {"bundle": str(output), "bytes": size, "seconds": seconds, "peak_bytes": peak}
+    return {
+        "bundle": str(output),
+        "recipe": options.recipe,
+        "bytes": size,
+        "seconds": seconds,
+        "peak_bytes": peak,
+    }

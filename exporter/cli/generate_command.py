@@ -3,19 +3,18 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli.conversation import converse
 from exporter.cli.options import DraftTokens, bundle_argument, json_option, prompt_ids_option
-from exporter.cli.printing import print_continuation, print_stream
 from exporter.terminal import err, progress_bar
-from runtime_ref.chat import NO_TEMPLATE, Message
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
 from runtime_ref.prompts import read_prompt_ids
-from runtime_ref.streaming import Decoder, open_decoder
+
+if TYPE_CHECKING:
+    from runtime_ref.streaming import Decoder
 
 FROM_CHECKPOINT = "the checkpoint's"
 
@@ -83,6 +82,10 @@ def generate(
     Without --prompt, --prompt-ids and --json, and with a terminal as standard input, it starts a chat, or continues
     each line by itself if the bundle has no chat template. With several prompts, --json prints a list.
     """
+    from exporter.cli.conversation import converse
+    from exporter.cli.printing import print_continuation, print_stream
+    from runtime_ref.chat import NO_TEMPLATE, Message
+
     interactive = prompt is None and prompt_ids is None and not as_json and sys.stdin.isatty()
     if (prompt is None) == (prompt_ids is None) and not interactive:
         raise click.UsageError("give either --prompt or --prompt-ids")
@@ -121,7 +124,7 @@ def generate(
         click.echo(json.dumps(results[0] if len(results) == 1 else results))
 
 
-def open_bundle(bundle: Path) -> Decoder:
+def open_bundle(bundle: Path) -> "Decoder":
     """Open a bundle for generation, with a progress bar while its files are checked.
 
     Args:
@@ -130,5 +133,7 @@ def open_bundle(bundle: Path) -> Decoder:
     Raises:
         InputError: the directory is not a bundle, or the bundle cannot be loaded.
     """
+    from runtime_ref.streaming import open_decoder
+
     with progress_bar(err, "checking files", sum(size for size, _ in read_manifest(bundle).files.values())) as progress:
         return open_decoder(bundle, progress=progress)

@@ -3,20 +3,23 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 from rich.text import Text
 
-from exporter.checkpoint.pair import Pair
 from exporter.cli.options import bundle_argument, json_option, prompt_ids_option, source_options
-from exporter.parity.stages import Check, open_source, run_parity
 from exporter.terminal import err, out
 from runtime_ref.errors import CheckError
 from runtime_ref.prompts import read_prompt_ids
 
+if TYPE_CHECKING:
+    from exporter.checkpoint.pair import Pair
+    from exporter.parity.stages import Check
 
-def parity_table(checks: Sequence[Check]) -> Table:
+
+def parity_table(checks: "Sequence[Check]") -> Table:
     """Return a table with a row for each check: its largest error and the tolerance, or details."""
     table = Table("stage", "output", "", "result", title="Parity")
     for check in checks:
@@ -60,7 +63,7 @@ def parity(
     require_passed(checks)
 
 
-def source_if_given(bundle: Path, target: Path | None, drafter: Path | None) -> Pair | None:
+def source_if_given(bundle: Path, target: Path | None, drafter: Path | None) -> "Pair | None":
     """Open the checkpoints that a bundle was exported from, for commands where they are optional.
 
     Args:
@@ -77,16 +80,22 @@ def source_if_given(bundle: Path, target: Path | None, drafter: Path | None) -> 
     """
     if (target is None) != (drafter is None):
         raise click.UsageError("give both --target and --drafter, or neither")
-    return None if target is None or drafter is None else open_source(bundle, target, drafter)
+    if target is None or drafter is None:
+        return None
+    from exporter.parity.stages import open_source
+
+    return open_source(bundle, target, drafter)
 
 
-def check_parity(bundle: Path, pair: Pair | None, prompts: list[list[int]], max_new_tokens: int) -> list[Check]:
+def check_parity(bundle: Path, pair: "Pair | None", prompts: list[list[int]], max_new_tokens: int) -> "list[Check]":
     """Run `exporter.parity.stages.run_parity`, showing the current stage on a terminal."""
+    from exporter.parity.stages import run_parity
+
     with err.status("parity") as status:
         return run_parity(bundle, pair, prompts, max_new_tokens, lambda stage: status.update(f"parity: {stage}"))
 
 
-def require_passed(checks: list[Check]) -> None:
+def require_passed(checks: "list[Check]") -> None:
     """Print that all checks passed.
 
     Raises:

@@ -8,8 +8,6 @@ import click
 from exporter.cli.options import PATH, bundle_argument, json_option, prompt_ids_option, source_options, threads_option
 from exporter.cli.parity_command import require_passed, source_if_given
 from exporter.files import check_file, write_file
-from exporter.report.content import ReportOptions, checks_of, measure_report
-from exporter.report.page import render
 from exporter.terminal import err
 from runtime_ref.prompts import read_prompt_ids
 
@@ -22,7 +20,7 @@ from runtime_ref.prompts import read_prompt_ids
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
-    default=ReportOptions.max_new_tokens,
+    default=64,
     help="Maximum number of new tokens for each prompt.",
 )
 @threads_option
@@ -44,6 +42,9 @@ def report(
     With --target and --drafter it checks all stages of parity and measures the recall of the clusters; without them it
     checks what `parity` checks without them. The exit code is 1 if a check of parity fails.
     """
+    from exporter.report.content import ReportOptions, checks_of, measure_report
+    from exporter.report.page import render
+
     check_file(output, force)
     pair = source_if_given(bundle, target, drafter)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []

@@ -28,7 +28,7 @@ def measure_acceptance(pair: Pair, texts: Sequence[str], new_tokens: int) -> dic
     """
     with tempfile.TemporaryDirectory() as directory:
         bundle = Path(directory) / "bundle"
-        export_bundle(pair, bundle, ExportOptions(max_seq_len=256))
+        export_bundle(pair, bundle, ExportOptions("onnx", "fp32", max_seq_len=256))
         engine = open_engine(bundle, threads=1)
         tokenizer = TextTokenizer(bundle, engine.manifest)
         drafted = accepted = rounds = 0

@@ -4,15 +4,17 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from exporter.checkpoint.pair import Pair
-from exporter.graphs.parts import GraphParts
-from exporter.graphs.spec import GraphSpec
-from exporter.quantization.numbers import Scales
 from runtime_ref.errors import InputError
-from runtime_ref.manifest import Progress
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
+
+if TYPE_CHECKING:  # these import torch, and the command line needs the names of backends alone
+    from exporter.checkpoint.pair import Pair
+    from exporter.graphs.parts import GraphParts
+    from exporter.graphs.spec import GraphSpec
+    from exporter.quantization.numbers import Scales
+    from runtime_ref.manifest import Progress
 
 # The module of each backend; it has the functions of `Backend`.
 BACKENDS = {"onnx": "exporter.graphs.onnx", "executorch": "exporter.graphs.executorch"}
@@ -39,7 +41,7 @@ class Backend(Protocol):
         """Return the manifest's `backend`: its name and versions."""
         ...
 
-    def graph_specs(self, pair: Pair) -> dict[str, tuple[str, GraphSpec]]:
+    def graph_specs(self, pair: "Pair") -> dict[str, tuple[str, "GraphSpec"]]:
         """Return the file name and the inputs and outputs of each graph, by graph name."""
         ...
 
@@ -50,21 +52,21 @@ class Backend(Protocol):
         """
         ...
 
-    def supported_scales(self) -> Scales:
+    def supported_scales(self) -> "Scales":
         """Return the dtype and the signs that scales of 4-bit weights can have."""
         ...
 
-    def export_memory_bytes(self, parts: Mapping[str, GraphParts]) -> int:
+    def export_memory_bytes(self, parts: "Mapping[str, GraphParts]") -> int:
         """Estimate the peak memory in bytes of exporting these graphs."""
         ...
 
     def export_graphs(
         self,
         directory: Path,
-        pair: Pair,
-        parts: Mapping[str, GraphParts],
+        pair: "Pair",
+        parts: "Mapping[str, GraphParts]",
         limits: Mapping[str, int],
-        progress: Progress,
+        progress: "Progress",
     ) -> ExportedGraphs:
         """Write graphs and weights.
 
@@ -77,7 +79,7 @@ class Backend(Protocol):
         """
         ...
 
-    def differing_weights(self, parts: Mapping[str, GraphParts], files: Mapping[str, Path]) -> dict[str, list[str]]:
+    def differing_weights(self, parts: "Mapping[str, GraphParts]", files: Mapping[str, Path]) -> dict[str, list[str]]:
         """Compare stored weights with those that an export would write.
 
         Args:
@@ -103,4 +105,6 @@ def load_backend(name: str) -> Backend:
         try:
             return cast(Backend, importlib.import_module(BACKENDS[name]))
         except ImportError as error:
-            raise InputError(f"--backend {name}: cannot be imported ({error}); install this package again") from error
+            raise InputError(
+                f"--backend {name}: cannot be imported ({error}); pip install 'gemma-mtp-export[all]'"
+            ) from error

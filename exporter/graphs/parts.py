@@ -13,8 +13,9 @@ from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target
 from exporter.modeling.weights import Weights, parameter_shapes
-from exporter.quantization.numbers import FLOAT, Quantized, Scales, Width, fitting_width, quantize, quantize_clusters
+from exporter.quantization.numbers import Quantized, Scales, fitting_width, quantize, quantize_clusters
 from exporter.quantization.recipes import Recipe, drafter_widths, target_widths
+from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import Progress
 
 SAMPLE_ROWS = 64  # about so many rows of a matrix's first block decide its group size

@@ -9,7 +9,8 @@ import torch
 
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import row_blocks
-from exporter.quantization.numbers import FLOAT, Scales, Width, pack, quantize
+from exporter.quantization.numbers import Scales, pack, quantize
+from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import Progress
 
 # The tables as parameters of `Target`.

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from clustering.cluster_table import ClusterTable, TwoStageSizes
+from clustering.cluster_table import ClusterTable, TwoStageSizes, work_ratios
 from clustering.kmeans import BALANCING_ITERATIONS, default_clusters, equal_clusters
-from clustering.recall import best_logits, cluster_ranks, fit_centroids, recall_curve
+from clustering.recall import DEFAULT_RECALL, best_logits, cluster_ranks, fit_centroids, recall_curve
 from exporter.checkpoint.config_json import read_drafter_config
 from exporter.checkpoint.names import DRAFTER_EMBEDDING, read_cluster_table
 from exporter.checkpoint.pair import Pair
@@ -36,7 +36,7 @@ class ClusterOptions:
 
     num_clusters: int | None = None
     top_k: int | None = None
-    recall: float = 0.99
+    recall: float = DEFAULT_RECALL
     seed: int = 0
 
 
@@ -90,20 +90,6 @@ class Clustering:
             "states": self.states,
             "curve": curve,
         }
-
-
-def work_ratios(vocab_size: int, num_clusters: int) -> np.ndarray:
-    """Return multiplications of both stages over those of a dense head, when 1, 2, .. C clusters are kept.
-
-    Args:
-        vocab_size: V, in tokens.
-        num_clusters: C.
-
-    Returns:
-        [C] float64.
-    """
-    size = TwoStageSizes.of(vocab_size, num_clusters, 1).cluster_size
-    return (num_clusters + size * np.arange(1, num_clusters + 1)) / vocab_size
 
 
 def cluster_steps(pair: Pair | None, prompts: Sequence[Sequence[int]]) -> int:

@@ -2,9 +2,12 @@
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from exporter.heads.clusters import Clustering, work_ratios
 from runtime_ref.errors import InputError
+
+if TYPE_CHECKING:  # it imports torch
+    from exporter.heads.clusters import Clustering
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -19,7 +22,7 @@ def check_picture(file: Path) -> None:
         raise InputError(f"{file}: a picture's name ends in one of {', '.join(FORMATS)}; choose another --report")
 
 
-def recall_picture(clustering: Clustering, file: Path) -> bytes:
+def recall_picture(clustering: "Clustering", file: Path) -> bytes:
     """Plot recall against work, with the chosen number of clusters and the checkpoint's own clusters.
 
     Args:
@@ -30,6 +33,8 @@ def recall_picture(clustering: Clustering, file: Path) -> bytes:
         The content of the file.
     """
     from matplotlib.figure import Figure  # takes a second to import
+
+    from clustering.cluster_table import work_ratios
 
     tokens = len(clustering.table.token_ordering)
     figure = Figure(figsize=(8, 5), layout="constrained")

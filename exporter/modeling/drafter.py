@@ -29,7 +29,7 @@ class Drafter(nn.Module):
     """Gemma 4 multi-token-prediction (MTP) drafter; one call is one draft step.
 
     E is the drafter's hidden size, E_target the target's.
-    Follows transformers 5.22.2, `Gemma4AssistantForCausalLM` and `SinglePositionMultiTokenCandidateGenerator`.
+    Follows transformers 5.24.0, `Gemma4AssistantForCausalLM` and `SinglePositionMultiTokenCandidateGenerator`.
     """
 
     def __init__(

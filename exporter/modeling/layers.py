@@ -1,7 +1,7 @@
 """Gemma 4 decoder layers, written once for the target and the drafter and traced for every backend.
 
 Shape letters: T new tokens, S cache rows, H heads, N KV heads, D head dim, E hidden, P PLE dim. There is no batch
-dimension. Tensors are float32 unless a docstring says otherwise. Follows transformers 5.22.2,
+dimension. Tensors are float32 unless a docstring says otherwise. Follows transformers 5.24.0,
 `models/gemma4/modeling_gemma4.py`.
 """
 

@@ -28,7 +28,7 @@ class TargetOutput:
 class Target(nn.Module):
     """Gemma 4 text decoder with per-layer embeddings (PLE) and KV-shared layers.
 
-    Parameter names are the checkpoint's without their prefix. Follows transformers 5.22.2, `Gemma4ForCausalLM`.
+    Parameter names are the checkpoint's without their prefix. Follows transformers 5.24.0, `Gemma4ForCausalLM`.
     """
 
     def __init__(self, config: TextConfig, ops: Ops = Ops()) -> None:

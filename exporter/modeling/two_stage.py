@@ -28,7 +28,7 @@ class TwoStageHead(nn.Module):
     `exporter.quantization.numbers.quantize_clusters` returns, and `scales` holds a factor for each token.
 
     `runtime_ref.two_stage` defines the result. Between tied centroids it and the exported graphs keep the cluster of
-    the lower index; eager torch may keep another. Follows transformers 5.22.2, `Gemma4AssistantMaskedEmbedder`, but
+    the lower index; eager torch may keep another. Follows transformers 5.24.0, `Gemma4AssistantMaskedEmbedder`, but
     does not scatter its logits to V.
     """
 

@@ -22,8 +22,9 @@ from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops, ScaledEmbedding, rms_norm
 from exporter.modeling.target import Target
 from exporter.modeling.weights import AnyModule, load_module
-from exporter.quantization.numbers import FLOAT, Quantized, Scales, Width, quantize
+from exporter.quantization.numbers import Quantized, Scales, quantize
 from exporter.quantization.recipes import Recipe
+from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import Graph, Manifest
 

@@ -8,18 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Width:
-    """How a matrix is stored.
-
-    Attributes:
-        bits: bits of a number; 32 for float32.
-        group_size: how many numbers of a row share a scale; None for the whole row.
-    """
-
-    bits: int
-    group_size: int | None = None
+from exporter.quantization.widths import QAT_GROUP_SIZE, Width
 
 
 @dataclass(frozen=True)
@@ -33,10 +22,6 @@ class Scales:
 
     dtype: torch.dtype = torch.float32
     negative: bool = True
-
-
-FLOAT = Width(32)
-QAT_GROUP_SIZE = 32  # of checkpoints that were trained for llama.cpp's Q4_0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from exporter.quantization.numbers import FLOAT, QAT_GROUP_SIZE, Width
+from exporter.quantization.widths import FLOAT, QAT_GROUP_SIZE, Width
 
 GROUPED4 = Width(4, 128)
 
@@ -37,6 +37,13 @@ RECIPES: Mapping[str, Recipe] = {
     "int4": Recipe(GROUPED4, GROUPED4, Width(3), Width(8), Width(4)),
     "smallest": Recipe(Width(4), Width(4), Width(2), Width(4), Width(4)),
 }
+
+AUTO = "auto"
+
+
+def auto_recipe() -> tuple[str, str]:
+    """Return the key of `RECIPES` that `auto` stands for, and the reason, for people. It is `int4` for every pair."""
+    return "int4", "its 4-bit weights fit a phone; --recipe fp32 rounds nothing, at nine times the size"
 
 
 def target_widths(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Width]:

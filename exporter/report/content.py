@@ -48,8 +48,8 @@ class ReportOptions:
         seconds: time budget in seconds of each length of passes; each number of drafts per round has three times that.
     """
 
-    threads: int | None = None
-    max_new_tokens: int = 64
+    threads: int | None
+    max_new_tokens: int
     seconds: float = 1.0
 
 
@@ -57,7 +57,7 @@ def measure_report(
     bundle: Path,
     pair: Pair | None,
     prompts: Sequence[Sequence[int]],
-    options: ReportOptions = ReportOptions(),
+    options: ReportOptions,
     note: Note = lambda _: None,
 ) -> dict[str, Any]:
     """Measure everything that the page shows. A bundle that fails parity is measured as far as it runs.
