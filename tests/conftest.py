@@ -2,11 +2,13 @@
 
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
+
+# transformers reads the first when it is imported. Two threads on a busy machine can be a hundred times slower.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import pytest
 import threadpoolctl
@@ -14,18 +16,52 @@ import torch
 
 from exporter.cli import main as cli
 from exporter.demo import PAIR
+from exporter.graphs import onnx
 from exporter.graphs.backend import BACKENDS
+from exporter.quantization.recipes import RECIPES
 from tests.chats import save_chat_pair
 from tests.exports import export
+from tests.kept import delete_unused, keeping_traces, kept_bundle
 from tests.pairs import SHAPES, save_pair
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 threadpoolctl.threadpool_limits(1)
 torch.set_grad_enabled(False)
 
 Directories = tuple[Path, Path]
 Run = Callable[..., tuple[int, str, str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests with `executorch` among their parameters as `lowering`, and keep those of a bundle in one process.
+
+    Another process would wait for the bundle while the first one makes it.
+    """
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        values = (part for value in parameters for part in (value if isinstance(value, tuple) else (value,)))
+        words = {value for value in values if isinstance(value, str)}
+        if "executorch" in words:
+            item.add_marker(pytest.mark.lowering)
+        if item.get_closest_marker("lowering"):
+            group = sorted(words & {"demo", *SHAPES, *RECIPES})
+            item.add_marker(pytest.mark.xdist_group(" ".join(["lowering", *group])))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_traces(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Trace each ONNX graph once: tracing takes nearly all of the time of a small export."""
+    directory = request.config.cache.mkdir("traces")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "trace_graph", keeping_traces(onnx.trace_graph, directory))
+        yield
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Delete what was kept and not used for a week, in the process that the others belong to."""
+    if not hasattr(session.config, "workerinput") and session.config.cache is not None:
+        for name in ("traces", "bundles"):
+            delete_unused(session.config.cache.mkdir(name))
 
 
 @pytest.fixture(scope="session")
@@ -46,39 +82,25 @@ def bundle(
     request: pytest.FixtureRequest,
     pair_dirs: Callable[[str], Directories],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Callable[..., Path]]:
+) -> Callable[..., Path]:
     """Make the bundle of a shape, backend and recipe. Tests must not change it; they work on a copy.
 
-    `kmeans` is the shape `dense` with new clusters, whose number does not divide its vocabulary.
-
-    Lowering a pair to ExecuTorch takes a minute, so a run of the whole suite lowers all pairs in two other processes
-    while the first tests run.
+    `kmeans` is the shape `dense` with new clusters, whose number does not divide its vocabulary. A test that asks for
+    `executorch` has that word in its name or parameters, or the marker `lowering`.
     """
     directory = tmp_path_factory.mktemp("bundles")
+    lowering = any(item.get_closest_marker("lowering") for item in request.session.items)
 
-    def arguments(name: str, backend: str, recipe: str) -> tuple[Path, Path, Path, str, str, int | None]:
+    @functools.cache
+    def make(name: str, backend: str, recipe: str) -> Path:
+        assert lowering or backend != "executorch", "mark the test with `lowering`: its bundle takes minutes"
         shape, clusters = ("dense", 48) if name == "kmeans" else (name, None)
-        return *pair_dirs(shape), directory / f"{name}-{backend}-{recipe}", backend, recipe, clusters
+        arguments = *pair_dirs(shape), backend, recipe, clusters
+        kept = kept_bundle(request.config.cache.mkdir("bundles"), lambda path: export(path, *arguments), *arguments)
+        # A copy for this session: measured costs are saved beside it.
+        return Path(shutil.copytree(kept, directory / f"{name}-{backend}-{recipe}"))
 
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-
-        @functools.cache
-        def lowered(name: str, recipe: str) -> Future[Path]:
-            return pool.submit(export, *arguments(name, "executorch", recipe))
-
-        @functools.cache
-        def make(name: str, backend: str, recipe: str) -> Path:
-            if backend == "executorch":
-                return lowered(name, recipe).result()
-            return export(*arguments(name, backend, recipe))
-
-        items = request.session.items
-        if len(items) > 200 and any("executorch" in item.name for item in items):
-            for name in ("dense", "e4b", "demo", "kmeans", *SHAPES):
-                lowered(name, "fp32")
-            lowered("e2b", "int4")
-        yield lambda name, backend="onnx", recipe="fp32": make(name, backend, recipe)
-        pool.shutdown(cancel_futures=True)
+    return lambda name, backend="onnx", recipe="fp32": make(name, backend, recipe)
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +112,7 @@ def chat_pair(tmp_path_factory: pytest.TempPathFactory) -> Directories:
 @pytest.fixture(scope="session")
 def chat_bundle(chat_pair: Directories, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX bundle of `chat_pair`."""
-    return export(*chat_pair, tmp_path_factory.mktemp("chat") / "bundle", "onnx")
+    return export(tmp_path_factory.mktemp("chat") / "bundle", *chat_pair, "onnx")
 
 
 @pytest.fixture(params=BACKENDS)

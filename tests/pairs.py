@@ -33,6 +33,7 @@ class Shape:
         clusters: clusters of the drafter's head, or None for a dense head.
         top_k: clusters that the first stage keeps.
         drafter: hidden size and MLP size of the drafter.
+        drafter_layers: type of each layer of the drafter.
     """
 
     layer_types: tuple[str, ...]
@@ -51,17 +52,18 @@ class Shape:
     clusters: int | None = 16
     top_k: int = 4
     drafter: dict[str, int] = field(default_factory=lambda: {"hidden_size": 32, "intermediate_size": 48})
+    drafter_layers: tuple[str, ...] = (SLIDING, FULL)
 
 
 SHAPES = {
-    # E2B with fewer layers: one KV head, double MLP in the KV-shared layers, four sliding layers before a full one.
-    "e2b": Shape((SLIDING,) * 4 + (FULL,) + (SLIDING, FULL), shared=2, double_wide=True),
-    # E4B with fewer layers: two KV heads, no double MLP, five sliding layers before a full one.
-    "e4b": Shape((SLIDING,) * 5 + (FULL,) + (SLIDING, FULL), shared=2, kv_heads=2),
+    # E2B with as few layers as show its structure: one KV head, double MLP in the KV-shared layers.
+    "e2b": Shape((SLIDING, FULL) * 2, shared=2, double_wide=True),
+    # E4B likewise: two KV heads, no double MLP; of two sliding layers that store K and V, others read the second.
+    "e4b": Shape((SLIDING, SLIDING, FULL, SLIDING, FULL), shared=2, kv_heads=2),
     # No size is a power of two, more layers are KV-shared than not, and there is no softcap.
     "odd": Shape(
-        (SLIDING, FULL) * 3,
-        shared=4,
+        (SLIDING, FULL, SLIDING, SLIDING, FULL),
+        shared=3,
         vocab=1000,
         hidden=60,
         inner=100,
@@ -76,7 +78,9 @@ SHAPES = {
         top_k=3,
         drafter={"hidden_size": 36, "intermediate_size": 50},
     ),
-    "dense": Shape((SLIDING,) * 2 + (FULL,) + (SLIDING,) * 2 + (FULL,), shared=3, clusters=None),
+    "dense": Shape((SLIDING, FULL) * 2, shared=2, clusters=None),
+    # As few layers as there can be, none of them KV-shared: for what does not depend on them.
+    "tiny": Shape((SLIDING, FULL), shared=0, drafter_layers=(FULL,)),
 }
 
 
@@ -95,11 +99,11 @@ def target_model(shape: Shape, seed: int = 0) -> Gemma4ForCausalLM:
 
 def drafter_model(shape: Shape, seed: int = 1) -> Gemma4AssistantForCausalLM:
     """Make a random drafter of the reference implementation, for `target_model(shape)`."""
-    layer_types = (SLIDING,) * 3 + (FULL,)
+    layer_types = shape.drafter_layers
     text = Gemma4TextConfig(
         hidden_size_per_layer_input=0,
         vocab_size_per_layer_input=0,
-        num_kv_shared_layers=4,
+        num_kv_shared_layers=len(layer_types),
         **_text(shape, layer_types, **shape.drafter),
     )
     config = Gemma4AssistantConfig(
@@ -158,8 +162,9 @@ def to_published(source: Path, output: Path) -> Path:
     tensors["model.audio_tower.layers.0.norm.weight"] = torch.ones(8, dtype=torch.bfloat16)
     tensors["model.embed_vision.embedding_projection.weight"] = torch.ones(8, 8, dtype=torch.bfloat16)
     tensors["model.embed_audio.embedding_projection.weight"] = torch.ones(8, 8, dtype=torch.bfloat16)
-    last = text["num_hidden_layers"] - 1  # published checkpoints have K and V weights that no layer reads
-    tensors[f"model.language_model.layers.{last}.self_attn.k_proj.weight"] = torch.ones(4, 4, dtype=torch.bfloat16)
+    if text["num_kv_shared_layers"]:  # published checkpoints have K and V weights that no layer reads
+        last = text["num_hidden_layers"] - 1
+        tensors[f"model.language_model.layers.{last}.self_attn.k_proj.weight"] = torch.ones(4, 4, dtype=torch.bfloat16)
     names = sorted(tensors)
     index: dict[str, Any] = {"metadata": {}, "weight_map": {}}
     for number in range(3):

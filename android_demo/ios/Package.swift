@@ -8,7 +8,7 @@ let package = Package(
     products: [.library(name: "GemmaMTP", targets: ["GemmaMTP"])],
     dependencies: [
         // The runtime that bundles are exported with or a newer one; branches are called swiftpm-VERSION.
-        .package(url: "https://github.com/pytorch/executorch.git", branch: "swiftpm-1.4.1"),
+        .package(url: "https://github.com/pytorch/executorch.git", branch: "swiftpm-1.5.1"),
     ],
     targets: [
         .target(

@@ -81,9 +81,7 @@ def export(
     if clusters is not None and cluster_table is not None:
         raise click.UsageError("--cluster-table has a fixed number of clusters; leave out --clusters")
     check_output(output, force)
-    if recipe == AUTO:
-        recipe, reason = auto_recipe()
-        err.print(f"recipe {recipe}: {reason}")
+    recipe, reason = auto_recipe() if recipe == AUTO else (recipe, "")
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force)
     if head == "kmeans":
         pair = open_pair(target, drafter, "dense")
@@ -98,6 +96,8 @@ def export(
     else:
         pair = open_pair(target, drafter, head, top_k_clusters)
     summary = run_export(pair, output, options)
+    if reason:
+        err.print(f"recipe {recipe}: {reason}")
     if as_json:
         click.echo(json.dumps(summary))
 

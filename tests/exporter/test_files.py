@@ -27,8 +27,8 @@ def test_too_little_disk_is_reported_with_the_sizes(
     pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
-    with pytest.raises(InputError, match=r"b: needs \d\.\d MB of disk, 100\.0 kB are free; free some space"):
-        export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions())
+    with pytest.raises(InputError, match=r"b: needs \d+\.\d kB of disk, 100\.0 kB are free; free some space"):
+        export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions("onnx", "fp32"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -38,7 +38,7 @@ def test_too_little_memory_is_reported_with_the_sizes(
     (tmp_path / "meminfo").write_text("MemTotal:  2000000 kB\nMemAvailable:   90000 kB\n")
     monkeypatch.setattr(files, "_MEMINFO", tmp_path / "meminfo")
     with pytest.raises(InputError, match=r"needs about 700\.0 MB of memory, 92\.2 MB are free; close other"):
-        export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions())
+        export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions("onnx", "fp32"))
 
 
 def test_the_estimate_of_disk_is_close(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:

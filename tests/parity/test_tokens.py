@@ -10,10 +10,11 @@ from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import open_engine
 from runtime_ref.stats import Stats
 from runtime_ref.tokenizer import TextTokenizer
+from tests.exports import SMALL_BUNDLES
 from tests.pairs import SHAPES, load_reference, reference_greedy
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "backend"), SMALL_BUNDLES)
 def test_tokens_equal_reference(
     name: str, backend: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], tuple[Path, Path]]
 ) -> None:
@@ -29,7 +30,7 @@ def test_tokens_equal_reference(
 
 
 def test_built_in_pair_equals_reference_in_no_more_passes(
-    backend: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], tuple[Path, Path]]
+    bundle: Callable[..., Path], pair_dirs: Callable[[str], tuple[Path, Path]]
 ) -> None:
     """The same tokens as assisted generation with K = 4, and no more passes over all prompts, with accepted drafts.
 
@@ -39,8 +40,8 @@ def test_built_in_pair_equals_reference_in_no_more_passes(
     """
     target_dir, drafter_dir = pair_dirs("demo")
     reference, assistant = load_reference(target_dir, drafter_dir)
-    engine = open_engine(bundle("demo", backend), threads=1)
-    tokenizer = TextTokenizer(bundle("demo", backend), engine.manifest)
+    engine = open_engine(bundle("demo"), threads=1)
+    tokenizer = TextTokenizer(bundle("demo"), engine.manifest)
     text = " ".join(topics["assert"].split()) + " " + " ".join(topics["del"].split())
     rounds = passes = accepted = 0
     for length in (1, 6, 20, 90, 130, 180):

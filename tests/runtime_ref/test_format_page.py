@@ -55,7 +55,7 @@ def test_manifest_of_the_page_is_part_of_the_exported_one(bundle: Callable[..., 
 
 def test_limits_of_the_page_are_those_of_the_default_export() -> None:
     pair = open_pair(PAIR / "target", PAIR / "drafter")
-    max_seq_len, max_drafts = resolve_max_seq_len(pair, ExportOptions()), ExportOptions.max_draft_tokens
+    max_seq_len, max_drafts = resolve_max_seq_len(pair, ExportOptions("onnx", "fp32")), ExportOptions.max_draft_tokens
     assert MANIFEST["max_seq_len"] == max_seq_len
     assert MANIFEST["limits"] == size_limits(max_seq_len, max_drafts, pair.target.sliding_window)
 

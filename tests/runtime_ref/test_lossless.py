@@ -17,7 +17,7 @@ from runtime_ref.graph_engine import CACHE_STEP_ROWS, GraphEngine
 from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling, choose
 from runtime_ref.stats import Stats
-from tests.pairs import SHAPES
+from tests.exports import SMALL_BUNDLES
 
 GREEDY, SAMPLED = Sampling(), Sampling(0.8, 0.95, seed=11)
 
@@ -35,9 +35,9 @@ class ScriptedEngine(GraphEngine):
         return [(t + 1) % self.manifest.vocab_size if random.random() < self.mistakes else t for t in right]
 
 
-@pytest.fixture(params=SHAPES)
-def engine(request: pytest.FixtureRequest, backend: str, bundle: Callable[..., Path]) -> ScriptedEngine:
-    return scripted(bundle(request.param, backend))
+@pytest.fixture(params=SMALL_BUNDLES, ids="-".join)
+def engine(request: pytest.FixtureRequest, bundle: Callable[..., Path]) -> ScriptedEngine:
+    return scripted(bundle(*request.param))
 
 
 def scripted(path: Path) -> ScriptedEngine:

@@ -6,13 +6,19 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from exporter.demo import PAIR
+from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
+from runtime_ref.sampling import MAX_TOP_K
 from runtime_ref.streaming import Decoder, open_decoder
 from runtime_ref.tokenizer import TextStream
+from tests.pairs import load_reference
 
 PAGE = Path(__file__).parents[2] / "runtime_ref" / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
@@ -97,13 +103,28 @@ def test_a_failed_prefill_is_not_reused(decoder: Decoder, monkeypatch: pytest.Mo
     assert stream.stats.reused_tokens == 0
 
 
-def test_cancelled_from_another_thread(decoder: Decoder) -> None:
-    stream = decoder.stream(PROMPT, max_new_tokens=400, temperature=5.0, top_p=1.0)
-    timer = threading.Timer(0.05, stream.cancel)
-    timer.start()
-    count = len(list(stream))
-    timer.join()
-    assert stream.stats.finish_reason == "cancelled" or count == 400
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_cancelled_from_another_thread(decoder: Decoder, drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text ends with the round that runs when it is cancelled."""
+    whole = [token.id for token in decoder.stream(PROMPT, max_new_tokens=60, num_draft_tokens=drafts)]
+    decoder.forget()
+    stream = decoder.stream(PROMPT, max_new_tokens=60, num_draft_tokens=drafts)
+    real, rounds = decoder.engine.verify, []
+
+    def verify(*arguments: Any) -> Round:
+        rounds.append(real(*arguments))
+        if len(rounds) == 3:
+            thread = threading.Thread(target=stream.cancel)
+            thread.start()
+            thread.join()
+        return rounds[-1]
+
+    monkeypatch.setattr(decoder.engine, "verify", verify)
+    tokens = [token.id for token in stream]
+    assert stream.stats.finish_reason == "cancelled"
+    assert len(rounds) == 3
+    assert tokens == whole[: 1 + sum(len(done.tokens) for done in rounds)]
+    assert len(tokens) < len(whole)
 
 
 def test_texts_of_streams_are_whole(decoder: Decoder) -> None:
@@ -114,11 +135,20 @@ def test_texts_of_streams_are_whole(decoder: Decoder) -> None:
         assert text == stream.text == decoder.tokenizer.decode(stream.prompt + stream.tokens)[len(PROMPT) :]
 
 
-def test_log_probabilities_are_the_targets(decoder: Decoder) -> None:
-    tokens = list(decoder.stream(PROMPT, max_new_tokens=10, num_draft_tokens=4))
-    plain = list(decoder.stream(PROMPT, max_new_tokens=10, num_draft_tokens=0))
-    assert [t.logprob for t in tokens] == [t.logprob for t in plain]
-    assert all(-5 < t.logprob <= 0 for t in tokens)
+@pytest.mark.parametrize("temperature", [0.0, 1.5], ids=["greedy", "sampled"])
+def test_log_probabilities_are_the_targets(decoder: Decoder, temperature: float) -> None:
+    """Among the 64 largest logits that the reference implementation gives for the same text, at temperature 1."""
+    reference, _ = load_reference(PAIR / "target", PAIR / "drafter")
+    for drafts in (0, 4):
+        stream = decoder.stream(PROMPT, max_new_tokens=20, num_draft_tokens=drafts, temperature=temperature, seed=5)
+        tokens = list(stream)
+        text = torch.tensor([[*stream.prompt, *stream.tokens]])
+        logits = reference(text).logits[0, len(stream.prompt) - 1 : -1].double()
+        excluded = logits.log_softmax(-1).exp().sort(-1, descending=True).values[:, MAX_TOP_K:].sum(-1)
+        expected = logits.log_softmax(-1) - (1 - excluded).log()[:, None]
+        actual = [token.logprob for token in tokens]
+        assert actual == pytest.approx(expected[range(len(tokens)), stream.tokens].tolist(), abs=1e-4)
+        assert min(actual) < -0.5
 
 
 def test_costs_that_cannot_be_saved_are_no_error(

@@ -30,17 +30,20 @@ Directories = tuple[Path, Path]
 SCRIPT = """
 import os, resource, signal, sys
 from pathlib import Path
-from exporter.cli import export_command
+from exporter.bundle import export
 from exporter.cli.main import main
-how, target, drafter, output = sys.argv[1:]
+from exporter.graphs import onnx
+from tests.kept import keeping_traces
+how, target, drafter, output, traces = sys.argv[1:]
+onnx.trace_graph = keeping_traces(onnx.trace_graph, Path(traces))
 if how == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 else:
     def stop(*_):
         os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
-    real = export_command.export_bundle
-    export_command.export_bundle = lambda pair, out, options, progress: real(pair, out, options, stop)
-sys.argv = ["x", "export", "--target", target, "--drafter", drafter, "--output", output]
+    real = export.export_bundle
+    export.export_bundle = lambda pair, out, options, progress: real(pair, out, options, stop)
+sys.argv = ["x", "export", "--target", target, "--drafter", drafter, "--output", output, "--recipe", "fp32"]
 main()
 """
 
@@ -54,22 +57,25 @@ def test_second_export_is_byte_identical(
     bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
 ) -> None:
     """Export again in another process, with another hash seed, through the command line."""
-    target, drafter = map(str, pair_dirs("dense"))
+    target, drafter = map(str, pair_dirs("tiny"))
     command = [sys.executable, "-m", "exporter.cli.main", "export", "--target", target, "--drafter", drafter]
-    command += ["--output", str(tmp_path / "again"), "--max-seq-len", str(MAX_SEQ_LEN), "--json"]
+    command += ["--output", str(tmp_path / "again"), "--max-seq-len", str(MAX_SEQ_LEN), "--recipe", "fp32", "--json"]
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
-    first, again = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (bundle("dense"), tmp_path / "again"))
+    first, again = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (bundle("tiny"), tmp_path / "again"))
     assert first == again
     assert json.loads(result.stdout)["bytes"] == sum(map(len, again.values()))
 
 
 @pytest.mark.parametrize("how", ["full", "kill", "stop"])
-def test_broken_export_leaves_no_bundle(how: str, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+def test_broken_export_leaves_no_bundle(
+    how: str, pair_dirs: Callable[[str], Directories], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """A full disk, SIGKILL and SIGTERM while weights are written."""
     output = tmp_path / "bundle"
-    command = [sys.executable, "-c", SCRIPT, how, *map(str, pair_dirs("dense")), str(output)]
+    command = [sys.executable, "-c", SCRIPT, how, *map(str, pair_dirs("tiny")), str(output)]
+    command.append(str(request.config.cache.mkdir("traces")))
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not output.exists()
     assert not list(tmp_path.rglob(MANIFEST))
@@ -107,7 +113,7 @@ def test_only_bundles_are_replaced(manifest: str | None, copy: Path) -> None:
 def test_a_link_is_followed(copy: Path, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(copy)
-    export_bundle(open_pair(*pair_dirs("dense")), link, ExportOptions(force=True))
+    export_bundle(open_pair(*pair_dirs("tiny")), link, ExportOptions("onnx", "fp32", force=True))
     assert link.is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
     assert read_manifest(copy).max_seq_len == 4096  # the default; the replaced bundle had MAX_SEQ_LEN
@@ -116,17 +122,17 @@ def test_a_link_is_followed(copy: Path, pair_dirs: Callable[[str], Directories],
 def test_default_context_is_at_most_the_positions_of_the_target(
     pair_dirs: Callable[[str], Directories], tmp_path: Path
 ) -> None:
-    pair = open_pair(*pair_dirs("dense"))
+    pair = open_pair(*pair_dirs("tiny"))
     short = replace(pair, target=replace(pair.target, max_position_embeddings=1000))
-    export_bundle(short, tmp_path / "b", ExportOptions())
+    export_bundle(short, tmp_path / "b", ExportOptions("onnx", "fp32"))
     assert read_manifest(tmp_path / "b").max_seq_len == 1000
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 32])
 def test_few_and_many_drafts(drafts: int, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
     """With 0, 1 and 32 drafts a round the tokens are those of plain decoding."""
-    options = ExportOptions(max_seq_len=64, max_draft_tokens=drafts)
-    export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "bundle", options)
+    options = ExportOptions("onnx", "fp32", max_seq_len=MAX_SEQ_LEN, max_draft_tokens=drafts)
+    export_bundle(open_pair(*pair_dirs("tiny")), tmp_path / "bundle", options)
     engine = open_engine(tmp_path / "bundle")
     plain, drafted = (list(generate(engine, [5, 6], Options(40, n), Stats())) for n in (0, drafts))
     assert drafted == plain
@@ -136,7 +142,9 @@ def test_context_beyond_the_positions_of_the_target_is_refused(
     pair_dirs: Callable[[str], Directories], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"--max-seq-len is 200000, but the target has 131072 positions"):
-        export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions(max_seq_len=200_000))
+        export_bundle(
+            open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions("onnx", "fp32", max_seq_len=200_000)
+        )
 
 
 def test_tampered_bundle_is_refused(copy: Path) -> None:
@@ -198,7 +206,7 @@ def test_parity_passes_and_lists_its_checks(
 ) -> None:
     """The last prompt is longer than a prefill chunk."""
     prompts = [[5], list(range(3, 40)), list(range(3, 250))]
-    checks = run_parity(bundle("e4b", backend), open_pair(*pair_dirs("e4b")), prompts, 12)
+    checks = run_parity(bundle("odd", backend), open_pair(*pair_dirs("odd")), prompts, 12)
     assert [check for check in checks if not check.passed] == []
     assert {"files", "source", "weights", "graphs", "plain", "speculative"} == {check.stage for check in checks}
     assert all(0 < c.error <= c.tolerance for c in checks if c.error is not None and c.tolerance is not None)

@@ -14,6 +14,7 @@ from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling
 from runtime_ref.streaming import open_decoder
 from tests.conftest import Directories, Run
+from tests.exports import MAX_SEQ_LEN
 
 
 @pytest.fixture
@@ -74,7 +75,8 @@ def test_a_bundle_samples_as_its_checkpoint_says(
     (tmp_path / "target" / "generation_config.json").write_text(json.dumps(settings))
     output = tmp_path / "bundle"
     assert open_pair(tmp_path / "target", drafter).sampling == Sampling(1.3, 0.9, top_k=30)
-    code, _, err = run("export", "--target", tmp_path / "target", "--drafter", drafter, "--output", output)
+    pair = ("--target", tmp_path / "target", "--drafter", drafter)
+    code, _, err = run("export", *pair, "--output", output, "--recipe", "fp32", "--max-seq-len", MAX_SEQ_LEN)
     assert code == 0, err
     manifest = read_manifest(output)
     assert manifest.sampling == Sampling(1.3, 0.9, top_k=30)

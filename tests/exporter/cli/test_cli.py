@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run
+from tests.exports import MAX_SEQ_LEN
 
 
 @pytest.fixture
@@ -20,14 +21,14 @@ def ids(tmp_path: Path) -> Callable[[object], Path]:
     return write
 
 
-def test_generate_json(run: Run, bundle: Callable[[str], Path], ids: Callable[[object], Path]) -> None:
+def test_generate_json(run: Run, backend: str, bundle: Callable[..., Path], ids: Callable[[object], Path]) -> None:
     fields = {
         *("tokens", "text", "finish_reason", "rounds", "drafted", "accepted", "acceptance_rate"),
         *("acceptance_by_position", "mean_tokens_per_round", "rounds_by_num_draft_tokens", "drafts_by_source"),
         *("reused_prompt_tokens", "prefill_seconds", "decode_seconds"),
     }
     path = ids([[3, 4, 5], [7]])
-    common = ["generate", bundle("dense"), "--prompt-ids", path, "--max-new-tokens", 9, "--json"]
+    common = ["generate", bundle("dense", backend), "--prompt-ids", path, "--max-new-tokens", 9, "--json"]
     code, out, _ = run(*common)
     speculative = json.loads(out)
     assert (code, len(speculative)) == (0, 2)
@@ -39,13 +40,13 @@ def test_generate_json(run: Run, bundle: Callable[[str], Path], ids: Callable[[o
     assert one["tokens"] == plain[0]["tokens"]
 
 
-def test_generate_text(run: Run, backend: str, bundle: Callable[..., Path]) -> None:
-    code, out, err = run("generate", bundle("demo", backend), "--prompt", "Return the", "--max-new-tokens", 20)
+def test_generate_text(run: Run, bundle: Callable[..., Path]) -> None:
+    code, out, err = run("generate", bundle("demo"), "--prompt", "Return the", "--max-new-tokens", 20)
     assert code == 0
     assert out.startswith("Return the")
     assert "tokens/s" in err
     assert "Traceback" not in err
-    code, out, _ = run("generate", bundle("demo", backend), "--prompt", "Return the", "--max-new-tokens", 20, "--json")
+    code, out, _ = run("generate", bundle("demo"), "--prompt", "Return the", "--max-new-tokens", 20, "--json")
     answer = json.loads(out)
     assert len(answer["tokens"]) <= 20
     assert answer["text"]
@@ -86,15 +87,16 @@ def test_parity_exit_codes(
     assert "was exported from another target: " in err
 
 
+@pytest.mark.lowering
 def test_inspect_shows_delegated_operations(run: Run, bundle: Callable[..., Path]) -> None:
-    path = bundle("demo", "executorch")
+    path = bundle("odd", "executorch")
     target = json.loads(run("inspect", path, "--json")[1])["backend"]["delegation"]["target"]
     assert target["delegated_ops_share"] == pytest.approx(
         target["delegated_ops"] / (target["delegated_ops"] + target["portable_ops"]), abs=1e-3
     )
     assert 0.5 < target["delegated_weight_bytes_share"] < 1
     _, out, _ = run("inspect", path)
-    assert "index_put_ 10" in out
+    assert "index_put_ 4" in out
 
 
 @pytest.mark.parametrize("directory_type", ["bundle", "target", "drafter"])
@@ -172,7 +174,7 @@ def test_cluster_writes_a_table_for_export(
     assert document["recall"] >= 0.99
     assert image.read_text().count("<svg") == 1
     common = ("--target", target, "--drafter", drafter, "--output", output, "--head", "kmeans")
-    assert run("export", *common, "--cluster-table", table, "--max-seq-len", 64)[0] == 0
+    assert run("export", *common, "--cluster-table", table, "--max-seq-len", MAX_SEQ_LEN)[0] == 0
     two_stage = json.loads((output / "manifest.json").read_text())["two_stage"]
     assert two_stage["top_k_clusters"] == document["top_k_clusters"]
     code, out, _ = run("parity", output, *common[:4], "--prompt-ids", ids([5, 6]), "--max-new-tokens", 4, "--json")
@@ -183,12 +185,15 @@ def test_cluster_writes_a_table_for_export(
     assert "chosen" in out
 
 
-def test_export_keeps_as_many_clusters_as_the_option_says(
+def test_export_keeps_as_many_clusters_as_the_option_says_in_the_default_recipe(
     run: Run, pair_dirs: Callable[[str], tuple[Path, Path]], ids: Callable[[object], Path], tmp_path: Path
 ) -> None:
     target, drafter = pair_dirs("e2b")
     common = ("--target", target, "--drafter", drafter)
-    assert run("export", *common, "--output", tmp_path / "bundle", "--top-k-clusters", 9, "--max-seq-len", 64)[0] == 0
+    options = ("--top-k-clusters", 9, "--max-seq-len", MAX_SEQ_LEN, "--json")
+    code, out, err = run("export", *common, "--output", tmp_path / "bundle", *options)
+    assert (code, json.loads(out)["recipe"]) == (0, "int4")
+    assert "\nrecipe int4: its 4-bit weights fit a phone; --recipe fp32 rounds nothing" in err
     assert json.loads(run("inspect", tmp_path / "bundle", "--json")[1])["two_stage"]["top_k_clusters"] == 9
     code, *_ = run("parity", tmp_path / "bundle", *common, "--prompt-ids", ids([5, 6]), "--max-new-tokens", 4)
     assert code == 0
@@ -245,3 +250,21 @@ def test_cluster_errors(
     assert re.search(message, err), err
     assert len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_exit_codes_without_an_answer(run: Run, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = run()
+    assert (code, err) == (2, "")
+    assert out.startswith("Usage: ")
+
+    def raising(error: BaseException) -> tuple[int, str, str]:
+        def inspect(path: Path) -> None:
+            raise error
+
+        monkeypatch.setattr("exporter.cli.inspect_command.inspect_path", inspect)
+        return run("inspect", bundle("dense"))
+
+    assert raising(KeyboardInterrupt()) == (130, "", "\n")
+    assert raising(OSError(28, "No space left on device", "a")) == (2, "", "error: a: No space left on device\n")
+    with pytest.raises(ModuleNotFoundError):  # a fault of our own, not a missing extra
+        raising(ModuleNotFoundError("exporter.nowhere", name="exporter.nowhere"))

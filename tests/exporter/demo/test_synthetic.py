@@ -69,7 +69,7 @@ def test_a_pair_opens_exports_and_generates(pair: Path, tmp_path: Path) -> None:
     assert (opened.target, opened.drafter, opened.tokens.eos) == (TARGET, DRAFTER, (1, 106))
     assert len(opened.drafter_checkpoint.entries) == 50
     assert len(opened.target_checkpoint.files) > 3
-    export_bundle(opened, tmp_path / "bundle", ExportOptions(max_seq_len=64))
+    export_bundle(opened, tmp_path / "bundle", ExportOptions("onnx", "fp32", max_seq_len=64))
     engine = open_engine(tmp_path / "bundle")
     assert len(list(generate(engine, [5, 6, 7], Options(12, 4), Stats()))) in range(1, 13)
 

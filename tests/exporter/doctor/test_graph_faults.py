@@ -19,8 +19,8 @@ from exporter.modeling.layers import Ops, additive_mask
 from exporter.modeling.two_stage import TwoStageHead
 from exporter.modeling.weights import load_module
 from exporter.parity.reference import EagerGraph, Reference
-from exporter.quantization.numbers import Width
 from exporter.quantization.recipes import RECIPES, Recipe
+from exporter.quantization.widths import Width
 from runtime_ref.engine import load_engine
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import read_manifest

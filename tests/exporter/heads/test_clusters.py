@@ -28,6 +28,7 @@ from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 from runtime_ref.tokenizer import TextTokenizer
+from tests.exports import MAX_SEQ_LEN
 from tests.pairs import to_published
 
 Directories = tuple[Path, Path]
@@ -46,7 +47,7 @@ def test_states_are_those_of_drafting(published: bool, pair_dirs: Pairs, tmp_pat
         warnings.simplefilter("error")  # torch warns where bfloat16 and float32 are mixed
         states = drafting_states(pair, [prompt], lambda: None).reshape(len(prompt), DRAFT_STEPS, -1)
     rows = pair.drafter_weights["head.weight"]()
-    export_bundle(pair, tmp_path / "bundle", ExportOptions(max_seq_len=200))
+    export_bundle(pair, tmp_path / "bundle", ExportOptions("onnx", "fp32", max_seq_len=MAX_SEQ_LEN))
     engine = load_engine(tmp_path / "bundle", read_manifest(tmp_path / "bundle"), threads=1)
     for length in (1, 2, 20, 128, 129, 150):
         (last,) = engine.prefill(prompt[:length], Sampling()).tokens
@@ -92,7 +93,7 @@ def test_clusters_cost_next_to_no_drafts(pair_dirs: Pairs, tmp_path: Path) -> No
     made = make_clusters(drafter, dense)
     texts, drafted, accepted = {}, {}, {}
     for name, pair in (("dense", dense), ("kmeans", dense.with_clusters(made.table, made.top_k, "kmeans"))):
-        export_bundle(pair, tmp_path / name, ExportOptions(max_seq_len=256))
+        export_bundle(pair, tmp_path / name, ExportOptions("onnx", "fp32", max_seq_len=MAX_SEQ_LEN))
         engine = open_engine(tmp_path / name, threads=1)
         tokenizer = TextTokenizer(tmp_path / name, engine.manifest)
         runs = [
@@ -110,11 +111,9 @@ def test_clusters_cost_next_to_no_drafts(pair_dirs: Pairs, tmp_path: Path) -> No
     assert scored["share_of_dense_head"] < 0.25
 
 
-def test_parity_of_a_bundle_with_clusters_of_its_own(
-    backend: str, bundle: Callable[..., Path], pair_dirs: Pairs
-) -> None:
+def test_parity_of_a_bundle_with_clusters_of_its_own(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:
     """The clusters do not divide the vocabulary. The bundle holds their table, because no checkpoint does."""
-    path = bundle("kmeans", backend)
+    path = bundle("kmeans")
     pair = open_source(path, *pair_dirs("dense"))
     assert pair.two_stage is not None
     assert (pair.two_stage.num_clusters, pair.two_stage.cluster_size) == (48, 6)

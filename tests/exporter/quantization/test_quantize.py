@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.quantization.numbers import FLOAT, Scales, Width, fitting_width, pack, quantize
+from exporter.quantization.numbers import Scales, fitting_width, pack, quantize
 from exporter.quantization.recipes import RECIPES, drafter_widths, target_widths
+from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.tables import unpack
 
 XNNPACK = Scales(torch.bfloat16, negative=False)

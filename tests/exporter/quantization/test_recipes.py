@@ -21,6 +21,7 @@ from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, read_manifest
 from runtime_ref.tokenizer import TextTokenizer
+from tests.exports import LOW_BIT_SHAPES, MAX_SEQ_LEN
 
 Pairs = Callable[[str], tuple[Path, Path]]
 Bundle = Callable[..., Path]
@@ -42,8 +43,11 @@ def test_int4_keeps_the_built_in_pairs_choices(bundle: Bundle, pair_dirs: Pairs)
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "fp32"])
-def test_parity_passes_and_measures_a_recipes_quality(recipe: str, bundle: Bundle, pair_dirs: Pairs) -> None:
-    checks = run_parity(bundle("e2b", "onnx", recipe), open_pair(*pair_dirs("e2b")), [[5], list(range(3, 40))], 12)
+def test_parity_passes_and_measures_a_recipes_quality(
+    recipe: str, backend: str, bundle: Bundle, pair_dirs: Pairs
+) -> None:
+    name = LOW_BIT_SHAPES[backend]
+    checks = run_parity(bundle(name, backend, recipe), open_pair(*pair_dirs(name)), [[5], list(range(3, 40))], 12)
     assert [check for check in checks if not check.passed] == []
     assert [c.output.partition(" ")[0] for c in checks if c.stage == "recipe"] == ["logits", "choices", "drafts"]
 
@@ -58,12 +62,6 @@ def test_a_recipes_quality_is_that_of_a_fresh_engine(bundle: Bundle, pair_dirs: 
     assert pair.two_stage is not None
     assert details["logits against fp32"] == f"SQNR {quality.sqnr_db:.1f} dB"
     assert details["choices against fp32"] == f"{quality.agreement:.1%} of {quality.positions} top-1 equal"
-
-
-def test_parity_passes_on_executorch(bundle: Bundle, pair_dirs: Pairs) -> None:
-    path = bundle("e2b", "executorch", "int4")
-    checks = run_parity(path, open_pair(*pair_dirs("e2b")), [[5], list(range(3, 40))], 12)
-    assert [check for check in checks if not check.passed] == []
 
 
 @pytest.mark.parametrize("file", ["target.weights", "drafter.weights", "per_layer.table"])
@@ -87,7 +85,9 @@ def test_a_trained_grid_survives_an_export(pair_dirs: Pairs, tmp_path: Path) -> 
             scales = (torch.randn(numbers.shape[:2], generator=generator) * tensor.shape[1] ** -0.5 / 8).half().float()
             tensors[name] = (numbers * scales.unsqueeze(2)).view(tensor.shape)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    export_bundle(open_pair(source, pair_dirs("e2b")[1]), tmp_path / "b", ExportOptions(recipe="int4", max_seq_len=64))
+    export_bundle(
+        open_pair(source, pair_dirs("e2b")[1]), tmp_path / "b", ExportOptions("onnx", "int4", max_seq_len=MAX_SEQ_LEN)
+    )
     manifest = read_manifest(tmp_path / "b")
     table = load_engine(tmp_path / "b", manifest, threads=1).tables["embed_tokens"]
     expected = tensors["model.embed_tokens.weight"].numpy()

@@ -256,8 +256,8 @@ def test_rounds_of_a_text(bundle: Bundle) -> None:
 
 
 def test_an_end_token_ends_its_round(bundle: Bundle) -> None:
-    manifest = read_manifest(bundle("e2b"))
-    loaded = load_engine(bundle("e2b"), replace(manifest, eos=frozenset()), threads=1)
+    manifest = read_manifest(bundle("e4b"))
+    loaded = load_engine(bundle("e4b"), replace(manifest, eos=frozenset()), threads=1)
     tokens = generate_text(loaded, [3, 4, 5], Options(9, 0)).tokens
     at = next(i for i in range(2, 9) if tokens[i] not in tokens[:i])
     engine = ForcedEngine(replace(manifest, eos=frozenset({tokens[at]})), loaded.graphs, loaded.tables)
@@ -312,7 +312,7 @@ def test_command(run: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_
         chosen.append(options)
         return measure_report(bundle, pair, prompts, replace(options, seconds=0.01), note)
 
-    monkeypatch.setattr("exporter.cli.report_command.measure_report", measure_quickly)
+    monkeypatch.setattr("exporter.report.content.measure_report", measure_quickly)
     prompts, output, broken = tmp_path / "prompts.json", tmp_path / "report.html", tmp_path / "broken"
     prompts.write_text(json.dumps(PROMPTS))
     shutil.copytree(bundle("e2b"), broken)

@@ -1,0 +1,57 @@
+"""The README's first command, and the job of docs/ci.md, run as they stand there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from exporter.demo import PAIR
+from tests.conftest import Run
+
+ROOT = Path(__file__).parents[3]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+JOB = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/ci.md").read_text(encoding="utf-8"), re.S)
+
+
+def test_demo(run: Run, tmp_path: Path) -> None:
+    """It prints the README's texts, end tokens and sums of parity's checks; rates depend on the machine."""
+    code, out, err = run("demo", "--output", tmp_path / "bundle")
+    assert code == 0, err
+    texts, table = re.findall(r"```\n(.*?)```", README, re.S)[1:3]
+    for text in re.sub(r"(?m)^\d+ tokens .*\n", "", texts).strip().split("\n\n"):
+        assert f"\n{text.strip()}\n" in out
+    assert re.findall(r"(?m)^\d+ tokens \(\w+\)", texts) == re.findall(r"(?m)^\d+ tokens \(\w+\)", err)[1:]
+    assert "% of drafts accepted" in err or "0 tokens/s" in err
+    assert "FAIL" not in out
+    assert out.count("PASS") == int(re.findall(r"parity: all (\d+) checks passed", err)[0])
+    assert re.findall(r"parity: all \d+ checks passed", err) == re.findall(r"parity: all \d+ checks passed", table)
+    assert (tmp_path / "bundle/manifest.json").exists()
+
+
+def test_the_example_job_is_a_workflow(tmp_path: Path) -> None:
+    assert JOB is not None
+    (tmp_path / "job.yml").write_text(JOB[1])
+    checker = Path(sys.executable).parent / "check-jsonschema"
+    command = [checker, "--builtin-schema", "vendor.github-workflows", tmp_path / "job.yml"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_example_job_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert JOB is not None
+    monkeypatch.chdir(tmp_path)
+    places = {"$TARGET": PAIR / "target", "$DRAFTER": PAIR / "drafter"}
+    commands = re.findall(r"run: gemma-mtp-export (.*)", JOB[1])
+    assert [command.split()[0] for command in commands] == ["export", "parity", "report"]
+    for command in commands:
+        words, _, file = command.partition(" > ")
+        code, out, err = run(*(places.get(word, word) for word in shlex.split(words)))
+        assert code == 0, err
+        if file:
+            Path(file).write_text(out)
+    kept = re.findall(r"^ {12}(\S+)$", JOB[1], re.M)
+    assert kept == ["bundle", "*.json", "report.html"]
+    assert all(list(tmp_path.glob(pattern)) for pattern in kept)
