@@ -32,10 +32,12 @@ Directories = tuple[Path, Path]
 Run = Callable[..., tuple[int, str, str]]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests with `executorch` among their parameters as `lowering`, and keep those of a bundle in one process.
 
-    Another process would wait for the bundle while the first one makes it.
+    Another process would wait for the bundle while the first one makes it. A test that has neither a shape nor a recipe
+    among its parameters uses the bundle `odd`, or says which with `xdist_group`.
     """
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
@@ -43,9 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         words = {value for value in values if isinstance(value, str)}
         if "executorch" in words:
             item.add_marker(pytest.mark.lowering)
-        if item.get_closest_marker("lowering"):
-            group = sorted(words & {"demo", *SHAPES, *RECIPES})
-            item.add_marker(pytest.mark.xdist_group(" ".join(["lowering", *group])))
+        if item.get_closest_marker("lowering") and not item.get_closest_marker("xdist_group"):
+            names = words & set(SHAPES) or words & {*RECIPES} - {"fp32"} or {"odd"}
+            item.add_marker(pytest.mark.xdist_group(f"lowering {min(names)}"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,7 +88,7 @@ def bundle(
     """Make the bundle of a shape, backend and recipe. Tests must not change it; they work on a copy.
 
     `kmeans` is the shape `dense` with new clusters, whose number does not divide its vocabulary. A test that asks for
-    `executorch` has that word in its name or parameters, or the marker `lowering`.
+    `executorch` has that word among its parameters, or the marker `lowering`.
     """
     directory = tmp_path_factory.mktemp("bundles")
     lowering = any(item.get_closest_marker("lowering") for item in request.session.items)

@@ -10,8 +10,8 @@ from tests.pairs import SHAPES
 # Shapes and backends of the fp32 bundles that random pairs are tested with. ExecuTorch's take minutes to lower: `odd`
 # has two-stage logits, several KV heads and no size that is a power of two; `dense` has a dense head and a softcap.
 SMALL_BUNDLES = [*((name, "onnx") for name in SHAPES), ("odd", "executorch"), ("dense", "executorch")]
-# Shape of the bundles in few bits, by backend.
-LOW_BIT_SHAPES = {"onnx": "e2b", "executorch": "tiny"}
+# Shapes of the bundles in few bits, by backend and recipe; others are `e2b`.
+LOW_BIT_SHAPES = {("executorch", "int8"): "tiny", ("executorch", "smallest"): "tiny"}
 MAX_SEQ_LEN = 600  # in that many tokens the buffers of sliding layers move twice
 
 

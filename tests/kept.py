@@ -6,6 +6,7 @@ has used for a week is deleted; `pytest --cache-clear` deletes all of it.
 
 import ast
 import hashlib
+import inspect
 import platform
 import shutil
 import time
@@ -33,7 +34,8 @@ BUNDLE_SOURCES = (
     *(*TRACE_SOURCES, "exporter/parity", "clustering", "runtime_ref", "tests/exports.py"),
 )
 TRACE_PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript")
-BUNDLE_PACKAGES = (*TRACE_PACKAGES, "executorch", "torchao", "numpy", "scikit-learn")
+# The manifest has the versions of the last two.
+BUNDLE_PACKAGES = (*TRACE_PACKAGES, "executorch", "torchao", "numpy", "scikit-learn", "onnxruntime", "gemma-mtp-export")
 
 TraceGraph = Callable[[GraphSpec, Mapping[str, int], Callable[[], nn.Module]], ir.Model]
 
@@ -111,13 +113,15 @@ def _load(path: Path) -> ir.Model:
 
 
 def _structure(module: nn.Module) -> str:
-    """Describe all that a trace of a module depends on: types, names, shapes and settings of its parts."""
-    lines = []
+    """Describe all that a trace of a module depends on: code, types, names, shapes and settings of its parts."""
+    lines, files = [], set()
     for name, part in module.named_modules():
         settings = {key: value for key, value in vars(part).items() if key[0] != "_" and not isinstance(value, Ops)}
         assert all(_is_plain(value) for value in settings.values()), f"{type(part)}: {settings}"
         lines.append(f"{name} {type(part).__qualname__} {settings}")
+        files |= {Path(inspect.getfile(base)) for base in type(part).__mro__ if base.__module__ != "builtins"}
     lines += [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in module.state_dict().items()]
+    lines += [_code(file) for file in sorted(files) if ROOT in file.parents and ".venv" not in file.parts]
     return "\n".join(lines)
 
 
@@ -142,6 +146,7 @@ def _sources(places: tuple[str, ...], packages: tuple[str, ...]) -> str:
     )
 
 
+@cache
 def _code(file: Path) -> str:
     """Return a module's code without comments and docstrings."""
     tree = ast.parse(file.read_text(encoding="utf-8"))

@@ -47,7 +47,7 @@ def test_documents_name_tests_and_modules_that_exist() -> None:
     """`pytest -k WORDS`, `test_NAME.py` and `python -m MODULE`, as decisions give them for their evidence."""
     files = list((ROOT / "tests").rglob("*.py"))
     names = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M)}
-    words = names | {str(file.relative_to(ROOT)) for file in files} | {"executorch"}  # the last is a parameter
+    words = names | {str(file.relative_to(ROOT)) for file in files}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         expressions = re.findall(r"pytest[^`\n]* -k (\"[^\"]+\"|\w+)", text)

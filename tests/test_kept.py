@@ -29,6 +29,13 @@ def test_kept_traces_depend_on_every_setting() -> None:
     assert same != structure(final_logit_softcapping=None)
     assert same != structure(cache_outputs=False)
 
+    class Longer(TargetGraph):
+        """Of the same name, attributes and parameters as its base, from another file."""
+
+    Longer.__qualname__ = "TargetGraph"
+    with torch.device("meta"):
+        assert same != _structure(Longer(Target(config)))
+
 
 def test_kept_names_ignore_comments(tmp_path: Path) -> None:
     texts = ['"""Doc."""\nx = 1  # one\n', "x = 1\n", '"""Doc."""\n\n\ndef f():\n    """Doc."""\n    return 1\n']
@@ -37,8 +44,8 @@ def test_kept_names_ignore_comments(tmp_path: Path) -> None:
         file.write_text(text)
     first, second, third = map(_code, files)
     assert first == second != third
-    files[2].write_text("def f():\n    return 2\n")
-    assert _code(files[2]) != third
+    (tmp_path / "other.py").write_text("def f():\n    return 2\n")
+    assert _code(tmp_path / "other.py") != third
 
 
 def test_kept_bundles_are_made_once_for_the_same_inputs(tmp_path: Path) -> None:

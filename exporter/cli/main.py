@@ -1,6 +1,6 @@
 """The `gemma-mtp-export` command.
 
-The module of a command is imported only when the command runs, because importing torch takes seconds.
+The module of a command is imported only when the command runs, and imports what is slow inside its functions.
 """
 
 import importlib

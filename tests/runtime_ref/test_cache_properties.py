@@ -56,14 +56,17 @@ class FakeTarget:
 
 
 class FakeDrafter:
-    """It always drafts 0, and expects the state of the last row that it sees."""
+    """It always drafts 0, and expects the target's state of the last row that it sees, later the state that it gave."""
+
+    first_step = True
 
     def bind(self, cache: Mapping[str, np.ndarray]) -> None:
         self.cache = cache
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
         text = seen(self.cache, int(inputs["position"][0]) - 1, int(inputs["window_start"][0]), WINDOW + 1)
-        assert inputs["state"] in (LATER_STEP, fingerprint(text))
+        assert inputs["state"] == (fingerprint(text) if self.first_step else LATER_STEP)
+        self.first_step = False
         return [np.array([0]), np.full((1, 1), LATER_STEP)]
 
 
@@ -100,8 +103,9 @@ class CacheMachine(RuleBasedStateMachine):
             limits=limits,
             kv=kv,
         )
+        self.drafter = FakeDrafter()
         tables = {"embed_tokens": Rows(), "embed_tokens_per_layer": Rows()}
-        self.engine = GraphEngine(manifest, {"target": FakeTarget(), "drafter": FakeDrafter()}, tables)
+        self.engine = GraphEngine(manifest, {"target": FakeTarget(), "drafter": self.drafter}, tables)
         self.text = []
 
     # A list of tokens as a strategy is rarely long.
@@ -120,6 +124,7 @@ class CacheMachine(RuleBasedStateMachine):
         count = min(count, self.engine.manifest.max_seq_len - len(self.text) - 1)
         right = min(right, count)
         expected = continuation(self.text, right + 1)
+        self.drafter.first_step = True
         drafts = self.engine.draft(self.text[-1], count)
         drafts[:right] = expected[:right]
         if right < count:

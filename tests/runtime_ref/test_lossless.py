@@ -111,7 +111,7 @@ def test_an_engine_can_be_used_again(engine: ScriptedEngine) -> None:
 
 def test_noise_of_a_sampled_token_is_that_of_its_index(backend: str, bundle: Callable[..., Path]) -> None:
     """FORMAT.md: the token at index p of the whole text is chosen with the noise of p, prompt included."""
-    engine = scripted(bundle("dense", backend))
+    engine = scripted(bundle("odd", backend))
     text = prompt_of(engine, 5)
     tokens, _ = run(engine, text, Options(12, 3, SAMPLED))
     for token in tokens:

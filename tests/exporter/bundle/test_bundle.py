@@ -36,13 +36,13 @@ from exporter.graphs import onnx
 from tests.kept import keeping_traces
 how, target, drafter, output, traces = sys.argv[1:]
 onnx.trace_graph = keeping_traces(onnx.trace_graph, Path(traces))
-if how == "full":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-else:
-    def stop(*_):
+def stop(step, written):
+    if written and how == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    elif written:
         os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
-    real = export.export_bundle
-    export.export_bundle = lambda pair, out, options, progress: real(pair, out, options, stop)
+real = export.export_bundle
+export.export_bundle = lambda pair, out, options, progress: real(pair, out, options, stop)
 sys.argv = ["x", "export", "--target", target, "--drafter", drafter, "--output", output, "--recipe", "fp32"]
 main()
 """

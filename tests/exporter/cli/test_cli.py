@@ -28,7 +28,7 @@ def test_generate_json(run: Run, backend: str, bundle: Callable[..., Path], ids:
         *("reused_prompt_tokens", "prefill_seconds", "decode_seconds"),
     }
     path = ids([[3, 4, 5], [7]])
-    common = ["generate", bundle("dense", backend), "--prompt-ids", path, "--max-new-tokens", 9, "--json"]
+    common = ["generate", bundle("odd", backend), "--prompt-ids", path, "--max-new-tokens", 9, "--json"]
     code, out, _ = run(*common)
     speculative = json.loads(out)
     assert (code, len(speculative)) == (0, 2)
