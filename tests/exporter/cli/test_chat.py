@@ -200,20 +200,21 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C in this terminal sends a 
 from exporter.cli.main import main
 main()
 """
-# The first answer waits in its third pass until it is stopped.
+# The first answer waits in its third pass until it is stopped. A pipe, because a lock that the main thread holds would
+# never be given to the handler of a signal.
 WAITING = """
-import threading
+import os
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.streaming import Stream
-verify, cancel, passes, stopped = GraphEngine.verify, Stream.cancel, [], threading.Event()
+verify, cancel, passes, (stopped, stop) = GraphEngine.verify, Stream.cancel, [], os.pipe()
 def waiting(*arguments):
     passes.append(arguments)
     if len(passes) == 3:
-        stopped.wait()
+        os.read(stopped, 1)
     return verify(*arguments)
 def cancelled(stream):
     cancel(stream)
-    stopped.set()
+    os.write(stop, b"x")
 GraphEngine.verify, Stream.cancel = waiting, cancelled
 """
 
@@ -284,9 +285,10 @@ def user_of(tmp_path: Path) -> Iterator[Callable[..., TerminalUser]]:
 
 
 def test_conversation_on_a_terminal(user_of: Callable[..., TerminalUser], chat_bundle: Path) -> None:
-    """The chat goes on after Ctrl-C in an answer, and after Ctrl-C at the prompt.
+    """The chat goes on after Ctrl-C in an answer.
 
-    After Ctrl-C nothing waits for the echo of a key: readline swallows it if the signal arrives in its callback.
+    Ctrl-C at the prompt is tested without a terminal: if it arrives while readline handles a key, Python notices it at
+    the next key only.
     """
     expected = open_decoder(chat_bundle).chat([{"role": "user", "content": "why"}], max_new_tokens=300)
     answer = "".join(token.text for token in expected).replace("\n", "\r\n")
@@ -301,9 +303,6 @@ def test_conversation_on_a_terminal(user_of: Callable[..., TerminalUser], chat_b
     output = user.read_until(r"\d+ tokens \(\w+\).*?\n> ")
     assert int(re.findall(r"(\d+) prompt tokens reused", output)[0]) > 4
     assert re.findall(r"(\d+) tokens \((?:length|eos)\)", output)
-    user.type_keys("half a li")
-    user.type_keys("\x03")
-    assert "Ctrl-D or /quit ends the chat." in user.read_until(r"\n> ")
     user.type_keys("/new\r")
     user.read_until(r"> ")
     user.type_keys("a\x7fwhy\r")
