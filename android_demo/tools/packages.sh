@@ -53,7 +53,6 @@ apk-tools            bin/apksigner      java usr/share/java/apksigner.jar
 apk-tools            bin/proguard       java usr/share/java/proguard.jar
 qemu                 bin/qemu-aarch64   native usr/bin/qemu-aarch64
 cross                bin/aarch64-g++    native usr/bin/aarch64-linux-gnu-g++-12
-cross                bin/aarch64-nm     native usr/bin/aarch64-linux-gnu-nm
 '
 
 # Large packages, of which only the files above are kept.

@@ -4,11 +4,14 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from exporter.demo import PAIR
+from exporter.report.content import measure_report
 from tests.conftest import Run
 
 ROOT = Path(__file__).parents[3]
@@ -42,6 +45,12 @@ def test_the_example_job_is_a_workflow(tmp_path: Path) -> None:
 
 def test_the_example_job_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert JOB is not None
+
+    def measure_quickly(*arguments: Any) -> dict[str, Any]:
+        *others, options, note = arguments
+        return measure_report(*others, replace(options, seconds=0.01), note)
+
+    monkeypatch.setattr("exporter.report.content.measure_report", measure_quickly)
     monkeypatch.chdir(tmp_path)
     places = {"$TARGET": PAIR / "target", "$DRAFTER": PAIR / "drafter"}
     commands = re.findall(r"run: gemma-mtp-export (.*)", JOB[1])

@@ -98,13 +98,13 @@ def test_clusters_cost_next_to_no_drafts(pair_dirs: Pairs, tmp_path: Path) -> No
         tokenizer = TextTokenizer(tmp_path / name, engine.manifest)
         runs = [
             (list(generate(engine, tokenizer.encode(topics[topic])[:12], Options(96, 4), stats)), stats)
-            for topic, stats in ((topic, Stats()) for topic in sorted(topics)[:40])
+            for topic, stats in ((topic, Stats()) for topic in sorted(topics)[:20])
         ]
         texts[name] = [tokens for tokens, _ in runs]
         drafted[name] = sum(stats.drafted for _, stats in runs)
         accepted[name] = sum(stats.accepted for _, stats in runs)
     assert texts["kmeans"] == texts["dense"]
-    assert drafted["dense"] > 1000
+    assert drafted["dense"] > 500
     assert abs(accepted["kmeans"] / drafted["kmeans"] - accepted["dense"] / drafted["dense"]) < 0.02
     assert made.measurements()["curve"][-1]["tokens_scored"] == 2048
     scored = next(row for row in made.measurements()["curve"] if row["top_k_clusters"] == made.top_k)
