@@ -139,6 +139,7 @@ def test_texts_of_streams_are_whole(decoder: Decoder) -> None:
 def test_log_probabilities_are_the_targets(decoder: Decoder, temperature: float) -> None:
     """Among the 64 largest logits that the reference implementation gives for the same text, at temperature 1."""
     reference, _ = load_reference(PAIR / "target", PAIR / "drafter")
+    logprobs = []
     for drafts in (0, 4):
         stream = decoder.stream(PROMPT, max_new_tokens=20, num_draft_tokens=drafts, temperature=temperature, seed=5)
         tokens = list(stream)
@@ -149,6 +150,8 @@ def test_log_probabilities_are_the_targets(decoder: Decoder, temperature: float)
         actual = [token.logprob for token in tokens]
         assert actual == pytest.approx(expected[range(len(tokens)), stream.tokens].tolist(), abs=1e-4)
         assert min(actual) < -0.5
+        logprobs.append(actual)
+    assert logprobs[0] == logprobs[1]
 
 
 def test_costs_that_cannot_be_saved_are_no_error(

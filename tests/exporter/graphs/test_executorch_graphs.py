@@ -42,6 +42,7 @@ def test_weights_are_stored_once(bundle: Callable[..., Path], pair_dirs: Pairs) 
     large = [blob for blob in blobs if len(blob) >= 4096]
     assert len(set(large)) == len(large), "a weight is stored twice"
     assert weights <= sum(map(len, blobs)) < 1.001 * weights
+    assert file.stat().st_size < weights + 200_000  # the rest is the two methods
 
 
 def test_drafter_head_stays_sparse(bundle: Callable[..., Path]) -> None:
