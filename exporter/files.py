@@ -5,19 +5,31 @@ beside their final place, and renamed when they are complete.
 """
 
 import contextlib
+import ctypes
 import errno
+import fnmatch
 import glob
 import os
-import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from exporter.memory import available_memory
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
+from runtime_ref.locks import locked
+
+# Files that file managers, sync tools and file systems leave in directories: patterns of names.
+FOREIGN_FILES = (
+    *(".DS_Store", "._*", ".localized", "Icon\r", ".Spotlight-V100", ".fseventsd", ".Trashes"),  # macOS
+    *("Thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "Desktop.ini"),  # Windows
+    *(".directory", ".hidden", ".Trash-*"),  # Linux desktops
+    *(".dropbox", ".dropbox.attr", ".dropbox.cache", ".stfolder", ".stignore", ".stversions", ".syncthing.*"),
+    *(".nextcloudsync.log", ".owncloudsync.log", ".sync_*.db*", "._sync_*.db*", ".sync", ".SyncID", ".SyncIgnore"),
+    *(".tmp.drivedownload", ".tmp.driveupload", ".~lock.*#", "@eaDir", ".fuse_hidden*", ".nfs*"),
+)
 
 
 def human_bytes(size: float) -> str:
@@ -110,26 +122,24 @@ def check_free_space(output: Path, disk_bytes: int, memory_bytes: int) -> None:
     """
     output = output.resolve()
     parent = next(path for path in output.parents if path.exists())
+    anyway = "or pass --skip-room-check if that is wrong"
     if disk_bytes > (free := shutil.disk_usage(parent).free):
         raise InputError(
-            f"{output}: needs {human_bytes(disk_bytes)} of disk, {human_bytes(free)} are free; free some space, or"
-            " choose another --output"
+            f"{output}: needs {human_bytes(disk_bytes)} of disk, {human_bytes(free)} are free; free some space, choose"
+            f" another --output, {anyway}"
         )
-    if not _MEMINFO.exists():
-        return
-    available_kib = re.findall(r"^(?:MemAvailable|SwapFree): +(\d+) kB", _MEMINFO.read_text(), re.M)
-    if available_kib and memory_bytes > (free := sum(map(int, available_kib)) * 1024):
+    available = available_memory()
+    if available is not None and memory_bytes > available:
         raise InputError(
-            f"{output}: needs about {human_bytes(memory_bytes)} of memory, {human_bytes(free)} are free; close other"
-            " programs, or use a larger machine"
+            f"{output}: needs about {human_bytes(memory_bytes)} of memory, {human_bytes(available)} are free; close"
+            f" other programs, raise the container's limit, use a larger machine, {anyway}"
         )
-
-
-_MEMINFO = Path("/proc/meminfo")
 
 
 def holds_only(directory: Path, marker: str, listed: Callable[[Any], Iterable[str]]) -> bool:
     """Return whether a directory is empty, or holds a marker file and otherwise only files that the marker lists.
+
+    Files that match `FOREIGN_FILES` do not count.
 
     Args:
         directory: an existing directory.
@@ -138,7 +148,8 @@ def holds_only(directory: Path, marker: str, listed: Callable[[Any], Iterable[st
             content of another form it may raise KeyError or TypeError.
     """
     paths = [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir() or not any(path.iterdir())]
-    names = {path.relative_to(directory).as_posix() for path in paths}
+    relative = [path.relative_to(directory) for path in paths]
+    names = {path.as_posix() for path in relative if not any(map(_is_foreign, path.parts))}
     if marker not in names:
         return not names
     try:
@@ -152,74 +163,111 @@ def directory_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.iterdir())
 
 
+def _is_foreign(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in FOREIGN_FILES)
+
+
 @contextlib.contextmanager
-def replacing(output: Path) -> Iterator[Path]:
+def replacing(output: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield an empty temporary directory that replaces `output` when the block ends without an error.
 
-    The temporary directory is beside `output`. After an error it is removed, and `output` stays as it was. The block
-    should write the file that marks the directory as complete last: a killed process then leaves no directory that
-    looks complete.
+    The temporary directory is beside `output`. After an error it is removed, and `output` stays as it was. While the
+    block runs, a lock keeps other processes from writing the same output.
 
     Args:
         output: the directory to create or replace. If it is a symbolic link, its destination is replaced.
+        check: called under the lock before anything is written; it raises if the output may not be replaced.
 
     Raises:
-        InputError: the directory cannot be written.
+        InputError: another process is writing the output, or the directory cannot be written.
     """
     output = output.resolve()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        owner = f"{os.getpid()}@{socket.gethostname()}"
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-{owner}-", dir=output.parent))
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if output.exists():
-            replaced = partial.with_name(partial.name + "-old")
-            output.rename(replaced)
+        with _writing(output):
+            check()
+            partial = Path(tempfile.mkdtemp(prefix=_partial_prefix(output), dir=output.parent))
             try:
-                partial.rename(output)
-            except BaseException:
-                replaced.rename(output)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            partial.rename(output)
+                yield partial
+                partial.chmod(0o755)
+                _put_in_place(partial, output)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         hint = "free some space" if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else "check the directory"
         raise InputError(f"{output}: writing failed ({reason}); {hint} and try again") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_leftovers(output: Path) -> None:
-    """Remove the temporary directories that killed processes of this machine left beside `output`.
-
-    Their names contain the host and the process id. If such a process was just replacing an output, the old output is
-    put back, unless `output` exists again.
+def recover(output: Path) -> None:
+    """Clear up what a killed process left beside `output`; an output that it was just replacing is put back.
 
     Args:
         output: the directory that was to be written, as `replacing` got it.
+
+    Raises:
+        InputError: another process is writing the output, or its directory cannot be written.
     """
     output = output.resolve()
-    for leftover in sorted(output.parent.glob(f".{glob.escape(output.name)}.partial-*"), reverse=True):
-        owner = re.fullmatch(r"(\d+)@(.+?)-[^-]+(-old)?", leftover.name.removeprefix(f".{output.name}.partial-"))
-        if owner is None or owner[2] != socket.gethostname() or _is_running(int(owner[1])):
-            continue
-        if owner[3] and not output.exists():
-            leftover.rename(output)
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(process_id: int) -> bool:
+    if not any(output.parent.glob(f"{glob.escape(_partial_prefix(output))}*")):
+        return
     try:
-        os.kill(process_id, 0)  # signal 0 only checks that the process exists
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it exists, and belongs to another user
-        return True
-    return True
+        with _writing(output):
+            pass
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
+
+
+REPLACED = "-old"  # ends the name of an output that was moved aside
+
+
+def _partial_prefix(output: Path) -> str:
+    return f".{output.name}.partial-"
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Hold the lock of an output while the block runs, after clearing up what killed processes left."""
+    with contextlib.ExitStack() as stack:
+        try:
+            is_locked = stack.enter_context(locked(output.with_name(f".{output.name}.lock"), wait=False))
+        except BlockingIOError:
+            raise InputError(f"{output}: another process is writing it; wait until it ends, and try again") from None
+        if is_locked:  # so nobody else is writing: what lies here was left behind
+            for leftover in output.parent.glob(f"{glob.escape(_partial_prefix(output))}*"):
+                if leftover.name.endswith(REPLACED) and not output.exists():
+                    leftover.rename(output)
+                else:
+                    shutil.rmtree(leftover, ignore_errors=True)
+        yield
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Let a complete directory take the place of an output, if there is one, which is removed."""
+    if not output.exists():
+        partial.rename(output)
+    elif _exchange(partial, output):
+        shutil.rmtree(partial, ignore_errors=True)  # it is the old output now
+    else:
+        replaced = partial.with_name(partial.name + REPLACED)
+        output.rename(replaced)
+        try:
+            partial.rename(output)
+        except BaseException:
+            replaced.rename(output)
+            raise
+        replaced.rename(partial)  # so that a half-removed one is never taken for an output
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# The C library's function that exchanges two paths in one step, and its arguments around each path: directory, flags.
+_EXCHANGES = {"renameat2": ((-100,), (-100,), (2,)), "renamex_np": ((), (), (2,))}  # Linux; macOS
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories in one step, so that a kill leaves none missing; False where that is not possible."""
+    library = ctypes.CDLL(None)
+    for name, (before, between, after) in _EXCHANGES.items():
+        if (function := getattr(library, name, None)) is not None:
+            return function(*before, os.fsencode(one), *between, os.fsencode(other), *after) == 0
+    return False

@@ -1,9 +1,15 @@
 """What all commands share on a terminal: consoles, progress bars and exit codes."""
 
 import contextlib
+import io
+import json
+import math
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -14,6 +20,17 @@ from runtime_ref.errors import CheckError, InputError
 # No markup: rich would take brackets in paths and token texts for styles.
 err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 out = Console(markup=False, highlight=False)
+for _console in (err, out):
+    if _console.width == 0:  # as COLUMNS says where nobody set a terminal's size
+        _console.width = 80
+
+UNEXPECTED = 70  # the exit code of an error that nobody foresaw: EX_SOFTWARE in sysexits.h
+
+# The option that every command has, see `run_command`.
+TRACEBACK = "--traceback"
+traceback_option = click.option(
+    TRACEBACK, is_flag=True, expose_value=False, help="If the command ends with an error, print where it happened."
+)
 
 # Modules that are not among the base dependencies, and the extra that installs each.
 EXTRAS = {
@@ -26,38 +43,64 @@ def run_command(command: click.Command) -> None:
     """Run a command with the arguments in `sys.argv`, and exit the process unless it succeeds.
 
     Errors are printed in one line on standard error. The exit code is 2 for bad input or usage, or if the command needs
-    an extra that is not installed; 1 for a failed check, 130 after Ctrl-C and 143 after SIGTERM.
+    an extra that is not installed; 1 for a failed check, `UNEXPECTED` for an error that nobody foresaw, 130 after
+    Ctrl-C and 143 after SIGTERM. With `--traceback` the traceback of an error is printed before its line.
 
     Args:
         command: a click command or group.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that a stopped export cleans up
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may not hold what a model writes
+            stream.reconfigure(errors="backslashreplace")
     try:
         command.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(2)
-    except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
-        sys.exit(2)
-    except InputError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        click.echo(f"error: {error.filename or 'output'}: {error.strerror or error}", err=True)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in EXTRAS:
-            raise
-        command_line = f"pip install 'gemma-mtp-export[{EXTRAS[module]}]'"
-        click.echo(f"error: this command needs {module}, which is not installed; {command_line}", err=True)
-        sys.exit(2)
-    except CheckError as error:
-        click.echo(f"failed: {error}", err=True)
-        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except Exception as error:
+        if TRACEBACK in sys.argv[1:]:
+            traceback.print_exc()
+        code, line = _exit_code_and_line(error)
+        click.echo(line, err=True)
+        sys.exit(code)
+
+
+def _exit_code_and_line(error: Exception) -> tuple[int, str]:
+    """What a command ends with after an error: its exit code, and its line on standard error."""
+    module = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if isinstance(error, click.ClickException):
+        return 2, f"error: {error.format_message()}"
+    if isinstance(error, InputError):
+        return 2, f"error: {error}"
+    if isinstance(error, CheckError):
+        return 1, f"failed: {error}"
+    if isinstance(error, OSError):
+        return 2, f"error: {error.filename or 'output'}: {error.strerror or error}"
+    if module in EXTRAS:
+        command_line = f"pip install 'gemma-mtp-export[{EXTRAS[module]}]'"
+        return 2, f"error: this command needs {module}, which is not installed; {command_line}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return UNEXPECTED, (
+        f"error: unexpected {what} ({Path(frame.filename).name}, line {frame.lineno}); this is a fault of"
+        f" gemma-mtp-export: please report it, with what the same command prints with {TRACEBACK}"
+    )
+
+
+def print_json(document: Any) -> None:
+    """Print a document as one line of JSON on standard output; NaN and infinity, which JSON lacks, become null."""
+    click.echo(json.dumps(_finite(document), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def peak_bytes() -> int:

@@ -24,7 +24,7 @@ class Round:
         """Return the round with only its first tokens; an accepted draft that is cut off counts as not accepted.
 
         Args:
-            count: tokens to keep, at least 1.
+            count: tokens to keep.
         """
         return replace(
             self, accepted=min(self.accepted, count), tokens=self.tokens[:count], logprobs=self.logprobs[:count]

@@ -26,45 +26,80 @@ Message = Mapping[str, str]
 
 
 class ChatTemplate:
-    """A chat_template.jinja, rendered as transformers 5.24.0 renders it."""
+    """A chat template, rendered as transformers 5.24.0 renders it.
 
-    def __init__(self, bundle: Path, tokenizer: TextTokenizer) -> None:
-        """Read and compile the template.
+    Attributes:
+        source: its text, in Jinja's language.
+    """
+
+    def __init__(self, source: str, origin: str, remedy: str, special_tokens: Mapping[str, str]) -> None:
+        """Compile a template.
 
         Args:
-            bundle: directory that has a chat_template.jinja.
-            tokenizer: the bundle's; it gives the texts of the special tokens that the template names.
+            source: its text, in Jinja's language.
+            origin: what an error names, a path for instance.
+            remedy: what an error asks the user to do.
+            special_tokens: texts of special tokens by the names under which templates know them.
 
         Raises:
-            InputError: the template cannot be read or compiled.
+            InputError: the text is not a template.
         """
-        path = bundle / CHAT_TEMPLATE
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); export the bundle again") from error
-        self._template = parse_template(source, str(path), "export the bundle again")
-        self._special_tokens = tokenizer.special_tokens
+        self.source = source
+        self._template = parse_template(source, origin, remedy)
+        self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], ask: bool = True) -> str:
         """Return the prompt that asks for an answer to the last message.
 
         It begins with the beginning-of-text token if the template writes one. Special tokens that are spelled out in a
         message count as special tokens, as in transformers.
 
         Args:
-            messages: the conversation, oldest message first.
+            messages: the conversation, oldest message first, each with the keys `role` and `content`, both texts.
+            ask: whether to ask for an answer; otherwise the text ends with the last message.
 
         Raises:
-            InputError: the template refuses the messages.
+            InputError: the messages have another form, or the template refuses them.
         """
-        copies = [dict(message) for message in messages]
+        copies = [dict(message) for message in _checked(messages)]
         try:
             return self._template.render(
-                messages=copies, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+                messages=copies, tools=None, documents=None, add_generation_prompt=ask, **self._special_tokens
             )
         except Exception as error:  # a template is code: whatever it raises, these messages do not suit it
             raise InputError(f"the chat template refuses the messages: {_one_line(error)}; change them") from error
+
+
+def open_template(bundle: Path, tokenizer: TextTokenizer) -> ChatTemplate:
+    """Read the chat template of a bundle.
+
+    Args:
+        bundle: directory that has a chat_template.jinja.
+        tokenizer: the bundle's; it gives the texts of the special tokens that the template names.
+
+    Raises:
+        InputError: the template cannot be read or compiled.
+    """
+    path = bundle / CHAT_TEMPLATE
+    try:
+        source = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); export the bundle again") from error
+    return ChatTemplate(source, str(path), "export the bundle again", tokenizer.special_tokens)
+
+
+def _checked(messages: Sequence[Message]) -> Sequence[Message]:
+    """Check the form of messages.
+
+    Raises:
+        InputError: it is not that of `ChatTemplate.render`.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise InputError(f"messages are {type(messages).__name__}, expected a list of objects with role and content")
+    for message in messages:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise InputError(f"a message is {message!r:.60}, expected an object with the texts role and content")
+    return messages
 
 
 def parse_template(source: str, origin: str, remedy: str) -> jinja2.Template:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+import tempfile
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import numpy as np
 
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
-from runtime_ref.manifest import MANIFEST, Manifest, round_up
+from runtime_ref.locks import locked
+from runtime_ref.manifest import MANIFEST, round_up
 
 DRAFTER = "drafter"  # the source of drafts whose steps take time
 
@@ -20,6 +23,8 @@ DRAFTER = "drafter"  # the source of drafts whose steps take time
 MAX_MEASUREMENTS = 5
 # Measurements of each pass before K is chosen by its time: the first may include warming up.
 MIN_MEASUREMENTS = 2
+
+COSTS_VERSION = 2  # of the file
 
 # Assumed times before anything is measured, in plain passes: of each further token of a pass, and of a draft step.
 ASSUMED_TOKEN_PASSES, ASSUMED_STEP_PASSES = 0.2, 0.1
@@ -156,33 +161,27 @@ def costs_file(bundle: Path) -> Path:
     return bundle.parent / f"{bundle.name}.costs.json"
 
 
-def load_costs(bundle: Path, manifest: Manifest, threads: int | None) -> Costs:
-    """Load the costs that were measured with this bundle on this device, else return costs without measurements.
+def load_costs(bundle: Path, threads: int | None, max_drafts: int, row_multiple: int = 1) -> Costs:
+    """Load the costs that were measured with this bundle on such a device, else return costs without measurements.
+
+    The file is a cache: one that is damaged, or of another version, is as good as none.
 
     Args:
         bundle: directory of the bundle.
-        manifest: the bundle's.
-        threads: threads inside an operation; costs that were measured with another number are ignored.
-
-    Raises:
-        InputError: the file is not what `save_costs` writes.
+        threads: threads inside an operation; costs that were measured with another number do not count.
+        max_drafts: as for `Costs`.
+        row_multiple: as for `Costs`.
     """
-    costs, file = Costs(manifest.max_draft_tokens, manifest.row_multiple), costs_file(bundle)
-    if file.exists():
-        saved = read_json(file, "measured costs; delete the file, and they are measured again")
-        try:
-            if saved["of"] == _identity(bundle, threads):
-                costs.restore(saved)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{file}: not the costs of a bundle ({type(error).__name__}: {error}); delete it, and they are measured"
-                " again"
-            ) from error
+    costs = Costs(max_drafts, row_multiple)
+    try:
+        costs.restore(_saved(bundle)[_key(threads)])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return Costs(max_drafts, row_multiple)
     return costs
 
 
 def save_costs(costs: Costs, bundle: Path, threads: int | None) -> None:
-    """Write costs to the file that `load_costs` reads.
+    """Write costs to the file that `load_costs` reads; what other decoders saved there, and this one has not, stays.
 
     Args:
         costs: what was measured.
@@ -193,19 +192,48 @@ def save_costs(costs: Costs, bundle: Path, threads: int | None) -> None:
         OSError: the file cannot be written.
     """
     file = costs_file(bundle)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    with locked(file.with_name(f".{file.name}.lock")):
+        saved, key = _saved(bundle), _key(threads)
+        before = load_costs(bundle, threads, 0).as_dict()
+        new = costs.as_dict()
+        new["verify_seconds"] = before["verify_seconds"] | new["verify_seconds"]
+        new["draft_step_seconds"] = new["draft_step_seconds"] or before["draft_step_seconds"]
+        document = {"version": COSTS_VERSION, "bundle": _digest(bundle), "devices": {**saved, key: new}}
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
+            aside = Path(stream.name)
+            try:
+                json.dump(document, stream)
+                stream.close()
+                aside.replace(file)
+            finally:
+                aside.unlink(missing_ok=True)
+
+
+def _saved(bundle: Path) -> dict[str, Any]:
+    """Saved costs of this bundle by `_key`; none if the file is missing, damaged, or of another bundle or version."""
     try:
-        aside.write_text(json.dumps({"of": _identity(bundle, threads), **costs.as_dict()}) + "\n", encoding="utf-8")
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+        document = read_json(costs_file(bundle), "measured costs")
+        if document["version"] == COSTS_VERSION and document["bundle"] == _digest(bundle):
+            return dict(document["devices"])
+    except (InputError, KeyError, TypeError, ValueError):
+        pass
+    return {}
 
 
-def _identity(bundle: Path, threads: int | None) -> dict[str, Any]:
-    """What costs depend on: device, threads, and the bundle, which its manifest's digest stands for."""
-    device = [platform.node(), platform.machine(), platform.processor(), os.cpu_count()]
-    return {
-        "device": device,
-        "threads": threads,
-        "bundle": hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest(),
-    }
+def _digest(bundle: Path) -> str:
+    """Stands for the bundle: it is another one after another export."""
+    return hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
+
+
+def _key(threads: int | None) -> str:
+    """What costs depend on besides the bundle: kind of processor and threads. Host names differ between containers."""
+    return f"{platform.machine()}, {_processor()}, {os.cpu_count()} CPUs, {threads or 'all'} threads"
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+    except (OSError, ValueError):
+        names = []
+    return names[0].strip() if names else platform.processor()

@@ -80,7 +80,7 @@ def rounds(
     room = manifest.max_seq_len - len(prompt)
     budget, out_of_budget = min((options.max_new_tokens, "length"), (room, "max_seq_len"))
     drafts = _drafts(engine, options, prompt, planner)
-    stats.reused_tokens, stats.finish_reason = start, ""
+    stats.begin(start)
     started = time.perf_counter()
     done, source = engine.prefill(prompt, options.sampling, start), None
     stats.prefill_seconds = time.perf_counter() - started

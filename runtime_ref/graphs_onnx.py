@@ -9,7 +9,11 @@ import onnxruntime as ort
 
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import BoundGraph
-from runtime_ref.manifest import Graph, Manifest
+from runtime_ref.manifest import MANIFEST, Graph, Manifest
+
+FATAL = 4  # severity; errors are raised as well, and must not be printed beside the line that names them
+
+ort.set_default_logger_severity(FATAL)
 
 
 def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[str, BoundGraph]:
@@ -45,7 +49,7 @@ class OnnxGraph:
         """
         self._file = bundle / graph.file
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = FATAL
         if threads is not None:
             options.intra_op_num_threads = threads
         # A spinning thread pool starves whatever shares the machine, or the phone.
@@ -57,6 +61,8 @@ class OnnxGraph:
             raise InputError(
                 f"{bundle / graph.file}: ONNX Runtime {ort.__version__} cannot load it ({reason})"
             ) from error
+        if {port.name for port in self._session.get_inputs()} != {*graph.inputs}:
+            raise InputError(f"{self._file}: has other inputs than {MANIFEST} says; export the bundle again")
         self._graph = graph
         self._binding: Any = self._session.io_binding()
         self._cache: dict[str, np.ndarray] = {}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_ref.errors import InputError
+from runtime_ref.pointers import what_stands_for
 
 
 def read_json(path: Path, expected: str) -> Any:
@@ -15,11 +16,13 @@ def read_json(path: Path, expected: str) -> Any:
         expected: what the error says was expected, and what to do.
 
     Raises:
-        InputError: there is no such file, or it is not JSON in UTF-8.
+        InputError: there is no such file, only a pointer to its content, or it is not JSON in UTF-8.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: not found; expected {expected}") from None
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
+        if (instead := what_stands_for(path)) is not None:
+            raise InputError(f"{path}: is {instead}") from None
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise InputError(f"{path}: not found; expected {expected}") from None
         raise InputError(f"{path}: cannot be read as JSON ({error}); expected {expected}") from error

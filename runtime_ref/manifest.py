@@ -9,11 +9,20 @@ from typing import Any
 
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
+from runtime_ref.manifest_form import MANIFEST_FORM, check_form
 from runtime_ref.sampling import Sampling
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SAMPLING_KEYS = ("temperature", "top_k", "top_p")
+# Inputs and outputs of each graph that are not cache buffers, in order.
+GRAPH_PORTS = {
+    "target": (
+        ("embedded", "per_layer", "position", "window_start", "output_rows"),
+        ("top_logits", "top_ids", "state"),
+    ),
+    "drafter": (("embedded", "state", "position", "window_start"), ("draft_token", "next_state")),
+}
 TABLES = ("embed_tokens", "embed_tokens_per_layer")
 ARM64_MACHINES = ("aarch64", "arm64")  # what `platform.machine` calls the processor
 # Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks.
@@ -76,6 +85,8 @@ class Manifest:
         sampling: how tokens are chosen if the user does not say.
         bos: id of the beginning-of-text token.
         eos: ids of the tokens that end a text.
+        thoughts: ids of the tokens that begin and end a thought, which is no part of an answer; None without thoughts.
+        names: texts of special tokens by the names under which chat templates know them.
         kv: cache buffers.
         graphs: by name, `target` and `drafter`.
         tables: entries of the embedding tables by name, as `tables.Table` reads them.
@@ -96,6 +107,8 @@ class Manifest:
     sampling: Sampling
     bos: int
     eos: frozenset[int]
+    thoughts: tuple[int, int] | None
+    names: Mapping[str, str]
     kv: tuple[KVBuffer, ...]
     graphs: Mapping[str, Graph]
     tables: Mapping[str, Mapping[str, Any]]
@@ -121,11 +134,11 @@ def read_manifest(bundle: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: format_version is {version!r}, this version reads {FORMAT_VERSION}; export it again")
     try:
+        check_form(raw, MANIFEST_FORM, "")
         manifest = _parse(raw)
         _check(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: incomplete or malformed ({reason}); export the bundle again") from error
+    except ValueError as error:
+        raise InputError(f"{path}: incomplete or malformed ({error}); export the bundle again") from error
     for name, (size, _) in manifest.files.items():
         file = bundle / name
         if not file.is_file():
@@ -184,24 +197,26 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
     return Manifest(
         backend=raw["backend"]["name"],
         recipe=raw["recipe"],
-        vocab_size=int(raw["target"]["vocab_size"]),
-        hidden_size=int(raw["target"]["hidden_size"]),
-        sliding_window=int(raw["target"]["sliding_window"]),
-        max_seq_len=int(raw["max_seq_len"]),
-        default_draft_tokens=int(raw["num_draft_tokens"]["default"]),
-        max_draft_tokens=int(raw["num_draft_tokens"]["max"]),
-        limits={name: int(size) for name, size in raw["limits"].items()},
+        vocab_size=raw["target"]["vocab_size"],
+        hidden_size=raw["target"]["hidden_size"],
+        sliding_window=raw["target"]["sliding_window"],
+        max_seq_len=raw["max_seq_len"],
+        default_draft_tokens=raw["num_draft_tokens"]["default"],
+        max_draft_tokens=raw["num_draft_tokens"]["max"],
+        limits=raw["limits"],
         row_multiple=_row_multiple(raw),
         sampling=_sampling(raw.get("sampling")),
-        bos=int(raw["tokens"]["bos"]),
-        eos=frozenset(int(token) for token in raw["tokens"]["eos"]),
+        bos=raw["tokens"]["bos"],
+        eos=frozenset(raw["tokens"]["eos"]),
+        thoughts=_thoughts(raw["tokens"].get("thoughts")),
+        names=raw["tokens"].get("names", {}),
         kv=tuple(KVBuffer(**{key: buffer[key] for key in fields}) for buffer in raw["kv"]["buffers"]),
         graphs={
             name: Graph(graph["file"], *(tuple(port["name"] for port in graph[way]) for way in ("inputs", "outputs")))
             for name, graph in raw["graphs"].items()
         },
         tables=raw["tables"],
-        files={name: (int(file["size"]), str(file["sha256"])) for name, file in raw["files"].items()},
+        files={name: (file["size"], file["sha256"]) for name, file in raw["files"].items()},
         raw=raw,
     )
 
@@ -209,7 +224,16 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
 def _row_multiple(raw: Mapping[str, Any]) -> int:
     """Processors' kernels differ in the multiples of rows that they compute in the same way."""
     arm64 = "row_multiple_arm64"
-    return int(raw[arm64 if arm64 in raw and platform.machine().lower() in ARM64_MACHINES else "row_multiple"])
+    multiple: int = raw[arm64 if arm64 in raw and platform.machine().lower() in ARM64_MACHINES else "row_multiple"]
+    return multiple
+
+
+def _thoughts(marks: list[int] | None) -> tuple[int, int] | None:
+    if marks is None:
+        return None
+    if len(marks) != 2:
+        raise ValueError(f"tokens.thoughts is {marks}, expected two token ids")
+    return marks[0], marks[1]
 
 
 def _sampling(entry: Mapping[str, Any] | None) -> Sampling:
@@ -240,9 +264,6 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("limits leave no room for sliding_window")
     if limits["num_tokens"] % multiple or limits["num_outputs"] % multiple:
         raise ValueError("limits are not multiples of row_multiple")
-    for name in ("target", "drafter", "two_stage", "kv", "source"):
-        if name not in manifest.raw:
-            raise ValueError(f"{name} is missing")
     for name in manifest.files:
         if Path(name).name != name:
             raise ValueError(f"files names {name!r}, outside the bundle")
@@ -257,8 +278,18 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"table {name} does not have a row for each token")
     if manifest.tables["embed_tokens"]["columns"] != manifest.hidden_size:
         raise ValueError("table embed_tokens is not as wide as hidden_size")
-    buffers = {kv.name for kv in manifest.kv}
-    if not buffers or not buffers <= set(manifest.graphs["target"].inputs):
-        raise ValueError("kv.buffers are not inputs of graph target")
+    buffers = [kv.name for kv in manifest.kv]
+    for name, (inputs, outputs) in GRAPH_PORTS.items():
+        graph = manifest.graphs[name]
+        others = [port for port in graph.inputs if port not in buffers]
+        results = [port for port in graph.outputs if port.removesuffix("_out") not in buffers]
+        if (*others,) != inputs or (*results,) != outputs:
+            raise ValueError(
+                f"graph {name} has other inputs or outputs than {', '.join((*inputs, *outputs))} and kv.buffers"
+            )
+        if any(len({*ports}) < len(ports) for ports in (graph.inputs, graph.outputs)):
+            raise ValueError(f"graph {name} has two inputs or outputs of one name")
+    if not buffers or sorted(buffers) != sorted({*manifest.graphs["target"].inputs} & {*buffers}):
+        raise ValueError("kv.buffers are not inputs of graph target, or one is there twice")
     if min(min(kv.num_key_value_heads, kv.head_dim) for kv in manifest.kv) < 1:
         raise ValueError("kv.buffers must have positive sizes")

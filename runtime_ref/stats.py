@@ -26,10 +26,12 @@ class SourceStats:
 class Stats:
     """Counts and times of one generation.
 
-    Drafts after an end token or past the budget count as drafted, not as accepted.
+    Only tokens that were given out count: drafts after them, for instance after an end token or a stop string, count as
+    drafted, not as accepted.
 
     Attributes:
         rounds: rounds, without the prefill.
+        tokens: tokens that the rounds gave out.
         drafted: draft tokens of all rounds.
         accepted: how many of them were accepted.
         drafted_by_position: draft tokens by their position in the round.
@@ -43,6 +45,7 @@ class Stats:
     """
 
     rounds: int = 0
+    tokens: int = 0
     drafted: int = 0
     accepted: int = 0
     drafted_by_position: list[int] = field(default_factory=list)
@@ -53,6 +56,11 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     finish_reason: str = ""
+    _newest: tuple[Round, SourceStats] | None = None  # as far as it is counted
+
+    def begin(self, reused_tokens: int) -> None:
+        """Begin a text, so many of whose prompt's tokens are in the cache already."""
+        self.reused_tokens, self.finish_reason, self._newest = reused_tokens, "", None
 
     def add(self, done: Round, source: str) -> None:
         """Add a round.
@@ -61,20 +69,36 @@ class Stats:
             done: the round, cut off where the text ends.
             source: where its drafts came from.
         """
-        drafted = len(done.drafts)
+        drafted, counts = len(done.drafts), SourceStats()
         self.rounds += 1
         self.drafted += drafted
-        self.accepted += done.accepted
         self.drafted_lengths[drafted] += 1
-        for counts, upto in ((self.drafted_by_position, drafted), (self.accepted_by_position, done.accepted)):
-            counts.extend([0] * (drafted - len(counts)))
-            for i in range(upto):
-                counts[i] += 1
+        for by_position in (self.drafted_by_position, self.accepted_by_position):
+            by_position.extend([0] * (drafted - len(by_position)))
+        for i in range(drafted):
+            self.drafted_by_position[i] += 1
         if drafted:
-            of_source = self.sources.setdefault(source, SourceStats())
-            of_source.rounds += 1
-            of_source.drafted += drafted
-            of_source.accepted += done.accepted
+            counts = self.sources.setdefault(source, counts)
+            counts.rounds += 1
+            counts.drafted += drafted
+        self._newest = done.cut(0), counts
+        self.count(done)
+
+    def count(self, done: Round) -> None:
+        """Count the newest round as another cut of it, in place of the one that was counted.
+
+        Args:
+            done: the newest round, cut off after the tokens that were given out.
+        """
+        if self._newest is None:  # the prefill is no round
+            return
+        before, counts = self._newest
+        self.tokens += len(done.tokens) - len(before.tokens)
+        self.accepted += done.accepted - before.accepted
+        counts.accepted += done.accepted - before.accepted
+        for i in range(len(done.drafts)):
+            self.accepted_by_position[i] += (i < done.accepted) - (i < before.accepted)
+        self._newest = done, counts
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -83,8 +107,11 @@ class Stats:
 
     @property
     def mean_tokens_per_round(self) -> float | None:
-        """1 + accepted / rounds; None without a round."""
-        return 1 + self.accepted / self.rounds if self.rounds else None
+        """Tokens that the rounds gave out / rounds; None without a round.
+
+        That is 1 + accepted / rounds, less the bonus token of a round that the end of the text cuts off.
+        """
+        return self.tokens / self.rounds if self.rounds else None
 
     @property
     def acceptance_by_position(self) -> list[float]:

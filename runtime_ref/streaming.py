@@ -1,13 +1,15 @@
 """Generate text from a bundle, token by token: the interface for applications."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime_ref.acceptance import common_prefix
-from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message
+from runtime_ref.arguments import directory, integer, number, stop_strings, token_ids
+from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message, open_template
 from runtime_ref.costs import load_costs, save_costs
 from runtime_ref.decoder import Options, check_options, check_prompt, rounds
 from runtime_ref.draft_length import DraftLength
@@ -88,7 +90,7 @@ class Decoder:
         """Continue a prompt. The same seed gives the same tokens, whatever is drafted.
 
         Args:
-            prompt: text, or token ids that begin with the beginning-of-text token.
+            prompt: text, or token ids that begin with the beginning-of-text token, also as an array of numpy or torch.
             max_new_tokens: the largest number of tokens to generate, at least 1.
             num_draft_tokens: K of every round, 0 for plain decoding; None chooses the fastest K for each round.
             temperature: divides the logits, 0 is greedy; None for the checkpoint's recommendation.
@@ -101,17 +103,18 @@ class Decoder:
             The new text's stream, which ends any other of this decoder.
 
         Raises:
-            InputError: the prompt cannot be run, an option is out of its range, or text is to be read or written and
-                the bundle has no tokenizer.
+            InputError: the prompt cannot be run, an option is of another kind or out of its range, or there is text to
+                read or write and the bundle has no tokenizer.
         """
         defaults = self.engine.manifest.sampling
         sampling = Sampling(
-            defaults.temperature if temperature is None else temperature,
-            defaults.top_p if top_p is None else top_p,
-            seed,
-            defaults.top_k if top_k is None else top_k,
+            number("temperature", defaults.temperature if temperature is None else temperature),
+            number("top_p", defaults.top_p if top_p is None else top_p),
+            integer("seed", seed),
+            integer("top_k", defaults.top_k if top_k is None else top_k),
         )
-        options = Options(max_new_tokens, num_draft_tokens, sampling)
+        drafts = None if num_draft_tokens is None else integer("num_draft_tokens", num_draft_tokens)
+        options, stop = Options(integer("max_new_tokens", max_new_tokens), drafts, sampling), stop_strings(stop)
         if self.tokenizer is None and (isinstance(prompt, str) or stop):
             raise InputError(
                 f"{self.bundle}: has no {TOKENIZER}; pass --prompt-ids and no stop strings, or export a checkpoint that"
@@ -120,11 +123,10 @@ class Decoder:
         if isinstance(prompt, str):
             assert self.tokenizer is not None
             prompt = self.tokenizer.encode(prompt)
-        if not all(stop):
-            raise InputError("a stop string is empty: expected some text")
+        prompt = token_ids(prompt)
         check_prompt(self.engine.manifest, prompt)
         check_options(self.engine.manifest, options)
-        self.current = Stream(self, list(prompt), options, tuple(stop))
+        self.current = Stream(self, prompt, options, stop)
         return self.current
 
     def chat(self, messages: Sequence[Message], **options: Any) -> "Stream":
@@ -217,18 +219,19 @@ class Stream:
         decoder, stats = self._decoder, self.stats
         engine, start = decoder.engine, decoder.reusable(self.prompt)
         decoder.cached = None  # until the prefill is done
-        texts = decoder.tokenizer.stream(self._stop) if decoder.tokenizer else None
+        texts = decoder.tokenizer.stream(self._stop, self.prompt) if decoder.tokenizer else None
         for done in rounds(engine, self.prompt, self.options, stats, decoder.planner, start):
             decoder.cached = self
             for i, (token, logprob) in enumerate(zip(done.tokens, done.logprobs, strict=True), start=1):
-                cancelled = self._cancelled
-                last = cancelled or (bool(stats.finish_reason) and i == len(done.tokens))
-                text = texts.add(token, last) if texts else ""
-                if texts and texts.stopped:
+                stats.count(done.cut(i))
+                ended = bool(stats.finish_reason) and i == len(done.tokens)
+                cancelled = self._cancelled and not ended
+                text = texts.add(token, ended or cancelled) if texts else ""
+                if stopped := bool(texts and texts.stopped):
                     stats.finish_reason = "stop"
                 elif cancelled:
                     stats.finish_reason = "cancelled"
-                if last or (texts and texts.stopped):
+                if ended or cancelled or stopped:
                     decoder.save_costs()
                     yield self._new(Token(token, text, logprob))
                     return
@@ -240,7 +243,9 @@ class Stream:
         return token
 
 
-def open_decoder(bundle: Path, threads: int | None = None, progress: Progress = lambda *_: None) -> Decoder:
+def open_decoder(
+    bundle: str | os.PathLike[str], threads: int | None = None, progress: Progress = lambda *_: None
+) -> Decoder:
     """Load a bundle after checking every file against the manifest.
 
     Times of passes are measured while it generates, and saved beside the bundle for the next time.
@@ -251,11 +256,13 @@ def open_decoder(bundle: Path, threads: int | None = None, progress: Progress = 
         progress: called with the name of a file and the number of its bytes that were checked since the last call.
 
     Raises:
-        InputError: as `engine.open_engine`; or the tokenizer, chat template or saved costs cannot be read.
+        InputError: as `engine.open_engine`; or the tokenizer or the chat template cannot be read.
     """
+    bundle, threads = directory(bundle), None if threads is None else integer("threads", threads)
     engine = open_engine(bundle, threads, progress)
     tokenizer = TextTokenizer(bundle, engine.manifest) if (bundle / TOKENIZER).exists() else None
-    template = ChatTemplate(bundle, tokenizer) if tokenizer and (bundle / CHAT_TEMPLATE).exists() else None
-    costs = load_costs(bundle, engine.manifest, threads)
-    planner = DraftLength(engine.manifest.max_draft_tokens, costs)
+    template = open_template(bundle, tokenizer) if tokenizer and (bundle / CHAT_TEMPLATE).exists() else None
+    manifest = engine.manifest
+    costs = load_costs(bundle, threads, manifest.max_draft_tokens, manifest.row_multiple)
+    planner = DraftLength(manifest.max_draft_tokens, costs)
     return Decoder(bundle, engine, tokenizer, planner, lambda: save_costs(costs, bundle, threads), template)

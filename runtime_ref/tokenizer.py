@@ -1,18 +1,19 @@
 """Convert text to tokens and back with the bundle's tokenizer.json."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from tokenizers import Tokenizer
 
 from runtime_ref.errors import InputError
+from runtime_ref.pointers import what_stands_for
 
 TOKENIZER = "tokenizer.json"
 
 
 class BoundaryTokens(Protocol):
-    """The token ids that begin and end a text, of a manifest or of a checkpoint."""
+    """Special tokens of a manifest or of a checkpoint."""
 
     @property
     def bos(self) -> int:
@@ -24,12 +25,43 @@ class BoundaryTokens(Protocol):
         """Ids of the tokens that end a text."""
         ...
 
+    @property
+    def thoughts(self) -> tuple[int, int] | None:
+        """Ids of the tokens that begin and end a thought; None without thoughts."""
+        ...
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Texts of special tokens by the names under which chat templates know them."""
+        ...
+
+
+def read_tokenizer(path: Path, remedy: str) -> Tokenizer:
+    """Read a tokenizer.json as transformers does: padding and truncation that a training left in it are switched off.
+
+    Args:
+        path: the file.
+        remedy: what an error asks the user to do.
+
+    Raises:
+        InputError: it is only a pointer to its content, or cannot be read.
+    """
+    if (instead := what_stands_for(path)) is not None:
+        raise InputError(f"{path}: is {instead}")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{path}: cannot be read as a tokenizer ({error}); {remedy}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
 
 class TextTokenizer:
     """A tokenizer.json, with the beginning-of-text token that Gemma expects before every prompt.
 
     Attributes:
-        special_tokens: texts of the special tokens that chat templates name, by `bos_token` and `eos_token`.
+        special_tokens: texts of the special tokens by the names under which chat templates know them.
     """
 
     def __init__(self, bundle: Path, tokens: BoundaryTokens) -> None:
@@ -37,7 +69,7 @@ class TextTokenizer:
 
         Args:
             bundle: directory that has a tokenizer.json.
-            tokens: ids of the tokens that begin and end a text, for instance the manifest.
+            tokens: special tokens, for instance the manifest.
 
         Raises:
             InputError: the bundle has no tokenizer, or one that cannot be read.
@@ -45,15 +77,12 @@ class TextTokenizer:
         path = bundle / TOKENIZER
         if not path.exists():
             raise InputError(f"{bundle}: has no {TOKENIZER}; pass --prompt-ids, or export a checkpoint that has one")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{path}: cannot be read as a tokenizer ({error}); export the bundle again") from error
-        self._bos = tokens.bos
+        self._tokenizer = read_tokenizer(path, "export the bundle again")
+        self._bos, self._thoughts = tokens.bos, tokens.thoughts
         # Of several end tokens the lowest is Gemma's `<eos>`; the others end a turn only.
         ids = {"bos_token": tokens.bos, "eos_token": min(tokens.eos, default=tokens.bos)}
         named = {name: self._tokenizer.id_to_token(token) for name, token in ids.items()}
-        self.special_tokens = {name: token for name, token in named.items() if token is not None}
+        self.special_tokens = {name: token for name, token in named.items() if token is not None} | dict(tokens.names)
 
     def encode(self, text: str) -> list[int]:
         """Convert a prompt to token ids.
@@ -78,30 +107,43 @@ class TextTokenizer:
         """Return the text of token ids, without special tokens."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def stream(self, stop: Sequence[str] = ()) -> "TextStream":
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> "TextStream":
         """Begin a text that is decoded token by token.
 
         Args:
             stop: strings that end the text.
+            prompt: token ids before the text; it begins inside a thought if these do not end one that they began.
         """
-        return TextStream(self.decode, stop)
+        return TextStream(self.decode, stop, self._thoughts, prompt)
 
 
 class TextStream:
     """Decodes tokens as they come, holding back incomplete characters and text that may begin a stop string.
 
+    Thoughts are no part of the text: their tokens give none, and are not searched for stop strings.
+
     Attributes:
         stopped: whether a stop string came.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stop: Sequence[str] = (),
+        thoughts: tuple[int, int] | None = None,
+        prompt: Sequence[int] = (),
+    ) -> None:
         """Begin a text.
 
         Args:
             decode: converts token ids to text.
             stop: strings that end the text.
+            thoughts: ids of the tokens that begin and end a thought; None without thoughts.
+            prompt: token ids before the text.
         """
-        self._decode, self._stop = decode, stop
+        self._decode, self._stop, self._thoughts = decode, stop, thoughts
+        marks = [token for token in prompt if token in (thoughts or ())]
+        self._thinks = bool(thoughts and marks and marks[-1] == thoughts[0])
         # Tokens whose text was returned, then those whose text was not; older ones are no longer needed as context.
         self._returned: list[int] = []
         self._held: list[int] = []
@@ -117,6 +159,8 @@ class TextStream:
             token: the next token id.
             last: whether it is the text's last token; then all remaining text is returned.
         """
+        if self._is_thought(token):
+            return self.flush() if last else ""
         self._held.append(token)
         new = self._pending()
         if new.endswith("\ufffd") and not last:
@@ -130,6 +174,15 @@ class TextStream:
         new = self._pending()
         self._returned, self._held = self._held or self._returned, []
         return self._without_stop(new, last=True)
+
+    def _is_thought(self, token: int) -> bool:
+        """Whether a token belongs to a thought, its marks included; from one on, those that follow do as well."""
+        if self._thoughts is None:
+            return False
+        begin, end = self._thoughts
+        belongs = self._thinks or token in self._thoughts
+        self._thinks = token != end if self._thinks else token == begin
+        return belongs
 
     def _pending(self) -> str:
         return self._decode(self._returned + self._held)[len(self._decode(self._returned)) :]

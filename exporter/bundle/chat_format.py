@@ -1,22 +1,20 @@
 """Derive from a chat template a description of its prompts that needs no Jinja. FORMAT.md, "Chat", specifies it."""
 
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporter.checkpoint.generation_config import SpecialTokens
+from exporter.checkpoint.special_tokens import SpecialTokens
+from exporter.checkpoint.template_marks import template_markers
 from runtime_ref.acceptance import common_prefix
-from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate, Message
+from runtime_ref.chat import CHAT_TEMPLATE, Message, open_template
 from runtime_ref.errors import InputError
 from runtime_ref.tokenizer import TextTokenizer
 
 Render = Callable[[Sequence[Message]], str]
 Roles = tuple[str, ...]
 
-# Texts that a template may treat in a special way, such as `<|channel>` and `</s>`.
-MARKER = re.compile(r"<[^<>\s]{1,40}>")
 WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
 # Contents with whitespace inside and around, with invisible characters that are not whitespace, and with text that
 # Jinja or HTML would interpret.
@@ -88,11 +86,11 @@ def chat_format(bundle: Path, tokens: SpecialTokens) -> ChatFormat | None:
         tokenizer = TextTokenizer(bundle, tokens)
     except InputError:  # the bundle runs on token ids alone
         return None
-    source = (bundle / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    if "strftime_now" in source:  # its prompts depend on the date
+    template = open_template(bundle, tokenizer)
+    if "strftime_now" in template.source:  # its prompts depend on the date
         return None
-    markers = dict.fromkeys([*MARKER.findall(source), *tokenizer.special_tokens.values()])
-    return find_chat_format(ChatTemplate(bundle, tokenizer).render, tuple(markers))
+    markers = dict.fromkeys([*template_markers(template.source), *tokenizer.special_tokens.values()])
+    return find_chat_format(template.render, tuple(markers))
 
 
 def find_chat_format(render: Render, markers: Sequence[str]) -> ChatFormat | None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from exporter.bundle.chat_format import chat_format
-from exporter.checkpoint.generation_config import chat_template
 from exporter.checkpoint.pair import Pair
-from exporter.files import check_directory, check_free_space, holds_only, remove_leftovers, replacing
+from exporter.checkpoint.side_files import chat_template
+from exporter.files import check_directory, check_free_space, holds_only, recover, replacing
 from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import GraphParts, graph_parts
 from exporter.graphs.spec import kv_ports, size_limits
@@ -41,6 +41,7 @@ class ExportOptions:
             `max_position_embeddings` if that is smaller.
         max_draft_tokens: maximum number of draft tokens in a round.
         force: whether an existing bundle may be replaced.
+        check_room: whether to check first that disk and memory suffice.
     """
 
     backend: str
@@ -48,6 +49,7 @@ class ExportOptions:
     max_seq_len: int | None = None
     max_draft_tokens: int = 8
     force: bool = False
+    check_room: bool = True
 
 
 def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Progress = lambda *_: None) -> None:
@@ -64,11 +66,10 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             weight is not finite, or the chat template is not valid. The output is then as it was before.
     """
     check_output(output, options.force)
-    remove_leftovers(output)
     max_seq_len, parts = plan_export(pair, output, options)
     backend, recipe = load_backend(options.backend), RECIPES[options.recipe]
     template = chat_template(pair.target_checkpoint.directory)
-    with replacing(output) as directory, _one_thread():
+    with replacing(output, lambda: check_output(output, options.force)) as directory, _one_thread():
         limits = size_limits(max_seq_len, options.max_draft_tokens, pair.target.sliding_window)
         per_layer = write_per_layer(directory, pair, recipe.per_layer, progress)
         exported = backend.export_graphs(directory, pair, parts, limits, progress)
@@ -119,7 +120,8 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions) -> tuple[int, 
     stored_bytes = sum(part.stored_bytes for part in parts.values())
     stored_bytes += prod(parts["target"].shapes[PER_LAYER]) * recipe.per_layer.bits // 8
     # One percent more for the scales of PLE, the graphs and the tokenizer.
-    check_free_space(output, stored_bytes * 101 // 100, load_backend(options.backend).export_memory_bytes(parts))
+    if options.check_room:
+        check_free_space(output, stored_bytes * 101 // 100, load_backend(options.backend).export_memory_bytes(parts))
     return max_seq_len, parts
 
 
@@ -161,7 +163,7 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
             }
         )
     return {
-        "tokens": asdict(pair.tokens),
+        "tokens": _tokens(pair),
         "sampling": {key: getattr(pair.sampling, key) for key in SAMPLING_KEYS},
         "target": asdict(target),
         "drafter": asdict(pair.drafter),
@@ -179,6 +181,12 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
     }
 
 
+def _tokens(pair: Pair) -> dict[str, Any]:
+    """The manifest's `tokens`; keys that few checkpoints have are left out where they say nothing."""
+    tokens = asdict(pair.tokens)
+    return {key: value for key, value in tokens.items() if key in ("bos", "eos", "pad") or value}
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """Run with one torch thread: tracing and quantizing are many small operations, which gain little from a second."""
@@ -191,15 +199,16 @@ def _one_thread() -> Iterator[None]:
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Check, before any work is done, that a bundle can be written.
+    """Check, before any work is done, that a bundle can be written; what a killed export left is cleared up first.
 
     Args:
         output: the directory to write.
         force: whether an existing bundle may be replaced; anything else is never replaced.
 
     Raises:
-        InputError: the output exists and may not be replaced.
+        InputError: the output exists and may not be replaced, or another process is writing it.
     """
+    recover(output)
     check_directory(output, force, lambda directory: holds_only(directory, MANIFEST, _listed_files), "a bundle")
 
 

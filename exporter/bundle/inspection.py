@@ -6,7 +6,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporter.checkpoint.config_json import read_drafter_config, read_object, read_target_config
+from exporter.checkpoint.config_json import read_drafter_config, read_target_config
+from exporter.checkpoint.values import read_object
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifest
 

@@ -1,20 +1,29 @@
 """Read config.json of Gemma 4 checkpoints, in the published or the text-only dialect."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from exporter.checkpoint.other_forms import refuse_other_forms
+from exporter.checkpoint.reference_keys import DRAFTER_KEYS, TARGET_KEYS, TEXT_KEYS, TEXT_KEYS_OF_CODE
+from exporter.checkpoint.rope import rope_fields
+from exporter.checkpoint.values import boolean, integer, json_object, positive_float, positive_int, read_object
 from exporter.modeling.config import LAYER_TYPES, AttentionConfig, DrafterConfig, TextConfig
 from runtime_ref.errors import InputError
-from runtime_ref.json_file import read_json
 
-# Keys of a text config that do not change what the model computes at inference.
+# Keys that transformers reads and that do not change what the model computes at inference.
 IGNORED_TEXT_KEYS = frozenset(
-    """_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id
-    expert_intermediate_size id2label initializer_range is_encoder_decoder label2id model_type moe_intermediate_size
-    num_experts output_attentions output_hidden_states pad_token_id problem_type return_dict sliding_window_pattern
-    top_k_experts torch_dtype transformers_version use_cache _sliding_window_pattern _attn_implementation""".split()
+    """architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
+    initializer_range is_encoder_decoder label2id moe_intermediate_size num_experts output_hidden_states pad_token_id
+    problem_type return_dict top_k_experts transformers_version use_cache""".split()
 )
+
+# Keys that transformers' base class takes out of a config, and other programs' bookkeeping.
+BOOKKEEPING_KEYS = frozenset(
+    """model_type torch_dtype _name_or_path name_or_path _commit_hash output_attentions attn_implementation
+    _attn_implementation _sliding_window_pattern sliding_window_pattern num_labels expert_intermediate_size""".split()
+)
+TOKEN_ID_KEYS = frozenset("bos_token_id eos_token_id pad_token_id".split())
 
 # Keys that are accepted with these values only; any other value means another architecture.
 FIXED_TEXT_KEYS: Mapping[str, tuple[Any, ...]] = {
@@ -22,7 +31,7 @@ FIXED_TEXT_KEYS: Mapping[str, tuple[Any, ...]] = {
     "attention_k_eq_v": (False, None),
     "enable_moe_block": (False, None),
     "hidden_activation": ("gelu_pytorch_tanh",),
-    "tie_word_embeddings": (True,),
+    "tie_word_embeddings": (True, False),  # see `is_tied`
     "use_bidirectional_attention": (None, "vision"),
 }
 
@@ -38,24 +47,13 @@ _REQUIRED_INTS = (
 )
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file of a checkpoint, which must hold an object.
-
-    Raises:
-        InputError: the file does not exist, is not JSON, or holds no object.
-    """
-    value = read_json(path, "a Hugging Face checkpoint directory with this file")
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}; correct the file")
-    return value
-
-
 def read_target_config(directory: Path) -> TextConfig:
     """Read config.json of a target's directory, in the published (`gemma4`) or the text-only (`gemma4_text`) dialect.
 
     Raises:
         InputError: no such file, another `model_type`, or a value that is not supported.
     """
+    refuse_other_forms(directory)
     path = directory / "config.json"
     raw = read_object(path)
     model_type = raw.get("model_type")
@@ -97,6 +95,7 @@ def read_drafter_config(directory: Path) -> DrafterConfig:
     Raises:
         InputError: no such file, another `model_type`, or a value that is not supported.
     """
+    refuse_other_forms(directory)
     path = directory / "config.json"
     raw = read_object(path)
     model_type = raw.get("model_type")
@@ -116,9 +115,9 @@ def read_drafter_config(directory: Path) -> DrafterConfig:
         )
     return DrafterConfig(
         text=text,
-        backbone_hidden_size=_positive_int(raw, "backbone_hidden_size", path, 1536),
-        num_centroids=_positive_int(raw, "num_centroids", path, 2048),
-        centroid_intermediate_top_k=_positive_int(raw, "centroid_intermediate_top_k", path, 32),
+        backbone_hidden_size=positive_int(raw, "backbone_hidden_size", path, 1536),
+        num_centroids=positive_int(raw, "num_centroids", path, 2048),
+        centroid_intermediate_top_k=positive_int(raw, "centroid_intermediate_top_k", path, 32),
     )
 
 
@@ -166,19 +165,19 @@ def parse_text_config(text: Mapping[str, Any], path: Path) -> TextConfig:
         InputError: a key is unknown and set, a required one is missing, or a value is not supported.
     """
     for key, allowed in FIXED_TEXT_KEYS.items():
-        if key in text and text[key] not in allowed:
+        # Types are compared too: 1 equals True, but transformers takes only a boolean.
+        if key in text and not any(type(text[key]) is type(value) and text[key] == value for value in allowed):
             raise InputError(
                 f"{path}: {key} is {text[key]!r}, only {allowed[0]!r} is supported; pass an E2B or E4B checkpoint"
             )
     known = IGNORED_TEXT_KEYS | FIXED_TEXT_KEYS.keys() | set(_REQUIRED_INTS) | _OPTIONAL_KEYS
-    for key, value in text.items():
-        # Null or false switches a feature off.
-        if key not in known and value not in (None, False):
+    for key in sorted((TEXT_KEYS | TEXT_KEYS_OF_CODE) - known):
+        if text.get(key) not in (None, False):  # these switch a feature off
             raise InputError(
-                f"{path}: unknown key {key!r} = {value!r}, which may change what the model computes;"
+                f"{path}: {key} is {text[key]!r:.60}, a key that transformers reads and this exporter does not;"
                 " update gemma-mtp-export, or remove the key if it does not matter"
             )
-    ints = {key: _positive_int(text, key, path) for key in _REQUIRED_INTS}
+    ints = {key: positive_int(text, key, path) for key in _REQUIRED_INTS}
     layer_types = _layer_types(text, ints["num_hidden_layers"], path)
     sliding, full = (
         _attention_config(text, ints, layer_types, layer_type, path)
@@ -195,13 +194,13 @@ def parse_text_config(text: Mapping[str, Any], path: Path) -> TextConfig:
         sliding_attention=sliding,
         full_attention=full,
         sliding_window=ints["sliding_window"],
-        rms_norm_eps=_positive_float(text, "rms_norm_eps", path, 1e-6),
-        num_kv_shared_layers=_int(text, "num_kv_shared_layers", path, 0),
-        use_double_wide_mlp=bool(text.get("use_double_wide_mlp")),
-        hidden_size_per_layer_input=_int(text, "hidden_size_per_layer_input", path, 256),
-        vocab_size_per_layer_input=_int(text, "vocab_size_per_layer_input", path, 0) or ints["vocab_size"],
-        final_logit_softcapping=None if softcap is None else _positive_float(text, "final_logit_softcapping", path),
-        max_position_embeddings=_positive_int(text, "max_position_embeddings", path, 131072),
+        rms_norm_eps=positive_float(text, "rms_norm_eps", path, 1e-6),
+        num_kv_shared_layers=integer(text, "num_kv_shared_layers", path, 0),
+        use_double_wide_mlp=boolean(text, "use_double_wide_mlp", path, False),
+        hidden_size_per_layer_input=integer(text, "hidden_size_per_layer_input", path, 256),
+        vocab_size_per_layer_input=integer(text, "vocab_size_per_layer_input", path, 0) or ints["vocab_size"],
+        final_logit_softcapping=None if softcap is None else positive_float(text, "final_logit_softcapping", path),
+        max_position_embeddings=positive_int(text, "max_position_embeddings", path, 131072),
     )
 
 
@@ -211,11 +210,6 @@ _OPTIONAL_KEYS = frozenset(
     vocab_size_per_layer_input""".split()
 )
 
-_DEFAULT_ROPE: Mapping[str, Mapping[str, Any]] = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
-}
-
 
 def _text_section(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     text = raw.get("text_config")
@@ -223,39 +217,7 @@ def _text_section(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
         raise InputError(
             f"{path}: text_config is missing, expected an object with the decoder's sizes; correct the file"
         )
-    if raw.get("tie_word_embeddings", True) is not True:
-        raise InputError(
-            f"{path}: tie_word_embeddings is not true, only true is supported; pass an E2B or E4B checkpoint"
-        )
     return text
-
-
-def _int(raw: Mapping[str, Any], key: str, path: Path, default: int, minimum: int = 0) -> int:
-    stored = raw.get(key)
-    value = default if stored is None else stored
-    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**31:
-        expected = "a positive integer" if minimum else "an integer that is not negative"
-        raise InputError(f"{path}: {key} is {stored!r}, expected {expected}; correct the file")
-    return value
-
-
-def _positive_int(raw: Mapping[str, Any], key: str, path: Path, default: int = 0) -> int:
-    return _int(raw, key, path, default, minimum=1)
-
-
-def _positive_float(raw: Mapping[str, Any], key: str, path: Path, default: float | None = None) -> float:
-    stored = raw.get(key)
-    value = default if stored is None else stored
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise InputError(f"{path}: {key} is {stored!r}, expected a positive number; correct the file")
-    return float(value)
-
-
-def _object(raw: Mapping[str, Any], key: str, path: Path, default: Mapping[str, Any]) -> Mapping[str, Any]:
-    value = raw.get(key) or default
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: {key} is {value!r}, expected an object; correct the file")
-    return value
 
 
 def _layer_types(text: Mapping[str, Any], num_layers: int, path: Path) -> tuple[str, ...]:
@@ -279,7 +241,7 @@ def _attention_config(
         sizes |= _layer_overrides(text, layer_types, layer_type, path)
     elif layer_type == "full_attention":
         # num_global_key_value_heads counts only with attention_k_eq_v, which FIXED_TEXT_KEYS refuses.
-        sizes["head_dim"] = _positive_int(text, "global_head_dim", path, 512)
+        sizes["head_dim"] = positive_int(text, "global_head_dim", path, 512)
     if ints["num_attention_heads"] % sizes["num_key_value_heads"]:
         raise InputError(
             f"{path}: num_attention_heads ({ints['num_attention_heads']}) is not a multiple of"
@@ -289,32 +251,15 @@ def _attention_config(
         raise InputError(
             f"{path}: head_dim of {layer_type} is {sizes['head_dim']}, expected an even number; correct the file"
         )
-    rope = _object(_object(text, "rope_parameters", path, _DEFAULT_ROPE), layer_type, path, _DEFAULT_ROPE[layer_type])
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in ("default", "proportional"):
-        raise InputError(
-            f"{path}: rope_type of {layer_type} is {rope_type!r}, expected 'default' or 'proportional';"
-            " correct the file"
-        )
-    partial = _positive_float(rope, "partial_rotary_factor", path, 1.0)
-    if partial > 1:
-        raise InputError(
-            f"{path}: partial_rotary_factor of {layer_type} is {partial}, expected at most 1; correct the file"
-        )
-    return AttentionConfig(
-        **sizes,
-        rope_theta=_positive_float(rope, "rope_theta", path),
-        rope_type=rope_type,
-        partial_rotary_factor=partial,
-        rope_factor=_positive_float(rope, "factor", path, 1.0),
-    )
+    fields: dict[str, Any] = {**sizes, **rope_fields(text, layer_types, layer_type, path)}
+    return AttentionConfig(**fields)
 
 
 def _layer_overrides(
     text: Mapping[str, Any], layer_types: tuple[str, ...], layer_type: str, path: Path
 ) -> dict[str, int]:
     """Head sizes of the layers of one type in `per_layer_config`, which must be equal; keys are zero-padded."""
-    overrides = _object(text, "per_layer_config", path, {})
+    overrides = json_object(text, "per_layer_config", path, {})
     if not all(key.isdecimal() and isinstance(value, dict) for key, value in overrides.items()):
         raise InputError(
             f"{path}: per_layer_config is {overrides!r}, expected objects by layer number; correct the file"
@@ -327,18 +272,32 @@ def _layer_overrides(
             f"{path}: per_layer_config gives {layer_type} layers different sizes or other keys, expected the same"
             " head_dim and num_key_value_heads for all, and nothing else; correct the file"
         )
-    return {key: _positive_int(first, key, path) for key in first}
+    return {key: positive_int(first, key, path) for key in first}
 
 
-def checkpoint_json(directory: Path, name: str) -> dict[str, Any]:
-    """Parse an optional JSON file of a checkpoint; an empty object if it does not exist.
+def is_tied(directory: Path) -> bool:
+    """Return whether config.json says that the head's weight is the embedding, as it does without the key."""
+    raw = read_object(directory / "config.json")
+    sections = [raw, raw.get("text_config") or {}]
+    return all(boolean(section, "tie_word_embeddings", directory / "config.json", True) for section in sections)
+
+
+def config_notes(directory: Path) -> Iterator[str]:
+    """Yield a line for each key of config.json that neither transformers nor this exporter reads.
 
     Args:
-        directory: the checkpoint's directory.
-        name: the file's name in it.
-
-    Raises:
-        InputError: the file is not JSON, or holds no object.
+        directory: directory of a target or a drafter whose config was read without an error.
     """
-    path = directory / name
-    return read_object(path) if path.exists() else {}
+    path = directory / "config.json"
+    raw, known_text = read_object(path), TEXT_KEYS | TEXT_KEYS_OF_CODE | BOOKKEEPING_KEYS
+    sections = {"": (raw, known_text)}
+    if "text_config" in raw:
+        outside = DRAFTER_KEYS if raw["model_type"] == "gemma4_assistant" else TARGET_KEYS
+        sections = {
+            "": (raw, outside | TOKEN_ID_KEYS | BOOKKEEPING_KEYS),
+            "text_config.": (raw["text_config"], known_text),
+        }
+    for prefix, (section, known) in sections.items():
+        for key, value in section.items():
+            if key not in known and value not in (None, False):
+                yield f"{path}: {prefix}{key} is not a key that transformers knows; it is ignored"

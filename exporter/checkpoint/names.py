@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING, ClusterTable
+from exporter.checkpoint.config_json import is_tied
+from exporter.checkpoint.other_forms import refuse_other_tensors
 from exporter.checkpoint.tensors import FLOAT_DTYPES, Checkpoint, TensorEntry, TensorReader
 from exporter.modeling.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
@@ -16,7 +18,7 @@ from exporter.modeling.weights import Weights, parameter_shapes
 from runtime_ref.errors import InputError
 
 # Prefixes of the target's text decoder in a checkpoint, by dialect; the first with an embedding applies.
-TARGET_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+TARGET_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.", "")
 
 # Target tensors that are not exported: patterns of names in the checkpoint, and the reason.
 IGNORED_TARGET = {
@@ -24,8 +26,11 @@ IGNORED_TARGET = {
     "*audio_tower.*": "audio",
     "*embed_vision.*": "vision",
     "*embed_audio.*": "audio",
-    "*lm_head.weight": "tied to the embedding",
+    "*rotary_emb.*inv_freq": "computed from config.json",
+    "*lm_head.weight": "equal to the embedding, which is checked",
 }
+
+HEAD = "lm_head.weight"
 
 # Tensors that a checkpoint may hold for KV-shared layers, and that nothing reads.
 IGNORED_ON_SHARED_LAYERS = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight")
@@ -54,6 +59,7 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig, mapped: bool = Fa
         InputError: a tensor is missing, unknown, of the wrong shape or quantized.
     """
     names = checkpoint.entries.keys()
+    refuse_other_tensors(checkpoint.directory, names)
     prefix = next((p for p in TARGET_PREFIXES if f"{p}embed_tokens.weight" in names), TARGET_PREFIXES[0])
     shapes = parameter_shapes(lambda: Target(config))
     ignored = _shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
@@ -61,6 +67,7 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig, mapped: bool = Fa
     names_in_file = {name: prefix + name for name in shapes}
     _refuse_unknown(checkpoint, set(names_in_file.values()) | ignored)
     readers = _select(checkpoint, names_in_file, shapes)
+    _check_head(checkpoint, readers["embed_tokens.weight"])
     return {n: functools.partial(checkpoint.map, r.name) for n, r in readers.items()} if mapped else readers
 
 
@@ -78,11 +85,14 @@ def drafter_weights(
     Raises:
         InputError: a tensor is missing, unknown, of the wrong shape or quantized.
     """
+    refuse_other_tensors(checkpoint.directory, checkpoint.entries)
     shapes = parameter_shapes(lambda: Drafter(config, None))
     names_in_file = drafter_names(shapes)
     ignored = _shared_layer_tensors("model.", range(config.text.num_hidden_layers))
-    _refuse_unknown(checkpoint, {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, "lm_head.weight"} | ignored)
-    weights: dict[str, Callable[[], Tensor]] = dict(_select(checkpoint, names_in_file, shapes))
+    _refuse_unknown(checkpoint, {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, HEAD} | ignored)
+    readers = _select(checkpoint, names_in_file, shapes)
+    _check_head(checkpoint, readers["head.weight"])
+    weights: dict[str, Callable[[], Tensor]] = dict(readers)
     weights["target_embed_tokens.weight"] = target["embed_tokens.weight"]
     if table is not None:
         embedding, members = weights.pop("head.weight"), torch.from_numpy(table.members)
@@ -160,6 +170,28 @@ def _select(
             raise InputError(f"{checkpoint.directory}: tensor {stored} is missing; restore the checkpoint")
         _check_entry(entry, stored, shapes[name], FLOAT_DTYPES)
     return {name: TensorReader(checkpoint, stored) for name, stored in names.items()}
+
+
+def _check_head(checkpoint: Checkpoint, embedding: TensorReader) -> None:
+    """Check that a head that is stored beside the embedding equals it: graphs compute logits with the embedding.
+
+    Raises:
+        InputError: it does not, or there is none although config.json says that it is not the embedding.
+    """
+    stored = [name for name in checkpoint.entries if name.endswith(HEAD)]
+    if not stored and not is_tied(checkpoint.directory):
+        raise InputError(
+            f"{checkpoint.directory}: tie_word_embeddings is false, but tensor {HEAD} is missing; restore it, or"
+            " correct config.json"
+        )
+    for name in stored:
+        head = TensorReader(checkpoint, name)
+        _check_entry(checkpoint.entries[name], name, checkpoint.entries[embedding.name].shape, FLOAT_DTYPES)
+        if not all(torch.equal(*blocks) for blocks in zip(head.blocks(), embedding.blocks(), strict=False)):
+            raise InputError(
+                f"{checkpoint.entries[name].file}: tensor {name} differs from {embedding.name}, and a head of its own"
+                " cannot be exported yet; tie it to the embedding, or pass a checkpoint in which it is tied"
+            )
 
 
 def _check_entry(entry: TensorEntry, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:

@@ -5,9 +5,10 @@ from math import prod
 from pathlib import Path
 
 from clustering.cluster_table import ClusterTable, TwoStageSizes
-from exporter.checkpoint.config_json import check_pair, read_drafter_config, read_target_config
-from exporter.checkpoint.generation_config import SpecialTokens, default_sampling, special_tokens
+from exporter.checkpoint.config_json import check_pair, config_notes, read_drafter_config, read_target_config
+from exporter.checkpoint.generation_config import default_sampling, generation_warnings
 from exporter.checkpoint.names import drafter_weights, read_cluster_table, target_weights
+from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens, token_warnings
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.modeling.config import DrafterConfig, TextConfig, shared_kv
 from exporter.modeling.drafter import Drafter
@@ -28,6 +29,7 @@ class Pair:
         drafter_weights: a reader for each parameter of `Drafter` with this pair's head, by name.
         tokens: special tokens.
         sampling: the checkpoint's sampling defaults.
+        warnings: what the target's checkpoint asks for and a bundle does not do, in a line each.
         target_checkpoint: tensors of the target's checkpoint.
         drafter_checkpoint: tensors of the drafter's checkpoint.
         table: clusters of the two-stage head; None for a dense head.
@@ -41,6 +43,7 @@ class Pair:
     drafter_weights: Weights
     tokens: SpecialTokens
     sampling: Sampling
+    warnings: tuple[str, ...]
     target_checkpoint: Checkpoint
     drafter_checkpoint: Checkpoint
     table: ClusterTable | None = None
@@ -111,14 +114,22 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
             f"{drafter_dir}: has no clusters (masked_embedding.*), but --head checkpoint asks for them; pass a drafter"
             " with clusters, or export with --head kmeans"
         )
-    weights = target_weights(target_checkpoint, target)
+    weights, tokens = target_weights(target_checkpoint, target), special_tokens(target_dir)
+    if len(tokens.suppressed) >= target.vocab_size:
+        raise InputError(f"{target_dir}: suppress_tokens names every token; correct generation_config.json")
     pair = Pair(
         target=target,
         drafter=drafter,
         target_weights=weights,
         drafter_weights=drafter_weights(drafter_checkpoint, drafter, None, weights),
-        tokens=special_tokens(target_dir),
+        tokens=tokens,
         sampling=default_sampling(target_dir),
+        warnings=(
+            *config_notes(target_dir),
+            *config_notes(drafter_dir),
+            *generation_warnings(target_dir),
+            *token_warnings(target_dir, tokens),
+        ),
         target_checkpoint=target_checkpoint,
         drafter_checkpoint=drafter_checkpoint,
     )

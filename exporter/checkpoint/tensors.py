@@ -11,12 +11,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exporter.checkpoint.config_json import read_object
+from exporter.checkpoint.values import read_object
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import file_sha256
+from runtime_ref.pointers import is_present, what_stands_for
 
-FLOAT_DTYPES = ("F32", "F16", "BF16")
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
 BLOCK_BYTES = 1 << 26  # read at a time; the conversions of a block need several times as much memory
 
 
@@ -61,7 +69,8 @@ class Checkpoint:
                 with safe_open(file, "pt"):  # checks the header, which _header takes as valid
                     header, data = _header(file)
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{file}: not a readable safetensors file ({error}); download it again") from error
+                instead = what_stands_for(file) or f"not a readable safetensors file ({error}); download it again"
+                raise InputError(f"{file}: is {instead}") from error
             for name, fields in header.items():
                 start, _ = fields["data_offsets"]
                 self.entries[name] = TensorEntry(file, fields["dtype"], tuple(fields["shape"]), data + start)
@@ -100,7 +109,8 @@ class Checkpoint:
             for start in range(0, rows, step):
                 count = min(step, rows - start)
                 block = torch.empty([count, *rest] if entry.shape else [], dtype=dtype)
-                stream.readinto(block.view(-1).view(torch.uint8).numpy().data)
+                if stream.readinto(block.view(-1).view(torch.uint8).numpy().data) < block.nbytes:
+                    raise InputError(f"{entry.file}: ends inside tensor {name}; download it again")
                 if dtype.is_floating_point:
                     block = block.float()
                     if not block.isfinite().all():
@@ -187,9 +197,9 @@ def _stamp(file: Path) -> tuple[int, int, int]:
 def _weight_map(directory: Path) -> dict[str, str]:
     """The name of each tensor's file, from the index; empty for a checkpoint of one file."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
+    if is_present(single):
         return {}
-    if not index.exists():
+    if not is_present(index):
         pickled = sorted(path for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
         if pickled:
             raise InputError(
@@ -208,6 +218,6 @@ def _weight_map(directory: Path) -> dict[str, str]:
             raise InputError(
                 f"{index}: names {name!r}, expected a safetensors file in the same directory; download the index again"
             )
-        if not (directory / name).exists():
+        if not is_present(directory / name):
             raise InputError(f"{directory / name}: named in {index.name} but absent; download the shard")
     return weight_map

@@ -1,6 +1,5 @@
 """The command `bench`, which measures time and memory of a bundle on this machine."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from exporter.bench.measure import (
 )
 from exporter.cli.options import bundle_argument, json_option, threads_option
 from exporter.files import human_bytes
-from exporter.terminal import err, out
+from exporter.terminal import err, out, print_json
 
 
 def bench_tables(document: dict[str, Any]) -> list[Table]:
@@ -150,7 +149,7 @@ def bench(
         options = BenchOptions(threads, contexts, acceptance)
         document = measure_bundle(bundle, options, lambda step: status.update(f"bench: {step}"), err.print)
     if as_json:
-        click.echo(json.dumps(document))
+        print_json(document)
     else:
         out.print(*bench_tables(document))
     check_same_text(document)

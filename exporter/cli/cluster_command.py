@@ -1,6 +1,5 @@
 """The command `cluster`, which makes clusters for a drafter and measures their recall."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from clustering.recall import DEFAULT_RECALL
 from exporter.cli.options import PATH, clusters_option, json_option, prompt_ids_option, top_k_option
 from exporter.files import check_file, human_bytes, write_file
 from exporter.heads.recall_plot import FORMATS, check_picture, recall_picture
-from exporter.terminal import err, out, peak_bytes, progress_bar
+from exporter.terminal import err, out, peak_bytes, print_json, progress_bar
 from runtime_ref.prompts import read_prompt_ids
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ def cluster(
     if report is not None:
         write_file(report, recall_picture(clustering, report))
     if as_json:
-        click.echo(json.dumps(document))
+        print_json(document)
     else:
         out.print(recall_table(document))
     err.print(f"clustered in {document['seconds']:.0f} s, peak memory {human_bytes(document['peak_bytes'])}")

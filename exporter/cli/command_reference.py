@@ -14,6 +14,7 @@ EXIT_CODES = (
     ("0", "fine"),
     ("1", "a check failed, or `doctor` has a finding"),
     ("2", "bad input or usage; a line on standard error says what is wrong and what to do"),
+    ("70", "an error that nobody foresaw, a fault of this program; `--traceback` prints where it happened"),
     ("130", "interrupted, by Ctrl-C"),
     ("143", "terminated, by SIGTERM"),
 )

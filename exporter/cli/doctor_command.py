@@ -1,6 +1,5 @@
 """The command `doctor`, which finds out why few drafts are accepted."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from exporter.cli.options import bundle_argument, json_option, prompt_ids_option, source_options
-from exporter.terminal import err, out
+from exporter.terminal import err, out, print_json
 from runtime_ref.errors import CheckError
 from runtime_ref.prompts import read_prompt_ids
 
@@ -62,7 +61,7 @@ def doctor(
             "acceptance_rate": diagnosis.acceptance_rate,
             "experiments": experiments,
         }
-        click.echo(json.dumps(document))
+        print_json(document)
     else:
         out.print(doctor_table(diagnosis))
     if findings:

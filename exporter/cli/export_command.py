@@ -1,6 +1,5 @@
 """The command `export`, which writes a bundle, and what other commands share with it."""
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +8,9 @@ import click
 
 from exporter.cli.cluster_command import run_clustering
 from exporter.cli.options import PATH, backend_option, clusters_option, json_option, top_k_option
-from exporter.files import directory_bytes, human_bytes, remove_leftovers
+from exporter.files import directory_bytes, human_bytes
 from exporter.quantization.recipes import AUTO, RECIPES, auto_recipe
-from exporter.terminal import err, peak_bytes, progress_bar
+from exporter.terminal import err, peak_bytes, print_json, progress_bar
 
 if TYPE_CHECKING:
     from exporter.bundle.export import ExportOptions
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
 @top_k_option
 @click.option("--cluster-table", type=PATH, help="File of `cluster --output` with clusters for `--head kmeans`.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--skip-room-check", is_flag=True, help="Do not check first that disk and memory suffice.")
 @json_option
 def export(
     target: Path,
@@ -64,6 +64,7 @@ def export(
     top_k_clusters: int | None,
     cluster_table: Path | None,
     force: bool,
+    skip_room_check: bool,
     as_json: bool,
 ) -> None:
     """Export a target and its drafter into a bundle.
@@ -82,10 +83,9 @@ def export(
         raise click.UsageError("--cluster-table has a fixed number of clusters; leave out --clusters")
     check_output(output, force)
     recipe, reason = auto_recipe() if recipe == AUTO else (recipe, "")
-    options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force)
+    options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check)
     if head == "kmeans":
         pair = open_pair(target, drafter, "dense")
-        remove_leftovers(output)
         plan_export(pair, output, options)  # raises errors before minutes of clustering
         if cluster_table is not None:
             table, top_k = load_table(cluster_table, pair.drafter.text.vocab_size, pair.drafter.text.hidden_size)
@@ -99,7 +99,7 @@ def export(
     if reason:
         err.print(f"recipe {recipe}: {reason}")
     if as_json:
-        click.echo(json.dumps(summary))
+        print_json(summary)
 
 
 def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str, Any]:
@@ -118,6 +118,8 @@ def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str
     """
     from exporter.bundle.export import export_bundle
 
+    for warning in pair.warnings:
+        err.print(f"warning: {warning}", style="yellow")
     started = time.perf_counter()
     total = pair.weight_bytes
     with progress_bar(err, "export", total) as progress:
@@ -132,4 +134,5 @@ def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str
         "bytes": size,
         "seconds": seconds,
         "peak_bytes": peak,
+        "warnings": list(pair.warnings),
     }

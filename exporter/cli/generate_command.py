@@ -1,14 +1,13 @@
 """The command `generate`, which generates text with a bundle."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli.options import DraftTokens, bundle_argument, json_option, prompt_ids_option
-from exporter.terminal import err, progress_bar
+from exporter.cli.options import PATH, DraftTokens, bundle_argument, json_option, prompt_ids_option
+from exporter.terminal import err, print_json, progress_bar
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
 from runtime_ref.prompts import read_prompt_ids
@@ -21,13 +20,18 @@ FROM_CHECKPOINT = "the checkpoint's"
 
 @click.command()
 @bundle_argument
-@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt", help="Text to continue; `-` reads it from standard input.")
+@click.option("--prompt-file", type=PATH, help="File with the text to continue; a line break at its end is left out.")
 @click.option(
     "--chat",
     is_flag=True,
     help="Answer the prompt as the first message of a chat, with the checkpoint's chat template.",
 )
+@click.option("--system", help="System prompt of a chat, if its template has room for one.")
 @prompt_ids_option()
+@click.option(
+    "--stop", multiple=True, help="Text that ends the answer and is no part of it; may be given several times."
+)
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=128, help="Maximum number of new tokens for each prompt."
 )
@@ -66,8 +70,11 @@ FROM_CHECKPOINT = "the checkpoint's"
 def generate(
     bundle: Path,
     prompt: str | None,
+    prompt_file: Path | None,
     chat: bool,
+    system: str | None,
     prompt_ids: Path | None,
+    stop: tuple[str, ...],
     max_new_tokens: int,
     mode: str,
     num_draft_tokens: int | None,
@@ -79,23 +86,31 @@ def generate(
 ) -> None:
     """Generate text with a bundle: continue a prompt, or chat.
 
-    Without --prompt, --prompt-ids and --json, and with a terminal as standard input, it starts a chat, or continues
-    each line by itself if the bundle has no chat template. With several prompts, --json prints a list.
+    Without a prompt and --json, and with a terminal as standard input, it starts a chat, or continues each message by
+    itself if the bundle has no chat template. With several prompts, --json prints a list.
     """
     from exporter.cli.conversation import converse
     from exporter.cli.printing import print_continuation, print_stream
     from runtime_ref.chat import NO_TEMPLATE, Message
 
-    interactive = prompt is None and prompt_ids is None and not as_json and sys.stdin.isatty()
-    if (prompt is None) == (prompt_ids is None) and not interactive:
-        raise click.UsageError("give either --prompt or --prompt-ids")
+    given = sum(source is not None for source in (prompt, prompt_file, prompt_ids))
+    interactive = not given and not as_json and sys.stdin.isatty()
+    if given != 1 and not interactive:
+        raise click.UsageError("give one of --prompt, --prompt-file and --prompt-ids")
     if chat and prompt_ids is not None:
         raise click.UsageError("--chat cannot be used with --prompt-ids; give --prompt instead")
-    if prompt == "":
-        raise InputError("the prompt is empty: expected some text")
+    if system is not None and not chat and not interactive:
+        raise click.UsageError("--system goes with --chat")
+    if prompt_ids is None and not interactive:
+        prompt = _read_prompt(prompt, prompt_file)
     decoder = open_bundle(bundle)
-    if chat and decoder.template is None:
+    if (chat or system is not None) and decoder.template is None:
         raise InputError(f"{bundle}: {NO_TEMPLATE}")
+    start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    if decoder.template and system is not None:
+        rendered = decoder.template.render([*start, {"role": "user", "content": "Hello."}])
+        if system.strip() not in rendered:
+            raise InputError(f"{bundle}: its chat template leaves out system prompts; leave out --system")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_draft_tokens": 0 if mode == "plain" else num_draft_tokens,
@@ -103,15 +118,16 @@ def generate(
         "top_p": top_p,
         "top_k": top_k,
         "seed": seed,
+        "stop": stop,
     }
     if interactive:
-        converse(decoder, options)
+        converse(decoder, options, system)
         return
     prompts: list[Any] = [prompt] if prompt_ids is None else list(read_prompt_ids(prompt_ids))
     results = []
     for item in prompts:
         decoder.forget()  # so that every prompt of a file is measured from its first token on
-        messages: list[Message] = [{"role": "user", "content": item}]
+        messages: list[Message] = [*start, {"role": "user", "content": item}]
         stream = decoder.chat(messages, **options) if chat else decoder.stream(item, **options)
         if not as_json:
             print_stream(stream) if chat else print_continuation(decoder, stream)
@@ -121,7 +137,25 @@ def generate(
         text = stream.text if decoder.tokenizer else None
         results.append({"tokens": stream.tokens, "text": text, **stream.stats.as_dict()})
     if as_json:
-        click.echo(json.dumps(results[0] if len(results) == 1 else results))
+        print_json(results[0] if len(results) == 1 else results)
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the text to continue, from the command line, standard input or a file.
+
+    Raises:
+        InputError: the file cannot be read, or the text is not UTF-8, or empty.
+    """
+    if file is not None or prompt == "-":
+        origin = str(file) if file is not None else "standard input"
+        try:
+            content = sys.stdin.buffer.read() if file is None else file.read_bytes()
+            prompt = content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{origin}: is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+    if not prompt:
+        raise InputError("the prompt is empty: expected some text")
+    return prompt
 
 
 def open_bundle(bundle: Path) -> "Decoder":

@@ -1,6 +1,5 @@
 """The command `inspect`, which shows what a bundle or a checkpoint contains."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich.table import Column, Table
 from exporter.bundle.inspection import inspect as inspect_path
 from exporter.cli.options import PATH, json_option
 from exporter.files import human_bytes
-from exporter.terminal import out
+from exporter.terminal import out, print_json
 
 
 def contents_table(contents: dict[str, Any]) -> Table:
@@ -48,6 +47,6 @@ def inspect(path: Path, as_json: bool) -> None:
     """
     contents = inspect_path(path)
     if as_json:
-        click.echo(json.dumps(contents))
+        print_json(contents)
     else:
         out.print(contents_table(contents))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import click
 
-from exporter.terminal import run_command
+from exporter.terminal import run_command, traceback_option
 
 # Names of commands, and the first sentences of their docstrings. Command NAME is the function `NAME` in the module
 # `NAME_command` beside this file.
@@ -33,11 +33,11 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a command, or None for a name that is not in `COMMANDS`."""
+        """Import and return a command with the options of all commands, or None for a name not in `COMMANDS`."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = getattr(importlib.import_module(f"exporter.cli.{cmd_name}_command"), cmd_name)
-        return command
+        return command if any(param.name == "traceback" for param in command.params) else traceback_option(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands for `--help`, without importing any of them."""
@@ -47,12 +47,13 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="gemma-mtp-export")
+@traceback_option
 def cli() -> None:
     """Export Gemma 4 E2B/E4B with its MTP drafter to phones, and check that nothing was lost."""
 
 
 def main() -> None:
-    """Run the command line, and exit the process unless it succeeds: 1 for a failed check, 2 for bad input or usage."""
+    """Run the command line as `exporter.terminal.run_command` does."""
     run_command(cli)
 
 

@@ -1,6 +1,5 @@
 """The command `parity`, which checks a bundle, and what other commands share with it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from exporter.cli.options import bundle_argument, json_option, prompt_ids_option, source_options
-from exporter.terminal import err, out
+from exporter.terminal import err, out, print_json
 from runtime_ref.errors import CheckError
 from runtime_ref.prompts import read_prompt_ids
 
@@ -55,7 +54,7 @@ def parity(
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     checks = check_parity(bundle, pair, prompts, max_new_tokens)
     if as_json:
-        click.echo(json.dumps({"passed": all(c.passed for c in checks), "checks": [c.as_dict() for c in checks]}))
+        print_json({"passed": all(c.passed for c in checks), "checks": [c.as_dict() for c in checks]})
     else:
         out.print(parity_table(checks))
         if pair is None:

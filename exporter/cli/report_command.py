@@ -1,6 +1,5 @@
 """The command `report`, which writes an HTML page about a bundle."""
 
-import json
 from pathlib import Path
 
 import click
@@ -8,7 +7,7 @@ import click
 from exporter.cli.options import PATH, bundle_argument, json_option, prompt_ids_option, source_options, threads_option
 from exporter.cli.parity_command import require_passed, source_if_given
 from exporter.files import check_file, write_file
-from exporter.terminal import err
+from exporter.terminal import err, print_json
 from runtime_ref.prompts import read_prompt_ids
 
 
@@ -53,6 +52,6 @@ def report(
         document = measure_report(bundle, pair, prompts, options, lambda step: status.update(f"report: {step}"))
     write_file(output, render(document).encode())
     if as_json:
-        click.echo(json.dumps(document))
+        print_json(document)
     err.print(f"wrote {output}")
     require_passed(checks_of(document))

@@ -21,12 +21,12 @@ from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING
 from exporter.checkpoint.names import TARGET_PREFIXES, drafter_names
 from exporter.demo.shards import SHARD_BYTES, TensorToWrite, write_shards
 from exporter.demo.sizes import SIZES, drafter_json, target_json
-from exporter.files import check_directory, check_free_space, holds_only, human_bytes, remove_leftovers, replacing
+from exporter.files import check_directory, check_free_space, holds_only, human_bytes, recover, replacing
 from exporter.modeling.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from exporter.modeling.weights import parameter_shapes
-from exporter.terminal import err, peak_bytes, progress_bar, run_command
+from exporter.terminal import err, peak_bytes, print_json, progress_bar, run_command, traceback_option
 from runtime_ref.manifest import Progress
 
 PERIOD_VALUES = 2**24 - 3  # a prime number
@@ -58,7 +58,12 @@ class SyntheticPair:
         return sum(tensor.size for tensors in self.tensors.values() for tensor in tensors.values())
 
     def write(
-        self, output: Path, force: bool = False, progress: Progress = lambda *_: None, shard_bytes: int = SHARD_BYTES
+        self,
+        output: Path,
+        force: bool = False,
+        progress: Progress = lambda *_: None,
+        shard_bytes: int = SHARD_BYTES,
+        check_room: bool = True,
     ) -> None:
         """Write both checkpoints; after an error, nothing is left behind.
 
@@ -67,6 +72,7 @@ class SyntheticPair:
             force: whether to replace an earlier pair in `output`.
             progress: called with the name of each tensor and the number of bytes written.
             shard_bytes: maximum size of the tensors in one file. A larger tensor gets a file of its own.
+            check_room: whether to check first that disk and memory suffice.
 
         Raises:
             InputError: the output exists and may not be replaced, cannot be written, or would not fit on its disk.
@@ -75,10 +81,14 @@ class SyntheticPair:
         def is_pair(directory: Path) -> bool:
             return holds_only(directory, MARKER, lambda marker: marker["files"])
 
-        check_directory(output, force, is_pair, "a synthetic pair")
-        remove_leftovers(output)
-        check_free_space(output, self.size + 10**6, PEAK_MEMORY_BYTES)
-        with replacing(output) as directory:
+        def check() -> None:
+            check_directory(output, force, is_pair, "a synthetic pair")
+
+        recover(output)
+        check()
+        if check_room:
+            check_free_space(output, self.size + 10**6, PEAK_MEMORY_BYTES)
+        with replacing(output, check) as directory:
             for name, tensors in self.tensors.items():
                 (directory / name).mkdir()
                 _write_json(directory / name / "config.json", self.configs[name])
@@ -133,16 +143,18 @@ def _files(directory: Path) -> list[str]:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to write the pair to.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the random weights.")
 @click.option("--force", is_flag=True, help="Replace a pair that this command wrote before.")
+@click.option("--skip-room-check", is_flag=True, help="Do not check first that disk and memory suffice.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
-def synthetic(size: str, output: Path, seed: int, force: bool, as_json: bool) -> None:
+@traceback_option
+def synthetic(size: str, output: Path, seed: int, force: bool, skip_room_check: bool, as_json: bool) -> None:
     """Write checkpoints of a target and its drafter, in their published shapes, with random weights."""
     started = time.perf_counter()
     pair = SyntheticPair(*SIZES[size], seed)
     with progress_bar(err, "writing", pair.size) as progress:
-        pair.write(output, force, progress)
+        pair.write(output, force, progress, check_room=not skip_room_check)
     seconds, peak = time.perf_counter() - started, peak_bytes()
     if as_json:
-        click.echo(json.dumps({"pair": str(output), "bytes": pair.size, "seconds": seconds, "peak_bytes": peak}))
+        print_json({"pair": str(output), "bytes": pair.size, "seconds": seconds, "peak_bytes": peak})
     message = f"wrote {output} ({human_bytes(pair.size)}) in {seconds:.0f} s, peak memory {human_bytes(peak)}"
     click.echo(message, err=True)
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporter.checkpoint.config_json import checkpoint_json, read_object
+from exporter.checkpoint.side_files import chat_template
+from exporter.checkpoint.values import read_object
 from exporter.doctor.verdicts import FINDING, PASS, SKIPPED, Experiment
 from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.errors import InputError
@@ -21,14 +22,12 @@ def check_template(bundle: Path, target_dir: Path, prompts: Sequence[Sequence[in
         prompts: token ids.
 
     Raises:
-        InputError: tokenizer_config.json or tokenizer.json is malformed.
+        InputError: a file with a template, or tokenizer.json, is malformed.
     """
-    in_config = checkpoint_json(target_dir, "tokenizer_config.json").get("chat_template")
-    if not (target_dir / CHAT_TEMPLATE).is_file() and not in_config:
+    if chat_template(target_dir) is None:
         return Experiment(EXPERIMENT, SKIPPED, "the target has none, so it is not tuned for chats")
     if not (bundle / CHAT_TEMPLATE).is_file():
-        where = CHAT_TEMPLATE if (target_dir / CHAT_TEMPLATE).is_file() else "tokenizer_config.json"
-        detail = f"the target is tuned for chats and has a template in {where}, the bundle has no {CHAT_TEMPLATE};"
+        detail = f"the target is tuned for chats and has a template, the bundle has no {CHAT_TEMPLATE};"
         return Experiment(EXPERIMENT, FINDING, f"{detail} fewer drafts are accepted after prompts without its turns")
     turn_tokens = _turn_tokens(bundle)
     plain = [i for i, prompt in enumerate(prompts) if turn_tokens and not turn_tokens.keys() & set(prompt)]

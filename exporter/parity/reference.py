@@ -133,7 +133,7 @@ class Reference:
         """Return an engine for a bundle's manifest that runs this pair instead of the bundle's graphs and tables."""
         target, drafter = self.target(), self.drafter()
         graphs = {
-            "target": EagerGraph(TargetGraph(target, cache_outputs=False), manifest.graphs["target"]),
+            "target": EagerGraph(TargetGraph(target, False, self.pair.tokens.suppressed), manifest.graphs["target"]),
             "drafter": EagerGraph(DrafterGraph(drafter, self.pair.shared_kv), manifest.graphs["drafter"]),
         }
         tables = {"embed_tokens": target.embed_tokens, "embed_tokens_per_layer": target.embed_tokens_per_layer}

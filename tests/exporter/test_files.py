@@ -1,9 +1,10 @@
 """Free space before an export, leftovers of killed exports, and reading tensors from checkpoint files."""
 
 import os
-import socket
+import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from exporter import files
-from exporter.bundle.export import ExportOptions, export_bundle
+from exporter.bundle.export import ExportOptions, check_output, export_bundle, plan_export
 from exporter.checkpoint import tensors as checkpoint
 from exporter.checkpoint.pair import open_pair
 from exporter.checkpoint.tensors import Checkpoint
@@ -35,10 +36,11 @@ def test_too_little_disk_is_reported_with_the_sizes(
 def test_too_little_memory_is_reported_with_the_sizes(
     pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal:  2000000 kB\nMemAvailable:   90000 kB\n")
-    monkeypatch.setattr(files, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(files, "available_memory", lambda: 92_200_000)
+    pair = open_pair(*pair_dirs("dense"))
     with pytest.raises(InputError, match=r"needs about 700\.0 MB of memory, 92\.2 MB are free; close other"):
-        export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions("onnx", "fp32"))
+        export_bundle(pair, tmp_path / "b", ExportOptions("onnx", "fp32"))
+    plan_export(pair, tmp_path / "b", ExportOptions("onnx", "fp32", check_room=False))
 
 
 def test_the_estimate_of_disk_is_close(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:
@@ -50,19 +52,104 @@ def test_the_estimate_of_disk_is_close(bundle: Callable[..., Path], pair_dirs: P
 
 
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
-    """An output that it was replacing comes back; leftovers of a running process or another machine stay."""
-    killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    host = socket.gethostname()
-    dead, kept = f"{int(killed.stdout)}@{host}", [f".b.partial-{os.getpid()}@{host}-x", ".b.partial-1@elsewhere-x"]
-    for name in (f".b.partial-{dead}-x", f".b.partial-{dead}-y-old", f".b.partial-{10**30}@{host}-x", *kept):
+    """An output that it was replacing comes back, and may not be replaced without being asked."""
+    for name in (".b.partial-x", ".b.partial-y-old", ".b.partial-4711@host-z-old"):
         (tmp_path / name).mkdir()
-    (tmp_path / f".b.partial-{dead}-y-old" / "file").write_text("old")
-    files.remove_leftovers(tmp_path / "b")
-    assert (tmp_path / "b" / "file").read_text() == "old"
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / ".b.lock").write_text("")
+    with pytest.raises(InputError, match="b: exists already"):
+        check_output(tmp_path / "b", force=False)
+    assert (tmp_path / "b" / "file").read_text() in (".b.partial-y-old", ".b.partial-4711@host-z-old")
     with files.replacing(tmp_path / "b") as partial:
         (partial / "file").write_text("whole")
     assert (tmp_path / "b" / "file").read_text() == "whole"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "b"])
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_live_writer_keeps_others_away(tmp_path: Path) -> None:
+    """Whatever process, host or container they are: the lock is on a file beside the output."""
+    with files.replacing(tmp_path / "b") as partial:
+        (partial / "file").write_text("whole")
+        for attempt in (lambda: files.recover(tmp_path / "b"), lambda: check_output(tmp_path / "b", force=True)):
+            with pytest.raises(InputError, match="b: another process is writing it; wait until it ends"):
+                attempt()
+        with pytest.raises(InputError, match="another process is writing it"), files.replacing(tmp_path / "b"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def check() -> None:
+        files.check_directory(tmp_path / "b", False, lambda _: True, "a bundle")
+
+    check()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match="exists already"), files.replacing(tmp_path / "b", check):
+        pass
+
+
+REPLACE = """
+import sys
+from pathlib import Path
+from exporter import files
+if sys.argv[2] == "by two renames":
+    files._exchange = lambda *_: False
+print("ready", flush=True)
+for number in range(10**9):
+    with files.replacing(Path(sys.argv[1])) as partial:
+        for name in ("one", "two"):
+            (partial / name).write_text(str(number))
+"""
+
+
+@pytest.mark.parametrize("how", ["by an exchange", "by two renames"])
+def test_nothing_is_lost_when_a_writer_is_killed(how: str, tmp_path: Path) -> None:
+    """Writers that replace an output all the time are killed at random moments; it is whole after each."""
+    output, generator = tmp_path / "b", random.Random(0)
+    with files.replacing(output) as partial:
+        for name in ("one", "two"):
+            (partial / name).write_text("first")
+    for _ in range(6):
+        writer = subprocess.Popen([sys.executable, "-c", REPLACE, output, how], stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        with writer.stdout:
+            writer.stdout.readline()
+            threading.Event().wait(generator.random() / 20)
+        writer.kill()
+        writer.wait()
+        if how == "by an exchange":
+            assert (output / "one").exists()
+        files.recover(output)
+        assert (output / "one").read_text() == (output / "two").read_text()
+        assert {path.name for path in tmp_path.iterdir()} <= {"b", ".b.lock"}
+
+
+FOREIGN = (
+    ".DS_Store",
+    "._target.onnx",
+    "Thumbs.db",
+    "desktop.ini",
+    ".directory",
+    ".stfolder/x",
+    "@eaDir/a/b",
+    "Icon\r",
+)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_file_managers_and_sync_tools_do_not_count(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "marker").write_text("{}")
+    (tmp_path / name).write_text("")
+    assert files.holds_only(tmp_path, "marker", lambda _: [])
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git/config", ".env", "thumbs", "DS_Store", "a/notes.txt"])
+def test_other_files_do(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "marker").write_text("{}")
+    (tmp_path / name).write_text("")
+    assert not files.holds_only(tmp_path, "marker", lambda _: [])
 
 
 def test_a_checkpoint_that_changes_while_it_is_read_is_refused(pair_dirs: Pairs, tmp_path: Path) -> None:

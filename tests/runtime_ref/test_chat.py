@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from runtime_ref.chat import ChatTemplate
+from runtime_ref.chat import ChatTemplate, open_template
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
 from runtime_ref.streaming import Decoder, Stream, open_decoder
@@ -55,7 +55,7 @@ def decoder(chat_bundle: Path) -> Decoder:
 def templated(chat_bundle: Path, tmp_path: Path) -> Callable[[str], ChatTemplate]:
     def make(template: str) -> ChatTemplate:
         (tmp_path / "chat_template.jinja").write_text(template)
-        return ChatTemplate(tmp_path, TextTokenizer(chat_bundle, read_manifest(chat_bundle)))
+        return open_template(tmp_path, TextTokenizer(chat_bundle, read_manifest(chat_bundle)))
 
     return make
 

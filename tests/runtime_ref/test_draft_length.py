@@ -1,9 +1,7 @@
 """Planned numbers of drafts, on the simulated texts of exporter/studies/simulation.py, whose acceptance is known."""
 
-import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -25,11 +23,9 @@ from exporter.studies.simulation import (
     transformers_heuristic,
 )
 from runtime_ref.acceptance import Round
-from runtime_ref.costs import DRAFTER, Costs, costs_file, load_costs, save_costs
+from runtime_ref.costs import DRAFTER, Costs
 from runtime_ref.draft_length import AcceptanceEstimate, DraftLength
-from runtime_ref.errors import InputError
 from runtime_ref.lookup import Lookup
-from runtime_ref.manifest import read_manifest
 
 SYNTHETIC = {texts.name: texts for texts in synthetic_texts(seed=1)}
 RECORDED = {texts.name: texts for texts in recorded_texts()}
@@ -171,27 +167,6 @@ class TestCosts:
         assert order == [0, 0, 2, 2, 4, 4, 8, 8]
         assert Costs(8).next_to_measure(0) == 0
         assert Costs(0).next_to_measure(0) == 0
-
-    def test_saved_beside_the_bundle(self, bundle: Callable[[str], Path], tmp_path: Path) -> None:
-        path = tmp_path / "copy"
-        path.mkdir()
-        (path / "manifest.json").write_bytes((bundle("dense") / "manifest.json").read_bytes())
-        manifest = read_manifest(bundle("dense"))
-        before = sorted(path.iterdir())
-        save_costs(self.measured(), path, threads=1)
-        assert sorted(path.iterdir()) == before
-        assert costs_file(path) == tmp_path / "copy.costs.json"
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "copy.costs.json"]
-        assert load_costs(path, manifest, 1).as_dict()["draft_step_seconds"] == pytest.approx(0.01)
-        assert load_costs(path, manifest, 2).as_dict()["draft_step_seconds"] is None  # other threads, other costs
-        for broken in (
-            "{",
-            "[]",
-            json.dumps({**json.loads(costs_file(path).read_text()), "verify_seconds": {"1": -1}}),
-        ):
-            costs_file(path).write_text(broken)
-            with pytest.raises(InputError, match=r"copy.costs.json: .*delete"):
-                load_costs(path, manifest, 1)
 
 
 def test_lookup_copies_what_followed() -> None:

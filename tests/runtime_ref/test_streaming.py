@@ -160,7 +160,7 @@ def test_costs_that_cannot_be_saved_are_no_error(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "bundle.costs.json")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("runtime_ref.costs.tempfile.NamedTemporaryFile", full)
     for _ in range(2):
         assert list(decoder.stream(PROMPT, max_new_tokens=4))
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [

@@ -17,9 +17,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from exporter.bundle.chat_format import ChatFormat, chat_format
-from exporter.checkpoint.generation_config import SpecialTokens
+from exporter.checkpoint.special_tokens import SpecialTokens
 from exporter.demo import PAIR
-from runtime_ref.chat import ChatTemplate
+from runtime_ref.chat import open_template
 from runtime_ref.tokenizer import TextStream, TextTokenizer
 from tests.chats import CHANNELS, TEMPLATE, VERBATIM
 
@@ -138,7 +138,7 @@ def chats(template: str, generator: random.Random) -> tuple[ChatFormat, list[dic
         shutil.copyfile(BUILT_IN, directory / "tokenizer.json")
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
         form = chat_format(directory, ENDS)
-        render = ChatTemplate(directory, TextTokenizer(directory, ENDS)).render
+        render = open_template(directory, TextTokenizer(directory, ENDS)).render
         assert form
         blanks = [
             "\t",

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from exporter.bundle.chat_format import ChatFormat, chat_format
-from exporter.checkpoint.generation_config import SpecialTokens
+from exporter.checkpoint.special_tokens import SpecialTokens
 from exporter.demo import PAIR
-from runtime_ref.chat import ChatTemplate, Message
+from runtime_ref.chat import Message, open_template
 from runtime_ref.tokenizer import TextTokenizer
 from tests.chats import CHANNELS, TEMPLATE, VERBATIM
 
@@ -95,7 +95,7 @@ def test_formats(name: str, templated: Callable[[str], Path]) -> None:
     template, form = FORMATS[name]
     directory = templated(template)
     assert chat_format(directory, TOKENS) == form
-    rendered = ChatTemplate(directory, TextTokenizer(directory, TOKENS)).render
+    rendered = open_template(directory, TextTokenizer(directory, TOKENS)).render
     pieces = ["x", " ", "\n", "\u00a0", "\x1c", "\u200b", "<bos>", "<turn|>", "<|channel>", "<channel|>", "[end]"]
     for messages in chats(form, pieces):
         assert form.render(messages) == rendered(messages)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from exporter.checkpoint.generation_config import default_sampling, special_tokens
+from exporter.checkpoint.generation_config import default_sampling
 from exporter.checkpoint.pair import open_pair
+from exporter.checkpoint.special_tokens import special_tokens
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling
@@ -35,7 +36,9 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
         ({}, Sampling(0.0)),
         ({"temperature": 0.7, "top_k": 20}, Sampling(0.0, top_k=20)),
         ({"do_sample": False, "temperature": 0.7}, Sampling(0.0)),
-        ({"do_sample": True}, Sampling(1.0)),
+        ({"do_sample": True}, Sampling(1.0, top_k=50)),
+        ({"do_sample": True, "top_k": 65}, Sampling(1.0, top_k=64)),
+        ({"do_sample": True, "top_k": 10**30}, Sampling(1.0, top_k=64)),
         ({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20}, Sampling(0.7, 0.9, top_k=20)),
         ({"do_sample": True, "temperature": None, "top_k": 0, "top_p": None}, Sampling(1.0)),
         ({"do_sample": True, "top_k": 64.0}, Sampling(1.0, top_k=64)),
@@ -48,7 +51,7 @@ def test_default_sampling(write_config: Callable[..., Path], settings: dict, sam
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 65}, r"generation_config.json: top-k is 65, expected 1 to 64: a bundle gives no more .*; correct"),
+        ({"top_k": -1}, r"top_k is -1, expected a whole number that is not negative"),
         ({"top_k": 2.5}, r"top_k is 2.5, expected a whole number"),
         ({"top_k": "many"}, r"top_k is 'many', expected a number"),
         ({"top_k": float("inf")}, r"expected a whole number"),

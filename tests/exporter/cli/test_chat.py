@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from exporter.bundle.export import ExportOptions, export_bundle
-from exporter.checkpoint.generation_config import chat_template
 from exporter.checkpoint.pair import open_pair
+from exporter.checkpoint.side_files import chat_template
 from exporter.cli.conversation import converse
 from runtime_ref.engine import open_engine
 from runtime_ref.errors import InputError
@@ -41,8 +41,12 @@ BROKEN: dict[str, tuple[str, str, str]] = {
         '{"chat_template": "{% if %}"}',
         r"chat_template: not a chat template \(line 1",
     ),
-    "number": ("tokenizer_config.json", '{"chat_template": 3}', r"chat_template is 3, expected text or a list"),
-    "no default": ("tokenizer_config.json", '{"chat_template": [{"name": "rag"}]}', r"template named default; correct"),
+    "number": (
+        "tokenizer_config.json",
+        '{"chat_template": 3}',
+        r"chat_template is 3, expected text or templates by name",
+    ),
+    "no default": ("tokenizer_config.json", '{"chat_template": [{"name": "rag"}]}', r"with one named default; correct"),
     "odd default": (
         "tokenizer_config.json",
         '{"chat_template": [{"name": "default", "template": 1}]}',
@@ -102,11 +106,13 @@ def test_chat_flag(run: Run, chat_bundle: Path) -> None:
             True,
             "--chat cannot be used with --prompt-ids; give --prompt instead",
         ),
-        (("--prompt", "a", "--prompt-ids", "ids.json"), True, "give either --prompt or --prompt-ids"),
-        (("--json",), True, "give either --prompt or --prompt-ids"),
-        (("--chat",), False, "give either --prompt or --prompt-ids"),
+        (("--prompt", "a", "--prompt-ids", "ids.json"), True, "give one of --prompt, --prompt-file and --prompt-ids"),
+        (("--json",), True, "give one of --prompt, --prompt-file and --prompt-ids"),
+        (("--chat",), False, "give one of --prompt, --prompt-file and --prompt-ids"),
         (("--chat",), True, "has no chat_template.jinja or no tokenizer.json"),
         (("--chat", "--prompt", "a"), False, "has no chat_template.jinja or no tokenizer.json"),
+        (("--system", "a", "--prompt", "b"), True, "--system goes with --chat"),
+        (("--system", "a"), True, "has no chat_template.jinja or no tokenizer.json"),
         ((), True, "has no tokenizer.json, which a chat needs; pass --prompt-ids"),
     ],
 )
@@ -182,6 +188,76 @@ def test_interrupted_answer_stays(
     assert f"{second[1].stats.reused_tokens} prompt tokens reused" in err
 
 
+def test_lines_joined_by_a_backslash(typed: Callable[..., list[Any]], chat_bundle: Path) -> None:
+    (turn,) = typed(open_decoder(chat_bundle, threads=1), ["one\\", "two\\", "three"])
+    assert turn[0] == ["one\ntwo\nthree"]
+
+
+@pytest.mark.parametrize("content", ["Return the\nvalue", "Return the\nvalue\n", "\ufeffReturn the\nvalue\r\n"])
+def test_prompts_from_files_and_standard_input(
+    content: str, run: Run, chat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt").write_bytes(content.encode())
+    command = ("generate", chat_bundle, "--max-new-tokens", 5, "--json")
+    expected = json.loads(run(*command, "--prompt", "Return the\nvalue")[1])["tokens"]
+    assert json.loads(run(*command, "--prompt-file", tmp_path / "prompt")[1])["tokens"] == expected
+    with (tmp_path / "prompt").open() as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        assert json.loads(run(*command, "--prompt", "-")[1])["tokens"] == expected
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "the prompt is empty"), (b"a\xff", "is not UTF-8 (invalid")])
+def test_prompt_files_that_are_refused(content: bytes, message: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(content)
+    for arguments in (("--prompt-file", tmp_path / "prompt"), ("--chat", "--prompt-file", tmp_path / "prompt")):
+        code, out, err = run("generate", tmp_path, *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    code, _, err = run("generate", tmp_path, "--prompt-file", tmp_path / "none")
+    assert (code, err) == (2, f"error: {tmp_path / 'none'}: No such file or directory\n")
+
+
+def test_system_prompts(run: Run, chat_bundle: Path, tmp_path: Path) -> None:
+    command = ("--prompt", "Return the", "--chat", "--max-new-tokens", 8, "--json")
+    decoder = open_decoder(chat_bundle, threads=1)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Return the"}]
+    expected = [token.id for token in decoder.chat(messages, max_new_tokens=8)]
+    assert json.loads(run("generate", chat_bundle, *command, "--system", "Be brief.")[1])["tokens"] == expected
+    silent = with_template(
+        chat_bundle, tmp_path / "silent", "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    )
+    code, _, err = run("generate", silent, *command, "--system", "Be brief.")
+    assert (code, err) == (2, f"error: {silent}: its chat template leaves out system prompts; leave out --system\n")
+
+
+def test_a_system_prompt_stays_in_a_chat(chat_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, lines, asked = open_decoder(chat_bundle, threads=1), iter(["a", "/new", "b", EOFError]), []
+    chat = decoder.chat
+
+    def line(_: str) -> str:
+        if isinstance(typed_line := next(lines), str):
+            return typed_line
+        raise typed_line
+
+    def recorded(messages: Any, **options: Any) -> Any:
+        asked.append([message["content"] for message in messages])
+        return chat(messages, **options)
+
+    monkeypatch.setattr("builtins.input", line)
+    monkeypatch.setattr(decoder, "chat", recorded)
+    converse(decoder, {"max_new_tokens": 2}, "Be brief.")
+    assert asked == [["Be brief.", "a"], ["Be brief.", "b"]]
+
+
+def test_stop_strings(run: Run, bundle: Callable[[str], Path]) -> None:
+    command = ("generate", bundle("demo"), "--prompt", "Return the", "--max-new-tokens", 20, "--json")
+    whole = json.loads(run(*command)[1])["text"]
+    stops = ("no such text", "None")
+    answer = json.loads(run(*command, *(word for stop in stops for word in ("--stop", stop)))[1])
+    assert "None" in whole and answer["text"] == whole[: whole.index("None")]
+    assert answer["finish_reason"] == "stop"
+
+
 def test_full_context_is_reported(typed: Callable[..., list[Any]], chat_bundle: Path, capsys: Any) -> None:
     """The line that did not fit is not in the conversation."""
     long = "return " * 700
@@ -231,7 +307,7 @@ class TerminalUser:
     def __init__(self, home: Path, script: str, *arguments: object) -> None:
         self.terminal, side = pty.openpty()
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 300, 0, 0))
-        (home / "inputrc").write_text("set enable-bracketed-paste off\nset editing-mode emacs\n")
+        (home / "inputrc").write_text("set editing-mode emacs\n")
         environment = os.environ | {"TERM": "dumb", "INPUTRC": str(home / "inputrc"), "OMP_NUM_THREADS": "1"}
         self.program = subprocess.Popen(
             [sys.executable, "-c", script, *map(str, arguments)],
@@ -258,7 +334,8 @@ class TerminalUser:
             except OSError:  # on Linux, the program has closed its end
                 new = b""
             assert new, f"the program ended without {pattern!r}: {self.unread!r}"
-            self.unread += self._decode(new)
+            # Without the sequences that switch bracketed paste on and off.
+            self.unread = re.sub(r"\x1b\[\?2004[hl]\r?", "", self.unread + self._decode(new))
         text, self.unread = self.unread[: match.end()], self.unread[match.end() :]
         return text
 
@@ -320,5 +397,8 @@ def test_lines_on_a_terminal(user_of: Callable[..., TerminalUser], chat_bundle: 
         output = user.read_until(r"\d+ tokens \(\w+\).*?\n> ")
         answer = expected.replace("\n", "\r\n")
         assert f"return the value\r\n{answer}\r\n3 tokens (length)" in output
+    user.type_keys("\x1b[200~return\rthe value\x1b[201~\r")  # pasted lines are one message
+    assert "3 tokens" in user.read_until(r"\d+ tokens \(\w+\).*?\n> ")
+    assert user.unread == ""
     user.type_keys("/quit\r")
     assert user.program.wait(120) == 0

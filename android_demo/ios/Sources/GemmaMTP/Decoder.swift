@@ -70,15 +70,16 @@ public final class Decoder {
                 stats.drafted += done.drafted
                 stats.accepted += done.accepted
             }
+            let isRound = !prefilled
             prefilled = false
             if end != nil || left == 0 {
                 stats.finishReason = end != nil ? "eos" : outOfBudget
             }
-            for token in done.tokens {
-                guard onToken(token) else {
-                    stats.finishReason = "cancelled"
-                    return stats
-                }
+            for (i, token) in done.tokens.enumerated() where !onToken(token) {
+                // Only tokens that were given out count; a text that just ended was not cancelled.
+                if isRound { stats.accepted -= done.accepted - min(done.accepted, i + 1) }
+                if i + 1 < done.tokens.count || stats.finishReason.isEmpty { stats.finishReason = "cancelled" }
+                return stats
             }
             if !stats.finishReason.isEmpty {
                 return stats

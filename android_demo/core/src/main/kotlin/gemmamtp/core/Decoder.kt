@@ -52,7 +52,7 @@ class Decoder(
         if (stop.any { it.isEmpty() }) throw InputError("a stop string is empty: expected some text")
         checkPrompt(manifest, prompt.asList())
         checkOptions(manifest, options)
-        return Stream(prompt.toList(), options, tokenizer?.stream(stop)).also { current = it }
+        return Stream(prompt.toList(), options, tokenizer?.stream(stop, prompt.asList())).also { current = it }
     }
 
     /**
@@ -127,10 +127,13 @@ class Decoder(
             if (ended) throw NoSuchElementException()
             if (pending.isEmpty()) decide()
             var token = pending.removeFirst()
-            val last = cancelled || (stats.finishReason.isNotEmpty() && pending.isEmpty())
-            val text = texts?.add(token.id, last) ?: ""
-            if (texts?.stopped == true) stats.finishReason = "stop" else if (cancelled) stats.finishReason = "cancelled"
-            ended = last || texts?.stopped == true
+            val round = checkNotNull(lastRound)
+            stats.count(round.cut(round.tokens.size - pending.size))
+            val complete = stats.finishReason.isNotEmpty() && pending.isEmpty()
+            val cut = cancelled && !complete
+            val text = texts?.add(token.id, complete || cut) ?: ""
+            if (texts?.stopped == true) stats.finishReason = "stop" else if (cut) stats.finishReason = "cancelled"
+            ended = complete || cut || texts?.stopped == true
             if (ended) save()
             token = Token(token.id, text, token.logprob)
             new.add(token.id)

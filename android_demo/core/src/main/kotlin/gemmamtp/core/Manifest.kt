@@ -79,6 +79,7 @@ class TableMetadata(
  * @property sampling how tokens are chosen if the user does not say.
  * @property bos id of the beginning-of-text token.
  * @property eos ids of the tokens that end a text.
+ * @property thoughts ids of the tokens that begin and end a thought, which is no part of an answer; null without thoughts.
  * @property chat form of the prompts of conversations, null if the bundle has none.
  * @property digest hexadecimal sha256 of the manifest itself, which differs between bundles.
  */
@@ -96,6 +97,7 @@ class Manifest(
     val sampling: Sampling,
     val bos: Int,
     val eos: Set<Int>,
+    val thoughts: Pair<Int, Int>?,
     val kv: List<KVBuffer>,
     val graphs: Map<String, Graph>,
     val tables: Map<String, TableMetadata>,
@@ -219,6 +221,11 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
         } ?: Sampling(),
         bos = raw.part("tokens").int("bos"),
         eos = raw.part("tokens").list("eos").map { it.asInt }.toSet(),
+        thoughts = raw.part("tokens").get("thoughts")?.takeIf { !it.isJsonNull }?.let { marks ->
+            val ids = marks.asJsonArray.map { it.asInt }
+            require(ids.size == 2) { "tokens.thoughts is $marks, expected two token ids" }
+            ids[0] to ids[1]
+        },
         kv = raw.part("kv").list("buffers").map { it.asJsonObject }.map {
             val sliding = it.text("layer_type") == "sliding_attention"
             KVBuffer(it.text("name"), sliding, it.int("num_key_value_heads"), it.int("head_dim"))

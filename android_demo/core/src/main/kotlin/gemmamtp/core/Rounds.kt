@@ -53,8 +53,7 @@ class Rounds(
     init {
         checkPrompt(engine.manifest, prompt)
         checkOptions(engine.manifest, options)
-        stats.reusedTokens = start
-        stats.finishReason = ""
+        stats.begin(start)
     }
 
     override fun hasNext() = stats.finishReason.isEmpty()

@@ -18,9 +18,11 @@ class SourceStats {
 /**
  * Counts and times of one generation.
  *
- * Drafts after an end token or past the budget count as drafted, not as accepted.
+ * Only tokens that were given out count: drafts after them, for instance after an end token or a stop string, count as
+ * drafted, not as accepted.
  *
  * @property rounds rounds, without the prefill.
+ * @property tokens tokens that the rounds gave out.
  * @property drafted draft tokens of all rounds.
  * @property accepted how many of them were accepted.
  * @property draftedByPosition draft tokens by their position in the round.
@@ -35,6 +37,7 @@ class SourceStats {
  */
 class Stats {
     var rounds = 0
+    var tokens = 0
     var drafted = 0
     var accepted = 0
     val draftedByPosition = ArrayList<Int>()
@@ -47,27 +50,49 @@ class Stats {
     var decodeSeconds = 0.0
     var finishReason = ""
 
+    private var newest: Round? = null // as far as it is counted
+    private var newestSource = SourceStats()
+
+    /** Begin a text, so many of whose prompt's tokens are in the cache already. */
+    fun begin(reusedTokens: Int) {
+        this.reusedTokens = reusedTokens
+        finishReason = ""
+        newest = null
+    }
+
     /** Add a round, cut off where the text ends, and the [source] of its drafts. */
     fun add(done: Round, source: String) {
         lastDrafted = done.drafts.size
         rounds += 1
         drafted += lastDrafted
-        accepted += done.accepted
         draftedLengths[lastDrafted] = (draftedLengths[lastDrafted] ?: 0) + 1
-        for ((counts, upTo) in listOf(draftedByPosition to lastDrafted, acceptedByPosition to done.accepted)) {
-            while (counts.size < lastDrafted) counts.add(0)
-            for (i in 0 until upTo) counts[i] += 1
-        }
-        if (lastDrafted == 0) return
-        val ofSource = sources.getOrPut(source) { SourceStats() }
-        ofSource.rounds += 1
-        ofSource.drafted += lastDrafted
-        ofSource.accepted += done.accepted
+        for (counts in listOf(draftedByPosition, acceptedByPosition)) while (counts.size < lastDrafted) counts.add(0)
+        for (i in 0 until lastDrafted) draftedByPosition[i] += 1
+        newestSource = if (lastDrafted == 0) SourceStats() else sources.getOrPut(source) { SourceStats() }
+        newestSource.rounds += 1
+        newestSource.drafted += lastDrafted
+        newest = done.cut(0)
+        count(done)
+    }
+
+    /** Count the newest round as another cut of it, after the tokens that were given out, in place of the counted one. */
+    fun count(done: Round) {
+        val before = newest ?: return // the prefill is no round
+        tokens += done.tokens.size - before.tokens.size
+        accepted += done.accepted - before.accepted
+        newestSource.accepted += done.accepted - before.accepted
+        for (i in before.accepted until done.accepted) acceptedByPosition[i] += 1
+        for (i in done.accepted until before.accepted) acceptedByPosition[i] -= 1
+        newest = done
     }
 
     /** Accepted drafts / proposed drafts; null if nothing was drafted. */
     val acceptanceRate: Double? get() = if (drafted > 0) accepted.toDouble() / drafted else null
 
-    /** 1 + accepted / rounds; null without a round. */
-    val meanTokensPerRound: Double? get() = if (rounds > 0) 1 + accepted.toDouble() / rounds else null
+    /**
+     * Tokens that the rounds gave out / rounds; null without a round.
+     *
+     * That is 1 + accepted / rounds, less the bonus token of a round that the end of the text cuts off.
+     */
+    val meanTokensPerRound: Double? get() = if (rounds > 0) tokens.toDouble() / rounds else null
 }

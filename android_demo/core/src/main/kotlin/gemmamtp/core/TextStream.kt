@@ -5,10 +5,21 @@ private const val REPLACEMENT = '\uFFFD'
 /**
  * Decodes tokens as they come, holding back incomplete characters and text that may begin a stop string.
  *
+ * Thoughts are no part of the text: their tokens give none, and are not searched for stop strings.
+ *
  * @param decode converts token ids to text.
  * @param stop strings that end the text.
+ * @param thoughts ids of the tokens that begin and end a thought; null without thoughts.
+ * @param prompt token ids before the text.
  */
-class TextStream(private val decode: (List<Int>) -> String, private val stop: List<String> = emptyList()) {
+class TextStream(
+    private val decode: (List<Int>) -> String,
+    private val stop: List<String> = emptyList(),
+    private val thoughts: Pair<Int, Int>? = null,
+    prompt: List<Int> = emptyList(),
+) {
+    private var thinks = thoughts != null && prompt.lastOrNull { it in thoughts.toList() } == thoughts.first
+
     // Tokens whose text was returned, then those whose text was not; older ones are no longer needed as context.
     private var returned = emptyList<Int>()
     private var held = emptyList<Int>()
@@ -26,6 +37,7 @@ class TextStream(private val decode: (List<Int>) -> String, private val stop: Li
      * @param last whether it is the text's last token; then all remaining text is returned.
      */
     fun add(token: Int, last: Boolean = false): String {
+        if (isThought(token)) return if (last) flush() else ""
         held = held + token
         var new = pending()
         if (new.endsWith(REPLACEMENT) && !last) {
@@ -43,6 +55,14 @@ class TextStream(private val decode: (List<Int>) -> String, private val stop: Li
         returned = held.ifEmpty { returned }
         held = emptyList()
         return withoutStop(new, last = true)
+    }
+
+    /** Whether a token belongs to a thought, its marks included; from one on, those that follow do as well. */
+    private fun isThought(token: Int): Boolean {
+        val (begin, end) = thoughts ?: return false
+        val belongs = thinks || token == begin || token == end
+        thinks = if (thinks) token != end else token == begin
+        return belongs
     }
 
     private fun pending(): String {

@@ -10,14 +10,15 @@ const val TOKENIZER = "tokenizer.json"
  * Converts text to tokens and back with the bundle's tokenizer.json, with the results of the `tokenizers` library.
  *
  * @param bos id of the beginning-of-text token, which Gemma expects before every prompt.
+ * @param thoughts ids of the tokens that begin and end a thought; null without thoughts.
  */
-class Tokenizer(file: File, private val bos: Int) {
+class Tokenizer(file: File, private val bos: Int, private val thoughts: Pair<Int, Int>? = null) {
     private val parts: TokenizerParts
     private val raw: AddedTokens
     private val normalized: AddedTokens
 
     /** @throws InputError the bundle has no tokenizer, or one that cannot be read. */
-    constructor(bundle: File, manifest: Manifest) : this(File(bundle, TOKENIZER), manifest.bos)
+    constructor(bundle: File, manifest: Manifest) : this(File(bundle, TOKENIZER), manifest.bos, manifest.thoughts)
 
     init {
         if (!file.exists()) throw InputError("$file: is missing; export a checkpoint that has a tokenizer")
@@ -55,8 +56,13 @@ class Tokenizer(file: File, private val bos: Int) {
         return parts.decode(tokens).joinToString("")
     }
 
-    /** Begin a text that is decoded token by token, up to any of the stop strings. */
-    fun stream(stop: List<String> = emptyList()): TextStream = TextStream(::decode, stop)
+    /**
+     * Begin a text that is decoded token by token, up to any of the stop strings.
+     *
+     * @param prompt token ids before the text; it begins inside a thought if these do not end one that they began.
+     */
+    fun stream(stop: List<String> = emptyList(), prompt: List<Int> = emptyList()): TextStream =
+        TextStream(::decode, stop, thoughts, prompt)
 }
 
 /** Finds added tokens in a text: the leftmost, and the longest of several that begin at the same place. */

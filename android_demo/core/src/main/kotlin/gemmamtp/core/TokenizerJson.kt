@@ -48,8 +48,7 @@ private class TokenizerJson(private val file: File) {
         if (!mergesRead) open(::readWhole) // merges may come before the vocabulary, which they need
         require(mergesRead) { "model.vocab or model.merges is missing or empty" }
         merges.sort()
-        requireNull("truncation")
-        requireNull("padding")
+        // `truncation` and `padding` are what a training left there: prompts are neither cut nor padded.
         val bpe = bpe()
         val normalizer = small["normalizer"]
         val decoder = small["decoder"] ?: refuse("decoder", "none", "Replace, ByteFallback and Fuse")
@@ -188,10 +187,6 @@ private class TokenizerJson(private val file: File) {
         val literal = pattern["String"]?.asString
         if (literal.isNullOrEmpty()) refuse("$part.pattern", pattern, "a String that is not empty")
         return literal
-    }
-
-    private fun requireNull(name: String) {
-        small[name]?.let { refuse(name, it, "null") }
     }
 
     private fun refuse(part: String, actual: Any, expected: Any): Nothing =

@@ -32,6 +32,7 @@ fun smallManifest(
     sampling = Sampling(),
     bos = 2,
     eos = eos,
+    thoughts = null,
     kv = kv,
     graphs = emptyMap(),
     tables = tables,

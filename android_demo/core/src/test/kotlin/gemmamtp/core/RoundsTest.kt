@@ -122,4 +122,20 @@ class RoundsTest {
         assertEquals(false, stream.hasNext())
         assertEquals("cancelled", stream.stats.finishReason)
     }
+
+    @Test
+    fun countsAreOfTheTokensThatWereGivenOut() {
+        for (last in 1..30) {
+            val stream = Decoder(CountingEngine(manifest), null, null, DraftLength(8, Costs(8))).stream(intArrayOf(5), Options(50, 4))
+            while (stream.hasNext() && stream.tokens.size < last) {
+                if (stream.tokens.size == last - 1) stream.cancel()
+                stream.next()
+                // The prefill gives the first token.
+                assertEquals(stream.tokens.size - 1, stream.stats.tokens)
+                assertEquals(stream.stats.accepted, stream.stats.acceptedByPosition.sum())
+            }
+            val ended = stream.tokens.last() == EOS
+            assertEquals(if (ended) "eos" else "cancelled", stream.stats.finishReason)
+        }
+    }
 }

@@ -43,7 +43,9 @@ class TokenizerTest {
     fun `streams return what those of runtime_ref return`() {
         for (row in cases.rows("streams")) {
             val ids = row.ints("ids")
-            val stream = tokenizer(row).stream(row.texts("stop"))
+            val thoughts = if (row.has("thoughts")) row.ints("thoughts").let { it[0] to it[1] } else null
+            val prompt = if (row.has("prompt")) row.ints("prompt") else emptyList()
+            val stream = TextStream(tokenizer(row)::decode, row.texts("stop"), thoughts, prompt)
             assertEquals(row.texts("pieces"), ids.mapIndexed { i, id -> stream.add(id, i == ids.size - 1) }, "$ids")
             assertEquals(row["stopped"].asBoolean, stream.stopped)
         }
@@ -65,6 +67,16 @@ class TokenizerTest {
             assertEquals("the prompt is not valid UTF-8 (surrogates not allowed); pass well-formed text", message)
         }
         tokenizers[0].encode("\uD83D\uDE00")
+    }
+
+    @Test
+    fun `padding and truncation that a training left are not applied`() {
+        val trained = shape()
+        trained.add("truncation", json("""{"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}"""))
+        trained.add("padding", json("""{"strategy": {"Fixed": 8}, "direction": "Right", "pad_id": 0, "pad_token": "<pad>"}"""))
+        for (text in listOf("a", "the fan in the inn")) {
+            assertEquals(tokenizers[1].encode(text).toList(), read(trained).encode(text).toList())
+        }
     }
 
     @Test
@@ -101,7 +113,6 @@ class TokenizerTest {
             "pre_tokenizer.invert is true" to { it.part("pre_tokenizer").addProperty("invert", true) },
             "decoder is none" to { it.add("decoder", JsonNull.INSTANCE) },
             "decoder.type is Metaspace" to { it.add("decoder", json("""{"type": "Metaspace"}""")) },
-            "truncation is" to { it.add("truncation", json("""{"max_length": 3}""")) },
             "added token \"<bos>\" is lstrip true" to { it.added(2).addProperty("lstrip", true) },
             "added token \"<bos>\" is special and normalized" to { it.added(2).addProperty("normalized", true) },
             "added token \"<bos>\" is id 7, expected 2" to { it.added(2).addProperty("id", 7) },

@@ -1,0 +1,106 @@
+"""Recognise checkpoints that are no plain weights of a model, and say what they are and what to do."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime_ref.errors import InputError
+from runtime_ref.json_file import read_json
+from runtime_ref.pointers import is_present
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+# What training tools put before the names of tensors: their wrapper, and how to save without it.
+WRAPPERS: Mapping[str, tuple[str, str]] = {
+    "base_model.model.": ("a PEFT model that was not merged", "save what merge_and_unload() returns"),
+    "_orig_mod.": ("a module wrapped by torch.compile", "save the module that was compiled (`_orig_mod`)"),
+    "module.": ("a module wrapped by DistributedDataParallel or DeepSpeed", "save the module inside (`.module`)"),
+    "_fsdp_wrapped_module.": ("a module wrapped by FSDP", "save a full state dict"),
+    "_forward_module.": ("a module wrapped by Lightning Fabric", "save the module inside"),
+    "student.": ("a module of a distillation", "save the student alone"),
+}
+
+# Ends of the names of tensors, and the method that writes them.
+TENSORS_OF_METHODS: Mapping[str, str] = {
+    r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b.*|\.base_layer\.weight": "adapter",
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|quant_state\..*)": "bitsandbytes",
+    r"\.(qweight|qzeros|g_idx)": "GPTQ or AWQ",
+    r"_packed|\.weight_shape|\.weight_zero_point": "compressed-tensors",
+    r"\.(weight_scale_inv|weight_scale|input_scale|activation_scale|input_activation_scale)": "a quantizing tool",
+    r"_(blocks|scales)": "MXFP4",
+}
+
+
+def refuse_other_forms(directory: Path) -> None:
+    """Refuse a directory that holds an adapter, a GGUF file or a quantized checkpoint.
+
+    Args:
+        directory: the checkpoint's directory.
+
+    Raises:
+        InputError: it does; the message says what it is and what to do.
+    """
+    if is_present(directory / ADAPTER_CONFIG):
+        config = read_json(directory / ADAPTER_CONFIG, "the config of an adapter")
+        config = config if isinstance(config, dict) else {}
+        kind, base = config.get("peft_type") or "PEFT", config.get("base_model_name_or_path") or "its base model"
+        raise InputError(
+            f"{directory}: holds an adapter ({kind}) for {base}, not a whole model; merge it into its base"
+            " (PEFT: merge_and_unload(), then save_pretrained()), and pass the merged checkpoint"
+        )
+    path = directory / "config.json"
+    if not is_present(path):
+        if gguf := sorted(directory.glob("*.gguf")):
+            raise InputError(f"{gguf[0]}: a GGUF file; pass the directory of the checkpoint it was converted from")
+        return
+    config = read_json(path, "a Hugging Face checkpoint directory with this file")
+    text = config.get("text_config") if isinstance(config, dict) else None
+    for section in (config, text):
+        quantization = section.get("quantization_config") if isinstance(section, dict) else None
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise _quantized(path, str(method))
+
+
+def refuse_other_tensors(directory: Path, names: Collection[str]) -> None:
+    """Refuse tensors that a training's wrapper, an adapter or a quantizing tool named.
+
+    Args:
+        directory: the checkpoint's directory.
+        names: names of its tensors.
+
+    Raises:
+        InputError: there are such names; the message says what they are and what to do.
+    """
+    for prefix, (what, remedy) in WRAPPERS.items():
+        if names and all(name.startswith(prefix) for name in names):
+            raise InputError(
+                f"{directory}: all tensors are named {prefix}*, as in {what}; save it unwrapped, adapters merged:"
+                f" {remedy}"
+            )
+    for pattern, method in TENSORS_OF_METHODS.items():
+        found = next((name for name in sorted(names) if re.search(rf"(?:{pattern})$", name)), None)
+        if found is None or _is_of_towers(found):
+            continue
+        if method == "adapter":
+            raise InputError(
+                f"{directory}: tensor {found} is an adapter's that was not merged; merge it (PEFT: merge_and_unload(),"
+                " then save_pretrained()), and pass the merged checkpoint"
+            )
+        raise _quantized(directory, f"{method} (tensor {found})")
+
+
+def _is_of_towers(name: str) -> bool:
+    return "vision_tower." in name or "audio_tower." in name
+
+
+def _quantized(path: Path, method: str) -> InputError:
+    sister: dict[str, Any] = {
+        "gemma": " (of Google's mobile checkpoints, `-qat-q4_0-unquantized`)",
+        "compressed-tensors": " (of Google's `-qat-w4a16-ct`, `-qat-q4_0-unquantized`)",
+    }
+    return InputError(
+        f"{path}: the checkpoint is quantized, by {method}; pass its unquantized sister{sister.get(method, '')}, or"
+        " dequantize it (transformers: model.dequantize(), then save_pretrained()), and choose bits with --recipe"
+    )

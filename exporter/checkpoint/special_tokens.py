@@ -1,0 +1,116 @@
+"""Special tokens of a checkpoint: what begins and ends a text, what is never generated, and the marks of thoughts."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoint.generation_config import GENERATION_CONFIG
+from exporter.checkpoint.side_files import TOKENIZER_CONFIG, added_tokens, chat_template, checkpoint_json
+from exporter.checkpoint.template_marks import end_of_turn, thought_marks
+from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate
+from runtime_ref.errors import InputError
+
+# Keys of tokenizer_config.json whose tokens end a text.
+END_KEYS = ("eos_token", "eot_token")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of special tokens.
+
+    Attributes:
+        bos: starts a text.
+        eos: any of them ends a text; ascending.
+        pad: fills up a batch.
+        suppressed: never generated; ascending.
+        thoughts: what begins and what ends a thought, which is no part of an answer; None without thoughts.
+        names: texts by the names under which chat templates know them, such as `bos_token`.
+    """
+
+    bos: int
+    eos: tuple[int, ...]
+    pad: int
+    suppressed: tuple[int, ...] = ()
+    thoughts: tuple[int, int] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+def special_tokens(directory: Path) -> SpecialTokens:
+    """Read the special tokens of a checkpoint directory.
+
+    Each id is read from generation_config.json, else from config.json, else from its text_config. If the first does not
+    say what ends a text, then so do the end tokens in tokenizer_config.json and what the chat template writes after an
+    answer.
+
+    Raises:
+        InputError: a file is not a JSON object, a tokenizer or a chat template, or a value is not a token id.
+    """
+    config, generation = checkpoint_json(directory, "config.json"), checkpoint_json(directory, GENERATION_CONFIG)
+    text_config = config.get("text_config")
+    sources = [generation, config, text_config if isinstance(text_config, dict) else {}]
+
+    def token_ids(key: str, default: int) -> list[int]:
+        found = (_token_ids(directory, key, source.get(key)) for source in sources)
+        return next((ids for ids in found if ids), [default])
+
+    suppressed = tuple(sorted(set(_token_ids(directory, "suppress_tokens", generation.get("suppress_tokens")))))
+    bos, eos, pad = token_ids("bos_token_id", 2), token_ids("eos_token_id", 1), token_ids("pad_token_id", 0)
+    names = _names(directory)
+    added, template = added_tokens(directory), _template(directory, names)
+    if not _token_ids(directory, "eos_token_id", generation.get("eos_token_id")):
+        eos += [added[names[key]] for key in END_KEYS if names.get(key) in added]
+        turn_end = end_of_turn(template, added) if template else None
+        eos += [] if turn_end is None else [turn_end]
+    thoughts = thought_marks(template, added) if template else None
+    return SpecialTokens(bos[0], tuple(sorted(set(eos))), pad[0], suppressed, thoughts, names)
+
+
+def token_warnings(directory: Path, tokens: SpecialTokens) -> Iterator[str]:
+    """Yield, in a line each, what is odd about a checkpoint's special tokens.
+
+    Args:
+        directory: the checkpoint's directory.
+        tokens: its special tokens.
+    """
+    settings = checkpoint_json(directory, GENERATION_CONFIG)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"):
+        values = settings.get(key)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, int) and value < 0:
+                yield f"{directory / GENERATION_CONFIG}: {key} is {value}, which is no token; it is ignored"
+    template, added = _template(directory, tokens.names), added_tokens(directory)
+    turn_end = end_of_turn(template, added) if template else None
+    if turn_end is not None and turn_end not in tokens.eos:
+        yield (
+            f"{directory / GENERATION_CONFIG}: eos_token_id lacks {turn_end}, which the chat template writes after an"
+            " answer; answers go on after it"
+        )
+
+
+def _token_ids(directory: Path, key: str, value: Any) -> list[int]:
+    """The token ids of a value, a list or one; negative ids, by which some tools say "none", are left out."""
+    # An id beyond the vocabulary is no error: it never occurs, as in models with a vocabulary that was cut down.
+    ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or abs(token) >= 2**31:
+            raise InputError(
+                f"{directory}: {key} is {token!r:.60}, expected a token id or a list of them; correct"
+                f" {GENERATION_CONFIG} or config.json"
+            )
+    return [token for token in ids if token >= 0]
+
+
+def _names(directory: Path) -> dict[str, str]:
+    """Texts of special tokens by name, from tokenizer_config.json, as templates in transformers see them."""
+    names = {}
+    for key, value in checkpoint_json(directory, TOKENIZER_CONFIG).items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            names[key] = text
+    return names
+
+
+def _template(directory: Path, names: Mapping[str, str]) -> ChatTemplate | None:
+    source = chat_template(directory)
+    return ChatTemplate(source, str(directory / CHAT_TEMPLATE), "correct it", names) if source else None

@@ -1,0 +1,107 @@
+"""Check the kinds of arguments that applications pass, before anything runs on them."""
+
+import operator
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from runtime_ref.errors import InputError
+
+
+def integer(name: str, value: Any) -> int:
+    """Return a whole number, also one of numpy or torch, as an int.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was passed.
+
+    Raises:
+        InputError: it is not a whole number.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # of an object that is no number; torch raises other kinds
+        pass
+    raise InputError(f"{name} is {_shown(value)}, expected a whole number")
+
+
+def number(name: str, value: Any) -> float:
+    """Return a number, also one of numpy or torch, as a float.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was passed.
+
+    Raises:
+        InputError: it is not a number.
+    """
+    try:
+        if not isinstance(value, bool | str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise InputError(f"{name} is {_shown(value)}, expected a number")
+
+
+def token_ids(prompt: Any) -> list[int]:
+    """Return token ids as a list of ints.
+
+    Args:
+        prompt: a sequence of whole numbers, or an array of numpy or torch with one dimension.
+
+    Raises:
+        InputError: it is of another form.
+    """
+    if isinstance(prompt, str | bytes | dict) or not isinstance(prompt, Iterable):
+        raise InputError(f"the prompt is {_shown(prompt)}, expected text or a list of token ids")
+    try:
+        tokens = list(prompt)
+        if not any(isinstance(token, bool) for token in tokens):
+            return [operator.index(token) for token in tokens]
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise InputError(
+        f"the prompt is {_shown(prompt)}, expected text or a list of token ids, whole numbers; pass one prompt"
+        " at a time"
+    )
+
+
+def stop_strings(stop: Any) -> tuple[str, ...]:
+    """Return stop strings as a tuple.
+
+    Args:
+        stop: texts.
+
+    Raises:
+        InputError: it is one text, whose characters would be taken for stop strings, or holds something else than text,
+            or an empty one.
+    """
+    if isinstance(stop, str) or not isinstance(stop, Iterable):
+        raise InputError(f"stop is {_shown(stop)}, expected a list of texts")
+    texts = tuple(stop)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise InputError(f"a stop string is {'empty' if text == '' else _shown(text)}: expected some text")
+    return texts
+
+
+def directory(path: Any) -> Path:
+    """Return a directory's path.
+
+    Args:
+        path: a text or a path.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        return Path(os.fsdecode(path))
+    except TypeError:
+        raise InputError(f"{_shown(path)}: expected the path of a bundle's directory") from None
+
+
+def _shown(value: Any) -> str:
+    """A value in one line of a message, shortened."""
+    return f"{' '.join(repr(value).split()):.60}"

@@ -1,0 +1,118 @@
+"""The form of a manifest's keys that programs read: which must be there, and what kind of value each holds."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+MAX_SIZE = 1 << 62  # bytes and counts beyond it cannot be true
+
+# A form is a type, the forms of an object's keys (optional ones end in `?`), the one form of a list's items, an object
+# with the key `*` for any keys, or a function that checks a value and raises ValueError.
+Form = Any
+
+
+def size(value: Any) -> None:
+    """Accept a whole number that is not negative."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_SIZE:
+        raise ValueError(f"is {value!r:.60}, expected a whole number that is not negative")
+
+
+def number(value: Any) -> None:
+    """Accept a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
+        raise ValueError(f"is {value!r:.60}, expected a number")
+
+
+def or_null(form: Form) -> Callable[[Any], None]:
+    """Return a form that also accepts null."""
+    return lambda value: None if value is None else check_form(value, form, "")
+
+
+_PORT = {"name": str}
+_GRAPH = {"file": str, "inputs": [_PORT], "outputs": [_PORT]}
+_PLACE = {"file": str, "offset": size}
+_TABLE = {
+    "rows": size,
+    "columns": size,
+    "encoding": str,
+    "row_bytes": size,
+    "group_size": size,
+    "data": _PLACE,
+    "scales?": {**_PLACE, "dtype": str},
+}
+_TEXT_CONFIG = {
+    "vocab_size": size,
+    "hidden_size": size,
+    "sliding_window": size,
+    "num_hidden_layers": size,
+    "layer_types": [str],
+}
+_TURN = [str]
+
+MANIFEST_FORM: Form = {
+    "format_version": size,
+    "tool_version?": str,
+    "backend": {"name": str},
+    "recipe": str,
+    "max_seq_len": size,
+    "num_draft_tokens": {"default": size, "max": size},
+    "limits": {"num_tokens": size, "num_outputs": size, "cache_rows": size, "window_rows": size},
+    "row_multiple": size,
+    "row_multiple_arm64?": size,
+    "tokens": {
+        "bos": size,
+        "eos": [size],
+        "suppressed?": [size],
+        "thoughts?": or_null([size]),
+        "names?": {"*": str},
+    },
+    "sampling?": or_null({"temperature": number, "top_k": size, "top_p": number}),
+    "target": _TEXT_CONFIG,
+    "drafter": {"text": _TEXT_CONFIG},
+    "two_stage": or_null({"origin": str, "num_clusters": size, "cluster_size": size, "top_k_clusters": size}),
+    "kv": {
+        "buffers": [{"name": str, "layer": size, "layer_type": str, "num_key_value_heads": size, "head_dim": size}],
+    },
+    "graphs": {"target": _GRAPH, "drafter": _GRAPH},
+    "tables": {"embed_tokens": _TABLE, "embed_tokens_per_layer": _TABLE},
+    "source": {"target": {"*": str}, "drafter": {"*": str}},
+    "files": {"*": {"size": size, "sha256": str}},
+    "chat?": {"begin": str, "turns": {"*": _TURN}, "answer": str, "trim": bool, "alternate": bool},
+}
+
+_NAMES = {str: "text", bool: "true or false"}
+
+
+def check_form(value: Any, form: Form, path: str) -> None:
+    """Check a value of a manifest.
+
+    Args:
+        value: as parsed from JSON.
+        form: what it must be like.
+        path: names of the keys that lead to the value, joined by dots, which messages name.
+
+    Raises:
+        ValueError: the value, or one inside it, is missing or of another form.
+    """
+    if isinstance(form, dict):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path or 'the document'} is {value!r:.60}, expected an object")
+        keys = dict.fromkeys(value, form["*"]) if "*" in form else form
+        for key, inner in keys.items():
+            name = key if "*" in form else key.removesuffix("?")
+            if name in value:
+                check_form(value[name], inner, f"{path}.{name}".lstrip("."))
+            elif not key.endswith("?"):
+                raise ValueError(f"{path}.{name}".lstrip(".") + " is missing")
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{path} is {value!r:.60}, expected a list")
+        for i, item in enumerate(value):
+            check_form(item, form[0], f"{path}[{i}]")
+    elif isinstance(form, type):
+        if not isinstance(value, form):
+            raise ValueError(f"{path} is {value!r:.60}, expected {_NAMES[form]}")
+    else:
+        try:
+            form(value)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}".strip()) from None

@@ -1,0 +1,97 @@
+"""What commands do on terminals and pipes of all kinds, and with errors that nobody foresaw."""
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporter.cli import generate_command
+from exporter.terminal import UNEXPECTED, print_json
+from tests.conftest import Run
+
+COMMAND = Path(sys.executable).parent / "gemma-mtp-export"
+
+
+def test_an_unexpected_error_is_one_line_with_a_code_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Path) -> None:
+        raise RuntimeError("no such\nthing")
+
+    monkeypatch.setattr(generate_command, "open_bundle", broken)
+    code, out, err = run("generate", "bundle", "--prompt", "a")
+    assert (code, out, err.count("\n")) == (UNEXPECTED, "", 1)
+    assert "error: unexpected RuntimeError: no such thing (test_terminal.py, line " in err
+    assert "please report it, with what the same command prints with --traceback" in err
+    for arguments in (("generate", "bundle", "--prompt", "a", "--traceback"), ("--traceback", "generate", "bundle")):
+        code, _, err = run(*arguments, *(() if "--prompt" in arguments else ("--prompt", "a")))
+        assert code == UNEXPECTED
+        assert "Traceback" in err and "in broken" in err and err.splitlines()[-1].startswith("error: unexpected")
+
+
+def test_traceback_shows_where_a_refusal_comes_from(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("inspect", tmp_path / "no", "--traceback")
+    assert code == 2
+    assert "Traceback" in err and err.splitlines()[-1].startswith("error: ")
+
+
+def test_json_has_no_numbers_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [1.5, float("nan"), (float("inf"),)], "b": {"c": -float("inf")}})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": [1.5, None, [None]],
+        "b": {"c": None},
+    }
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_output_in_any_encoding(encoding: str, bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """A prompt is printed before its continuation: what the encoding lacks is escaped."""
+    (tmp_path / "prompt").write_text("naïve — 中文 👩‍💻\n", encoding="utf-8")
+    command = [COMMAND, "generate", bundle("demo"), "--prompt-file", tmp_path / "prompt", "--max-new-tokens", "2"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    result = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (result.returncode, result.stderr.count(b"\n")) == (0, 1), result.stderr
+    # Click takes ASCII for a missing setting, and writes UTF-8.
+    text = result.stdout.decode("utf-8" if encoding == "ascii" else encoding)
+    assert ("中文" in text) == (encoding in ("ascii", "utf-8"))
+    assert ("\\u4e2d" in text) == (encoding in ("latin-1", "cp1252"))
+
+
+@pytest.mark.parametrize("settings", [{"COLUMNS": "0"}, {"TERM": "dumb"}, {"COLUMNS": "1"}, {}], ids=str)
+def test_terminals_without_a_width(settings: dict[str, str], bundle: Callable[..., Path]) -> None:
+    """A new pseudo terminal has no columns until somebody sets them."""
+    controller, terminal = pty.openpty()
+    command = [COMMAND, "inspect", bundle("tiny")]
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | settings
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        text = b""
+        while block := _read(controller):
+            text += block
+    os.close(controller)
+    assert process.returncode == 0, text
+    assert b"onnx" in text.replace(b"\r\n", b"") or settings.get("COLUMNS") == "1"
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:  # the other side of a pseudo terminal was closed
+        return b""
+
+
+def test_onnx_runtime_prints_nothing_beside_the_error(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle("tiny"), tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for kv in manifest["kv"]["buffers"]:
+        kv["head_dim"] += 1  # the graph refuses such buffers when it runs
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "ids").write_text("[3, 4]")
+    command = [COMMAND, "generate", copy, "--prompt-ids", tmp_path / "ids"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1 and "cannot run" in result.stderr

@@ -1,0 +1,194 @@
+"""Whatever files and arguments hold, what comes of it is a result, or one line that says what is wrong.
+
+`make fuzz` runs many more examples than the tests do.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from exporter.bench.measure import decode_weights, two_stage_ratio, versions
+from exporter.bundle.inspection import inspect
+from exporter.checkpoint.pair import open_pair
+from exporter.parity.stages import open_source
+from runtime_ref.engine import load_engine
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import MANIFEST, read_manifest
+from runtime_ref.streaming import Decoder, open_decoder
+from tests.conftest import Directories
+from tests.edges import VALUES, spoilt
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+fuzz = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=FIXTURES, derandomize=EXAMPLES <= 60, database=None
+)
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Let the block succeed, or raise an InputError of one line."""
+    try:
+        yield
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) > 10
+
+
+def dump(document: Any) -> bytes:
+    """JSON as other programs write it, NaN and lone surrogates among it."""
+    return json.dumps(document).encode()
+
+
+@pytest.fixture(scope="module")
+def pair(pair_dirs: Callable[[str], Directories], tmp_path_factory: pytest.TempPathFactory) -> Directories:
+    """Copies of a tiny target and drafter, with every file that is read."""
+    directory = tmp_path_factory.mktemp("pair")
+    for source, name in zip(pair_dirs("e2b"), ("target", "drafter"), strict=True):
+        shutil.copytree(source, directory / name)
+    target = directory / "target"
+    shutil.copyfile("exporter/demo/pair/target/tokenizer.json", target / "tokenizer.json")
+    tokens = {"eos_token": "<eos>", "eot_token": {"content": "<bos>"}, "bos_token": "<bos>", "chat_template": TEMPLATE}
+    (target / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (target / "generation_config.json").write_text(json.dumps(GENERATION))
+    return target, directory / "drafter"
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+GENERATION = {
+    **{"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1},
+    **{"bos_token_id": 2, "eos_token_id": [1, 5], "pad_token_id": 0, "suppress_tokens": [7, 8]},
+}
+
+
+@contextlib.contextmanager
+def replaced(file: Path, content: bytes) -> Iterator[None]:
+    """Give a file another content while the block runs."""
+    before = file.read_bytes()
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.write_bytes(before)
+
+
+FILES = (
+    *("target/config.json", "drafter/config.json", "target/generation_config.json", "target/tokenizer_config.json"),
+    "target/tokenizer.json",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+@fuzz
+@given(data=st.data())
+def test_checkpoints_with_a_spoilt_file(name: str, data: st.DataObject, pair: Directories) -> None:
+    file = pair[0].parent / name
+    document = data.draw(spoilt(json.loads(file.read_text(encoding="utf-8"))))
+    with replaced(file, dump(document)), one_line():
+        opened = open_pair(*pair)
+        assert all("\n" not in warning for warning in opened.warnings)
+
+
+@pytest.mark.parametrize("name", [*FILES, "target/model.safetensors"])
+@fuzz
+@given(data=st.data())
+def test_checkpoints_with_a_file_of_other_bytes(name: str, data: st.DataObject, pair: Directories) -> None:
+    file = pair[0].parent / name
+    before = file.read_bytes()
+    at = data.draw(st.integers(0, min(len(before), 3000)))
+    content = data.draw(
+        st.one_of(
+            st.binary(max_size=60),
+            st.just(before[:at]),
+            st.binary(min_size=1, max_size=8).map(lambda new: before[:at] + new + before[at + len(new) :]),
+        )
+    )
+    with replaced(file, content), one_line():
+        open_pair(*pair)
+
+
+@fuzz
+@given(data=st.data())
+def test_checkpoints_with_a_spoilt_header(data: st.DataObject, pair: Directories) -> None:
+    file = pair[0] / "model.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = dump(data.draw(spoilt(json.loads(content[8 : 8 + size]))))
+    with replaced(file, len(header).to_bytes(8, "little") + header + content[8 + size :]), one_line():
+        open_pair(*pair)
+
+
+@pytest.fixture(scope="module")
+def copy(bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(bundle("tiny"), tmp_path_factory.mktemp("copy") / "bundle"))
+
+
+@fuzz
+@given(data=st.data())
+def test_bundles_with_a_spoilt_manifest(
+    data: st.DataObject, copy: Path, pair_dirs: Callable[[str], Directories]
+) -> None:
+    """What every command reads of a manifest, and a text with it if it is taken."""
+    file = copy / MANIFEST
+    with replaced(file, dump(data.draw(spoilt(json.loads(file.read_text()))))):
+        for read in (inspect, lambda path: open_source(path, *pair_dirs("tiny")), _as_bench_does, _generate):
+            with one_line():
+                read(copy)
+
+
+def _as_bench_does(path: Path) -> None:
+    manifest = read_manifest(path)
+    load_engine(path, manifest, 1)
+    decode_weights(manifest), two_stage_ratio(manifest), versions(manifest)
+
+
+def _generate(path: Path) -> None:
+    manifest = read_manifest(path)
+    decoder = Decoder(path, load_engine(path, manifest, 1), None, None)  # type: ignore[arg-type]
+    for _ in decoder.stream([3, 4, 5], max_new_tokens=4, num_draft_tokens=min(2, manifest.max_draft_tokens)):
+        pass
+
+
+@pytest.fixture(scope="module")
+def decoder(chat_bundle: Path) -> Decoder:
+    return open_decoder(chat_bundle, threads=1)
+
+
+ANYTHING = st.one_of(
+    st.sampled_from(VALUES), st.recursive(st.none() | st.integers() | st.floats() | st.text(), st.lists)
+)
+
+
+@fuzz
+@given(
+    prompt=st.one_of(st.lists(st.integers(-1, 2100), max_size=5), st.text(max_size=9), ANYTHING),
+    options=st.dictionaries(
+        st.sampled_from(("max_new_tokens", "num_draft_tokens", "temperature", "top_p", "top_k", "seed", "stop")),
+        st.one_of(ANYTHING, st.integers(0, 9), st.floats(0, 2), st.lists(st.text(min_size=1), max_size=2)),
+    ),
+)
+def test_streams_of_any_arguments(prompt: Any, options: dict[str, Any], decoder: Decoder) -> None:
+    with one_line():
+        stream = decoder.stream(prompt, **options)
+        for _ in range(4):
+            next(stream, None)
+        assert stream.stats.tokens <= len(stream.tokens) <= 4
+
+
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(("user", "assistant", "system")), "content": st.text(max_size=9)}
+)
+
+
+@fuzz
+@given(messages=st.one_of(st.lists(MESSAGE, max_size=4), spoilt([{"role": "user", "content": "a"}] * 3), ANYTHING))
+def test_chats_of_any_messages(messages: Any, decoder: Decoder) -> None:
+    with one_line():
+        next(decoder.chat(messages), None)
