@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL = pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test bench lint types docs constraints dist dist-test workflows android-test android-apk aarch64-parity clean
+.PHONY: demo check test fuzz bench lint types docs constraints dist dist-test workflows android-test android-apk aarch64-parity clean
 
 demo: .venv/installed
 	$(BIN)/gemma-mtp-export demo
@@ -14,6 +14,10 @@ check: lint types
 
 test: .venv/installed-dev
 	$(BIN)/pytest --numprocesses auto --dist loadgroup
+
+# Ten thousand examples of each of its tests: hours on two cores; FUZZ_EXAMPLES=1000 for a tenth.
+fuzz: .venv/installed-dev
+	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),10000) $(BIN)/pytest --numprocesses auto tests/test_edges.py
 
 bench: .venv/installed
 	$(BIN)/python -m exporter.studies.two_stage_speed
@@ -36,8 +40,9 @@ workflows:
 types: .venv/installed-dev
 	$(BIN)/mypy
 
-docs: .venv/installed
+docs: .venv/installed-dev
 	$(BIN)/python -m exporter.cli.command_reference > docs/cli.md
+	$(BIN)/python -m tests.exporter.checkpoint.forms > docs/compatibility.md
 
 # Writes constraints.txt: what pip chooses by pyproject.toml alone.
 constraints:

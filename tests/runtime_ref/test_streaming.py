@@ -16,7 +16,7 @@ from exporter.demo import PAIR
 from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
 from runtime_ref.sampling import MAX_TOP_K
-from runtime_ref.streaming import Decoder, open_decoder
+from runtime_ref.streaming import Decoder, Stream, open_decoder
 from runtime_ref.tokenizer import TextStream
 from tests.pairs import load_reference
 
@@ -204,3 +204,34 @@ def test_stop_strings() -> None:
     assert pieces(["END", "x"], "abxEND") == (["ab"], True)
     assert pieces(["aab"], "a", "a", "a", "b", "c") == (["", "", "a", ""], True)
     assert pieces([], "a", "b") == (["a", "b"], False)
+
+
+def assert_counts_what_was_given_out(stream: Stream) -> None:
+    """Tokens after the prefill's are accepted drafts or bonus tokens of rounds, of which the last may be cut off."""
+    stats, given = stream.stats, len(stream.tokens)
+    assert stats.tokens == given - 1
+    assert stats.rounds + stats.accepted - (given - 1) in (0, 1)
+    assert stats.accepted == sum(stats.accepted_by_position) == sum(s.accepted for s in stats.sources.values())
+    assert stats.mean_tokens_per_round == ((given - 1) / stats.rounds if stats.rounds else None)
+
+
+@pytest.mark.parametrize("drafts", [0, 4, None])
+def test_counts_are_of_the_tokens_that_were_given_out(decoder: Decoder, drafts: int | None) -> None:
+    """However the text ends: cancelled or left at any token, also inside a round, or at a stop string."""
+    whole = [*decoder.stream(PROMPT, max_new_tokens=40, num_draft_tokens=drafts)]
+    for count in range(1, len(whole) + 1):
+        cancelled = decoder.stream(PROMPT, max_new_tokens=40, num_draft_tokens=drafts)
+        for _ in range(count - 1):
+            next(cancelled)
+            assert_counts_what_was_given_out(cancelled)
+        cancelled.cancel()
+        assert len([*cancelled]) == 1
+        assert_counts_what_was_given_out(cancelled)
+        # A text that ends by itself with this token was not cancelled.
+        assert cancelled.stats.finish_reason == ("eos" if count == len(whole) else "cancelled")
+        stop = whole[count - 1].text
+        if stop.strip():
+            stopped = decoder.stream(PROMPT, max_new_tokens=40, num_draft_tokens=drafts, stop=[stop])
+            assert len([*stopped]) <= count
+            assert stopped.stats.finish_reason == "stop"
+            assert_counts_what_was_given_out(stopped)

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
+from exporter.checkpoint.special_tokens import SpecialTokens
+from exporter.demo import PAIR
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
-from runtime_ref.tokenizer import TextTokenizer
+from runtime_ref.tokenizer import TextStream, TextTokenizer
 from tests.vectors import make_tokenizer
 
 
@@ -56,3 +60,49 @@ def test_broken_tokenizer_is_refused(tokenizer: TextTokenizer, bundle: Callable[
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"cannot be read as a tokenizer"):
         TextTokenizer(tmp_path, read_manifest(bundle("demo")))
+
+
+def test_padding_and_truncation_of_a_training_are_not_applied(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    """Transformers, which trains with such a file, does not apply them either."""
+    trained = Tokenizer.from_file(str(PAIR / "target" / "tokenizer.json"))
+    trained.enable_truncation(4)
+    trained.enable_padding(length=16, pad_token="<pad>")
+    trained.save(str(tmp_path / "tokenizer.json"))
+    assert len(trained.encode("Return a copy of the text").ids) == 16
+    read = TextTokenizer(tmp_path, SpecialTokens(2, (1,), 0))
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in ("Return a copy of the text with all leading whitespace removed", "Return", ""):
+        assert read.encode(text) == tokenizer.encode(text)
+        assert read.encode(text)[1:] == reference(text, add_special_tokens=False)["input_ids"]
+
+
+class TestThoughts:
+    """Tokens 0 and 9 begin and end a thought; other tokens are the letters of their number."""
+
+    @staticmethod
+    def decode(tokens: list[int]) -> str:
+        return "".join(" abcdefgh"[token] if 0 < token < 9 else "" for token in tokens)
+
+    def stream(self, stop: tuple[str, ...] = (), prompt: tuple[int, ...] = ()) -> TextStream:
+        return TextStream(self.decode, stop, (0, 9), prompt)
+
+    @pytest.mark.parametrize("tokens", [[1, 0, 2, 9, 3], [1, 0, 2, 0, 2, 9, 9, 3], [9, 1, 0, 9, 3], [1, 3, 0, 2]])
+    def test_they_give_no_text(self, tokens: list[int]) -> None:
+        stream = self.stream()
+        assert "".join([*map(stream.add, tokens), stream.flush()]) == "ac"
+
+    @pytest.mark.parametrize(
+        ("prompt", "text"), [((), "bc"), ((5, 0), "c"), ((0, 5), "c"), ((0, 9), "bc"), ((0, 9, 0), "c"), ((9,), "bc")]
+    )
+    def test_one_may_begin_in_the_prompt(self, prompt: tuple[int, ...], text: str) -> None:
+        stream = self.stream(prompt=prompt)
+        assert "".join(map(stream.add, [2, 9, 3])) == text
+
+    def test_stop_strings_are_searched_around_them(self) -> None:
+        stream = self.stream(stop=("ac",))
+        assert [stream.add(token) for token in (2, 0, 1, 3, 9, 1, 0, 2, 9, 3)] == ["b", *[""] * 9]
+        assert stream.stopped
+
+    def test_held_text_comes_at_the_end(self) -> None:
+        stream = self.stream(stop=("ac",))
+        assert [stream.add(1), stream.add(0), stream.add(2, last=True)] == ["", "", "a"]

@@ -131,6 +131,28 @@ def streams(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, ob
     return rows
 
 
+def thoughtful_streams(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, object]]:
+    """Return streams as `streams` does, in which two tokens begin and end thoughts; some begin inside one."""
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    rows: list[dict[str, object]] = []
+    for number in range(40):
+        begin, end = generator.sample(range(tokenizer.get_vocab_size()), 2)
+        words = [prompt(tokenizer, generator.choice(TEXTS))[1:6] for _ in range(6)]
+        ids = [token for word in words for token in (*word, generator.choice((begin, end)))][
+            : generator.randrange(1, 40)
+        ]
+        before = generator.choices((3, begin, end), k=number % 4)
+        shown = TextStream(decode, (), (begin, end), before)
+        whole = "".join(shown.add(token) for token in ids)
+        at = generator.randrange(len(whole) or 1)
+        stop = [whole[at : at + 3]] if number % 3 == 0 and whole[at : at + 3] else []
+        stream = TextStream(decode, stop, (begin, end), before)
+        pieces = [stream.add(token, i == len(ids) - 1) for i, token in enumerate(ids)]
+        row = {"ids": ids, "text": decode(ids), "stop": stop, "pieces": pieces, "stopped": stream.stopped}
+        rows.append({**row, "thoughts": [begin, end], "prompt": before})
+    return rows
+
+
 def chats(template: str, generator: random.Random) -> tuple[ChatFormat, list[dict[str, object]]]:
     """Return a template's chat format, and chats with the prompts that the template renders."""
     with tempfile.TemporaryDirectory() as name:
@@ -176,6 +198,9 @@ def vectors() -> dict[str, list[Any]]:
         content["files"].append({"file": name, "bos": ENDS.bos})
         content["texts"] += [{"file": number, **row} for row in texts(tokenizer, generator)]
         content["streams"] += [{"file": number, **row} for row in streams(tokenizer, generator)]
+    for number, path in enumerate(TOKENIZERS.values()):
+        tokenizer = Tokenizer.from_file(str(path))
+        content["streams"] += [{"file": number, **row} for row in thoughtful_streams(tokenizer, random.Random(number))]
     for number, template in enumerate((TEMPLATE, CHANNELS, VERBATIM)):
         form, rows = chats(template, generator)
         content["formats"].append(asdict(form))
