@@ -154,7 +154,9 @@ def fitting_contexts(bundle: Path, manifest: Manifest, requested: Sequence[int],
     longest = manifest.max_seq_len - MIN_NEW_TOKENS - manifest.max_draft_tokens - 1
     contexts = sorted(set(requested or DEFAULT_CONTEXT_TOKENS))
     fitting = [context for context in contexts if context <= longest]
-    room = f"{bundle} has {manifest.max_seq_len} positions, room for at most {longest} before those that are timed"
+    room = (
+        f"{bundle} has {manifest.max_seq_len} positions, room for at most {max(longest, 0)} before those that are timed"
+    )
     if not fitting and (requested or longest < 1):
         raise InputError(f"--context {contexts[0]} is too long: {room}; export with a larger --max-seq-len")
     if left_out := contexts[len(fitting) :]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,17 +170,50 @@ def test_tampered_bundle_is_refused(copy: Path) -> None:
         (lambda b: edit_manifest(b, files=[]), r"incomplete or malformed"),
         (lambda b: edit_manifest(b, max_seq_len=float("inf")), r"incomplete or malformed"),
         (lambda b: edit_manifest(b, num_draft_tokens={"default": 9, "max": 8}), r"default must be between 0 and max"),
-        (lambda b: edit_manifest(b, kv={"buffers": []}), r"kv.buffers are not inputs"),
+        (lambda b: edit_manifest(b, kv={"buffers": []}), r"graph target has other inputs or outputs"),
         (lambda b: edit_manifest(b, limits={"num_tokens": 9}), r"incomplete or malformed"),
         (lambda b: edit_manifest(b, limits=size_limits(400, 8, 16)), r"limits leave no room"),
         (lambda b: edit_manifest(b, limits=size_limits(MAX_SEQ_LEN, 2, 16)), r"limits leave no room"),
         (lambda b: edit_manifest(b, tokens={"bos": "x", "eos": 1}), r"incomplete or malformed"),
         (lambda b: (b / "extra.weights").write_text(""), r"extra.weights: not named in manifest.json"),
+        (lambda b: edit_in(b, "kv", "buffers", lambda x: x[1:]), r"graph target has other inputs .*and kv.buffers"),
+        (
+            lambda b: edit_in(b, "kv", "buffers", lambda x: [*x, x[0]]),
+            r"kv.buffers are not inputs .*or one is there twice",
+        ),
+        (
+            lambda b: edit_in(b, "graphs", "drafter", lambda x: {**x, "outputs": x["outputs"][:1]}),
+            r"graph drafter has other",
+        ),
+        (
+            lambda b: edit_in(b, "graphs", "target", lambda x: {**x, "inputs": x["inputs"][::-1]}),
+            r"graph target has other",
+        ),
+        (
+            lambda b: edit_in(b, "tables", "embed_tokens", lambda x: {**x, "rows": 2.0}),
+            r"tables.embed_tokens.rows is 2.0",
+        ),
+        (
+            lambda b: edit_in(b, "tokens", "eos", lambda _: [1, None]),
+            r"tokens.eos\[1\] is None, expected a whole number",
+        ),
+        (
+            lambda b: edit_in(b, "tokens", "thoughts", lambda _: [1]),
+            r"tokens.thoughts is \[1\], expected two token ids",
+        ),
+        (lambda b: edit_manifest(b, two_stage=3), r"two_stage is 3, expected an object"),
+        (
+            lambda b: edit_manifest(b, source={"target": None, "drafter": {}}),
+            r"source.target is None, expected an object",
+        ),
+        (lambda b: edit_in(b, "target", "layer_types", lambda _: 3), r"target.layer_types is 3, expected a list"),
     ],
     ids=[
         *("missing file", "short file", "no manifest", "bad JSON", "newer format", "malformed", "path outside"),
         *("no files", "files is a list", "endless", "more drafts than allowed", "no cache"),
         *("half the limits", "few cache rows", "few outputs", "odd tokens", "extra file"),
+        *("missing buffer", "buffer twice", "missing output", "other order", "fraction of a row", "no end token"),
+        *("half a thought", "odd two stages", "no source", "odd layer types"),
     ],
 )
 def test_incomplete_bundle_is_refused(break_it: Callable[[Path], object], message: str, copy: Path) -> None:
@@ -194,6 +228,13 @@ def test_unknown_manifest_keys_are_ignored(copy: Path) -> None:
     kv["buffers"][0]["unknown"] = 1
     edit_manifest(copy, unknown=1, kv=kv)
     assert [buffer.name for buffer in read_manifest(copy).kv] == [buffer["name"] for buffer in kv["buffers"]]
+
+
+def edit_in(bundle: Path, section: str, key: str, change: Callable[[Any], Any]) -> None:
+    """Change one key of a section of a bundle's manifest."""
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest[section][key] = change(manifest[section].get(key))
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 
 def edit_manifest(bundle: Path, **changes: object) -> None:
