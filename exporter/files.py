@@ -23,12 +23,12 @@ from runtime_ref.locks import locked
 
 # Files that file managers, sync tools and file systems leave in directories: patterns of names.
 FOREIGN_FILES = (
-    *(".DS_Store", "._*", ".localized", "Icon\r", ".Spotlight-V100", ".fseventsd", ".Trashes"),  # macOS
+    *(".DS_Store", "._*", ".localized", "Icon\r"),  # macOS
     *("Thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "Desktop.ini"),  # Windows
-    *(".directory", ".hidden", ".Trash-*"),  # Linux desktops
-    *(".dropbox", ".dropbox.attr", ".dropbox.cache", ".stfolder", ".stignore", ".stversions", ".syncthing.*"),
-    *(".nextcloudsync.log", ".owncloudsync.log", ".sync_*.db*", "._sync_*.db*", ".sync", ".SyncID", ".SyncIgnore"),
-    *(".tmp.drivedownload", ".tmp.driveupload", ".~lock.*#", "@eaDir", ".fuse_hidden*", ".nfs*"),
+    *(".directory", ".hidden"),  # Linux desktops
+    *(".dropbox", ".dropbox.attr", ".stfolder", ".stignore", ".syncthing.*", ".SyncID", ".SyncIgnore"),
+    *(".nextcloudsync.log", ".owncloudsync.log", ".sync_*.db*", "._sync_*.db*", ".~lock.*#"),
+    *(".tmp.drivedownload", ".tmp.driveupload", "@eaDir", ".fuse_hidden*", ".nfs*"),
 )
 
 
@@ -105,6 +105,8 @@ def check_directory(output: Path, force: bool, is_replaceable: Callable[[Path], 
         raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
     if not force:
         raise InputError(f"{output}: exists already; choose another --output, or pass --force to replace it")
+    if output.resolve().is_mount():
+        raise InputError(f"{output}: is a mount point, which cannot be replaced; choose a directory inside it")
     if not output.is_dir() or not is_replaceable(output):
         raise InputError(f"{output}: is not {expected}, so it will not be replaced; choose another --output")
 
@@ -237,8 +239,10 @@ def _writing(output: Path) -> Iterator[None]:
             for leftover in output.parent.glob(f"{glob.escape(_partial_prefix(output))}*"):
                 if leftover.name.endswith(REPLACED) and not output.exists():
                     leftover.rename(output)
-                else:
+                elif leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink()
         yield
 
 
@@ -266,6 +270,8 @@ _EXCHANGES = {"renameat2": ((-100,), (-100,), (2,)), "renamex_np": ((), (), (2,)
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two directories in one step, so that a kill leaves none missing; False where that is not possible."""
+    if os.name != "posix":
+        return False
     library = ctypes.CDLL(None)
     for name, (before, between, after) in _EXCHANGES.items():
         if (function := getattr(library, name, None)) is not None:

@@ -1,6 +1,7 @@
 """What all commands share on a terminal: consoles, progress bars and exit codes."""
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -44,7 +45,8 @@ def run_command(command: click.Command) -> None:
 
     Errors are printed in one line on standard error. The exit code is 2 for bad input or usage, or if the command needs
     an extra that is not installed; 1 for a failed check, `UNEXPECTED` for an error that nobody foresaw, 130 after
-    Ctrl-C and 143 after SIGTERM. With `--traceback` the traceback of an error is printed before its line.
+    Ctrl-C, 141 if nobody reads the output any more, and 143 after SIGTERM. With `--traceback` the traceback of an error
+    is printed before its line.
 
     Args:
         command: a click command or group.
@@ -55,6 +57,10 @@ def run_command(command: click.Command) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         command.main(standalone_mode=False)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, OSError) and stop.__context__.errno == errno.EPIPE:
+            sys.exit(141)  # as after SIGPIPE: click makes it 1, which is a failed check
+        raise
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(2)

@@ -233,7 +233,10 @@ def _key(threads: int | None) -> str:
 def _processor() -> str:
     """The processor's name, as far as the system tells it."""
     try:
-        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        names = re.findall(r"^model name\s*: (.+)$", text, re.M)[:1]
+        # arm64 has numbers instead, and cores of several kinds.
+        names += sorted(set(re.findall(r"^CPU (?:implementer|part)\s*: (\w+)$", text, re.M)))
     except (OSError, ValueError):
         names = []
-    return names[0].strip() if names else platform.processor()
+    return " ".join(names) or platform.processor()

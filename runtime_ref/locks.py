@@ -34,14 +34,15 @@ def locked(file: Path, wait: bool = True) -> Iterator[bool]:
         yield descriptor is not None
     finally:
         if descriptor is not None:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another user's file in a directory of all users
+                file.unlink()
             os.close(descriptor)
 
 
 def _open_locked(file: Path, wait: bool) -> int | None:
     """Open and lock a file; None where the file system has no locks."""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open(file)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # The holder before removes the file at its end: then what was locked is no longer what others will open.
@@ -55,6 +56,13 @@ def _open_locked(file: Path, wait: bool) -> int | None:
             file.unlink(missing_ok=True)
             return None
         os.close(descriptor)
+
+
+def _open(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's, who may have died: most file systems lock what was opened for reading
+        return os.open(file, os.O_RDONLY)
 
 
 def _is_same(descriptor: int, file: Path) -> bool:

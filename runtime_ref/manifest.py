@@ -23,6 +23,8 @@ GRAPH_PORTS = {
     ),
     "drafter": (("embedded", "state", "position", "window_start"), ("draft_token", "next_state")),
 }
+MAX_BUFFER_VALUES = 1 << 36  # numbers in a cache buffer, and drafts in a round: larger ones cannot be meant
+MAX_DRAFT_TOKENS = 1024
 TABLES = ("embed_tokens", "embed_tokens_per_layer")
 ARM64_MACHINES = ("aarch64", "arm64")  # what `platform.machine` calls the processor
 # Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks.
@@ -214,6 +216,7 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         graphs={
             name: Graph(graph["file"], *(tuple(port["name"] for port in graph[way]) for way in ("inputs", "outputs")))
             for name, graph in raw["graphs"].items()
+            if name in GRAPH_PORTS
         },
         tables=raw["tables"],
         files={name: (file["size"], file["sha256"]) for name, file in raw["files"].items()},
@@ -291,5 +294,8 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"graph {name} has two inputs or outputs of one name")
     if not buffers or sorted(buffers) != sorted({*manifest.graphs["target"].inputs} & {*buffers}):
         raise ValueError("kv.buffers are not inputs of graph target, or one is there twice")
-    if min(min(kv.num_key_value_heads, kv.head_dim) for kv in manifest.kv) < 1:
-        raise ValueError("kv.buffers must have positive sizes")
+    sizes = [kv.num_key_value_heads * kv.head_dim for kv in manifest.kv]
+    if min(sizes) < 1 or max(sizes) * max(limits["cache_rows"], limits["window_rows"]) >= MAX_BUFFER_VALUES:
+        raise ValueError("kv.buffers must have positive sizes that fit into memory")
+    if manifest.max_draft_tokens > MAX_DRAFT_TOKENS:
+        raise ValueError(f"num_draft_tokens.max is {manifest.max_draft_tokens}, expected at most {MAX_DRAFT_TOKENS}")

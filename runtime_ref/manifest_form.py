@@ -1,12 +1,14 @@
 """The form of a manifest's keys that programs read: which must be there, and what kind of value each holds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-MAX_SIZE = 1 << 62  # bytes and counts beyond it cannot be true
+MAX_SIZE = 1 << 62  # of a file, in bytes: more cannot be true
+MAX_COUNT = 1 << 31
 
 # A form is a type, the forms of an object's keys (optional ones end in `?`), the one form of a list's items, an object
-# with the key `*` for any keys, or a function that checks a value and raises ValueError.
+# with the key `*` for any keys, a pair of None and the form of a value that may be null, or a function that checks a
+# value and raises ValueError.
 Form = Any
 
 
@@ -16,15 +18,16 @@ def size(value: Any) -> None:
         raise ValueError(f"is {value!r:.60}, expected a whole number that is not negative")
 
 
+def count(value: Any) -> None:
+    """Accept a whole number that is not negative, of something that lies in memory."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_COUNT:
+        raise ValueError(f"is {value!r:.60}, expected a whole number from 0 to {MAX_COUNT - 1}")
+
+
 def number(value: Any) -> None:
     """Accept a finite number."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
         raise ValueError(f"is {value!r:.60}, expected a number")
-
-
-def or_null(form: Form) -> Callable[[Any], None]:
-    """Return a form that also accepts null."""
-    return lambda value: None if value is None else check_form(value, form, "")
 
 
 _PORT = {"name": str}
@@ -53,24 +56,24 @@ MANIFEST_FORM: Form = {
     "tool_version?": str,
     "backend": {"name": str},
     "recipe": str,
-    "max_seq_len": size,
-    "num_draft_tokens": {"default": size, "max": size},
-    "limits": {"num_tokens": size, "num_outputs": size, "cache_rows": size, "window_rows": size},
-    "row_multiple": size,
-    "row_multiple_arm64?": size,
+    "max_seq_len": count,
+    "num_draft_tokens": {"default": count, "max": count},
+    "limits": {"num_tokens": count, "num_outputs": count, "cache_rows": count, "window_rows": count},
+    "row_multiple": count,
+    "row_multiple_arm64?": count,
     "tokens": {
         "bos": size,
         "eos": [size],
         "suppressed?": [size],
-        "thoughts?": or_null([size]),
+        "thoughts?": (None, [size]),
         "names?": {"*": str},
     },
-    "sampling?": or_null({"temperature": number, "top_k": size, "top_p": number}),
+    "sampling?": (None, {"temperature": number, "top_k": size, "top_p": number}),
     "target": _TEXT_CONFIG,
     "drafter": {"text": _TEXT_CONFIG},
-    "two_stage": or_null({"origin": str, "num_clusters": size, "cluster_size": size, "top_k_clusters": size}),
+    "two_stage": (None, {"origin": str, "num_clusters": size, "cluster_size": size, "top_k_clusters": size}),
     "kv": {
-        "buffers": [{"name": str, "layer": size, "layer_type": str, "num_key_value_heads": size, "head_dim": size}],
+        "buffers": [{"name": str, "layer": size, "layer_type": str, "num_key_value_heads": count, "head_dim": count}],
     },
     "graphs": {"target": _GRAPH, "drafter": _GRAPH},
     "tables": {"embed_tokens": _TABLE, "embed_tokens_per_layer": _TABLE},
@@ -108,6 +111,9 @@ def check_form(value: Any, form: Form, path: str) -> None:
             raise ValueError(f"{path} is {value!r:.60}, expected a list")
         for i, item in enumerate(value):
             check_form(item, form[0], f"{path}[{i}]")
+    elif isinstance(form, tuple):
+        if value is not None:
+            check_form(value, form[1], path)
     elif isinstance(form, type):
         if not isinstance(value, form):
             raise ValueError(f"{path} is {value!r:.60}, expected {_NAMES[form]}")

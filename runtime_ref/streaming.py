@@ -29,8 +29,8 @@ class Token:
 
     Attributes:
         id: token id.
-        text: the text that the token completes; empty where it ends inside a character, or in what may become a stop
-            string.
+        text: the text that the token completes; empty in a thought, and where it ends inside a character, or in what
+            may become a stop string.
         logprob: natural logarithm of its probability, as `sampling.log_probabilities` defines it.
     """
 
@@ -222,15 +222,17 @@ class Stream:
         texts = decoder.tokenizer.stream(self._stop, self.prompt) if decoder.tokenizer else None
         for done in rounds(engine, self.prompt, self.options, stats, decoder.planner, start):
             decoder.cached = self
+            # The text has not ended before the last of these tokens is given out.
+            reason, stats.finish_reason = stats.finish_reason, ""
             for i, (token, logprob) in enumerate(zip(done.tokens, done.logprobs, strict=True), start=1):
                 stats.count(done.cut(i))
-                ended = bool(stats.finish_reason) and i == len(done.tokens)
+                ended = bool(reason) and i == len(done.tokens)
                 cancelled = self._cancelled and not ended
                 text = texts.add(token, ended or cancelled) if texts else ""
                 if stopped := bool(texts and texts.stopped):
                     stats.finish_reason = "stop"
-                elif cancelled:
-                    stats.finish_reason = "cancelled"
+                elif ended or cancelled:
+                    stats.finish_reason = reason if ended else "cancelled"
                 if ended or cancelled or stopped:
                     decoder.save_costs()
                     yield self._new(Token(token, text, logprob))

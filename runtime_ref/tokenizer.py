@@ -78,7 +78,7 @@ class TextTokenizer:
         if not path.exists():
             raise InputError(f"{bundle}: has no {TOKENIZER}; pass --prompt-ids, or export a checkpoint that has one")
         self._tokenizer = read_tokenizer(path, "export the bundle again")
-        self._bos, self._thoughts = tokens.bos, tokens.thoughts
+        self._bos, self._eos, self._thoughts = tokens.bos, frozenset(tokens.eos), tokens.thoughts
         # Of several end tokens the lowest is Gemma's `<eos>`; the others end a turn only.
         ids = {"bos_token": tokens.bos, "eos_token": min(tokens.eos, default=tokens.bos)}
         named = {name: self._tokenizer.id_to_token(token) for name, token in ids.items()}
@@ -112,9 +112,11 @@ class TextTokenizer:
 
         Args:
             stop: strings that end the text.
-            prompt: token ids before the text; it begins inside a thought if these do not end one that they began.
+            prompt: token ids before the text. It begins inside a thought if those after the last end token, which ends
+                the last turn, begin one and do not end it.
         """
-        return TextStream(self.decode, stop, self._thoughts, prompt)
+        ends = [i for i, token in enumerate(prompt) if token in self._eos]
+        return TextStream(self.decode, stop, self._thoughts, prompt[ends[-1] + 1 :] if ends else prompt)
 
 
 class TextStream:
@@ -139,7 +141,7 @@ class TextStream:
             decode: converts token ids to text.
             stop: strings that end the text.
             thoughts: ids of the tokens that begin and end a thought; None without thoughts.
-            prompt: token ids before the text.
+            prompt: token ids before the text, of its own turn.
         """
         self._decode, self._stop, self._thoughts = decode, stop, thoughts
         marks = [token for token in prompt if token in (thoughts or ())]

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from exporter.bench.measure import decode_weights, two_stage_ratio, versions
 from exporter.bundle.inspection import inspect
-from exporter.checkpoint.pair import open_pair
+from exporter.checkpoint.pair import Pair, open_pair
+from exporter.modeling.target import empty_kv
 from exporter.parity.stages import open_source
+from runtime_ref.costs import Costs
+from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, read_manifest
@@ -94,6 +99,21 @@ def test_checkpoints_with_a_spoilt_file(name: str, data: st.DataObject, pair: Di
     with replaced(file, dump(document)), one_line():
         opened = open_pair(*pair)
         assert all("\n" not in warning for warning in opened.warnings)
+        if name == "target/config.json":
+            assert_logits_of_the_reference(opened)
+
+
+def assert_logits_of_the_reference(pair: Pair) -> None:
+    """Where transformers loads the checkpoint as well, it computes the same."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(pair.target_checkpoint.directory, dtype=torch.float32)
+        tokens = torch.tensor([2, 77, 130, 9, 30, 31, 32, 33])
+        expected = model(tokens[None]).logits[0]
+    except Exception:  # it raises whatever a value leads to
+        return
+    kv = empty_kv(pair.target, 8)
+    logits = pair.load_target()(tokens, torch.tensor([0]), torch.arange(8), kv).logits
+    assert (logits - expected).abs().max() < 1e-4 * max(1, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", [*FILES, "target/model.safetensors"])
@@ -151,9 +171,11 @@ def _as_bench_does(path: Path) -> None:
 
 def _generate(path: Path) -> None:
     manifest = read_manifest(path)
-    decoder = Decoder(path, load_engine(path, manifest, 1), None, None)  # type: ignore[arg-type]
-    for _ in decoder.stream([3, 4, 5], max_new_tokens=4, num_draft_tokens=min(2, manifest.max_draft_tokens)):
-        pass
+    planner = DraftLength(manifest.max_draft_tokens, Costs(manifest.max_draft_tokens, manifest.row_multiple))
+    decoder = Decoder(path, load_engine(path, manifest, 1), None, planner)
+    for drafts in (min(2, manifest.max_draft_tokens), None):
+        for _ in decoder.stream([3, 4, 5], max_new_tokens=4, num_draft_tokens=drafts):
+            pass
 
 
 @pytest.fixture(scope="module")

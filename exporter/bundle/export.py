@@ -69,7 +69,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     max_seq_len, parts = plan_export(pair, output, options)
     backend, recipe = load_backend(options.backend), RECIPES[options.recipe]
     template = chat_template(pair.target_checkpoint.directory)
-    with replacing(output, lambda: check_output(output, options.force)) as directory, _one_thread():
+    with replacing(output, lambda: _check_replaceable(output, options.force)) as directory, _one_thread():
         limits = size_limits(max_seq_len, options.max_draft_tokens, pair.target.sliding_window)
         per_layer = write_per_layer(directory, pair, recipe.per_layer, progress)
         exported = backend.export_graphs(directory, pair, parts, limits, progress)
@@ -209,6 +209,10 @@ def check_output(output: Path, force: bool) -> None:
         InputError: the output exists and may not be replaced, or another process is writing it.
     """
     recover(output)
+    _check_replaceable(output, force)
+
+
+def _check_replaceable(output: Path, force: bool) -> None:
     check_directory(output, force, lambda directory: holds_only(directory, MANIFEST, _listed_files), "a bundle")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from exporter.checkpoint.generation_config import IGNORED_KEYS, READ_KEYS, UNSUPPORTED_KEYS
 from exporter.checkpoint.other_forms import refuse_other_forms
 from exporter.checkpoint.reference_keys import DRAFTER_KEYS, TARGET_KEYS, TEXT_KEYS, TEXT_KEYS_OF_CODE
 from exporter.checkpoint.rope import rope_fields
@@ -23,7 +24,6 @@ BOOKKEEPING_KEYS = frozenset(
     """model_type torch_dtype _name_or_path name_or_path _commit_hash output_attentions attn_implementation
     _attn_implementation _sliding_window_pattern sliding_window_pattern num_labels expert_intermediate_size""".split()
 )
-TOKEN_ID_KEYS = frozenset("bos_token_id eos_token_id pad_token_id".split())
 
 # Keys that are accepted with these values only; any other value means another architecture.
 FIXED_TEXT_KEYS: Mapping[str, tuple[Any, ...]] = {
@@ -31,7 +31,8 @@ FIXED_TEXT_KEYS: Mapping[str, tuple[Any, ...]] = {
     "attention_k_eq_v": (False, None),
     "enable_moe_block": (False, None),
     "hidden_activation": ("gelu_pytorch_tanh",),
-    "tie_word_embeddings": (True, False),  # see `is_tied`
+    "is_causal": (True, None),
+    "tie_word_embeddings": (True, False, None),  # see `is_tied`
     "use_bidirectional_attention": (None, "vision"),
 }
 
@@ -172,7 +173,7 @@ def parse_text_config(text: Mapping[str, Any], path: Path) -> TextConfig:
             )
     known = IGNORED_TEXT_KEYS | FIXED_TEXT_KEYS.keys() | set(_REQUIRED_INTS) | _OPTIONAL_KEYS
     for key in sorted((TEXT_KEYS | TEXT_KEYS_OF_CODE) - known):
-        if text.get(key) not in (None, False):  # these switch a feature off
+        if text.get(key) is not None and text[key] is not False:  # these switch a feature off
             raise InputError(
                 f"{path}: {key} is {text[key]!r:.60}, a key that transformers reads and this exporter does not;"
                 " update gemma-mtp-export, or remove the key if it does not matter"
@@ -278,8 +279,7 @@ def _layer_overrides(
 def is_tied(directory: Path) -> bool:
     """Return whether config.json says that the head's weight is the embedding, as it does without the key."""
     raw = read_object(directory / "config.json")
-    sections = [raw, raw.get("text_config") or {}]
-    return all(boolean(section, "tie_word_embeddings", directory / "config.json", True) for section in sections)
+    return boolean(raw, "tie_word_embeddings", directory / "config.json", True)
 
 
 def config_notes(directory: Path) -> Iterator[str]:
@@ -289,15 +289,13 @@ def config_notes(directory: Path) -> Iterator[str]:
         directory: directory of a target or a drafter whose config was read without an error.
     """
     path = directory / "config.json"
-    raw, known_text = read_object(path), TEXT_KEYS | TEXT_KEYS_OF_CODE | BOOKKEEPING_KEYS
-    sections = {"": (raw, known_text)}
-    if "text_config" in raw:
-        outside = DRAFTER_KEYS if raw["model_type"] == "gemma4_assistant" else TARGET_KEYS
-        sections = {
-            "": (raw, outside | TOKEN_ID_KEYS | BOOKKEEPING_KEYS),
-            "text_config.": (raw["text_config"], known_text),
-        }
+    raw, anywhere = read_object(path), BOOKKEEPING_KEYS | READ_KEYS | UNSUPPORTED_KEYS.keys() | IGNORED_KEYS
+    in_text = TEXT_KEYS | TEXT_KEYS_OF_CODE | anywhere
+    outside = {"gemma4": TARGET_KEYS, "gemma4_assistant": DRAFTER_KEYS}.get(raw["model_type"])
+    sections = {"": (raw, in_text)}
+    if outside is not None:
+        sections = {"": (raw, outside | anywhere), "text_config.": (raw["text_config"], in_text)}
     for prefix, (section, known) in sections.items():
         for key, value in section.items():
-            if key not in known and value not in (None, False):
+            if key not in known and value is not None and value is not False:
                 yield f"{path}: {prefix}{key} is not a key that transformers knows; it is ignored"

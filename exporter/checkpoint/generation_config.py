@@ -1,11 +1,13 @@
 """Sampling defaults of a checkpoint, from its generation_config.json, and what of that file a bundle cannot do."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from exporter.checkpoint.side_files import checkpoint_json
 from runtime_ref.errors import InputError
+from runtime_ref.pointers import is_present
 from runtime_ref.sampling import MAX_TOP_K, Sampling
 
 GENERATION_CONFIG = "generation_config.json"
@@ -26,6 +28,8 @@ UNSUPPORTED_KEYS: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("top_h", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
     **dict.fromkeys(("watermarking_config", "dola_layers", "max_time", "token_healing"), (False,)),
 }
+# Those of them that only sampling reads.
+SAMPLING_KEYS = frozenset(("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"))
 # Keys that do not change which tokens are generated, or that say how many, which users of a bundle say themselves.
 IGNORED_KEYS = frozenset(
     """max_length max_new_tokens early_stopping use_mtp use_cache cache_implementation cache_config max_cache_len
@@ -38,52 +42,95 @@ IGNORED_KEYS = frozenset(
 )
 
 
+def generation_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Read the settings of a checkpoint's generation.
+
+    Without generation_config.json they are those keys of config.json, as in transformers: of the whole, then of its
+    text_config.
+
+    Returns:
+        The file that they are from, and their values by key.
+
+    Raises:
+        InputError: a file is not a JSON object.
+    """
+    path = directory / GENERATION_CONFIG
+    if is_present(path):
+        return path, checkpoint_json(directory, GENERATION_CONFIG)
+    config = checkpoint_json(directory, "config.json")
+    text = config.get("text_config")
+    sections = (text, config) if isinstance(text, dict) else (config,)
+    found = {
+        key: value
+        for section in sections
+        for key, value in section.items()
+        if value is not None and (key in READ_KEYS or key in UNSUPPORTED_KEYS)
+    }
+    return directory / "config.json", found
+
+
 def default_sampling(directory: Path) -> Sampling:
     """Read the sampling defaults of a checkpoint directory: greedy without `do_sample`, as in transformers.
 
     A `top_k` that a bundle cannot do becomes the largest that it can; `generation_warnings` says so.
 
     Raises:
-        InputError: the file is not a JSON object, or a value is impossible.
+        InputError: a file is not a JSON object, or a value that is used is impossible.
     """
-    settings, path = checkpoint_json(directory, GENERATION_CONFIG), directory / GENERATION_CONFIG
-
-    def number(key: str, default: float) -> float:
-        value = default if settings.get(key) is None else settings[key]
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise InputError(f"{path}: {key} is {value!r}, expected a number; correct the file")
-        return value
-
+    path, settings = generation_settings(directory)
     samples = settings.get("do_sample")
     if samples is not None and not isinstance(samples, bool):
-        raise InputError(f"{path}: do_sample is {samples!r}, expected true or false; correct the file")
-    temperature, top_p, top_k = (
-        number("temperature", 1.0),
-        number("top_p", 1.0),
-        number("top_k", DEFAULT_TOP_K if samples else MAX_TOP_K),
-    )
-    if not float(top_k).is_integer() or top_k < 0:
-        raise InputError(f"{path}: top_k is {top_k}, expected a whole number that is not negative; correct the file")
+        raise InputError(f"{path}: do_sample is {samples!r:.60}, expected true or false; correct the file")
     try:
-        return Sampling(
-            float(temperature) if samples else 0.0, float(top_p), top_k=min(int(top_k) or MAX_TOP_K, MAX_TOP_K)
-        )
-    except (InputError, OverflowError) as error:
-        raise InputError(f"{path}: {error}; correct the file") from error
+        top_k = _top_k(path, settings, DEFAULT_TOP_K if samples else MAX_TOP_K)
+        cuts = Sampling(_number(path, settings, "temperature"), _number(path, settings, "top_p"), top_k=top_k)
+    except InputError as error:
+        if not samples:  # greedy decoding reads none of these
+            return Sampling()
+        remedy = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise InputError(f"{remedy}{error}; correct the file") from error
+    return cuts if samples else replace(cuts, temperature=0.0)
 
 
 def generation_warnings(directory: Path) -> Iterator[str]:
-    """Yield, in a line each, what generation_config.json asks for and a bundle does not do.
+    """Yield, in a line each, what a checkpoint's generation settings ask for and a bundle does not do.
 
     Raises:
-        InputError: the file is not a JSON object.
+        InputError: a file is not a JSON object.
     """
-    settings, path = checkpoint_json(directory, GENERATION_CONFIG), directory / GENERATION_CONFIG
+    path, settings = generation_settings(directory)
     for key, value in settings.items():
-        if key in UNSUPPORTED_KEYS and value is not None and value not in UNSUPPORTED_KEYS[key]:
+        if value is None or (key in SAMPLING_KEYS and not settings.get("do_sample")):
+            continue
+        if key in UNSUPPORTED_KEYS and value not in UNSUPPORTED_KEYS[key]:
             yield f"{path}: {key} is {value!r:.60}, which runtimes do not have yet; tokens are chosen without it"
         elif key not in UNSUPPORTED_KEYS and key not in READ_KEYS and key not in IGNORED_KEYS:
             yield f"{path}: {key} is not a key that transformers knows; it is ignored"
     top_k = settings.get("top_k")
     if settings.get("do_sample") and isinstance(top_k, int | float) and not 0 < top_k <= MAX_TOP_K:
-        yield f"{path}: top_k is {top_k}; a bundle gives {MAX_TOP_K} logits of a token, so tokens are chosen from these"
+        yield (
+            f"{path}: top_k is {top_k!r:.60}; a bundle gives {MAX_TOP_K} logits of a token, and one of these is chosen"
+        )
+
+
+def _number(path: Path, settings: Mapping[str, Any], key: str) -> float:
+    value = settings.get(key)
+    if value is None:
+        return 1.0
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
+        raise InputError(f"{path}: {key} is {value!r:.60}, expected a number")
+    return float(value)
+
+
+def _top_k(path: Path, settings: Mapping[str, Any], default: int) -> int:
+    """The number of logits to choose from, at most `MAX_TOP_K`; 0, and -1 in other programs, mean all of them."""
+    value = settings.get("top_k")
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(f"{path}: top_k is {value!r:.60}, expected a number")
+    if value in (0, -1):
+        return MAX_TOP_K
+    if value < 0 or (isinstance(value, float) and not value.is_integer()):
+        raise InputError(f"{path}: top_k is {value!r:.60}, expected a whole number that is not negative")
+    return int(min(value, MAX_TOP_K))

@@ -31,6 +31,7 @@ IGNORED_TARGET = {
 }
 
 HEAD = "lm_head.weight"
+HEAD_BLOCK_ROWS = 4096  # that are compared at a time
 
 # Tensors that a checkpoint may hold for KV-shared layers, and that nothing reads.
 IGNORED_ON_SHARED_LAYERS = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight")
@@ -178,16 +179,17 @@ def _check_head(checkpoint: Checkpoint, embedding: TensorReader) -> None:
     Raises:
         InputError: it does not, or there is none although config.json says that it is not the embedding.
     """
-    stored = [name for name in checkpoint.entries if name.endswith(HEAD)]
-    if not stored and not is_tied(checkpoint.directory):
+    stored, tied = [name for name in checkpoint.entries if name.endswith(HEAD)], is_tied(checkpoint.directory)
+    if not stored and not tied:
         raise InputError(
             f"{checkpoint.directory}: tie_word_embeddings is false, but tensor {HEAD} is missing; restore it, or"
             " correct config.json"
         )
     for name in stored:
-        head = TensorReader(checkpoint, name)
         _check_entry(checkpoint.entries[name], name, checkpoint.entries[embedding.name].shape, FLOAT_DTYPES)
-        if not all(torch.equal(*blocks) for blocks in zip(head.blocks(), embedding.blocks(), strict=False)):
+        # Their dtypes may differ, and with them what a block of the same size holds.
+        head, weight = (checkpoint.blocks(tensor, HEAD_BLOCK_ROWS) for tensor in (name, embedding.name))
+        if not all(torch.equal(*blocks) for blocks in zip(head, weight, strict=True)):
             raise InputError(
                 f"{checkpoint.entries[name].file}: tensor {name} differs from {embedding.name}, and a head of its own"
                 " cannot be exported yet; tie it to the embedding, or pass a checkpoint in which it is tied"

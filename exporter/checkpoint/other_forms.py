@@ -80,8 +80,9 @@ def refuse_other_tensors(directory: Path, names: Collection[str]) -> None:
                 f" {remedy}"
             )
     for pattern, method in TENSORS_OF_METHODS.items():
-        found = next((name for name in sorted(names) if re.search(rf"(?:{pattern})$", name)), None)
-        if found is None or _is_of_towers(found):
+        decoders = (name for name in sorted(names) if not _is_of_towers(name))
+        found = next((name for name in decoders if re.search(rf"(?:{pattern})$", name)), None)
+        if found is None:
             continue
         if method == "adapter":
             raise InputError(

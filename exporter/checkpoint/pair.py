@@ -8,7 +8,7 @@ from clustering.cluster_table import ClusterTable, TwoStageSizes
 from exporter.checkpoint.config_json import check_pair, config_notes, read_drafter_config, read_target_config
 from exporter.checkpoint.generation_config import default_sampling, generation_warnings
 from exporter.checkpoint.names import drafter_weights, read_cluster_table, target_weights
-from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens, token_warnings
+from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens, suppression, token_warnings
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.modeling.config import DrafterConfig, TextConfig, shared_kv
 from exporter.modeling.drafter import Drafter
@@ -65,7 +65,13 @@ class Pair:
 
     def load_target(self) -> Target:
         """Load the target in eager torch, float32."""
-        return load_module(lambda: Target(self.target), self.target_weights)
+        return load_module(lambda: Target(self.target, suppresses=bool(self.tokens.suppressed)), self.target_weights)
+
+    @property
+    def mapped_target_weights(self) -> Weights:
+        """Readers as `target_weights`, but of tensors that are mapped in the dtype they are stored in."""
+        mapped = target_weights(self.target_checkpoint, self.target, mapped=True)
+        return {**mapped, **suppression(self.tokens, self.target.vocab_size)}
 
     def load_drafter(self) -> Drafter:
         """Load the drafter in eager torch, float32."""
@@ -93,7 +99,7 @@ class Pair:
 
 
 def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: int | None = None) -> Pair:
-    """Open both checkpoints; of their tensors, only names, shapes and the cluster table are read.
+    """Open both checkpoints; of their tensors, only names, shapes, the cluster table and a head of its own are read.
 
     Args:
         target_dir: the target's checkpoint directory.
@@ -114,8 +120,9 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
             f"{drafter_dir}: has no clusters (masked_embedding.*), but --head checkpoint asks for them; pass a drafter"
             " with clusters, or export with --head kmeans"
         )
-    weights, tokens = target_weights(target_checkpoint, target), special_tokens(target_dir)
-    if len(tokens.suppressed) >= target.vocab_size:
+    tokens = special_tokens(target_dir)
+    weights = {**target_weights(target_checkpoint, target), **suppression(tokens, target.vocab_size)}
+    if len([token for token in tokens.suppressed if token < target.vocab_size]) == target.vocab_size:
         raise InputError(f"{target_dir}: suppress_tokens names every token; correct generation_config.json")
     pair = Pair(
         target=target,

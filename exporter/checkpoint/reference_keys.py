@@ -16,7 +16,7 @@ TEXT_KEYS = _COMMON | frozenset(
     moe_intermediate_size""".split()
 )
 TEXT_KEYS_OF_CODE = frozenset(
-    """global_head_dim num_global_key_value_heads per_layer_config rope_theta rope_scaling partial_rotary_factor
+    """global_head_dim num_global_key_value_heads per_layer_config rope_scaling partial_rotary_factor
     original_max_position_embeddings is_causal""".split()
 )
 

@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint.generation_config import GENERATION_CONFIG
+import torch
+from torch import Tensor
+
+from exporter.checkpoint.generation_config import GENERATION_CONFIG, generation_settings
 from exporter.checkpoint.side_files import TOKENIZER_CONFIG, added_tokens, chat_template, checkpoint_json
 from exporter.checkpoint.template_marks import end_of_turn, thought_marks
+from exporter.modeling.weights import Weights
 from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate
 from runtime_ref.errors import InputError
 
@@ -54,7 +58,8 @@ def special_tokens(directory: Path) -> SpecialTokens:
         found = (_token_ids(directory, key, source.get(key)) for source in sources)
         return next((ids for ids in found if ids), [default])
 
-    suppressed = tuple(sorted(set(_token_ids(directory, "suppress_tokens", generation.get("suppress_tokens")))))
+    _, settings = generation_settings(directory)
+    suppressed = tuple(sorted(set(_token_ids(directory, "suppress_tokens", settings.get("suppress_tokens")))))
     bos, eos, pad = token_ids("bos_token_id", 2), token_ids("eos_token_id", 1), token_ids("pad_token_id", 0)
     names = _names(directory)
     added, template = added_tokens(directory), _template(directory, names)
@@ -64,6 +69,22 @@ def special_tokens(directory: Path) -> SpecialTokens:
         eos += [] if turn_end is None else [turn_end]
     thoughts = thought_marks(template, added) if template else None
     return SpecialTokens(bos[0], tuple(sorted(set(eos))), pad[0], suppressed, thoughts, names)
+
+
+def suppression(tokens: SpecialTokens, vocab_size: int) -> Weights:
+    """Return a reader of `Target`'s parameter `suppressed`, by that name; nothing if no token is suppressed.
+
+    Args:
+        tokens: the checkpoint's special tokens.
+        vocab_size: V. Ids beyond it never occur.
+    """
+
+    def read() -> Tensor:
+        added = torch.zeros(vocab_size)
+        added[[token for token in tokens.suppressed if token < vocab_size]] = -torch.inf
+        return added
+
+    return {"suppressed": read} if tokens.suppressed else {}
 
 
 def token_warnings(directory: Path, tokens: SpecialTokens) -> Iterator[str]:
@@ -102,12 +123,15 @@ def _token_ids(directory: Path, key: str, value: Any) -> list[int]:
 
 
 def _names(directory: Path) -> dict[str, str]:
-    """Texts of special tokens by name, from tokenizer_config.json, as templates in transformers see them."""
-    names = {}
-    for key, value in checkpoint_json(directory, TOKENIZER_CONFIG).items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
-            names[key] = text
+    """Texts of special tokens by name, as templates in transformers see them; tokenizer_config.json comes first."""
+    config, older = checkpoint_json(directory, TOKENIZER_CONFIG), checkpoint_json(directory, "special_tokens_map.json")
+    more = [config.get(key) for key in ("extra_special_tokens", "model_specific_special_tokens")]
+    names: dict[str, str] = {}
+    for source in (older, *(part for part in reversed(more) if isinstance(part, dict)), config):
+        for key, value in source.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                names[key] = text
     return names
 
 

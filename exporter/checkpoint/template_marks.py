@@ -1,9 +1,9 @@
 """What a chat template tells about an answer: the token that ends it, and the tokens around thoughts."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from runtime_ref.chat import ChatTemplate, Message
+from runtime_ref.chat import ChatTemplate
 from runtime_ref.errors import InputError
 
 # Texts that a template may treat in a special way, such as `<|channel>` and `</s>`.
@@ -22,12 +22,11 @@ def end_of_turn(template: ChatTemplate, added_tokens: Mapping[str, int]) -> int 
         template: the chat template.
         added_tokens: ids of the tokenizer's added tokens, by text.
     """
-    try:
-        text = template.render([_message("user", "Hi."), _message("assistant", "Answer.")], ask=False)
-    except InputError:
-        return None
-    after = text.rpartition("Answer.")[2].lstrip()
-    matching = [text for text in added_tokens if text and after.startswith(text)]
+    asked = [("user", "Hi."), ("assistant", "Answer.")]
+    # Some templates refuse chats that end with an answer.
+    text = _render(template, asked, ask=False) or _render(template, [*asked, ("user", "Bye.")], ask=False) or ""
+    _, found, after = text.rpartition("Answer.")
+    matching = [token for token in added_tokens if found and token and after.lstrip().startswith(token)]
     return added_tokens[max(matching, key=len)] if matching else None
 
 
@@ -40,22 +39,32 @@ def thought_marks(template: ChatTemplate, added_tokens: Mapping[str, int]) -> tu
     """
 
     def repeated(answer: str) -> str | None:
-        try:
-            messages = [_message("user", "Hi."), _message("assistant", answer), _message("user", "Bye.")]
-            return template.render(messages)
-        except InputError:
-            return None
+        return _render(template, [("user", "Hi."), ("assistant", answer), ("user", "Bye.")], ask=False)
 
-    marks = [text for text in template_markers(template.source) if text in added_tokens]
     expected = repeated("Answer.")
     if expected is None or "Answer." not in expected:
         return None
-    for begin in marks:
-        for end in marks:
-            if begin != end and repeated(f"{begin}Thought.{end}Answer.") == expected:
-                return added_tokens[begin], added_tokens[end]
-    return None
+    # Marks of turns are in every prompt; what a template drops is not.
+    marks = [token for token in added_tokens if token and token in template.source and token not in expected]
+    pairs = [
+        (begin, end)
+        for begin in marks
+        for end in marks
+        if begin != end and repeated(f"{begin}Thought.{end}Answer.") == expected
+    ]
+    # A template that keeps what follows the end mark takes any text for the begin mark: names tell which it is.
+    named = [pair for pair in pairs if _letters(pair[0]) == _letters(pair[1])]
+    found = named or (pairs if len(pairs) == 1 else [])
+    return (added_tokens[found[0][0]], added_tokens[found[0][1]]) if found else None
 
 
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+def _letters(mark: str) -> str:
+    return "".join(character for character in mark if character.isalpha())
+
+
+def _render(template: ChatTemplate, turns: Sequence[tuple[str, str]], ask: bool) -> str | None:
+    """The template's prompt for turns of (role, content); None if it refuses them."""
+    try:
+        return template.render([{"role": role, "content": content} for role, content in turns], ask)
+    except InputError:
+        return None

@@ -92,8 +92,12 @@ class Checkpoint:
         with safe_open(self.entries[name].file, "pt") as opened:
             return opened.get_tensor(name)
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str, block_rows: int | None = None) -> Iterator[Tensor]:
         """Read one tensor in blocks of whole rows, floats as float32.
+
+        Args:
+            name: the tensor's name.
+            block_rows: rows of a block; None for as many as `BLOCK_BYTES` hold.
 
         Blocks are read, not mapped, because the pages of a mapping count as the process's memory once they were used.
 
@@ -103,7 +107,7 @@ class Checkpoint:
         entry = self.entries[name]
         dtype, (rows, *rest) = DTYPES[entry.dtype], entry.shape or (1,)
         row_bytes = prod(rest) * dtype.itemsize
-        step = max(1, BLOCK_BYTES // max(1, row_bytes))
+        step = block_rows or max(1, BLOCK_BYTES // max(1, row_bytes))
         with entry.file.open("rb") as stream:
             stream.seek(entry.offset)
             for start in range(0, rows, step):

@@ -94,7 +94,7 @@ def generate(
     from runtime_ref.chat import NO_TEMPLATE, Message
 
     given = sum(source is not None for source in (prompt, prompt_file, prompt_ids))
-    interactive = not given and not as_json and sys.stdin.isatty()
+    interactive = not given and not as_json and sys.stdin is not None and sys.stdin.isatty()
     if given != 1 and not interactive:
         raise click.UsageError("give one of --prompt, --prompt-file and --prompt-ids")
     if chat and prompt_ids is not None:
@@ -105,7 +105,7 @@ def generate(
         prompt = _read_prompt(prompt, prompt_file)
     decoder = open_bundle(bundle)
     if (chat or system is not None) and decoder.template is None:
-        raise InputError(f"{bundle}: {NO_TEMPLATE}")
+        raise InputError(f"{bundle}: {NO_TEMPLATE if chat else NO_TEMPLATE.replace('--chat', '--system')}")
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     if decoder.template and system is not None:
         rendered = decoder.template.render([*start, {"role": "user", "content": "Hello."}])
@@ -148,6 +148,8 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     """
     if file is not None or prompt == "-":
         origin = str(file) if file is not None else "standard input"
+        if file is None and sys.stdin is None:
+            raise InputError("standard input is closed; give the text with --prompt or --prompt-file")
         try:
             content = sys.stdin.buffer.read() if file is None else file.read_bytes()
             prompt = content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from exporter.parity.stages import EAGER_FACTOR, MAX_TOLERANCE
+from exporter.parity.tolerance import EAGER_FACTOR, MAX_TOLERANCE
 
 PASS, FINDING, SKIPPED = "pass", "finding", "skipped"
 

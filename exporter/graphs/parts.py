@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -108,13 +107,10 @@ def graph_parts(pair: Pair, recipe: Recipe) -> dict[str, GraphParts]:
     """Return what the graphs `target` and `drafter` of a pair consist of, by graph name."""
 
     def target(ops: Ops) -> nn.Module:
-        return Target(pair.target, ops)
+        return Target(pair.target, ops, bool(pair.tokens.suppressed))
 
     def drafter(ops: Ops) -> nn.Module:
         return Drafter(pair.drafter, pair.two_stage, ops, recipe.head.bits)
-
-    def target_graph(module: nn.Module, cache_outputs: bool) -> nn.Module:
-        return TargetGraph(cast(Target, module), cache_outputs, pair.tokens.suppressed)
 
     drafter_weights = dict(pair.drafter_weights)
     if pair.two_stage is not None and recipe.head != FLOAT:
@@ -131,7 +127,7 @@ def graph_parts(pair: Pair, recipe: Recipe) -> dict[str, GraphParts]:
         return GraphParts(model, graph, stored, widths(recipe, shapes), shapes)
 
     return {
-        "target": parts(target, target_graph, pair.target_weights, target_widths),
+        "target": parts(target, TargetGraph, pair.target_weights, target_widths),
         "drafter": parts(drafter, lambda m, _: DrafterGraph(m, pair.shared_kv), drafter_weights, drafter_widths),
     }
 

@@ -1,7 +1,6 @@
 """The two graphs of a bundle: their inputs and outputs, declared once, and the modules that are traced for them."""
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,31 +135,16 @@ def size_limits(max_seq_len: int, max_draft_tokens: int, sliding_window: int) ->
     }
 
 
-def id_ranges(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the first and last of each run of successive token ids."""
-    ordered = sorted(set(ids))
-    firsts = [token for i, token in enumerate(ordered) if i == 0 or ordered[i - 1] != token - 1]
-    lasts = [token for i, token in enumerate(ordered) if i == len(ordered) - 1 or ordered[i + 1] != token + 1]
-    return list(zip(firsts, lasts, strict=True))
-
-
 class TargetGraph(nn.Module):
     """The target with its logits reduced to the largest ones, with inputs and outputs as in `target_graph`.
 
     The runtime reads embedding rows from mapped files, so the graph has no embedding table besides the head's weight.
     """
 
-    def __init__(self, target: Target, cache_outputs: bool = True, suppressed: Sequence[int] = ()) -> None:
-        """Wrap a target.
-
-        Args:
-            target: the module.
-            cache_outputs: without them, the target's `ops.write_rows` must write into the cache that it is given.
-            suppressed: ids of tokens that are never generated; their logits are minus infinity.
-        """
+    def __init__(self, target: Target, cache_outputs: bool = True) -> None:
+        """Wrap a target; without `cache_outputs` its `ops.write_rows` must write into the cache that it is given."""
         super().__init__()
         self.target, self.cache_outputs = target, cache_outputs
-        self.suppressed = id_ranges(suppressed)
 
     def forward(
         self,
@@ -188,12 +172,7 @@ class TargetGraph(nn.Module):
         target = self.target
         tokens = target.embed_tokens.scaled(embedded), target.embed_tokens_per_layer.scaled(per_layer)
         out = target.decode(*tokens, position, window_start, output_rows, kv)
-        logits = out.logits
-        if self.suppressed:
-            token_ids = torch.arange(logits.shape[1])
-            within = [(token_ids >= first) & (token_ids <= last) for first, last in self.suppressed]
-            logits = torch.where(functools.reduce(torch.logical_or, within), -torch.inf, logits)
-        logits, ids = self.target.ops.top_k(logits, min(MAX_TOP_K, logits.shape[1]))
+        logits, ids = self.target.ops.top_k(out.logits, min(MAX_TOP_K, out.logits.shape[1]))
         return [logits, ids, out.state, *(out.kv if self.cache_outputs else ())]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.names import drafter_weights, target_weights
+from exporter.checkpoint.names import drafter_weights
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.graphs.spec import PREFILL_CHUNK_TOKENS
@@ -53,8 +53,8 @@ def drafting_states(pair: Pair, prompts: Sequence[Sequence[int]], progress: Call
     Returns:
         [tokens * DRAFT_STEPS, E] float32, in the order of the tokens, then of the steps of a round.
     """
-    weights = target_weights(pair.target_checkpoint, pair.target, mapped=True)
-    target = load_module(lambda: Target(pair.target, STORED_WEIGHT_OPS), weights)
+    suppresses = bool(pair.tokens.suppressed)
+    target = load_module(lambda: Target(pair.target, STORED_WEIGHT_OPS, suppresses), pair.mapped_target_weights)
     readers = {**pair.drafter_weights, "target_embed_tokens.weight": lambda: target.embed_tokens.weight}
     drafter = load_module(lambda: Drafter(pair.drafter, None, STORED_WEIGHT_OPS), readers)
     states = []

@@ -15,7 +15,7 @@ class TargetOutput:
     """What a pass of the target returns, for R of its T tokens.
 
     Attributes:
-        logits: [R, V] float32, after the softcap.
+        logits: [R, V] float32, after the softcap; minus infinity for suppressed tokens.
         state: [R, E] float32, after the final norm.
         kv: K, then V, of each storing layer, each [N, S, D] float32, with the rows of all T tokens.
     """
@@ -31,7 +31,15 @@ class Target(nn.Module):
     Parameter names are the checkpoint's without their prefix. Follows transformers 5.24.0, `Gemma4ForCausalLM`.
     """
 
-    def __init__(self, config: TextConfig, ops: Ops = Ops()) -> None:
+    def __init__(self, config: TextConfig, ops: Ops = Ops(), suppresses: bool = False) -> None:
+        """Make the module.
+
+        Args:
+            config: its sizes.
+            ops: operations that a backend spells in its own way.
+            suppresses: whether there is a parameter `suppressed` [V] float32, which is added to logits: minus infinity
+                for tokens that are never generated, else 0.
+        """
         super().__init__()
         self.config, self.ops = config, ops
         hidden, ple, layers = config.hidden_size, config.hidden_size_per_layer_input, config.num_hidden_layers
@@ -41,6 +49,7 @@ class Target(nn.Module):
         self.per_layer_projection_norm = RMSNorm(ple, config.rms_norm_eps, ops)
         self.layers = nn.ModuleList(DecoderLayer(config, i, i < config.num_kv_layers, ops) for i in range(layers))
         self.norm = RMSNorm(hidden, config.rms_norm_eps, ops)
+        self.suppressed = nn.Parameter(torch.empty(config.vocab_size)) if suppresses else None
 
     def forward(self, tokens: Tensor, position: Tensor, output_rows: Tensor, kv: list[Tensor]) -> TargetOutput:
         """Run T tokens and return the logits and states of R of them.
@@ -99,6 +108,8 @@ class Target(nn.Module):
         logits = self.ops.linear(state, self.embed_tokens.weight)
         if (cap := config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
+        if self.suppressed is not None:
+            logits = logits + self.suppressed
         return TargetOutput(logits, state, kv)
 
     def _per_layer_inputs(self, per_layer: Tensor, embedded: Tensor) -> Tensor:

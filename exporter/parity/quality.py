@@ -51,8 +51,9 @@ def measure_quality(engine: GraphEngine, pair: Pair, prompts: Sequence[Sequence[
         text = [*prompt, *generate(eager, prompt, options, stats)]
         expected = logits_after(target, text, len(text))
         logits, ids = bundle_logits(engine, text)
-        exact = expected.gather(1, ids).double()
-        signal, noise = signal + float((exact**2).sum()), noise + float(((logits - exact) ** 2).sum())
+        exact, known = expected.gather(1, ids).double(), logits > -torch.inf  # the rest is suppressed
+        error = (logits - exact)[known]
+        signal, noise = signal + float((exact[known] ** 2).sum()), noise + float((error**2).sum())
         equal.append((ids[:, 0] == expected.argmax(1)).numpy())
     agreement = np.concatenate(equal)
     return Quality(

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.checkpoint.names import target_weights
 from exporter.checkpoint.pair import Pair
 from exporter.graphs.parts import graph_parts
 from exporter.graphs.spec import DrafterGraph, TargetGraph
@@ -105,7 +104,7 @@ class Reference:
 
     def __init__(self, pair: Pair, recipe: Recipe, scales: Scales = Scales()) -> None:
         self.pair, self.recipe, self.scales = pair, recipe, scales
-        mapped = target_weights(pair.target_checkpoint, pair.target, mapped=True)
+        mapped = pair.mapped_target_weights
         self.target_weights: dict[str, Weight] = {name: read() for name, read in mapped.items()}
         parts = graph_parts(pair, recipe)
         quantized = (name for name in parts["target"].widths if name != PER_LAYER)
@@ -122,7 +121,8 @@ class Reference:
 
     def target(self, dtype: torch.dtype = torch.float32, int8_activations: bool = False) -> Target:
         """Return the target; the arguments are those of `reference_ops`."""
-        return _load(lambda: Target(self.pair.target, reference_ops(dtype, int8_activations)), self.target_weights)
+        pair, ops = self.pair, reference_ops(dtype, int8_activations)
+        return _load(lambda: Target(pair.target, ops, bool(pair.tokens.suppressed)), self.target_weights)
 
     def drafter(self, dtype: torch.dtype = torch.float32, int8_activations: bool = False) -> Drafter:
         """Return the drafter; the arguments are those of `reference_ops`."""
@@ -133,7 +133,7 @@ class Reference:
         """Return an engine for a bundle's manifest that runs this pair instead of the bundle's graphs and tables."""
         target, drafter = self.target(), self.drafter()
         graphs = {
-            "target": EagerGraph(TargetGraph(target, False, self.pair.tokens.suppressed), manifest.graphs["target"]),
+            "target": EagerGraph(TargetGraph(target, cache_outputs=False), manifest.graphs["target"]),
             "drafter": EagerGraph(DrafterGraph(drafter, self.pair.shared_kv), manifest.graphs["drafter"]),
         }
         tables = {"embed_tokens": target.embed_tokens, "embed_tokens_per_layer": target.embed_tokens_per_layer}

@@ -21,6 +21,7 @@ from exporter.modeling.drafter import kv_by_type
 from exporter.modeling.target import empty_kv
 from exporter.parity.quality import Quality, logits_after, measure_quality
 from exporter.parity.reference import EagerGraph, Reference
+from exporter.parity.tolerance import relative_error, tolerance_for
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.acceptance import common_prefix
 from runtime_ref.decoder import Options, check_prompt, generate
@@ -30,19 +31,6 @@ from runtime_ref.graph_engine import GraphEngine, chunks
 from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifest
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
-
-# Largest error allowed against the recipe's weights in float64, relative to the largest magnitude of that output (or
-# 1): same weights, same formulas, only the order of float32 sums differs.
-TOLERANCE = 1e-4
-
-# A deep or badly conditioned model amplifies rounding past any fixed bound, in eager torch as in a bundle: the rounding
-# of float32 sums, and of the 8-bit activations of quantized layers. So a bundle's error may also be this many times the
-# error of eager torch with the same rounding, both against float64; on a random pair of E4B's depth it was 1.0 to 1.5.
-EAGER_FACTOR = 4
-
-# No tolerance exceeds this: an output of all zeros has an error of 1, and a model that rounding disturbs so much cannot
-# be judged.
-MAX_TOLERANCE = 0.5
 
 LOGITS = "logits at top ids"  # the output whose tolerance also bounds ties between tokens
 
@@ -307,7 +295,7 @@ def _check_graphs(
     differing, drafted, first_row = 0, 0, torch.zeros(1, dtype=torch.int64)
 
     def compare(name: str, actual: np.ndarray, eager: Tensor, exact: Tensor) -> None:
-        pair_of_errors = _relative_error(torch.from_numpy(actual), exact), _relative_error(eager, exact)
+        pair_of_errors = relative_error(torch.from_numpy(actual), exact), relative_error(eager, exact)
         errors.setdefault(name, []).append(pair_of_errors)
 
     for prompt, continuation in zip(prompts, continuations, strict=True):
@@ -353,15 +341,10 @@ def _check_graphs(
 def _check_error(output: str, errors: Sequence[tuple[float, float]]) -> Check:
     """Judge an output by its largest error; `errors` are pairs, the bundle's and eager torch's."""
     actual, eager = (float(np.max(column)) for column in zip(*errors, strict=True))  # unlike max, keeps NaN
-    tolerance = min(max(TOLERANCE, EAGER_FACTOR * eager), MAX_TOLERANCE)
+    tolerance = tolerance_for(eager)
     if not np.isfinite([actual, eager]).all():
         return Check("graphs", output, False, detail="not finite")
     return Check("graphs", output, actual <= tolerance, error=actual, tolerance=tolerance)
-
-
-def _relative_error(actual: Tensor, exact: Tensor) -> float:
-    scale = max(1.0, float(exact.abs().max()))
-    return float((actual.double() - exact).abs().max()) / scale
 
 
 def _check_choices(
@@ -372,7 +355,8 @@ def _check_choices(
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         logits = logits_after(target, [*prompt, *answer[:-1]], len(answer))
         chosen = logits.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
-        behind = (logits.amax(1) - chosen) / logits.abs().amax().clamp(min=1)
+        finite = logits.masked_fill(logits == -torch.inf, 0)
+        behind = (logits.amax(1) - chosen) / finite.abs().amax().clamp(min=1)
         if (worst := float(behind.max())) > tolerance or not np.isfinite(worst):
             index = int(behind.argmax())
             return Check("plain", "tokens = eager", False, detail=f"prompt {number} differs at new token {index}")

@@ -56,6 +56,7 @@ def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
     for name in (".b.partial-x", ".b.partial-y-old", ".b.partial-4711@host-z-old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
+    (tmp_path / ".b.partial-file").write_text("")
     (tmp_path / ".b.lock").write_text("")
     with pytest.raises(InputError, match="b: exists already"):
         check_output(tmp_path / "b", force=False)
@@ -76,6 +77,13 @@ def test_a_live_writer_keeps_others_away(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="another process is writing it"), files.replacing(tmp_path / "b"):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_mount_point_is_refused_at_once() -> None:
+    with pytest.raises(
+        InputError, match="/proc: is a mount point, which cannot be replaced; choose a directory inside"
+    ):
+        files.check_directory(Path("/proc"), True, lambda _: True, "a bundle")
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
@@ -144,7 +152,18 @@ def test_files_of_file_managers_and_sync_tools_do_not_count(name: str, tmp_path:
     assert files.holds_only(tmp_path, "marker", lambda _: [])
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".git/config", ".env", "thumbs", "DS_Store", "a/notes.txt"])
+OTHERS = (
+    "notes.txt",
+    ".git/config",
+    ".env",
+    "thumbs",
+    "a/notes.txt",
+    ".stversions/thesis.docx",
+    ".Trash-1000/files/a.jpg",
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_files_do(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "marker").write_text("{}")

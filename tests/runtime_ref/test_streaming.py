@@ -223,6 +223,7 @@ def test_counts_are_of_the_tokens_that_were_given_out(decoder: Decoder, drafts: 
         cancelled = decoder.stream(PROMPT, max_new_tokens=40, num_draft_tokens=drafts)
         for _ in range(count - 1):
             next(cancelled)
+            assert cancelled.stats.finish_reason == ""
             assert_counts_what_was_given_out(cancelled)
         cancelled.cancel()
         assert len([*cancelled]) == 1

@@ -1,6 +1,7 @@
 """Streamed pieces of text join to the text of all tokens."""
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,14 @@ class TestThoughts:
     def test_one_may_begin_in_the_prompt(self, prompt: tuple[int, ...], text: str) -> None:
         stream = self.stream(prompt=prompt)
         assert "".join(map(stream.add, [2, 9, 3])) == text
+
+    def test_marks_that_earlier_turns_quote_do_not_count(self, tokenizer: TextTokenizer, tmp_path: Path) -> None:
+        shutil.copyfile(PAIR / "target" / "tokenizer.json", tmp_path / "tokenizer.json")
+        read = TextTokenizer(tmp_path, SpecialTokens(2, (1, 7), 0, thoughts=(719, 470)))
+        shown = [
+            read.stream(prompt=prompt).add(812) for prompt in ([2, 719, 5], [2, 719, 7, 5], [719, 7, 719], [719, 1])
+        ]
+        assert [bool(text) for text in shown] == [False, True, False, True]
 
     def test_stop_strings_are_searched_around_them(self) -> None:
         stream = self.stream(stop=("ac",))

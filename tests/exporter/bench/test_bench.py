@@ -168,7 +168,7 @@ def test_contexts_that_do_not_fit_are_left_out(bundle: Bundle) -> None:
     assert len(warnings) == 2
     with pytest.raises(InputError, match=r"--context 260 is too long: .* at most 259 .*; export with a larger"):
         fitting_contexts(path, manifest, (260,), warnings.append)
-    with pytest.raises(InputError, match=r"room for at most -1 "):
+    with pytest.raises(InputError, match=r"room for at most 0 "):
         fitting_contexts(path, replace(manifest, max_seq_len=40), (), warnings.append)
 
 

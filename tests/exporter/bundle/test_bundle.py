@@ -201,6 +201,15 @@ def test_tampered_bundle_is_refused(copy: Path) -> None:
             lambda b: edit_in(b, "tokens", "thoughts", lambda _: [1]),
             r"tokens.thoughts is \[1\], expected two token ids",
         ),
+        (lambda b: edit_in(b, "num_draft_tokens", "max", lambda _: 2**30), r"limits leave no room"),
+        (
+            lambda b: edit_in(b, "kv", "buffers", lambda x: [{**x[0], "head_dim": 2**30}, *x[1:]]),
+            r"that fit into memory",
+        ),
+        (
+            lambda b: edit_in(b, "kv", "buffers", lambda x: [{**x[0], "head_dim": 2**61}, *x[1:]]),
+            r"\[0\].head_dim is 23",
+        ),
         (lambda b: edit_manifest(b, two_stage=3), r"two_stage is 3, expected an object"),
         (
             lambda b: edit_manifest(b, source={"target": None, "drafter": {}}),
@@ -213,7 +222,15 @@ def test_tampered_bundle_is_refused(copy: Path) -> None:
         *("no files", "files is a list", "endless", "more drafts than allowed", "no cache"),
         *("half the limits", "few cache rows", "few outputs", "odd tokens", "extra file"),
         *("missing buffer", "buffer twice", "missing output", "other order", "fraction of a row", "no end token"),
-        *("half a thought", "odd two stages", "no source", "odd layer types"),
+        *(
+            "half a thought",
+            "huge rounds",
+            "huge buffer",
+            "endless buffer",
+            "odd two stages",
+            "no source",
+            "odd layer types",
+        ),
     ],
 )
 def test_incomplete_bundle_is_refused(break_it: Callable[[Path], object], message: str, copy: Path) -> None:
@@ -277,7 +294,7 @@ def test_parity_sees_one_changed_weight(
         {"tokens": {"bos": 2, "eos": [7], "pad": 0}},
         {"max_seq_len": 10**7, "limits": size_limits(10**7, 8, 16)},
         {"limits": size_limits(MAX_SEQ_LEN, 8, 16) | {"num_outputs": 64}},
-        {"two_stage": {"num_clusters": 1}},
+        {"two_stage": {"origin": "checkpoint", "num_clusters": 1, "cluster_size": 256, "top_k_clusters": 1}},
     ],
 )
 def test_parity_sees_a_changed_manifest(

@@ -173,6 +173,12 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
         "one number of `lm_head.weight` differs": Form(
             _untied(lambda x: x.index_put((torch.tensor(7), torch.tensor(3)), x[7, 3] + 1)), r"lm_head.weight differs"
         ),
+        "`tie_word_embeddings` false in text_config alone, which transformers does not read": Form(
+            lambda t, d: (_published(t, d), edit_json(t / "config.json", "text_config", tie_word_embeddings=False))
+        ),
+        "`lm_head.weight` in another dtype, equal to the embedding": Form(
+            lambda t, d: (_as_dtype(torch.bfloat16)(t, d), _untied(torch.Tensor.float)(t, d))
+        ),
         "`tie_word_embeddings` false without `lm_head.weight`": Form(
             _config(tie_word_embeddings=False),
             r"tie_word_embeddings is false, but tensor lm_head.weight is missing",
@@ -198,9 +204,13 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
         "a key that changes the model, such as `attention_k_eq_v`": Form(
             _config(attention_k_eq_v=True), r"attention_k_eq_v is True, only False is supported"
         ),
-        "`rope_theta` outside of `rope_parameters`": Form(
-            _config(rope_theta=5e5), r"rope_theta is 500000.0, a key that transformers reads and this exporter does not"
+        "`rope_theta` outside of `rope_parameters`, which transformers does not read": Form(_config(rope_theta=5e5)),
+        "`partial_rotary_factor` outside of `rope_parameters`": Form(
+            _config(partial_rotary_factor=0.5), r"partial_rotary_factor is 0.5, a key that transformers reads"
         ),
+        "`is_causal` false": Form(_config(is_causal=False), r"is_causal is False, only True is supported"),
+        "`is_causal` true": Form(_config(is_causal=True)),
+        "a stray `text_config` of null in the text-only form": Form(_config(text_config=None), by_transformers=True),
         "text where true or false belongs": Form(
             _config(use_double_wide_mlp="no"), r"use_double_wide_mlp is 'no', expected true or false"
         ),

@@ -36,6 +36,9 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
         ({}, Sampling(0.0)),
         ({"temperature": 0.7, "top_k": 20}, Sampling(0.0, top_k=20)),
         ({"do_sample": False, "temperature": 0.7}, Sampling(0.0)),
+        ({"top_k": -2, "top_p": 7, "temperature": "x"}, Sampling(0.0)),  # greedy decoding reads none of these
+        ({"do_sample": True, "top_k": -1}, Sampling(1.0)),
+        ({"do_sample": True, "top_k": 10**400}, Sampling(1.0)),
         ({"do_sample": True}, Sampling(1.0, top_k=50)),
         ({"do_sample": True, "top_k": 65}, Sampling(1.0, top_k=64)),
         ({"do_sample": True, "top_k": 10**30}, Sampling(1.0, top_k=64)),
@@ -51,12 +54,12 @@ def test_default_sampling(write_config: Callable[..., Path], settings: dict, sam
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": -1}, r"top_k is -1, expected a whole number that is not negative"),
-        ({"top_k": 2.5}, r"top_k is 2.5, expected a whole number"),
-        ({"top_k": "many"}, r"top_k is 'many', expected a number"),
-        ({"top_k": float("inf")}, r"expected a whole number"),
+        ({"do_sample": True, "top_k": -2}, r"top_k is -2, expected a whole number that is not negative"),
+        ({"do_sample": True, "top_k": 2.5}, r"top_k is 2.5, expected a whole number"),
+        ({"do_sample": True, "top_k": "many"}, r"top_k is 'many', expected a number"),
+        ({"do_sample": True, "top_k": float("inf")}, r"expected a whole number"),
         ({"do_sample": True, "temperature": -1}, r"temperature is -1.0"),
-        ({"top_p": 0.0}, r"top-p is 0.0"),
+        ({"do_sample": True, "top_p": 0.0}, r"top-p is 0.0"),
         ({"do_sample": "yes"}, r"do_sample is 'yes'"),
     ],
 )

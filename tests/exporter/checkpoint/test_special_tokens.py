@@ -10,11 +10,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from exporter.checkpoint.generation_config import IGNORED_KEYS, READ_KEYS, UNSUPPORTED_KEYS, generation_warnings
+from exporter.checkpoint.config_json import config_notes
+from exporter.checkpoint.generation_config import (
+    IGNORED_KEYS,
+    READ_KEYS,
+    UNSUPPORTED_KEYS,
+    default_sampling,
+    generation_warnings,
+)
 from exporter.checkpoint.pair import open_pair
 from exporter.checkpoint.special_tokens import special_tokens, token_warnings
-from exporter.graphs.spec import id_ranges
+from exporter.parity.stages import run_parity
 from runtime_ref.errors import InputError
+from runtime_ref.sampling import Sampling
 from runtime_ref.streaming import open_decoder
 from tests.chats import CHANNELS, END_OF_TURN, TEMPLATE, TURN
 from tests.conftest import Directories
@@ -22,7 +30,15 @@ from tests.exporter.checkpoint.forms import edit_json
 from tests.exports import export
 
 WITHOUT_END = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-THINK = WITHOUT_END.replace("m.content }}\n", "m.content.split('</think>')[-1] | trim }}{{ '<think>' if false }}\n")
+# What follows the end mark is kept, whatever the begin mark is; turns have marks of their own.
+THINK = (
+    "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content.split('</think>')[-1] | trim }}<turn|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|turn>model\n{{ '<think>' if think }}{% endif %}"
+)
+REFUSES_ENDING_WITH_ANSWER = TEMPLATE.replace(
+    "{% if tools is", "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}{% if tools is"
+)
+WITHOUT_CONTENT = "{{ bos_token }}{% for m in messages %}{{ m.content.text }}{% endfor %}"
 
 
 @pytest.fixture
@@ -51,6 +67,8 @@ def add_tokens(target: Path, special: bool, *names: str) -> list[int]:
         (TEMPLATE, {}, {"eos_token_id": None}, {1, END_OF_TURN}),
         (TEMPLATE, {}, {"eos_token_id": []}, {1, END_OF_TURN}),
         (TEMPLATE, {}, {"eos_token_id": -1}, {1, END_OF_TURN}),
+        (REFUSES_ENDING_WITH_ANSWER, {}, None, {1, END_OF_TURN}),
+        (WITHOUT_CONTENT, {}, None, {1}),
         (WITHOUT_END, {}, None, {1}),
         (WITHOUT_END, {"eos_token": "<turn|>"}, None, {1, END_OF_TURN}),
         (WITHOUT_END, {"eot_token": "<turn|>"}, None, {1, END_OF_TURN}),
@@ -110,11 +128,6 @@ def test_templates_see_the_names_of_the_tokenizers_config(target: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("ids", [[], [5], [5, 6, 7], [9, 5, 7, 6, 1, 9]])
-def test_ranges(ids: list[int]) -> None:
-    assert [token for first, last in id_ranges(ids) for token in range(first, last + 1)] == sorted(set(ids))
-
-
 def test_suppressed_tokens_are_never_generated(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
     """As in transformers, which masks them before anything else; plain and speculative, greedy and sampled."""
     directories = pair_dirs("tiny")
@@ -134,6 +147,8 @@ def test_suppressed_tokens_are_never_generated(pair_dirs: Callable[[str], Direct
     free = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, suppress_tokens=None)
     assert set(free[0, len(prompt) :].tolist()) & set(suppressed), "nothing to suppress"
     assert ids(0) == expected
+    checks = run_parity(bundle, open_pair(target, directories[1]), [prompt], 40)
+    assert [check for check in checks if not check.passed] == []
     for options in ({}, {"temperature": 1.5, "seed": 4}):
         assert ids(0, **options) == ids(4, **options)
         assert not set(ids(4, **options)) & set(suppressed)
@@ -155,14 +170,16 @@ def test_every_key_of_the_reference_is_read_warned_of_or_ignored() -> None:
     ("settings", "message"),
     [
         ({"repetition_penalty": 1.1}, "repetition_penalty is 1.1, which runtimes do not have yet"),
-        ({"min_p": 0.05}, "min_p is 0.05"),
+        ({"min_p": 0.05, "do_sample": True}, "min_p is 0.05"),
+        ({"min_p": 0.05}, None),  # greedy decoding does not read it
         ({"begin_suppress_tokens": [3]}, r"begin_suppress_tokens is [3]"),
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size is 3"),
         ({"stop_strings": ["a"]}, "stop_strings is ['a']"),
         ({"num_beams": 4}, "num_beams is 4"),
         ({"do_sample": True, "top_k": 100}, "top_k is 100; a bundle gives 64 logits of a token"),
         ({"do_sample": True, "top_k": 0}, "top_k is 0; a bundle gives 64"),
-        ({"color": "blue"}, "color is not a key that transformers knows"),
+        ({"do_sample": True, "top_k": -1}, "top_k is -1; a bundle gives 64"),
+        ({"color": "blue", "shape": None}, "color is not a key that transformers knows"),
         ({"repetition_penalty": 1.0, "min_p": None, "bad_words_ids": [], "num_beams": 1, "max_length": 20}, None),
         ({"do_sample": True, "top_k": 64, "transformers_version": "5"}, None),
     ],
@@ -181,3 +198,31 @@ def test_ids_that_are_none(key: str, target: Path) -> None:
     assert (tokens.bos, min(tokens.eos), tokens.pad) == (2, 1, 0)
     assert TURN not in tokens.eos
     assert f"{key} is -1, which is no token; it is ignored" in next(token_warnings(target, tokens))
+
+
+def test_settings_in_config_json(target: Path) -> None:
+    """Without generation_config.json, transformers takes them from there."""
+    edit_json(target / "config.json", suppress_tokens=[9, 5], do_sample=True, top_k=7, repetition_penalty=1.3)
+    assert special_tokens(target).suppressed == (5, 9)
+    assert default_sampling(target) == Sampling(1.0, top_k=7)
+    reference = GenerationConfig.from_pretrained(target, config_file_name="config.json", _from_model_config=True)
+    assert (reference.suppress_tokens, reference.do_sample, reference.top_k) == ([9, 5], True, 7)
+    (warning,) = generation_warnings(target)
+    assert warning.startswith(f"{target / 'config.json'}: repetition_penalty is 1.3, which runtimes do not have yet")
+    assert not [*config_notes(target)]
+    edit_json(target / "generation_config.json", eos_token_id=1)
+    assert special_tokens(target).suppressed == ()
+    assert default_sampling(target) == Sampling()
+
+
+@pytest.mark.parametrize(
+    "places", [("special_tokens_map.json", None), ("tokenizer_config.json", "extra_special_tokens")]
+)
+def test_names_from_other_places(places: tuple[str, str | None], target: Path) -> None:
+    file, section = places
+    names = {"eot_token": "<turn|>", "image_token": {"content": "<img>"}}
+    edit_json(target / file, **({section: names} if section else names))
+    (target / "chat_template.jinja").write_text(WITHOUT_END)
+    tokens = special_tokens(target)
+    assert tokens.names["image_token"] == "<img>"
+    assert set(tokens.eos) == {1, END_OF_TURN}

@@ -129,7 +129,7 @@ def test_parameter_counts(target: Any, target_parameters: int, drafter_parameter
 
 def test_too_small_a_disk_is_refused_before_writing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    with pytest.raises(InputError, match=r"pair: needs 9.42 GB of disk, 1.00 GB are free; free some space, or choose"):
+    with pytest.raises(InputError, match=r"pair: needs 9.42 GB of disk, 1.00 GB are free; free some space, choose"):
         SyntheticPair(E2B, drafter_of(E2B)).write(tmp_path / "deep" / "pair")
     assert list(tmp_path.iterdir()) == []
 

@@ -108,11 +108,13 @@ def test_a_trained_grid_survives_an_export(pair_dirs: Pairs, tmp_path: Path) -> 
         (lambda t: t["data"].update(offset=10**9), "tables are malformed"),
         (lambda t: t.pop("scales"), "tables are malformed"),
         (lambda t: t["data"].update(file="../manifest.json"), "is not in files"),
-        (lambda t: t.update(columns="x"), "is not as wide as hidden_size"),
-        (lambda t: t.update(group_size=10**30), "tables are malformed"),
+        (lambda t: t.update(columns="x"), "columns is 'x', expected a whole number"),
+        (lambda t: t.update(group_size=10**30), "group_size is 1000"),
+        (lambda t: t.update(group_size=0), "tables are malformed"),
+        (lambda t: t.update(columns=7), "is not as wide as hidden_size"),
         (lambda t: t.update(rows=7), "does not have a row for each token"),
     ],
-    ids=["encoding", "offset", "no scales", "file", "columns", "groups", "rows"],
+    ids=["encoding", "offset", "no scales", "file", "columns", "groups", "no groups", "width", "rows"],
 )
 def test_malformed_tables_are_one_line(
     change: Callable[[dict], object], reason: str, bundle: Bundle, tmp_path: Path

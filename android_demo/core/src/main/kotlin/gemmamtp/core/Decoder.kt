@@ -8,8 +8,8 @@ import java.io.IOException
  * A new token.
  *
  * @property id token id.
- * @property text the text that the token completes; empty where it ends inside a character, or in what may become a stop
- *     string.
+ * @property text the text that the token completes; empty in a thought, and where it ends inside a character, or in what may
+ *     become a stop string.
  * @property logprob natural logarithm of its probability, as [logProbability] defines it.
  */
 class Token(val id: Int, val text: String, val logprob: Double)
@@ -102,6 +102,7 @@ class Decoder(
         private val newText = StringBuilder()
         private var rounds: Rounds? = null
         private var ended = false
+        private var reason = "" // why the text ends with the newest round; empty if it does not
 
         @Volatile private var cancelled = false
 
@@ -129,10 +130,11 @@ class Decoder(
             var token = pending.removeFirst()
             val round = checkNotNull(lastRound)
             stats.count(round.cut(round.tokens.size - pending.size))
-            val complete = stats.finishReason.isNotEmpty() && pending.isEmpty()
+            val complete = reason.isNotEmpty() && pending.isEmpty()
             val cut = cancelled && !complete
             val text = texts?.add(token.id, complete || cut) ?: ""
-            if (texts?.stopped == true) stats.finishReason = "stop" else if (cut) stats.finishReason = "cancelled"
+            if (texts?.stopped == true) stats.finishReason = "stop"
+            else if (complete || cut) stats.finishReason = if (complete) reason else "cancelled"
             ended = complete || cut || texts?.stopped == true
             if (ended) save()
             token = Token(token.id, text, token.logprob)
@@ -148,6 +150,9 @@ class Decoder(
                 cached = null // until the prefill is done
             }
             val round = open.next()
+            // The text has not ended before the last of these tokens is given out.
+            reason = stats.finishReason
+            stats.finishReason = ""
             cached = this
             lastRound = round
             round.tokens.zip(round.logprobs) { id, logprob -> pending.addLast(Token(id, "", logprob)) }

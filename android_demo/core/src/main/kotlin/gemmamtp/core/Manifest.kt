@@ -13,6 +13,15 @@ const val FORMAT_VERSION = 2
 const val MANIFEST = "manifest.json"
 val TABLES = listOf("embed_tokens", "embed_tokens_per_layer")
 
+/** Inputs and outputs of each graph that are not cache buffers, in order. */
+private val GRAPH_PORTS = mapOf(
+    "target" to (
+        listOf("embedded", "per_layer", "position", "window_start", "output_rows") to
+            listOf("top_logits", "top_ids", "state")
+        ),
+    "drafter" to (listOf("embedded", "state", "position", "window_start") to listOf("draft_token", "next_state")),
+)
+
 /** Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks. */
 const val SLIDE_ROWS = 128
 
@@ -230,7 +239,7 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
             val sliding = it.text("layer_type") == "sliding_attention"
             KVBuffer(it.text("name"), sliding, it.int("num_key_value_heads"), it.int("head_dim"))
         },
-        graphs = raw.part("graphs").asMap().mapValues { (_, graph) ->
+        graphs = raw.part("graphs").asMap().filterKeys { it in GRAPH_PORTS }.mapValues { (_, graph) ->
             val (inputs, outputs) = listOf("inputs", "outputs").map { way ->
                 graph.asJsonObject.list(way).map { it.asJsonObject.text("name") }
             }
@@ -285,8 +294,17 @@ private fun check(manifest: Manifest): Unit = with(manifest) {
         require(table.rows == vocabSize) { "table $name does not have a row for each token" }
     }
     require(tables.getValue(TABLES[0]).columns == hiddenSize) { "table embed_tokens is not as wide as hidden_size" }
-    require(kv.isNotEmpty() && kv.all { it.name in graphs.getValue("target").inputs }) {
-        "kv.buffers are not inputs of graph target"
+    val buffers = kv.map { it.name }
+    for ((name, ports) in GRAPH_PORTS) {
+        val graph = graphs.getValue(name)
+        val others = graph.inputs.filter { it !in buffers } to graph.outputs.filter { it.removeSuffix("_out") !in buffers }
+        require(others == ports) { "graph $name has other inputs or outputs than $ports and kv.buffers" }
+        require(listOf(graph.inputs, graph.outputs).all { it.toSet().size == it.size }) {
+            "graph $name has two inputs or outputs of one name"
+        }
+    }
+    require(kv.isNotEmpty() && buffers.toSet().size == kv.size && graphs.getValue("target").inputs.containsAll(buffers)) {
+        "kv.buffers are not inputs of graph target, or one is there twice"
     }
     require(kv.all { minOf(it.numKeyValueHeads, it.headDim) >= 1 }) { "kv.buffers must have positive sizes" }
 }

@@ -10,7 +10,7 @@ private const val REPLACEMENT = '\uFFFD'
  * @param decode converts token ids to text.
  * @param stop strings that end the text.
  * @param thoughts ids of the tokens that begin and end a thought; null without thoughts.
- * @param prompt token ids before the text.
+ * @param prompt token ids before the text, of its own turn.
  */
 class TextStream(
     private val decode: (List<Int>) -> String,

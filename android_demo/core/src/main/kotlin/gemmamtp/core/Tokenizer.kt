@@ -10,15 +10,22 @@ const val TOKENIZER = "tokenizer.json"
  * Converts text to tokens and back with the bundle's tokenizer.json, with the results of the `tokenizers` library.
  *
  * @param bos id of the beginning-of-text token, which Gemma expects before every prompt.
+ * @param eos ids of the tokens that end a text or a turn.
  * @param thoughts ids of the tokens that begin and end a thought; null without thoughts.
  */
-class Tokenizer(file: File, private val bos: Int, private val thoughts: Pair<Int, Int>? = null) {
+class Tokenizer(
+    file: File,
+    private val bos: Int,
+    private val eos: Set<Int> = emptySet(),
+    private val thoughts: Pair<Int, Int>? = null,
+) {
     private val parts: TokenizerParts
     private val raw: AddedTokens
     private val normalized: AddedTokens
 
     /** @throws InputError the bundle has no tokenizer, or one that cannot be read. */
-    constructor(bundle: File, manifest: Manifest) : this(File(bundle, TOKENIZER), manifest.bos, manifest.thoughts)
+    constructor(bundle: File, manifest: Manifest) :
+        this(File(bundle, TOKENIZER), manifest.bos, manifest.eos, manifest.thoughts)
 
     init {
         if (!file.exists()) throw InputError("$file: is missing; export a checkpoint that has a tokenizer")
@@ -59,10 +66,11 @@ class Tokenizer(file: File, private val bos: Int, private val thoughts: Pair<Int
     /**
      * Begin a text that is decoded token by token, up to any of the stop strings.
      *
-     * @param prompt token ids before the text; it begins inside a thought if these do not end one that they began.
+     * @param prompt token ids before the text. It begins inside a thought if those after the last end token, which ends the
+     *     last turn, begin one and do not end it.
      */
     fun stream(stop: List<String> = emptyList(), prompt: List<Int> = emptyList()): TextStream =
-        TextStream(::decode, stop, thoughts, prompt)
+        TextStream(::decode, stop, thoughts, prompt.takeLastWhile { it !in eos })
 }
 
 /** Finds added tokens in a text: the leftmost, and the longest of several that begin at the same place. */
