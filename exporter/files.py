@@ -26,10 +26,11 @@ FOREIGN_FILES = (
     *(".DS_Store", "._*", ".localized", "Icon\r"),  # macOS
     *("Thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "Desktop.ini"),  # Windows
     *(".directory", ".hidden"),  # Linux desktops
-    *(".dropbox", ".dropbox.attr", ".stfolder", ".stignore", ".syncthing.*", ".SyncID", ".SyncIgnore"),
+    *(".dropbox", ".dropbox.attr", ".stignore", ".syncthing.*", ".SyncID", ".SyncIgnore"),
     *(".nextcloudsync.log", ".owncloudsync.log", ".sync_*.db*", "._sync_*.db*", ".~lock.*#"),
-    *(".tmp.drivedownload", ".tmp.driveupload", "@eaDir", ".fuse_hidden*", ".nfs*"),
+    *(".fuse_hidden*", ".nfs*"),
 )
+FOREIGN_DIRECTORIES = ("@eaDir", ".stfolder", ".tmp.drivedownload", ".tmp.driveupload")  # with all that is in them
 
 
 def human_bytes(size: float) -> str:
@@ -141,7 +142,7 @@ def check_free_space(output: Path, disk_bytes: int, memory_bytes: int) -> None:
 def holds_only(directory: Path, marker: str, listed: Callable[[Any], Iterable[str]]) -> bool:
     """Return whether a directory is empty, or holds a marker file and otherwise only files that the marker lists.
 
-    Files that match `FOREIGN_FILES` do not count.
+    Files that match `FOREIGN_FILES`, and files in `FOREIGN_DIRECTORIES`, do not count.
 
     Args:
         directory: an existing directory.
@@ -151,7 +152,7 @@ def holds_only(directory: Path, marker: str, listed: Callable[[Any], Iterable[st
     """
     paths = [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir() or not any(path.iterdir())]
     relative = [path.relative_to(directory) for path in paths]
-    names = {path.as_posix() for path in relative if not any(map(_is_foreign, path.parts))}
+    names = {path.as_posix() for path in relative if not _is_foreign(path)}
     if marker not in names:
         return not names
     try:
@@ -165,8 +166,10 @@ def directory_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.iterdir())
 
 
-def _is_foreign(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in FOREIGN_FILES)
+def _is_foreign(path: Path) -> bool:
+    if any(directory in FOREIGN_DIRECTORIES for directory in path.parts[:-1]):
+        return True
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in (*FOREIGN_FILES, *FOREIGN_DIRECTORIES))
 
 
 @contextlib.contextmanager
@@ -242,7 +245,7 @@ def _writing(output: Path) -> Iterator[None]:
                 elif leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
-                    leftover.unlink()
+                    leftover.unlink(missing_ok=True)
         yield
 
 

@@ -42,7 +42,7 @@ def locked(file: Path, wait: bool = True) -> Iterator[bool]:
 def _open_locked(file: Path, wait: bool) -> int | None:
     """Open and lock a file; None where the file system has no locks."""
     while True:
-        descriptor = _open(file)
+        descriptor, denied = _open(file)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # The holder before removes the file at its end: then what was locked is no longer what others will open.
@@ -53,16 +53,22 @@ def _open_locked(file: Path, wait: bool) -> int | None:
             raise
         except OSError:
             os.close(descriptor)
+            if denied is not None:
+                raise denied from None
             file.unlink(missing_ok=True)
             return None
         os.close(descriptor)
 
 
-def _open(file: Path) -> int:
+def _open(file: Path) -> tuple[int, PermissionError | None]:
+    """Open a file to be locked; with the error if it is another user's, so that it was opened for reading only."""
     try:
-        return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:  # another user's, who may have died: most file systems lock what was opened for reading
-        return os.open(file, os.O_RDONLY)
+        return os.open(file, os.O_RDWR | os.O_CREAT, 0o666), None
+    except PermissionError as error:
+        try:
+            return os.open(file, os.O_RDONLY), error  # most file systems can lock it all the same
+        except OSError:
+            raise error from None
 
 
 def _is_same(descriptor: int, file: Path) -> bool:

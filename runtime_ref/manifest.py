@@ -23,8 +23,8 @@ GRAPH_PORTS = {
     ),
     "drafter": (("embedded", "state", "position", "window_start"), ("draft_token", "next_state")),
 }
-MAX_BUFFER_VALUES = 1 << 36  # numbers in a cache buffer, and drafts in a round: larger ones cannot be meant
-MAX_DRAFT_TOKENS = 1024
+MAX_BUFFER_VALUES = 1 << 36  # numbers in a cache buffer: larger ones cannot be meant
+MAX_DRAFT_TOKENS = 1024  # in a round
 TABLES = ("embed_tokens", "embed_tokens_per_layer")
 ARM64_MACHINES = ("aarch64", "arm64")  # what `platform.machine` calls the processor
 # Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks.

@@ -87,8 +87,8 @@ def default_sampling(directory: Path) -> Sampling:
     except InputError as error:
         if not samples:  # greedy decoding reads none of these
             return Sampling()
-        remedy = "" if str(error).startswith(str(path)) else f"{path}: "
-        raise InputError(f"{remedy}{error}; correct the file") from error
+        origin = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise InputError(f"{origin}{error}; correct the file") from error
     return cuts if samples else replace(cuts, temperature=0.0)
 
 

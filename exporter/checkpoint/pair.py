@@ -58,7 +58,7 @@ class Pair:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights that an export stores, if they were float32; the total of a progress bar."""
-        target = parameter_shapes(lambda: Target(self.target))
+        target = parameter_shapes(lambda: Target(self.target, suppresses=bool(self.tokens.suppressed)))
         drafter = parameter_shapes(lambda: Drafter(self.drafter, None))
         del drafter["target_embed_tokens.weight"]  # stored with the target
         return sum(4 * prod(shape) for shape in (*target.values(), *drafter.values()))
@@ -123,7 +123,9 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
     tokens = special_tokens(target_dir)
     weights = {**target_weights(target_checkpoint, target), **suppression(tokens, target.vocab_size)}
     if len([token for token in tokens.suppressed if token < target.vocab_size]) == target.vocab_size:
-        raise InputError(f"{target_dir}: suppress_tokens names every token; correct generation_config.json")
+        raise InputError(
+            f"{target_dir}: suppress_tokens names every token; correct generation_config.json or config.json"
+        )
     pair = Pair(
         target=target,
         drafter=drafter,

@@ -94,17 +94,17 @@ def token_warnings(directory: Path, tokens: SpecialTokens) -> Iterator[str]:
         directory: the checkpoint's directory.
         tokens: its special tokens.
     """
-    settings = checkpoint_json(directory, GENERATION_CONFIG)
+    path, settings = generation_settings(directory)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"):
         values = settings.get(key)
         for value in values if isinstance(values, list) else [values]:
             if isinstance(value, int) and value < 0:
-                yield f"{directory / GENERATION_CONFIG}: {key} is {value}, which is no token; it is ignored"
+                yield f"{path}: {key} is {value}, which is no token; it is ignored"
     template, added = _template(directory, tokens.names), added_tokens(directory)
     turn_end = end_of_turn(template, added) if template else None
     if turn_end is not None and turn_end not in tokens.eos:
         yield (
-            f"{directory / GENERATION_CONFIG}: eos_token_id lacks {turn_end}, which the chat template writes after an"
+            f"{path}: eos_token_id lacks {turn_end}, which the chat template writes after an"
             " answer; answers go on after it"
         )
 

@@ -22,11 +22,14 @@ def end_of_turn(template: ChatTemplate, added_tokens: Mapping[str, int]) -> int 
         template: the chat template.
         added_tokens: ids of the tokenizer's added tokens, by text.
     """
-    asked = [("user", "Hi."), ("assistant", "Answer.")]
-    # Some templates refuse chats that end with an answer.
-    text = _render(template, asked, ask=False) or _render(template, [*asked, ("user", "Bye.")], ask=False) or ""
+    asked, begin = [("user", "Hi."), ("assistant", "Answer.")], ""
+    text = _render(template, asked, ask=False)
+    if text is None:  # it refuses chats that end with an answer: what follows one may begin the next turn
+        text = _render(template, [*asked, ("user", "Bye.")], ask=False) or ""
+        begin = text.partition("Hi.")[0]
     _, found, after = text.rpartition("Answer.")
     matching = [token for token in added_tokens if found and token and after.lstrip().startswith(token)]
+    matching = [token for token in matching if token not in begin]
     return added_tokens[max(matching, key=len)] if matching else None
 
 
@@ -44,18 +47,18 @@ def thought_marks(template: ChatTemplate, added_tokens: Mapping[str, int]) -> tu
     expected = repeated("Answer.")
     if expected is None or "Answer." not in expected:
         return None
-    # Marks of turns are in every prompt; what a template drops is not.
-    marks = [token for token in added_tokens if token and token in template.source and token not in expected]
+    marks = [token for token in added_tokens if token and token in template.source]
     pairs = [
         (begin, end)
         for begin in marks
         for end in marks
         if begin != end and repeated(f"{begin}Thought.{end}Answer.") == expected
     ]
-    # A template that keeps what follows the end mark takes any text for the begin mark: names tell which it is.
+    # A template that keeps what follows the end mark takes any text for the begin mark: then names tell which it is.
     named = [pair for pair in pairs if _letters(pair[0]) == _letters(pair[1])]
-    found = named or (pairs if len(pairs) == 1 else [])
-    return (added_tokens[found[0][0]], added_tokens[found[0][1]]) if found else None
+    needed = [(begin, end) for begin, end in pairs if repeated(f"Thought.{end}Answer.") != expected]
+    begin, end = next(iter((*named, *needed)), ("", ""))
+    return (added_tokens[begin], added_tokens[end]) if begin else None
 
 
 def _letters(mark: str) -> str:

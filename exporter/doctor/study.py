@@ -103,9 +103,10 @@ class Study:
         correct = outputs[CORRECT]
         unrounded, fp32 = outputs.get(UNROUNDED, correct), outputs.get(FP32_TARGET, correct)
         logits, ids = (part[continuation.start - 1 :] for part in bundle_logits(self.engine, continuation.text))
-        self._store(LOGITS, ACTUAL, logits)
+        suppressed = logits == -torch.inf  # where fewer tokens are left than a bundle gives logits
+        self._store(LOGITS, ACTUAL, logits.masked_fill(suppressed, 0))
         for name, eager in ((CORRECT, correct), (UNROUNDED, unrounded), (FP32_TARGET, fp32)):
-            self._store(LOGITS, name, eager.logits.gather(1, ids))
+            self._store(LOGITS, name, eager.logits.gather(1, ids).masked_fill(suppressed, 0))
         self._store(TOP_IDS, ACTUAL, ids[:, 0])
         self._store(TOP_IDS, FP32_TARGET, fp32.logits.argmax(1))
         for position, state in continuation.round_states:

@@ -35,6 +35,7 @@ THINK = (
     "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content.split('</think>')[-1] | trim }}<turn|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|turn>model\n{{ '<think>' if think }}{% endif %}"
 )
+WRITES_EMPTY_THOUGHTS = THINK.replace("{{ m.content", "{{ '<think></think>' ~ m.content")
 REFUSES_ENDING_WITH_ANSWER = TEMPLATE.replace(
     "{% if tools is", "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}{% if tools is"
 )
@@ -101,15 +102,31 @@ def test_a_file_that_forgets_the_end_of_a_turn_is_warned_of(target: Path) -> Non
     [
         (CHANNELS, ("<|channel>", "<channel|>")),
         (THINK, ("<think>", "</think>")),
+        (WRITES_EMPTY_THOUGHTS, ("<think>", "</think>")),
         (TEMPLATE, ("<|channel>", "<channel|>")),
     ],
-    ids=["channels", "think", "none"],
+    ids=["channels", "think", "empty thoughts", "none"],
 )
 def test_marks_of_thoughts(special: bool, template: str, names: tuple[str, str], target: Path) -> None:
     (target / "chat_template.jinja").write_text(template)
     assert special_tokens(target).thoughts is None  # texts that are no tokens
     ids = add_tokens(target, special, *names)
     assert special_tokens(target).thoughts == (None if template is TEMPLATE else tuple(ids))
+
+
+def test_a_begin_mark_that_nothing_tells_is_none(target: Path) -> None:
+    """The template keeps what follows `</think>`, and names another added token, but no begin mark."""
+    (target / "chat_template.jinja").write_text(THINK.replace("<think>", "<image>"))
+    add_tokens(target, True, "<image>", "</think>")
+    assert special_tokens(target).thoughts is None
+
+
+def test_the_next_turns_mark_ends_nothing(target: Path) -> None:
+    """This template refuses chats that end with an answer, and writes nothing after one."""
+    end = "{%- if closed %}{{ '<turn|>\\n' }}{% endif %}"
+    assert end in REFUSES_ENDING_WITH_ANSWER
+    (target / "chat_template.jinja").write_text(REFUSES_ENDING_WITH_ANSWER.replace(end, ""))
+    assert special_tokens(target).eos == (1,)
 
 
 def test_templates_see_the_names_of_the_tokenizers_config(target: Path) -> None:
@@ -132,7 +149,7 @@ def test_suppressed_tokens_are_never_generated(pair_dirs: Callable[[str], Direct
     """As in transformers, which masks them before anything else; plain and speculative, greedy and sampled."""
     directories = pair_dirs("tiny")
     target = Path(shutil.copytree(directories[0], tmp_path / "target"))
-    prompt, suppressed = [3, 4, 5], [0, 1, 5, *range(20, 180), 255, 300]  # one is beyond the vocabulary
+    prompt, suppressed = [3, 4, 5], [0, 1, 5, *range(20, 245), 255, 300]  # one is beyond the vocabulary
     edit_json(target / "generation_config.json", eos_token_id=1, suppress_tokens=suppressed)
     bundle = export(tmp_path / "bundle", target, directories[1], "onnx")
     assert json.loads((bundle / "manifest.json").read_text())["tokens"]["suppressed"] == suppressed

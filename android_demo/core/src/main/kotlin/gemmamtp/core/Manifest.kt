@@ -13,6 +13,12 @@ const val FORMAT_VERSION = 2
 const val MANIFEST = "manifest.json"
 val TABLES = listOf("embed_tokens", "embed_tokens_per_layer")
 
+/** Numbers in a cache buffer: larger ones cannot be meant. */
+private const val MAX_BUFFER_VALUES = 1L shl 36
+private const val MAX_DRAFT_TOKENS = 1024
+
+private val KVBuffer.rowSize get() = numKeyValueHeads.toLong() * headDim
+
 /** Inputs and outputs of each graph that are not cache buffers, in order. */
 private val GRAPH_PORTS = mapOf(
     "target" to (
@@ -306,7 +312,13 @@ private fun check(manifest: Manifest): Unit = with(manifest) {
     require(kv.isNotEmpty() && buffers.toSet().size == kv.size && graphs.getValue("target").inputs.containsAll(buffers)) {
         "kv.buffers are not inputs of graph target, or one is there twice"
     }
-    require(kv.all { minOf(it.numKeyValueHeads, it.headDim) >= 1 }) { "kv.buffers must have positive sizes" }
+    val maxRows = maxOf(rows, limits.getValue("window_rows")).toLong()
+    require(kv.all { minOf(it.numKeyValueHeads, it.headDim) >= 1 && it.rowSize < MAX_BUFFER_VALUES / maxRows }) {
+        "kv.buffers must have positive sizes that fit into memory"
+    }
+    require(maxDraftTokens <= MAX_DRAFT_TOKENS) {
+        "num_draft_tokens.max is $maxDraftTokens, expected at most $MAX_DRAFT_TOKENS"
+    }
 }
 
 /** The smallest multiple of [multiple] that is not below [count]; both are positive. */

@@ -189,6 +189,10 @@ private class TokenizerJson(private val file: File) {
         return literal
     }
 
+    private fun requireNull(name: String) {
+        small[name]?.let { refuse(name, it, "null") }
+    }
+
     private fun refuse(part: String, actual: Any, expected: Any): Nothing =
         throw InputError("$file: $part is $actual, expected $expected; export a checkpoint with Gemma's tokenizer")
 }

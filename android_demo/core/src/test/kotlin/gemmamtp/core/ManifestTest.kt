@@ -1,5 +1,6 @@
 package gemmamtp.core
 
+import com.google.gson.JsonArray
 import com.google.gson.JsonObject
 import com.google.gson.JsonParser
 import java.io.File
@@ -19,9 +20,13 @@ class ManifestTest {
          "target": {"vocab_size": 10, "hidden_size": 4, "sliding_window": 8}, "drafter": {}, "two_stage": null, "source": {},
          "kv": {"buffers": [{"name": "key_0", "layer": 0, "layer_type": "sliding_attention", "num_key_value_heads": 1,
                              "head_dim": 2}]},
-         "graphs": {"target": {"file": "w", "inputs": [{"name": "embedded"}, {"name": "key_0"}],
-                               "outputs": [{"name": "state"}]},
-                    "drafter": {"file": "w", "inputs": [], "outputs": []}},
+         "graphs": {"target": {"file": "w", "inputs": [{"name": "embedded"}, {"name": "per_layer"}, {"name": "position"},
+                                          {"name": "window_start"}, {"name": "output_rows"}, {"name": "key_0"}],
+                               "outputs": [{"name": "top_logits"}, {"name": "top_ids"}, {"name": "state"},
+                                           {"name": "key_0_out"}]},
+                    "drafter": {"file": "w", "inputs": [{"name": "embedded"}, {"name": "state"}, {"name": "position"},
+                                           {"name": "window_start"}],
+                                "outputs": [{"name": "draft_token"}, {"name": "next_state"}]}},
          "tables": {"embed_tokens": {"rows": 10, "columns": 4, "row_bytes": 16, "encoding": "float32", "group_size": 4,
                                      "data": $tables},
                     "embed_tokens_per_layer": {"rows": 10, "columns": 4, "row_bytes": 2, "encoding": "uint4",
@@ -35,13 +40,18 @@ class ManifestTest {
         return assertFailsWith<InputError> { parseManifest(json, "bundle/manifest.json", "") }.message!!
     }
 
+    private fun JsonObject.ports(graph: String, way: String) =
+        getAsJsonObject("graphs").getAsJsonObject(graph).getAsJsonArray(way)
+
+    private fun JsonArray.add(name: String) = add(JsonObject().apply { addProperty("name", name) })
+
     @Test
     fun fieldsAreRead() {
         val manifest = parseManifest(JsonParser.parseString(text), "", "d")
         assertEquals("onnx", manifest.backend)
         assertEquals(setOf(1, 106), manifest.eos)
         assertEquals(Sampling(1.0, 0.95), manifest.sampling)
-        assertEquals(listOf("embedded", "key_0"), manifest.graphs.getValue("target").inputs)
+        assertEquals("key_0", manifest.graphs.getValue("target").inputs.last())
         assertEquals(listOf(true), manifest.kv.map { it.sliding })
         assertEquals("bfloat16", manifest.tables.getValue("embed_tokens_per_layer").scales?.dtype)
         assertEquals(null, manifest.chat)
@@ -68,6 +78,24 @@ class ManifestTest {
                 "limits leave no room for max_seq_len" to { it.addProperty("max_seq_len", 65) },
                 "limits are not multiples" to { it.getAsJsonObject("limits").addProperty("num_tokens", 15) },
                 "temperature is -1.0" to { it.getAsJsonObject("sampling").addProperty("temperature", -1) },
+                "graph target has other inputs or outputs" to { it.ports("target", "inputs").remove(1) },
+                "graph drafter has other inputs or outputs" to { it.ports("drafter", "outputs").remove(0) },
+                "two inputs or outputs of one name" to { it.ports("drafter", "inputs").apply { add("key_0"); add("key_0") } },
+                "kv.buffers are not inputs of graph target, or one is there twice" to {
+                    it.getAsJsonObject("kv").getAsJsonArray("buffers").apply { add(get(0)) }
+                },
+                "that fit into memory" to {
+                    it.getAsJsonObject("kv").getAsJsonArray("buffers")[0].asJsonObject.addProperty("head_dim", 1 shl 30)
+                },
+                "num_draft_tokens.max is 2000, expected at most 1024" to {
+                    it.getAsJsonObject("num_draft_tokens").addProperty("max", 2000)
+                    it.getAsJsonObject("limits").addProperty("num_tokens", 4096)
+                    it.getAsJsonObject("limits").addProperty("num_outputs", 4096)
+                    it.getAsJsonObject("limits").addProperty("window_rows", 8192)
+                },
+                "tokens.thoughts is [1], expected two" to {
+                    it.getAsJsonObject("tokens").add("thoughts", JsonParser.parseString("[1]"))
+                },
                 "outside the bundle" to { it.getAsJsonObject("files").add("../w", it.getAsJsonObject("files").get("w")) },
                 "table embed_tokens is not as wide" to {
                     it.getAsJsonObject("tables").getAsJsonObject("embed_tokens").addProperty("columns", 5)
