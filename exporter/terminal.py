@@ -1,7 +1,6 @@
 """What all commands share on a terminal: consoles, progress bars and exit codes."""
 
 import contextlib
-import errno
 import io
 import json
 import math
@@ -58,9 +57,8 @@ def run_command(command: click.Command) -> None:
     try:
         command.main(standalone_mode=False)
     except SystemExit as stop:
-        if isinstance(stop.__context__, OSError) and stop.__context__.errno == errno.EPIPE:
-            sys.exit(141)  # as after SIGPIPE: click makes it 1, which is a failed check
-        raise
+        # Click ends with 1 if the reader of a pipe has ended; that is a failed check here, and 141 after SIGPIPE.
+        sys.exit(141 if stop.code == 1 else stop.code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         sys.exit(2)

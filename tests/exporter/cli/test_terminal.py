@@ -95,3 +95,21 @@ def test_onnx_runtime_prints_nothing_beside_the_error(bundle: Callable[..., Path
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1 and "cannot run" in result.stderr
+
+
+def test_a_reader_that_ends_is_no_failed_check(bundle: Callable[..., Path]) -> None:
+    with subprocess.Popen([COMMAND, "inspect", bundle("tiny"), "--json"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((), "give one of --prompt, --prompt-file and --prompt-ids"), (("--prompt", "-"), "standard input is closed")],
+)
+def test_a_closed_standard_input(arguments: tuple[str, ...], message: str, bundle: Callable[..., Path]) -> None:
+    command = [COMMAND, "generate", bundle("tiny"), *arguments]
+    result = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr

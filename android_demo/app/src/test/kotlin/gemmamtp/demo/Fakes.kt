@@ -118,7 +118,12 @@ fun tinyBundle(weights: String = "w".repeat(128)): Map<String, ByteArray> {
     }"""
     fun kv(name: String, type: String) =
         """{"name":"$name","layer":0,"layer_type":"$type","num_key_value_heads":2,"head_dim":3}"""
-    val graph = """{"file":"model.pte","inputs":[{"name":"key_0"},{"name":"key_1"}],"outputs":[]}"""
+    fun ports(vararg names: String) = names.joinToString(",", "[", "]") { """{"name":"$it"}""" }
+    val target = """{"file": "model.pte",
+        "inputs": ${ports("embedded", "per_layer", "position", "window_start", "output_rows", "key_0", "key_1")},
+        "outputs": ${ports("top_logits", "top_ids", "state")}}"""
+    val drafter = """{"file": "model.pte", "inputs": ${ports("embedded", "state", "position", "window_start", "key_0")},
+        "outputs": ${ports("draft_token", "next_state")}}"""
     val manifest = """{
         "format_version": 2, "backend": {"name": "executorch"}, "recipe": "int4", "max_seq_len": 100,
         "target": {"vocab_size": 8, "hidden_size": 4, "sliding_window": 10},
@@ -126,7 +131,7 @@ fun tinyBundle(weights: String = "w".repeat(128)): Map<String, ByteArray> {
         "limits": {"num_tokens": 16, "num_outputs": 10, "cache_rows": 500, "window_rows": 256}, "row_multiple": 1,
         "tokens": {"bos": 2, "eos": [1], "pad": 0},
         "kv": {"buffers": [${kv("key_0", "full_attention")}, ${kv("key_1", "sliding_attention")}]},
-        "graphs": {"target": $graph, "drafter": $graph},
+        "graphs": {"target": $target, "drafter": $drafter},
         "tables": {"embed_tokens": ${table(4, "model.pte")}, "embed_tokens_per_layer": ${table(2, "per_layer.table")}},
         "files": {${metadata.joinToString { (name, it) -> """"$name": {"size": ${it.size}, "sha256": "${it.sha256}"}""" }}}
     }"""

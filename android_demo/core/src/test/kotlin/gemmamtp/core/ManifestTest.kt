@@ -1,6 +1,5 @@
 package gemmamtp.core
 
-import com.google.gson.JsonArray
 import com.google.gson.JsonObject
 import com.google.gson.JsonParser
 import java.io.File
@@ -43,7 +42,7 @@ class ManifestTest {
     private fun JsonObject.ports(graph: String, way: String) =
         getAsJsonObject("graphs").getAsJsonObject(graph).getAsJsonArray(way)
 
-    private fun JsonArray.add(name: String) = add(JsonObject().apply { addProperty("name", name) })
+    private fun port(name: String) = JsonObject().apply { addProperty("name", name) }
 
     @Test
     fun fieldsAreRead() {
@@ -80,7 +79,7 @@ class ManifestTest {
                 "temperature is -1.0" to { it.getAsJsonObject("sampling").addProperty("temperature", -1) },
                 "graph target has other inputs or outputs" to { it.ports("target", "inputs").remove(1) },
                 "graph drafter has other inputs or outputs" to { it.ports("drafter", "outputs").remove(0) },
-                "two inputs or outputs of one name" to { it.ports("drafter", "inputs").apply { add("key_0"); add("key_0") } },
+                "two inputs or outputs of one name" to { it.ports("drafter", "inputs").apply { repeat(2) { add(port("key_0")) } } },
                 "kv.buffers are not inputs of graph target, or one is there twice" to {
                     it.getAsJsonObject("kv").getAsJsonArray("buffers").apply { add(get(0)) }
                 },
