@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from exporter.bundle.chat_format import chat_format
-from exporter.checkpoint.generation_config import SpecialTokens
+from exporter.checkpoint.special_tokens import SpecialTokens
 from runtime_ref import decoder as decoder_module
 from runtime_ref import streaming
-from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate
+from runtime_ref.chat import CHAT_TEMPLATE, open_template
 from runtime_ref.costs import Costs
 from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import load_engine
@@ -95,7 +95,7 @@ def in_python(bundle: Path, requests: list[dict[str, Any]], monkeypatch: pytest.
     manifest = read_manifest(bundle)
     tokenizer = TextTokenizer(bundle, manifest)
     planner = DraftLength(manifest.max_draft_tokens, Costs(manifest.max_draft_tokens, manifest.row_multiple))
-    template = ChatTemplate(bundle, tokenizer) if (bundle / CHAT_TEMPLATE).exists() else None
+    template = open_template(bundle, tokenizer) if (bundle / CHAT_TEMPLATE).exists() else None
     decoder = streaming.Decoder(bundle, load_engine(bundle, manifest, 1), tokenizer, planner, template=template)
     monkeypatch.setattr(decoder_module, "time", clock())
     results = []
