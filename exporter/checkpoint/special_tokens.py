@@ -11,6 +11,7 @@ from torch import Tensor
 from exporter.checkpoint.generation_config import GENERATION_CONFIG, generation_settings
 from exporter.checkpoint.side_files import TOKENIZER_CONFIG, added_tokens, chat_template, checkpoint_json
 from exporter.checkpoint.template_marks import end_of_turn, thought_marks
+from exporter.modeling.target import SUPPRESSED_LOGIT
 from exporter.modeling.weights import Weights
 from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate
 from runtime_ref.errors import InputError
@@ -81,7 +82,7 @@ def suppression(tokens: SpecialTokens, vocab_size: int) -> Weights:
 
     def read() -> Tensor:
         added = torch.zeros(vocab_size)
-        added[[token for token in tokens.suppressed if token < vocab_size]] = -torch.inf
+        added[[token for token in tokens.suppressed if token < vocab_size]] = SUPPRESSED_LOGIT
         return added
 
     return {"suppressed": read} if tokens.suppressed else {}

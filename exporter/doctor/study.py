@@ -22,6 +22,7 @@ from exporter.doctor.verdicts import MIN_TOLERANCE, acceptance_gain, error_toler
 from exporter.graphs.backend import load_backend
 from exporter.graphs.spec import PREFILL_CHUNK_TOKENS
 from exporter.modeling.drafter import KV, Drafter
+from exporter.modeling.target import is_suppressed
 from exporter.parity.drafting import DRAFT_STEPS, draft_rounds
 from exporter.parity.quality import bundle_logits
 from exporter.parity.reference import Reference
@@ -103,7 +104,7 @@ class Study:
         correct = outputs[CORRECT]
         unrounded, fp32 = outputs.get(UNROUNDED, correct), outputs.get(FP32_TARGET, correct)
         logits, ids = (part[continuation.start - 1 :] for part in bundle_logits(self.engine, continuation.text))
-        suppressed = logits == -torch.inf  # where fewer tokens are left than a bundle gives logits
+        suppressed = is_suppressed(logits)  # where fewer tokens are left than a bundle gives logits
         self._store(LOGITS, ACTUAL, logits.masked_fill(suppressed, 0))
         for name, eager in ((CORRECT, correct), (UNROUNDED, unrounded), (FP32_TARGET, fp32)):
             self._store(LOGITS, name, eager.logits.gather(1, ids).masked_fill(suppressed, 0))

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from exporter.modeling.config import TextConfig
 from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
 
+# The lowest float stands for minus infinity, with which some kernels compute NaN.
+SUPPRESSED_LOGIT = torch.finfo(torch.float32).min
+
 
 @dataclass(frozen=True)
 class TargetOutput:
     """What a pass of the target returns, for R of its T tokens.
 
     Attributes:
-        logits: [R, V] float32, after the softcap; minus infinity for suppressed tokens.
+        logits: [R, V] float32, after the softcap; `SUPPRESSED_LOGIT` for suppressed tokens.
         state: [R, E] float32, after the final norm.
         kv: K, then V, of each storing layer, each [N, S, D] float32, with the rows of all T tokens.
     """
@@ -37,8 +40,8 @@ class Target(nn.Module):
         Args:
             config: its sizes.
             ops: operations that a backend spells in its own way.
-            suppresses: whether there is a parameter `suppressed` [V] float32, which is added to logits: minus infinity
-                for tokens that are never generated, else 0.
+            suppresses: whether there is a parameter `suppressed` [V] float32, which is added to logits:
+                `SUPPRESSED_LOGIT` for tokens that are never generated, else 0.
         """
         super().__init__()
         self.config, self.ops = config, ops
@@ -148,3 +151,8 @@ def empty_kv(config: TextConfig, rows: int) -> list[Tensor]:
         sizes = config.attention(layer_type)
         kv += [torch.zeros(sizes.num_key_value_heads, rows, sizes.head_dim) for _ in ("key", "value")]
     return kv
+
+
+def is_suppressed(logits: Tensor) -> Tensor:
+    """Return which logits, of any shape and float dtype, are of suppressed tokens."""
+    return logits < SUPPRESSED_LOGIT / 2

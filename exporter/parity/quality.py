@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from exporter.checkpoint.pair import Pair
-from exporter.modeling.target import Target, empty_kv
+from exporter.modeling.target import Target, empty_kv, is_suppressed
 from exporter.parity.reference import Reference
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.decoder import Options, generate
@@ -51,7 +51,7 @@ def measure_quality(engine: GraphEngine, pair: Pair, prompts: Sequence[Sequence[
         text = [*prompt, *generate(eager, prompt, options, stats)]
         expected = logits_after(target, text, len(text))
         logits, ids = bundle_logits(engine, text)
-        exact, known = expected.gather(1, ids).double(), logits > -torch.inf  # the rest is suppressed
+        exact, known = expected.gather(1, ids).double(), ~is_suppressed(logits)
         error = (logits - exact)[known]
         signal, noise = signal + float((exact[known] ** 2).sum()), noise + float((error**2).sum())
         equal.append((ids[:, 0] == expected.argmax(1)).numpy())

@@ -18,7 +18,7 @@ from exporter.graphs.parts import graph_parts
 from exporter.graphs.spec import DrafterGraph, size_limits
 from exporter.graphs.tables import PER_LAYER_FILE, differing_rows
 from exporter.modeling.drafter import kv_by_type
-from exporter.modeling.target import empty_kv
+from exporter.modeling.target import empty_kv, is_suppressed
 from exporter.parity.quality import Quality, logits_after, measure_quality
 from exporter.parity.reference import EagerGraph, Reference
 from exporter.parity.tolerance import relative_error, tolerance_for
@@ -355,8 +355,8 @@ def _check_choices(
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         logits = logits_after(target, [*prompt, *answer[:-1]], len(answer))
         chosen = logits.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
-        finite = logits.masked_fill(logits == -torch.inf, 0)
-        behind = (logits.amax(1) - chosen) / finite.abs().amax().clamp(min=1)
+        largest = logits.masked_fill(is_suppressed(logits), 0).abs().amax()
+        behind = (logits.amax(1) - chosen) / largest.clamp(min=1)
         if (worst := float(behind.max())) > tolerance or not np.isfinite(worst):
             index = int(behind.argmax())
             return Check("plain", "tokens = eager", False, detail=f"prompt {number} differs at new token {index}")

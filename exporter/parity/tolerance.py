@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from exporter.modeling.target import is_suppressed
+
 # Largest error allowed against the recipe's weights in float64, relative to the largest magnitude of that output (or
 # 1): same weights, same formulas, only the order of float32 sums differs.
 TOLERANCE = 1e-4
@@ -30,11 +32,11 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     """Return the largest difference, relative to the largest magnitude of the exact values, or to 1 if that is smaller.
 
     Args:
-        actual: values of any shape; minus infinity, which suppressed tokens have, must stand where it does in `exact`.
+        actual: values of any shape; logits of suppressed tokens must stand where they do in `exact`.
         exact: float64, of the same shape.
     """
-    suppressed = exact == -torch.inf
-    if not torch.equal(actual == -torch.inf, suppressed):
+    suppressed = is_suppressed(exact)
+    if not torch.equal(is_suppressed(actual), suppressed):
         return float("inf")
     actual, exact = actual.masked_fill(suppressed, 0), exact.masked_fill(suppressed, 0)
     scale = max(1.0, float(exact.abs().max()))
