@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint.generation_config import IGNORED_KEYS, READ_KEYS, UNSUPPORTED_KEYS
+from exporter.checkpoint.generation_keys import IGNORED_KEYS, READ_KEYS, UNSUPPORTED_KEYS
 from exporter.checkpoint.other_forms import refuse_other_forms
 from exporter.checkpoint.reference_keys import DRAFTER_KEYS, TARGET_KEYS, TEXT_KEYS, TEXT_KEYS_OF_CODE
 from exporter.checkpoint.rope import rope_fields

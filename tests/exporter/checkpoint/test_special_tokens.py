@@ -11,13 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from exporter.checkpoint.config_json import config_notes
-from exporter.checkpoint.generation_config import (
-    IGNORED_KEYS,
-    READ_KEYS,
-    UNSUPPORTED_KEYS,
-    default_sampling,
-    generation_warnings,
-)
+from exporter.checkpoint.generation_config import default_sampling, generation_warnings
+from exporter.checkpoint.generation_keys import IGNORED_KEYS, READ_KEYS, UNSUPPORTED_KEYS
 from exporter.checkpoint.pair import open_pair
 from exporter.checkpoint.special_tokens import special_tokens, token_warnings
 from exporter.parity.stages import run_parity
