@@ -1,5 +1,6 @@
 """Times of passes and draft steps on a device: measured while it decodes, and kept in a file beside the bundle."""
 
+import functools
 import hashlib
 import json
 import os
@@ -172,12 +173,7 @@ def load_costs(bundle: Path, threads: int | None, max_drafts: int, row_multiple:
         max_drafts: as for `Costs`.
         row_multiple: as for `Costs`.
     """
-    costs = Costs(max_drafts, row_multiple)
-    try:
-        costs.restore(_saved(bundle)[_key(threads)])
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        return Costs(max_drafts, row_multiple)
-    return costs
+    return _restored(_saved(bundle).get(_key(threads)), max_drafts, row_multiple)
 
 
 def save_costs(costs: Costs, bundle: Path, threads: int | None) -> None:
@@ -194,8 +190,7 @@ def save_costs(costs: Costs, bundle: Path, threads: int | None) -> None:
     file = costs_file(bundle)
     with locked(file.with_name(f".{file.name}.lock")):
         saved, key = _saved(bundle), _key(threads)
-        before = load_costs(bundle, threads, 0).as_dict()
-        new = costs.as_dict()
+        before, new = _restored(saved.get(key)).as_dict(), costs.as_dict()
         new["verify_seconds"] = before["verify_seconds"] | new["verify_seconds"]
         new["draft_step_seconds"] = new["draft_step_seconds"] or before["draft_step_seconds"]
         document = {"version": COSTS_VERSION, "bundle": _digest(bundle), "devices": {**saved, key: new}}
@@ -207,6 +202,16 @@ def save_costs(costs: Costs, bundle: Path, threads: int | None) -> None:
                 aside.replace(file)
             finally:
                 aside.unlink(missing_ok=True)
+
+
+def _restored(entry: Any, max_drafts: int = 0, row_multiple: int = 1) -> Costs:
+    """The costs of an entry of the file; without measurements if there is none, or a malformed one."""
+    costs = Costs(max_drafts, row_multiple)
+    try:
+        costs.restore(entry)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return Costs(max_drafts, row_multiple)
+    return costs
 
 
 def _saved(bundle: Path) -> dict[str, Any]:
@@ -230,6 +235,7 @@ def _key(threads: int | None) -> str:
     return f"{platform.machine()}, {_processor()}, {os.cpu_count()} CPUs, {threads or 'all'} threads"
 
 
+@functools.cache  # needed at the end of every text; with many processors the file is long
 def _processor() -> str:
     """The processor's name, as far as the system tells it."""
     try:

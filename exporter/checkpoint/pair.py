@@ -8,7 +8,7 @@ from clustering.cluster_table import ClusterTable, TwoStageSizes
 from exporter.checkpoint.config_json import check_pair, config_notes, read_drafter_config, read_target_config
 from exporter.checkpoint.generation_config import default_sampling, generation_warnings
 from exporter.checkpoint.names import drafter_weights, read_cluster_table, target_weights
-from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens, suppression, token_warnings
+from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens, suppression
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.modeling.config import DrafterConfig, TextConfig, shared_kv
 from exporter.modeling.drafter import Drafter
@@ -120,7 +120,7 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
             f"{drafter_dir}: has no clusters (masked_embedding.*), but --head checkpoint asks for them; pass a drafter"
             " with clusters, or export with --head kmeans"
         )
-    tokens = special_tokens(target_dir)
+    tokens, token_warnings = special_tokens(target_dir)
     weights = {**target_weights(target_checkpoint, target), **suppression(tokens, target.vocab_size)}
     if len([token for token in tokens.suppressed if token < target.vocab_size]) == target.vocab_size:
         raise InputError(
@@ -137,7 +137,7 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
             *config_notes(target_dir),
             *config_notes(drafter_dir),
             *generation_warnings(target_dir),
-            *token_warnings(target_dir, tokens),
+            *token_warnings,
         ),
         target_checkpoint=target_checkpoint,
         drafter_checkpoint=drafter_checkpoint,

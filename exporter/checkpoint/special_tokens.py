@@ -41,12 +41,15 @@ class SpecialTokens:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-def special_tokens(directory: Path) -> SpecialTokens:
+def special_tokens(directory: Path) -> tuple[SpecialTokens, tuple[str, ...]]:
     """Read the special tokens of a checkpoint directory.
 
     Each id is read from generation_config.json, else from config.json, else from its text_config. If the first does not
     say what ends a text, then so do the end tokens in tokenizer_config.json and what the chat template writes after an
     answer.
+
+    Returns:
+        The tokens, and in a line each what is odd about them.
 
     Raises:
         InputError: a file is not a JSON object, a tokenizer or a chat template, or a value is not a token id.
@@ -59,17 +62,23 @@ def special_tokens(directory: Path) -> SpecialTokens:
         found = (_token_ids(directory, key, source.get(key)) for source in sources)
         return next((ids for ids in found if ids), [default])
 
-    _, settings = generation_settings(directory)
+    path, settings = generation_settings(directory)
     suppressed = tuple(sorted(set(_token_ids(directory, "suppress_tokens", settings.get("suppress_tokens")))))
     bos, eos, pad = token_ids("bos_token_id", 2), token_ids("eos_token_id", 1), token_ids("pad_token_id", 0)
     names = _names(directory)
     added, template = added_tokens(directory), _template(directory, names)
+    turn_end = end_of_turn(template, added) if template else None
     if not _token_ids(directory, "eos_token_id", generation.get("eos_token_id")):
         eos += [added[names[key]] for key in END_KEYS if names.get(key) in added]
-        turn_end = end_of_turn(template, added) if template else None
         eos += [] if turn_end is None else [turn_end]
     thoughts = thought_marks(template, added) if template else None
-    return SpecialTokens(bos[0], tuple(sorted(set(eos))), pad[0], suppressed, thoughts, names)
+    warnings = [*_no_tokens(path, settings)]
+    if turn_end is not None and turn_end not in eos:
+        warnings.append(
+            f"{path}: eos_token_id lacks {turn_end}, which the chat template writes after an answer; answers go on"
+            " after it"
+        )
+    return SpecialTokens(bos[0], tuple(sorted(set(eos))), pad[0], suppressed, thoughts, names), tuple(warnings)
 
 
 def suppression(tokens: SpecialTokens, vocab_size: int) -> Weights:
@@ -88,26 +97,13 @@ def suppression(tokens: SpecialTokens, vocab_size: int) -> Weights:
     return {"suppressed": read} if tokens.suppressed else {}
 
 
-def token_warnings(directory: Path, tokens: SpecialTokens) -> Iterator[str]:
-    """Yield, in a line each, what is odd about a checkpoint's special tokens.
-
-    Args:
-        directory: the checkpoint's directory.
-        tokens: its special tokens.
-    """
-    path, settings = generation_settings(directory)
+def _no_tokens(path: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each id of a file's settings by which it says "none"."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens"):
         values = settings.get(key)
         for value in values if isinstance(values, list) else [values]:
             if isinstance(value, int) and value < 0:
                 yield f"{path}: {key} is {value}, which is no token; it is ignored"
-    template, added = _template(directory, tokens.names), added_tokens(directory)
-    turn_end = end_of_turn(template, added) if template else None
-    if turn_end is not None and turn_end not in tokens.eos:
-        yield (
-            f"{path}: eos_token_id lacks {turn_end}, which the chat template writes after an"
-            " answer; answers go on after it"
-        )
 
 
 def _token_ids(directory: Path, key: str, value: Any) -> list[int]:

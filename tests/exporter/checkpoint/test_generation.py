@@ -69,7 +69,7 @@ def test_impossible_values_are_refused(write_config: Callable[..., Path], settin
 
 
 def test_all_end_tokens_are_read(write_config: Callable[..., Path]) -> None:
-    assert special_tokens(write_config(eos_token_id=[106, 1, 50, 1])).eos == (1, 50, 106)
+    assert special_tokens(write_config(eos_token_id=[106, 1, 50, 1]))[0].eos == (1, 50, 106)
 
 
 def test_a_bundle_samples_as_its_checkpoint_says(

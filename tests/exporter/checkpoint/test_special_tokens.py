@@ -14,7 +14,7 @@ from exporter.checkpoint.config_json import config_notes
 from exporter.checkpoint.generation_config import default_sampling, generation_warnings
 from exporter.checkpoint.generation_keys import IGNORED_KEYS, READ_KEYS, UNSUPPORTED_KEYS
 from exporter.checkpoint.pair import open_pair
-from exporter.checkpoint.special_tokens import special_tokens, token_warnings
+from exporter.checkpoint.special_tokens import special_tokens
 from exporter.parity.stages import run_parity
 from runtime_ref.errors import InputError
 from runtime_ref.sampling import Sampling
@@ -80,15 +80,15 @@ def test_what_ends_a_text(
     edit_json(target / "tokenizer_config.json", **tokenizer_config)
     if generation is not None:
         edit_json(target / "generation_config.json", **generation)
-    assert set(special_tokens(target).eos) == expected
+    assert set(special_tokens(target)[0].eos) == expected
 
 
 def test_a_file_that_forgets_the_end_of_a_turn_is_warned_of(target: Path) -> None:
     edit_json(target / "generation_config.json", eos_token_id=1)
-    (warning,) = token_warnings(target, special_tokens(target))
+    (warning,) = special_tokens(target)[1]
     assert f"eos_token_id lacks {END_OF_TURN}, which the chat template writes after an answer" in warning
     edit_json(target / "generation_config.json", eos_token_id=[1, END_OF_TURN])
-    assert not [*token_warnings(target, special_tokens(target))]
+    assert not [*special_tokens(target)[1]]
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -104,16 +104,16 @@ def test_a_file_that_forgets_the_end_of_a_turn_is_warned_of(target: Path) -> Non
 )
 def test_marks_of_thoughts(special: bool, template: str, names: tuple[str, str], target: Path) -> None:
     (target / "chat_template.jinja").write_text(template)
-    assert special_tokens(target).thoughts is None  # texts that are no tokens
+    assert special_tokens(target)[0].thoughts is None  # texts that are no tokens
     ids = add_tokens(target, special, *names)
-    assert special_tokens(target).thoughts == (None if template is TEMPLATE else tuple(ids))
+    assert special_tokens(target)[0].thoughts == (None if template is TEMPLATE else tuple(ids))
 
 
 def test_a_begin_mark_that_nothing_tells_is_none(target: Path) -> None:
     """The template keeps what follows `</think>`, and names another added token, but no begin mark."""
     (target / "chat_template.jinja").write_text(THINK.replace("<think>", "<image>"))
     add_tokens(target, True, "<image>", "</think>")
-    assert special_tokens(target).thoughts is None
+    assert special_tokens(target)[0].thoughts is None
 
 
 def test_the_next_turns_mark_ends_nothing(target: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_next_turns_mark_ends_nothing(target: Path) -> None:
     end = "{%- if closed %}{{ '<turn|>\\n' }}{% endif %}"
     assert end in REFUSES_ENDING_WITH_ANSWER
     (target / "chat_template.jinja").write_text(REFUSES_ENDING_WITH_ANSWER.replace(end, ""))
-    assert special_tokens(target).eos == (1,)
+    assert special_tokens(target)[0].eos == (1,)
 
 
 def test_templates_see_the_names_of_the_tokenizers_config(target: Path) -> None:
@@ -133,7 +133,7 @@ def test_templates_see_the_names_of_the_tokenizers_config(target: Path) -> None:
         pad_token=None,
         clean=True,
     )
-    assert special_tokens(target).names == {
+    assert special_tokens(target)[0].names == {
         "bos_token": "<bos>",
         "eos_token": "<turn|>",
         "image_token": "<img>",
@@ -206,16 +206,16 @@ def test_warnings(settings: dict[str, Any], message: str | None, tmp_path: Path)
 @pytest.mark.parametrize("key", ["pad_token_id", "bos_token_id", "eos_token_id"])
 def test_ids_that_are_none(key: str, target: Path) -> None:
     edit_json(target / "generation_config.json", **{"eos_token_id": [1, END_OF_TURN], key: -1})
-    tokens = special_tokens(target)
+    tokens, warnings = special_tokens(target)
     assert (tokens.bos, min(tokens.eos), tokens.pad) == (2, 1, 0)
     assert TURN not in tokens.eos
-    assert f"{key} is -1, which is no token; it is ignored" in next(token_warnings(target, tokens))
+    assert f"{key} is -1, which is no token; it is ignored" in warnings[0]
 
 
 def test_settings_in_config_json(target: Path) -> None:
     """Without generation_config.json, transformers takes them from there."""
     edit_json(target / "config.json", suppress_tokens=[9, 5], do_sample=True, top_k=7, repetition_penalty=1.3)
-    assert special_tokens(target).suppressed == (5, 9)
+    assert special_tokens(target)[0].suppressed == (5, 9)
     assert default_sampling(target) == Sampling(1.0, top_k=7)
     reference = GenerationConfig.from_pretrained(target, config_file_name="config.json", _from_model_config=True)
     assert (reference.suppress_tokens, reference.do_sample, reference.top_k) == ([9, 5], True, 7)
@@ -223,7 +223,7 @@ def test_settings_in_config_json(target: Path) -> None:
     assert warning.startswith(f"{target / 'config.json'}: repetition_penalty is 1.3, which runtimes do not have yet")
     assert not [*config_notes(target)]
     edit_json(target / "generation_config.json", eos_token_id=1)
-    assert special_tokens(target).suppressed == ()
+    assert special_tokens(target)[0].suppressed == ()
     assert default_sampling(target) == Sampling()
 
 
@@ -235,6 +235,6 @@ def test_names_from_other_places(places: tuple[str, str | None], target: Path) -
     names = {"eot_token": "<turn|>", "image_token": {"content": "<img>"}}
     edit_json(target / file, **({section: names} if section else names))
     (target / "chat_template.jinja").write_text(WITHOUT_END)
-    tokens = special_tokens(target)
+    tokens, _ = special_tokens(target)
     assert tokens.names["image_token"] == "<img>"
     assert set(tokens.eos) == {1, END_OF_TURN}
