@@ -102,6 +102,21 @@ def directory(path: Any) -> Path:
         raise InputError(f"{_shown(path)}: expected the path of a bundle's directory") from None
 
 
+def text(name: str, value: Any) -> str:
+    """Return a text.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was passed.
+
+    Raises:
+        InputError: it is not a text.
+    """
+    if isinstance(value, str):
+        return value
+    raise InputError(f"{name} is {_shown(value)}, expected a text")
+
+
 def _shown(value: Any) -> str:
     """A value in one line of a message, shortened."""
     return f"{' '.join(repr(value).split()):.60}"

@@ -8,7 +8,7 @@ from typing import Protocol
 from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
-from runtime_ref.manifest import MANIFEST, TABLES, Manifest, Progress, changed_files, read_manifest
+from runtime_ref.manifest import MANIFEST, Manifest, Progress, changed_files, read_manifest
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 from runtime_ref.sampling import Sampling
 from runtime_ref.tables import Table
@@ -72,18 +72,22 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(bundle: Path, threads: int | None = None, progress: Progress = lambda *_: None) -> GraphEngine:
+def open_engine(
+    bundle: Path, threads: int | None = None, progress: Progress = lambda *_: None, digest: str | None = None
+) -> GraphEngine:
     """Load a bundle after checking every file against the manifest.
 
     Args:
         bundle: directory written by `export`.
         threads: threads inside an operation; None lets the backend choose.
         progress: called with the name of a file and the number of its bytes that were checked since the last call.
+        digest: hexadecimal sha256 that the manifest must have; None for any.
 
     Raises:
-        InputError: not a bundle, incomplete, changed since it was exported, or for a backend that is not installed.
+        InputError: not a bundle, another one than `digest` says, incomplete, changed since it was exported, in need of
+            what this version does not know, or for a backend that is not installed.
     """
-    manifest = read_manifest(bundle)
+    manifest = read_manifest(bundle, digest)
     if changed := changed_files(bundle, manifest, progress):
         raise InputError(f"{bundle / changed[0]}: sha256 differs from the manifest's; export or copy the bundle again")
     return load_engine(bundle, manifest, threads)
@@ -118,7 +122,7 @@ def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) ->
             f" 'gemma-mtp-export{extra}'"
         ) from error
     try:
-        tables = {name: Table(bundle, manifest.tables[name]) for name in TABLES}
+        tables = {name: Table(bundle, entry) for name, entry in manifest.tables.items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{bundle / MANIFEST}: tables are malformed ({reason}); export the bundle again") from error

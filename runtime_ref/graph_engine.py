@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from runtime_ref.acceptance import Round, accept
-from runtime_ref.manifest import SLIDE_ROWS, Manifest, round_up
+from runtime_ref.manifest import EMBEDDING, PER_LAYER, SLIDE_ROWS, Manifest, round_up
 from runtime_ref.sampling import Sampling, choose, log_probabilities
 
 CACHE_STEP_ROWS = 256  # the cache grows by these: short texts stay small, and growing is too rare to matter
@@ -19,7 +19,7 @@ class BoundGraph(Protocol):
         """Use these cache buffers from now on.
 
         Args:
-            cache: by name, [N, S, D] float32 each. The graph reads and writes their memory in place.
+            cache: by name, of the manifest's layout and dtype. The graph reads and writes their memory in place.
         """
         ...
 
@@ -53,8 +53,9 @@ class GraphEngine:
         position: how many positions are valid in the cache.
         window_start: the position that row 0 of sliding layers' buffers holds.
         graphs: `target` and `drafter`.
-        tables: `embed_tokens`, [V, E], and `embed_tokens_per_layer`, [V, layers * P].
-        cache: buffers by name, [N, S, D] float32.
+        tables: `EMBEDDING`, [V, E]; `PER_LAYER`, [V, layers * P], unless the model has no PLE; `HEAD`, [V, E], if the
+            head is not the embedding.
+        cache: buffers by name, of the manifest's layout and dtype.
     """
 
     def __init__(
@@ -71,10 +72,7 @@ class GraphEngine:
         self.position = self.window_start = 0
         self.graphs, self.tables = graphs, tables
         self._state = np.zeros((1, manifest.hidden_size), np.float32)
-        self.cache: dict[str, np.ndarray] = {
-            kv.name: np.zeros((kv.num_key_value_heads, 0, kv.head_dim), np.float32) for kv in manifest.kv
-        }
-        self._sliding = {kv.name for kv in manifest.kv if kv.layer_type == "sliding_attention"}
+        self.cache: dict[str, np.ndarray] = {kv.name: np.zeros(kv.shape(0), kv.dtype) for kv in manifest.kv}
 
     def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
         """Run a prompt and choose the token after it, as `Engine.prefill`."""
@@ -125,7 +123,7 @@ class GraphEngine:
             The id of the draft token, and its state [1, E] float32.
         """
         draft, next_state = self.graphs["drafter"].run(
-            embedded=self.tables["embed_tokens"][[token]],
+            embedded=self.tables[EMBEDDING][[token]],
             state=state,
             position=np.array([self.position]),
             window_start=np.array([self.window_start]),
@@ -150,9 +148,10 @@ class GraphEngine:
         # Padding is computed and dropped; the cache row that it writes is masked like a rejected one.
         ids, output_rows = (_padded(list(part), self.manifest.row_multiple) for part in (tokens, rows))
         self._make_room(len(ids))
+        per_layer = {"per_layer": self.tables[PER_LAYER][ids]} if PER_LAYER in self.tables else {}
         outputs = self.graphs["target"].run(
-            embedded=self.tables["embed_tokens"][ids],
-            per_layer=self.tables["embed_tokens_per_layer"][ids],
+            embedded=self.tables[EMBEDDING][ids],
+            **per_layer,
             position=np.array([self.position]),
             window_start=np.array([self.window_start]),
             output_rows=np.array(output_rows),
@@ -171,17 +170,19 @@ class GraphEngine:
         if self.position + count - self.window_start > limits["window_rows"]:
             start = self._window_start(self.position)
             moved = start - self.window_start
-            for name in self._sliding:
-                self.cache[name][:, :-moved] = self.cache[name][:, moved:].copy()
+            for kv in self.manifest.kv:
+                if kv.layer_type == "sliding_attention":
+                    rows = np.moveaxis(self.cache[kv.name], kv.rows_axis, 0)
+                    rows[:-moved] = rows[moved:].copy()
             self.window_start = start
         grown = False
-        for name, old in self.cache.items():
-            used = self.position + count - (self.window_start if name in self._sliding else 0)
-            if used > old.shape[1]:
-                limit = limits["window_rows" if name in self._sliding else "cache_rows"]
-                rows = min(round_up(used, CACHE_STEP_ROWS), limit)
-                self.cache[name] = np.zeros((old.shape[0], rows, old.shape[2]), np.float32)
-                self.cache[name][:, : old.shape[1]] = old
+        for kv in self.manifest.kv:
+            sliding, old = kv.layer_type == "sliding_attention", self.cache[kv.name]
+            used, allocated = self.position + count - (self.window_start if sliding else 0), old.shape[kv.rows_axis]
+            if used > allocated:
+                num_rows = min(round_up(used, CACHE_STEP_ROWS), limits["window_rows" if sliding else "cache_rows"])
+                self.cache[kv.name] = np.zeros(kv.shape(num_rows), kv.dtype)
+                np.moveaxis(self.cache[kv.name], kv.rows_axis, 0)[:allocated] = np.moveaxis(old, kv.rows_axis, 0)
                 grown = True
         if grown:
             for graph in self.graphs.values():

@@ -4,6 +4,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from executorch.runtime import Runtime
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import BoundGraph
 from runtime_ref.manifest import Graph, Manifest
+from runtime_ref.requirements import require_runtime
 
 
 def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[str, BoundGraph]:
@@ -30,8 +32,10 @@ def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[s
         Graphs by the manifest's names.
 
     Raises:
-        InputError: ExecuTorch cannot load them, or another bundle is loaded with another number of threads.
+        InputError: ExecuTorch is too old or cannot load them, or another bundle is loaded with another number of
+            threads.
     """
+    require_runtime(bundle, "executorch", version("executorch"), manifest.min_runtime)
     with _native_notes_hidden():
         current = portable_lib._threadpool_get_thread_count()
         if threads is not None and threads != current:

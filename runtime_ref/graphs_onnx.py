@@ -10,6 +10,7 @@ import onnxruntime as ort
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import BoundGraph
 from runtime_ref.manifest import MANIFEST, Graph, Manifest
+from runtime_ref.requirements import require_runtime
 
 FATAL = 4  # severity; errors are raised as well, and must not be printed beside the line that names them
 
@@ -28,8 +29,9 @@ def load_graphs(bundle: Path, manifest: Manifest, threads: int | None) -> dict[s
         Graphs by the manifest's names.
 
     Raises:
-        InputError: ONNX Runtime cannot load them.
+        InputError: ONNX Runtime is too old, or cannot load them.
     """
+    require_runtime(bundle, "onnxruntime", ort.__version__, manifest.min_runtime)
     return {name: OnnxGraph(bundle, graph, threads) for name, graph in manifest.graphs.items()}
 
 
@@ -73,10 +75,10 @@ class OnnxGraph:
         self._cache = dict(cache)  # keeps the memory alive that the binding points into
         for name in self._graph.inputs:
             if (array := cache.get(name)) is not None:
-                self._binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+                self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name in self._graph.outputs:
             if (array := cache.get(name.removesuffix("_out"))) is not None:
-                self._binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+                self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
         """Run the graph, as `BoundGraph.run`.

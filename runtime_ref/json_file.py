@@ -1,5 +1,6 @@
 """Reading JSON files that may be missing or malformed."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,14 @@ def read_json(path: Path, expected: str) -> Any:
     Raises:
         InputError: there is no such file, only a pointer to its content, or it is not JSON in UTF-8.
     """
+    return read_json_and_digest(path, expected)[0]
+
+
+def read_json_and_digest(path: Path, expected: str) -> tuple[Any, str]:
+    """Parse a JSON file, as `read_json`, and return the value and the hexadecimal sha256 of what was parsed."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        content = path.read_bytes()
+        return json.loads(content.decode("utf-8-sig")), hashlib.sha256(content).hexdigest()
     except (OSError, ValueError, RecursionError) as error:
         if (instead := what_stands_for(path)) is not None:
             raise InputError(f"{path}: is {instead}") from None

@@ -3,19 +3,22 @@
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from runtime_ref.errors import InputError
-from runtime_ref.json_file import read_json
-from runtime_ref.manifest_form import MANIFEST_FORM, check_form
+from runtime_ref.json_file import read_json_and_digest
+from runtime_ref.manifest_form import FORM_2, FORM_3, check_form
+from runtime_ref.manifest_versions import from_format_2
+from runtime_ref.requirements import FLOAT16, FLOAT32, HEADS_FIRST, refuse_unknown_features, required_features
 from runtime_ref.sampling import Sampling
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # written; older ones are read as well
 MANIFEST = "manifest.json"
 SAMPLING_KEYS = ("temperature", "top_k", "top_p")
-# Inputs and outputs of each graph that are not cache buffers, in order.
+KV_DTYPES = (FLOAT32, FLOAT16)
+# Inputs and outputs of each graph that are not cache buffers, in order. `per_layer` is there if the table of PLE is.
 GRAPH_PORTS = {
     "target": (
         ("embedded", "per_layer", "position", "window_start", "output_rows"),
@@ -25,7 +28,7 @@ GRAPH_PORTS = {
 }
 MAX_BUFFER_VALUES = 1 << 36  # numbers in a cache buffer: larger ones cannot be meant
 MAX_DRAFT_TOKENS = 1024  # in a round
-TABLES = ("embed_tokens", "embed_tokens_per_layer")
+EMBEDDING, PER_LAYER, HEAD = "embed_tokens", "embed_tokens_per_layer", "head"  # tables
 ARM64_MACHINES = ("aarch64", "arm64")  # what `platform.machine` calls the processor
 # Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks.
 SLIDE_ROWS = 128
@@ -36,7 +39,7 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class KVBuffer:
-    """Keys or values of one layer that stores them: [N, S, D] float32.
+    """Keys or values of one layer that stores them.
 
     Attributes:
         name: of the graphs' input; the output that updates it ends in `_out`.
@@ -44,6 +47,8 @@ class KVBuffer:
         layer_type: `full_attention` or `sliding_attention`.
         num_key_value_heads: N.
         head_dim: D.
+        dtype: of its numbers, `float32` or `float16`.
+        layout: names of its dimensions in order; `rows` is S, the others are attributes of this class.
     """
 
     name: str
@@ -51,6 +56,18 @@ class KVBuffer:
     layer_type: str
     num_key_value_heads: int
     head_dim: int
+    dtype: str = FLOAT32
+    layout: tuple[str, ...] = tuple(HEADS_FIRST)
+
+    @property
+    def rows_axis(self) -> int:
+        """Index of the dimension S."""
+        return self.layout.index("rows")
+
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """Return the shape of a buffer of so many rows."""
+        sizes = {"num_key_value_heads": self.num_key_value_heads, "rows": rows, "head_dim": self.head_dim}
+        return tuple(sizes[name] for name in self.layout)
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,10 @@ class Manifest:
     """What a runtime needs to run a bundle.
 
     Attributes:
+        format_version: of the file. `raw` has the form of the current version.
+        digest: hexadecimal sha256 of the file, which holds the digests of all others.
         backend: name of the backend that the graphs are for.
+        min_runtime: the oldest version of the backend's library that runs the graphs; None where it is not known.
         recipe: name of the quantization recipe.
         vocab_size: V.
         hidden_size: E of the target.
@@ -87,16 +107,20 @@ class Manifest:
         sampling: how tokens are chosen if the user does not say.
         bos: id of the beginning-of-text token.
         eos: ids of the tokens that end a text.
-        thoughts: ids of the tokens that begin and end a thought, which is no part of an answer; None without thoughts.
+        channels: ids of the tokens that begin and end a part of the text that is no answer, by the part's name.
         names: texts of special tokens by the names under which chat templates know them.
         kv: cache buffers.
         graphs: by name, `target` and `drafter`.
-        tables: entries of the embedding tables by name, as `tables.Table` reads them.
+        tables: entries by name, as `tables.Table` reads them: `EMBEDDING`, `PER_LAYER` unless the model has no PLE, and
+            `HEAD` if the target's head is not the embedding.
         files: size in bytes and hexadecimal sha256 by file name.
         raw: the whole document.
     """
 
+    format_version: int
+    digest: str
     backend: str
+    min_runtime: str | None
     recipe: str
     vocab_size: int
     hidden_size: int
@@ -109,7 +133,7 @@ class Manifest:
     sampling: Sampling
     bos: int
     eos: frozenset[int]
-    thoughts: tuple[int, int] | None
+    channels: Mapping[str, tuple[int, int]]
     names: Mapping[str, str]
     kv: tuple[KVBuffer, ...]
     graphs: Mapping[str, Graph]
@@ -118,29 +142,26 @@ class Manifest:
     raw: Mapping[str, Any]
 
 
-def read_manifest(bundle: Path) -> Manifest:
+def read_manifest(bundle: Path, digest: str | None = None) -> Manifest:
     """Read a bundle's manifest and check that every file is there and has its size.
 
     Args:
         bundle: directory written by `export`.
+        digest: hexadecimal sha256 that the manifest must have; None for any.
 
     Raises:
-        InputError: the directory is no bundle, has another format, a malformed manifest or weights that the
-            manifest does not name, or lacks a file.
+        InputError: the directory is no bundle, or its manifest has another digest, another format, a feature that this
+            version does not know, or is malformed; a file is missing, or the manifest does not name weights.
     """
     path = bundle / MANIFEST
     if not path.exists():
         raise InputError(f"{bundle}: not a bundle, {MANIFEST} is missing; expected the output of `export`")
-    raw = read_json(path, "the manifest of a bundle; export it again")
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path}: format_version is {version!r}, this version reads {FORMAT_VERSION}; export it again")
-    try:
-        check_form(raw, MANIFEST_FORM, "")
-        manifest = _parse(raw)
-        _check(manifest)
-    except ValueError as error:
-        raise InputError(f"{path}: incomplete or malformed ({error}); export the bundle again") from error
+    raw, actual_digest = read_json_and_digest(path, "the manifest of a bundle; export it again")
+    if digest is not None and digest.lower() != actual_digest:
+        raise InputError(
+            f"{path}: has the sha256 {actual_digest}, expected {digest}; this is not the bundle that was meant"
+        )
+    manifest = _read(path, raw, actual_digest)
     for name, (size, _) in manifest.files.items():
         file = bundle / name
         if not file.is_file():
@@ -150,6 +171,25 @@ def read_manifest(bundle: Path) -> Manifest:
     for file in sorted(bundle.glob("*.weights")):
         if file.name not in manifest.files:
             raise InputError(f"{file}: not named in {MANIFEST}, so it cannot be checked; export the bundle again")
+    return manifest
+
+
+def _read(path: Path, raw: Any, digest: str) -> Manifest:
+    """Read a parsed manifest of any format, and check it."""
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int) or version not in (2, FORMAT_VERSION):
+        remedy = "update it" if isinstance(version, int) and version > FORMAT_VERSION else "export the bundle again"
+        raise InputError(
+            f"{path}: format_version is {version!r:.20}, this version reads 2 and {FORMAT_VERSION}; {remedy}"
+        )
+    if version == FORMAT_VERSION:
+        refuse_unknown_features(path, raw)
+    try:
+        check_form(raw, FORM_2 if version == 2 else FORM_3, "")
+        manifest = _parse(from_format_2(raw) if version == 2 else raw, version, digest)
+        _check(manifest)
+    except ValueError as error:
+        raise InputError(f"{path}: incomplete or malformed ({error}); export the bundle again") from error
     return manifest
 
 
@@ -194,10 +234,12 @@ def window_rows(sliding_window: int, num_tokens: int) -> int:
     return round_up(sliding_window + 2 + num_tokens + SLIDE_ROWS, SLIDE_ROWS)
 
 
-def _parse(raw: Mapping[str, Any]) -> Manifest:
-    fields = ("name", "layer", "layer_type", "num_key_value_heads", "head_dim")
+def _parse(raw: Mapping[str, Any], format_version: int, digest: str) -> Manifest:
     return Manifest(
+        format_version=format_version,
+        digest=digest,
         backend=raw["backend"]["name"],
+        min_runtime=raw["backend"].get("min_runtime"),
         recipe=raw["recipe"],
         vocab_size=raw["target"]["vocab_size"],
         hidden_size=raw["target"]["hidden_size"],
@@ -210,9 +252,9 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         sampling=_sampling(raw.get("sampling")),
         bos=raw["tokens"]["bos"],
         eos=frozenset(raw["tokens"]["eos"]),
-        thoughts=_thoughts(raw["tokens"].get("thoughts")),
+        channels={name: _marks(name, ids) for name, ids in raw["tokens"].get("channels", {}).items()},
         names=raw["tokens"].get("names", {}),
-        kv=tuple(KVBuffer(**{key: buffer[key] for key in fields}) for buffer in raw["kv"]["buffers"]),
+        kv=tuple(_buffer(entry) for entry in raw["kv"]["buffers"]),
         graphs={
             name: Graph(graph["file"], *(tuple(port["name"] for port in graph[way]) for way in ("inputs", "outputs")))
             for name, graph in raw["graphs"].items()
@@ -231,12 +273,20 @@ def _row_multiple(raw: Mapping[str, Any]) -> int:
     return multiple
 
 
-def _thoughts(marks: list[int] | None) -> tuple[int, int] | None:
-    if marks is None:
-        return None
-    if len(marks) != 2:
-        raise ValueError(f"tokens.thoughts is {marks}, expected two token ids")
-    return marks[0], marks[1]
+def _buffer(entry: Mapping[str, Any]) -> KVBuffer:
+    values = {field.name: entry[field.name] for field in fields(KVBuffer)}
+    if entry["dtype"] not in KV_DTYPES or sorted(entry["layout"]) != sorted(HEADS_FIRST):
+        raise ValueError(
+            f"kv buffer {entry['name']} is {entry['dtype']} {entry['layout']}, expected {' or '.join(KV_DTYPES)} and an"
+            f" order of {', '.join(HEADS_FIRST)}"
+        )
+    return KVBuffer(**{**values, "layout": tuple(entry["layout"])})
+
+
+def _marks(name: str, ids: list[int]) -> tuple[int, int]:
+    if len(ids) != 2:
+        raise ValueError(f"tokens.channels.{name} is {ids}, expected two token ids")
+    return ids[0], ids[1]
 
 
 def _sampling(entry: Mapping[str, Any] | None) -> Sampling:
@@ -273,17 +323,23 @@ def _check(manifest: Manifest) -> None:
     for name in ("target", "drafter"):
         if manifest.graphs[name].file not in manifest.files:
             raise ValueError(f"the file of graph {name} is not in files")
-    for name in TABLES:
-        places = [manifest.tables[name][part] for part in ("data", "scales") if part in manifest.tables[name]]
-        if any(place["file"] not in manifest.files for place in places):
-            raise ValueError(f"the file of table {name} is not in files")
-        if manifest.tables[name]["rows"] != manifest.vocab_size:
+    for name, table in manifest.tables.items():
+        for part in (table[part] for part in ("data", "scales") if part in table):
+            if any(place["file"] not in manifest.files for place in part["parts"]):
+                raise ValueError(f"the file of table {name} is not in files")
+            if sum(place["rows"] for place in part["parts"]) != table["rows"]:
+                raise ValueError(f"the parts of table {name} do not have its rows")
+        if table["rows"] != manifest.vocab_size:
             raise ValueError(f"table {name} does not have a row for each token")
-    if manifest.tables["embed_tokens"]["columns"] != manifest.hidden_size:
-        raise ValueError("table embed_tokens is not as wide as hidden_size")
+        if name != PER_LAYER and table["columns"] != manifest.hidden_size:
+            raise ValueError(f"table {name} is not as wide as hidden_size")
+    missing = {feature["name"] for feature in required_features(manifest.raw)}
+    if missing := missing - {feature["name"] for feature in manifest.raw["requires"]}:
+        raise ValueError(f"requires does not name {min(missing)}, which the manifest uses")
     buffers = [kv.name for kv in manifest.kv]
     for name, (inputs, outputs) in GRAPH_PORTS.items():
         graph = manifest.graphs[name]
+        inputs = tuple(port for port in inputs if port != "per_layer" or PER_LAYER in manifest.tables)
         others = [port for port in graph.inputs if port not in buffers]
         results = [port for port in graph.outputs if port.removesuffix("_out") not in buffers]
         if (*others,) != inputs or (*results,) != outputs:

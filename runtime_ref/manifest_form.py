@@ -33,15 +33,9 @@ def number(value: Any) -> None:
 _PORT = {"name": str}
 _GRAPH = {"file": str, "inputs": [_PORT], "outputs": [_PORT]}
 _PLACE = {"file": str, "offset": size}
-_TABLE = {
-    "rows": size,
-    "columns": size,
-    "encoding": str,
-    "row_bytes": size,
-    "group_size": size,
-    "data": _PLACE,
-    "scales?": {**_PLACE, "dtype": str},
-}
+_PARTS = [{**_PLACE, "rows": size}]
+_ROWS = {"rows": size, "columns": size, "encoding": str, "row_bytes": size, "group_size": size}
+_TABLE = {**_ROWS, "data": {"parts": _PARTS}, "scales?": {"dtype": str, "parts": _PARTS}}
 _TEXT_CONFIG = {
     "vocab_size": size,
     "hidden_size": size,
@@ -51,35 +45,42 @@ _TEXT_CONFIG = {
 }
 _TURN = [str]
 
-MANIFEST_FORM: Form = {
+_TOKENS = {"bos": size, "eos": [size], "suppressed?": [size], "names?": {"*": str}}
+_BUFFER = {"name": str, "layer": size, "layer_type": str, "num_key_value_heads": count, "head_dim": count}
+_FILES = {"*": str}  # sha256 by file name
+_SOURCE = {"files": _FILES, "id?": str, "revision?": str, "license?": str}
+
+FORM_3: Form = {
     "format_version": size,
+    "requires": [{"name": str, "since": str}],
     "tool_version?": str,
-    "backend": {"name": str},
+    "backend": {"name": str, "min_runtime?": str},
     "recipe": str,
     "max_seq_len": count,
     "num_draft_tokens": {"default": count, "max": count},
     "limits": {"num_tokens": count, "num_outputs": count, "cache_rows": count, "window_rows": count},
     "row_multiple": count,
     "row_multiple_arm64?": count,
-    "tokens": {
-        "bos": size,
-        "eos": [size],
-        "suppressed?": [size],
-        "thoughts?": (None, [size]),
-        "names?": {"*": str},
-    },
+    "tokens": {**_TOKENS, "channels?": {"*": [size]}},
     "sampling?": (None, {"temperature": number, "top_k": size, "top_p": number}),
     "target": _TEXT_CONFIG,
     "drafter": {"text": _TEXT_CONFIG},
     "two_stage": (None, {"origin": str, "num_clusters": size, "cluster_size": size, "top_k_clusters": size}),
-    "kv": {
-        "buffers": [{"name": str, "layer": size, "layer_type": str, "num_key_value_heads": count, "head_dim": count}],
-    },
+    "kv": {"buffers": [{**_BUFFER, "dtype": str, "layout": [str]}]},
     "graphs": {"target": _GRAPH, "drafter": _GRAPH},
-    "tables": {"embed_tokens": _TABLE, "embed_tokens_per_layer": _TABLE},
-    "source": {"target": {"*": str}, "drafter": {"*": str}},
+    "tables": {"embed_tokens": _TABLE, "embed_tokens_per_layer?": _TABLE, "head?": _TABLE},
+    "source": {"target": _SOURCE, "drafter": _SOURCE},
     "files": {"*": {"size": size, "sha256": str}},
     "chat?": {"begin": str, "turns": {"*": _TURN}, "answer": str, "trim": bool, "alternate": bool},
+}
+_TABLE_2 = {**_ROWS, "data": _PLACE, "scales?": {**_PLACE, "dtype": str}}
+FORM_2: Form = {
+    **{key: form for key, form in FORM_3.items() if key != "requires"},
+    "backend": {"name": str, "executorch?": str},
+    "tokens": {**_TOKENS, "thoughts?": (None, [size])},
+    "kv": {"buffers": [_BUFFER]},
+    "tables": {"embed_tokens": _TABLE_2, "embed_tokens_per_layer": _TABLE_2},
+    "source": {"target": _FILES, "drafter": _FILES},
 }
 
 _NAMES = {str: "text", bool: "true or false"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_ref.acceptance import common_prefix
-from runtime_ref.arguments import directory, integer, number, stop_strings, token_ids
+from runtime_ref.arguments import directory, integer, number, stop_strings, text, token_ids
 from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message, open_template
 from runtime_ref.costs import load_costs, save_costs
 from runtime_ref.decoder import Options, check_options, check_prompt, rounds
@@ -246,7 +246,10 @@ class Stream:
 
 
 def open_decoder(
-    bundle: str | os.PathLike[str], threads: int | None = None, progress: Progress = lambda *_: None
+    bundle: str | os.PathLike[str],
+    threads: int | None = None,
+    progress: Progress = lambda *_: None,
+    digest: str | None = None,
 ) -> Decoder:
     """Load a bundle after checking every file against the manifest.
 
@@ -256,12 +259,13 @@ def open_decoder(
         bundle: directory written by `export`.
         threads: threads inside an operation; None lets the backend choose.
         progress: called with the name of a file and the number of its bytes that were checked since the last call.
+        digest: hexadecimal sha256 of the manifest, as `export` printed it: another bundle is refused. None for any.
 
     Raises:
         InputError: as `engine.open_engine`; or the tokenizer or the chat template cannot be read.
     """
     bundle, threads = directory(bundle), None if threads is None else integer("threads", threads)
-    engine = open_engine(bundle, threads, progress)
+    engine = open_engine(bundle, threads, progress, None if digest is None else text("digest", digest))
     tokenizer = TextTokenizer(bundle, engine.manifest) if (bundle / TOKENIZER).exists() else None
     template = open_template(bundle, tokenizer) if tokenizer and (bundle / CHAT_TEMPLATE).exists() else None
     manifest = engine.manifest

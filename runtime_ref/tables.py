@@ -37,13 +37,13 @@ class Table:
         possible = 0 < rows < 1 << 40 and 0 < self.columns < 1 << 30 and 0 < group_size < 1 << 30
         if not possible or row_bytes % 4 * is_float:
             raise ValueError(f"a table of {rows} x {self.columns}, {row_bytes} bytes a row, in groups of {group_size}")
-        self._file = bundle / metadata["data"]["file"]
-        self._rows = _mapped(bundle, metadata["data"], np.uint8, (rows, row_bytes))
-        self._scales: np.ndarray | None = None
+        self.rows, self.group_size = rows, group_size
+        self._bundle = bundle
+        self._data = _MappedRows(bundle, metadata["data"], np.dtype(np.uint8), row_bytes)
+        self._scales: _MappedRows | None = None
         if not is_float:
             dtype = _SCALE_DTYPES[metadata["scales"]["dtype"]]
-            self._scales = _mapped(bundle, metadata["scales"], dtype, (rows, -(-self.columns // group_size)))
-        self.group_size = group_size
+            self._scales = _MappedRows(bundle, metadata["scales"], dtype, -(-self.columns // group_size))
 
     def __getitem__(self, ids: Sequence[int]) -> np.ndarray:
         """Return the rows of token ids, [T, columns] float32.
@@ -54,9 +54,11 @@ class Table:
         Raises:
             InputError: an id is beyond the table; graphs of an intact bundle choose none.
         """
-        if wrong := [token for token in ids if not 0 <= token < len(self._rows)]:
-            raise InputError(f"{self._file}: has {len(self._rows)} rows, token {wrong[0]} was chosen; export it again")
-        numbers = unpack(self._rows[ids], self.encoding, self.columns)
+        if wrong := [token for token in ids if not 0 <= token < self.rows]:
+            raise InputError(
+                f"{self._bundle}: a table has {self.rows} rows, token {wrong[0]} was chosen; export it again"
+            )
+        numbers = unpack(self._data[ids], self.encoding, self.columns)
         if self._scales is None:
             return numbers
         scales = self._scales[ids]
@@ -90,8 +92,22 @@ def unpack(rows: np.ndarray, encoding: str, columns: int) -> np.ndarray:
 # Bits of a number; unsigned integers stand for themselves minus half of their range.
 ENCODING_BITS = {"float32": 32, "int8": 8, "uint8": 8, "uint4": 4, "uint3": 3, "uint2": 2}
 
-_SCALE_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
+_SCALE_DTYPES: dict[str, Any] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 
 
-def _mapped(bundle: Path, place: Mapping[str, Any], dtype: Any, shape: tuple[int, int]) -> np.ndarray:
-    return np.memmap(bundle / place["file"], dtype, "r", int(place["offset"]), shape)
+class _MappedRows:
+    """Rows of an array that lies in one or several mapped files."""
+
+    def __init__(self, bundle: Path, entry: Mapping[str, Any], dtype: np.dtype, columns: int) -> None:
+        self._parts = [
+            np.memmap(bundle / part["file"], dtype, "r", int(part["offset"]), (int(part["rows"]), columns))
+            for part in entry["parts"]
+        ]
+        self._ends = np.cumsum([len(part) for part in self._parts])
+
+    def __getitem__(self, ids: Sequence[int]) -> np.ndarray:
+        if len(self._parts) == 1:
+            return np.asarray(self._parts[0][ids])
+        at = np.searchsorted(self._ends, ids, side="right")
+        # Counted from the part's end, so indices are negative.
+        return np.stack([self._parts[part][token - self._ends[part]] for part, token in zip(at, ids, strict=True)])

@@ -1,6 +1,6 @@
 """Convert text to tokens and back with the bundle's tokenizer.json."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,8 +26,8 @@ class BoundaryTokens(Protocol):
         ...
 
     @property
-    def thoughts(self) -> tuple[int, int] | None:
-        """Ids of the tokens that begin and end a thought; None without thoughts."""
+    def channels(self) -> Mapping[str, tuple[int, int]]:
+        """Ids of the tokens that begin and end a part of the text that is no answer, by the part's name."""
         ...
 
     @property
@@ -78,7 +78,7 @@ class TextTokenizer:
         if not path.exists():
             raise InputError(f"{bundle}: has no {TOKENIZER}; pass --prompt-ids, or export a checkpoint that has one")
         self._tokenizer = read_tokenizer(path, "export the bundle again")
-        self._bos, self._eos, self._thoughts = tokens.bos, frozenset(tokens.eos), tokens.thoughts
+        self._bos, self._eos, self._channels = tokens.bos, frozenset(tokens.eos), tokens.channels
         # Of several end tokens the lowest is Gemma's `<eos>`; the others end a turn only.
         ids = {"bos_token": tokens.bos, "eos_token": min(tokens.eos, default=tokens.bos)}
         named = {name: self._tokenizer.id_to_token(token) for name, token in ids.items()}
@@ -112,17 +112,17 @@ class TextTokenizer:
 
         Args:
             stop: strings that end the text.
-            prompt: token ids before the text. It begins inside a thought if those after the last end token, which ends
+            prompt: token ids before the text. It begins inside a channel if those after the last end token, which ends
                 the last turn, begin one and do not end it.
         """
         ends = [i for i, token in enumerate(prompt) if token in self._eos]
-        return TextStream(self.decode, stop, self._thoughts, prompt[ends[-1] + 1 :] if ends else prompt)
+        return TextStream(self.decode, stop, self._channels.values(), prompt[ends[-1] + 1 :] if ends else prompt)
 
 
 class TextStream:
     """Decodes tokens as they come, holding back incomplete characters and text that may begin a stop string.
 
-    Thoughts are no part of the text: their tokens give none, and are not searched for stop strings.
+    Thoughts and other channels are no part of it: their tokens give no text, and are not searched for stop strings.
 
     Attributes:
         stopped: whether a stop string came.
@@ -132,7 +132,7 @@ class TextStream:
         self,
         decode: Callable[[list[int]], str],
         stop: Sequence[str] = (),
-        thoughts: tuple[int, int] | None = None,
+        channels: Iterable[tuple[int, int]] = (),
         prompt: Sequence[int] = (),
     ) -> None:
         """Begin a text.
@@ -140,12 +140,13 @@ class TextStream:
         Args:
             decode: converts token ids to text.
             stop: strings that end the text.
-            thoughts: ids of the tokens that begin and end a thought; None without thoughts.
+            channels: ids of the tokens that begin and end each channel.
             prompt: token ids before the text, of its own turn.
         """
-        self._decode, self._stop, self._thoughts = decode, stop, thoughts
-        marks = [token for token in prompt if token in (thoughts or ())]
-        self._thinks = bool(thoughts and marks and marks[-1] == thoughts[0])
+        self._decode, self._stop, self._ends = decode, stop, dict(channels)
+        self._marks = {mark for pair in self._ends.items() for mark in pair}
+        last_mark = next((token for token in reversed(prompt) if token in self._marks), None)
+        self._until = None if last_mark is None else self._ends.get(last_mark)  # what ends the channel, inside one
         # Tokens whose text was returned, then those whose text was not; older ones are no longer needed as context.
         self._returned: list[int] = []
         self._held: list[int] = []
@@ -161,7 +162,7 @@ class TextStream:
             token: the next token id.
             last: whether it is the text's last token; then all remaining text is returned.
         """
-        if self._is_thought(token):
+        if self._is_outside(token):
             return self.flush() if last else ""
         self._held.append(token)
         new = self._pending()
@@ -177,14 +178,14 @@ class TextStream:
         self._returned, self._held = self._held or self._returned, []
         return self._without_stop(new, last=True)
 
-    def _is_thought(self, token: int) -> bool:
-        """Whether a token belongs to a thought, its marks included; from one on, those that follow do as well."""
-        if self._thoughts is None:
-            return False
-        begin, end = self._thoughts
-        belongs = self._thinks or token in self._thoughts
-        self._thinks = token != end if self._thinks else token == begin
-        return belongs
+    def _is_outside(self, token: int) -> bool:
+        """Whether a token is no part of the answer: a mark of a channel, or inside one."""
+        if self._until is None:
+            self._until = self._ends.get(token)
+            return token in self._marks
+        if token == self._until:
+            self._until = None
+        return True
 
     def _pending(self) -> str:
         return self._decode(self._returned + self._held)[len(self._decode(self._returned)) :]

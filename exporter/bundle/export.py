@@ -1,9 +1,10 @@
 """Write a bundle: graphs, weights, tokenizer and manifest, as a whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from math import prod
@@ -13,17 +14,21 @@ from typing import Any
 import torch
 
 from exporter.bundle.chat_format import chat_format
+from exporter.checkpoint.origin import model_origin
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.side_files import chat_template
+from exporter.checkpoint.tensors import Checkpoint
 from exporter.files import check_directory, check_free_space, holds_only, recover, replacing
 from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import GraphParts, graph_parts
 from exporter.graphs.spec import kv_ports, size_limits
+from exporter.graphs.split_files import too_large
 from exporter.graphs.tables import PER_LAYER, write_per_layer
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, SAMPLING_KEYS, Progress, file_sha256
+from runtime_ref.requirements import FLOAT32, HEADS_FIRST, required_features
 from runtime_ref.tokenizer import TOKENIZER
 
 # Clusters that no checkpoint has. With this file, a bundle can still be checked against its checkpoints.
@@ -42,6 +47,7 @@ class ExportOptions:
         max_draft_tokens: maximum number of draft tokens in a round.
         force: whether an existing bundle may be replaced.
         check_room: whether to check first that disk and memory suffice.
+        max_file_bytes: largest size of each file of weights; None for as few files as possible.
     """
 
     backend: str
@@ -50,9 +56,10 @@ class ExportOptions:
     max_draft_tokens: int = 8
     force: bool = False
     check_room: bool = True
+    max_file_bytes: int | None = None
 
 
-def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Progress = lambda *_: None) -> None:
+def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Progress = lambda *_: None) -> str:
     """Export a pair into a bundle. The same pair, options and tool version give the same bytes.
 
     Args:
@@ -61,9 +68,13 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         options: backend, recipe and limits.
         progress: called with what is being written and how many bytes of float32 weights were processed.
 
+    Returns:
+        The hexadecimal sha256 of the manifest, which holds those of all other files.
+
     Raises:
         InputError: the output exists or cannot be written, `max_seq_len` is too large, disk or memory do not suffice, a
-            weight is not finite, or the chat template is not valid. The output is then as it was before.
+            file cannot be as small as `max_file_bytes`, a weight is not finite, or the chat template is not valid. The
+            output is then as it was before.
     """
     check_output(output, options.force)
     max_seq_len, parts = plan_export(pair, output, options)
@@ -71,8 +82,8 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     template = chat_template(pair.target_checkpoint.directory)
     with replacing(output, lambda: _check_replaceable(output, options.force)) as directory, _one_thread():
         limits = size_limits(max_seq_len, options.max_draft_tokens, pair.target.sliding_window)
-        per_layer = write_per_layer(directory, pair, recipe.per_layer, progress)
-        exported = backend.export_graphs(directory, pair, parts, limits, progress)
+        per_layer = write_per_layer(directory, pair, recipe.per_layer, options.max_file_bytes, progress)
+        exported = backend.export_graphs(directory, pair, parts, limits, options.max_file_bytes, progress)
         if (source := pair.target_checkpoint.directory / TOKENIZER).is_file():
             shutil.copyfile(source, directory / TOKENIZER)
         if template is not None:
@@ -80,8 +91,9 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         chat = chat_format(directory, pair.tokens)
         if pair.table and pair.two_stage and pair.clusters_origin != "checkpoint":
             (directory / CLUSTERS).write_bytes(pair.table.to_bytes(pair.two_stage.top_k_clusters))
-        manifest = {
+        manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
+            "requires": [],
             "tool_version": version("gemma-mtp-export"),
             "backend": {**backend.backend_metadata(), **exported.backend_metadata},
             "recipe": options.recipe,
@@ -92,13 +104,28 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             "tables": {"embed_tokens": exported.embedding_table, "embed_tokens_per_layer": per_layer},
             **describe(pair, options.backend),
             **({"chat": asdict(chat)} if chat else {}),
-            "source": {"target": pair.target_checkpoint.sha256(), "drafter": pair.drafter_checkpoint.sha256()},
+            "source": {"target": _source(pair.target_checkpoint), "drafter": _source(pair.drafter_checkpoint)},
             "files": {
                 file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
                 for file in sorted(directory.iterdir())
             },
         }
-        (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        manifest["requires"] = required_features(manifest)
+        _check_file_sizes(manifest["files"], options.max_file_bytes)
+        content = (json.dumps(manifest, indent=1) + "\n").encode()
+        (directory / MANIFEST).write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"files": checkpoint.sha256(), **model_origin(checkpoint.directory)}
+
+
+def _check_file_sizes(files: Mapping[str, Mapping[str, Any]], max_file_bytes: int | None) -> None:
+    """Check what an estimate allowed: a program's size is known once it is written."""
+    for name, file in files.items():
+        if max_file_bytes is not None and file["size"] > max_file_bytes:
+            raise too_large(name, file["size"], max_file_bytes)
 
 
 def plan_export(pair: Pair, output: Path, options: ExportOptions) -> tuple[int, dict[str, GraphParts]]:
@@ -113,12 +140,15 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions) -> tuple[int, 
         The maximum number of tokens of prompt and answer together, and what each graph consists of, by graph name.
 
     Raises:
-        InputError: the target has fewer positions, or disk or memory do not suffice.
+        InputError: the target has fewer positions, disk or memory do not suffice, or what must lie in one file exceeds
+            `max_file_bytes`.
     """
     max_seq_len, recipe = resolve_max_seq_len(pair, options), RECIPES[options.recipe]
     parts = graph_parts(pair, recipe)
     stored_bytes = sum(part.stored_bytes for part in parts.values())
     stored_bytes += prod(parts["target"].shapes[PER_LAYER]) * recipe.per_layer.bits // 8
+    if options.max_file_bytes is not None:
+        load_backend(options.backend).check_file_size(parts, options.max_file_bytes)
     # One percent more for the scales of PLE, the graphs and the tokenizer.
     if options.check_room:
         check_free_space(output, stored_bytes * 101 // 100, load_backend(options.backend).export_memory_bytes(parts))
@@ -160,6 +190,8 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
                 "layer_type": target.layer_types[layer],
                 "num_key_value_heads": heads,
                 "head_dim": dim,
+                "dtype": FLOAT32,
+                "layout": HEADS_FIRST,
             }
         )
     return {
@@ -169,8 +201,6 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
         "drafter": asdict(pair.drafter),
         "two_stage": pair.two_stage and {"origin": pair.clusters_origin, **asdict(pair.two_stage)},
         "kv": {
-            "dtype": "float32",
-            "layout": ["num_key_value_heads", "rows", "head_dim"],
             "shared_with_drafter": pair.shared_kv,
             "buffers": buffers,
         },

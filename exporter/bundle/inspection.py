@@ -6,6 +6,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from exporter.checkpoint.config_json import read_drafter_config, read_target_config
 from exporter.checkpoint.values import read_object
 from runtime_ref.errors import InputError
@@ -34,6 +36,9 @@ def inspect(path: Path) -> dict[str, Any]:
         copied = {key: manifest.raw[key] for key in ("recipe", "max_seq_len", "num_draft_tokens", "tokens")}
         return {
             "kind": "bundle",
+            "format_version": manifest.format_version,
+            "digest": manifest.digest,
+            "requires": [feature["name"] for feature in manifest.raw["requires"]],
             "backend": _with_delegated_fractions(path, manifest.raw["backend"]),
             **copied,
             "target": _sizes(manifest.raw["target"]),
@@ -42,6 +47,7 @@ def inspect(path: Path) -> dict[str, Any]:
             "kv_bytes_per_token": _row_bytes(manifest, "full_attention"),
             "kv_sliding_bytes": manifest.limits["window_rows"] * _row_bytes(manifest, "sliding_attention"),
             "tables": manifest.raw["tables"],
+            "source": manifest.raw["source"],
             "files": {name: size for name, (size, _) in manifest.files.items()},
             "total_bytes": sum(size for size, _ in manifest.files.values()),
             "changed_files": changed_files(path, manifest),
@@ -54,7 +60,7 @@ def inspect(path: Path) -> dict[str, Any]:
 def _row_bytes(manifest: Manifest, layer_type: str) -> int:
     """Return the bytes that K and V of one position take in all storing layers of a type."""
     buffers = [kv for kv in manifest.kv if kv.layer_type == layer_type]
-    return sum(4 * kv.num_key_value_heads * kv.head_dim for kv in buffers)
+    return sum(prod(kv.shape(1)) * np.dtype(kv.dtype).itemsize for kv in buffers)
 
 
 def _with_delegated_fractions(path: Path, backend: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from exporter.modeling.target import SUPPRESSED_LOGIT
 from exporter.modeling.weights import Weights
 from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate
 from runtime_ref.errors import InputError
+from runtime_ref.requirements import THOUGHT
 
 # Keys of tokenizer_config.json whose tokens end a text.
 END_KEYS = ("eos_token", "eot_token")
@@ -29,7 +30,7 @@ class SpecialTokens:
         eos: any of them ends a text; ascending.
         pad: fills up a batch.
         suppressed: never generated; ascending.
-        thoughts: what begins and what ends a thought, which is no part of an answer; None without thoughts.
+        channels: what begins and what ends a part of the text that is no answer, by the part's name: `thought`.
         names: texts by the names under which chat templates know them, such as `bos_token`.
     """
 
@@ -37,7 +38,7 @@ class SpecialTokens:
     eos: tuple[int, ...]
     pad: int
     suppressed: tuple[int, ...] = ()
-    thoughts: tuple[int, int] | None = None
+    channels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -72,13 +73,14 @@ def special_tokens(directory: Path) -> tuple[SpecialTokens, tuple[str, ...]]:
         eos += [added[names[key]] for key in END_KEYS if names.get(key) in added]
         eos += [] if turn_end is None else [turn_end]
     thoughts = thought_marks(template, added) if template else None
+    channels = {THOUGHT: thoughts} if thoughts else {}
     warnings = [*_no_tokens(path, settings)]
     if turn_end is not None and turn_end not in eos:
         warnings.append(
             f"{path}: eos_token_id lacks {turn_end}, which the chat template writes after an answer; answers go on"
             " after it"
         )
-    return SpecialTokens(bos[0], tuple(sorted(set(eos))), pad[0], suppressed, thoughts, names), tuple(warnings)
+    return SpecialTokens(bos[0], tuple(sorted(set(eos))), pad[0], suppressed, channels, names), tuple(warnings)
 
 
 def suppression(tokens: SpecialTokens, vocab_size: int) -> Weights:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli.cluster_command import run_clustering
-from exporter.cli.options import PATH, backend_option, clusters_option, json_option, top_k_option
+from exporter.cli.options import BYTES, PATH, backend_option, clusters_option, json_option, top_k_option
 from exporter.files import directory_bytes, human_bytes
 from exporter.quantization.recipes import AUTO, RECIPES, auto_recipe
 from exporter.terminal import err, peak_bytes, print_json, progress_bar
@@ -48,6 +48,12 @@ if TYPE_CHECKING:
 @clusters_option
 @top_k_option
 @click.option("--cluster-table", type=PATH, help="File of `cluster --output` with clusters for `--head kmeans`.")
+@click.option(
+    "--max-file-size",
+    type=BYTES,
+    help="Maximum size of each file of weights, in bytes, such as `1.5e9`: others are split.",
+    show_default="none",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--skip-room-check", is_flag=True, help="Do not check first that disk and memory suffice.")
 @json_option
@@ -63,6 +69,7 @@ def export(
     clusters: int | None,
     top_k_clusters: int | None,
     cluster_table: Path | None,
+    max_file_size: int | None,
     force: bool,
     skip_room_check: bool,
     as_json: bool,
@@ -83,7 +90,7 @@ def export(
         raise click.UsageError("--cluster-table has a fixed number of clusters; leave out --clusters")
     check_output(output, force)
     recipe, reason = auto_recipe() if recipe == AUTO else (recipe, "")
-    options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check)
+    options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check, max_file_size)
     if head == "kmeans":
         pair = open_pair(target, drafter, "dense")
         plan_export(pair, output, options)  # raises errors before minutes of clustering
@@ -123,13 +130,15 @@ def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str
     started = time.perf_counter()
     total = pair.weight_bytes
     with progress_bar(err, "export", total) as progress:
-        export_bundle(pair, output, options, progress)
+        digest = export_bundle(pair, output, options, progress)
     size = directory_bytes(output)
     seconds = time.perf_counter() - started
     peak = peak_bytes()
     err.print(f"exported {output} ({human_bytes(size)}) in {seconds:.0f} s, peak memory {human_bytes(peak)}")
+    err.print(f"digest of its manifest: {digest}")
     return {
         "bundle": str(output),
+        "digest": digest,
         "recipe": options.recipe,
         "bytes": size,
         "seconds": seconds,

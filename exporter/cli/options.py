@@ -33,6 +33,23 @@ class DraftTokens(click.ParamType):
         return int(value)
 
 
+class Bytes(click.ParamType):
+    """A number of bytes, at least 1, that may be written as `1.5e9`."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Convert a value from the command line; anything but a number of 1 or more is a usage error."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if 1 <= number < 2**62:
+            return int(number)
+        return self.fail(f"{value!r} is not a number of bytes; expected one such as 1500000000 or 1.5e9", param, ctx)
+
+
+BYTES = Bytes()
 bundle_argument = click.argument("bundle", type=PATH)
 backend_option = click.option(
     "--backend", type=click.Choice(BACKENDS), default="onnx", help="Runtime that the bundle is for."

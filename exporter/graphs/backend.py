@@ -60,12 +60,21 @@ class Backend(Protocol):
         """Estimate the peak memory in bytes of exporting these graphs."""
         ...
 
+    def check_file_size(self, parts: "Mapping[str, GraphParts]", max_file_bytes: int) -> None:
+        """Check that weights can be split into files of at most so many bytes.
+
+        Raises:
+            InputError: what must lie in one file is larger.
+        """
+        ...
+
     def export_graphs(
         self,
         directory: Path,
         pair: "Pair",
         parts: "Mapping[str, GraphParts]",
         limits: Mapping[str, int],
+        max_file_bytes: int | None,
         progress: "Progress",
     ) -> ExportedGraphs:
         """Write graphs and weights.
@@ -75,6 +84,7 @@ class Backend(Protocol):
             pair: the target and its drafter.
             parts: what to write for each graph of `graph_specs`, by graph name.
             limits: maximum size of each varying dimension, from `exporter.graphs.spec.size_limits`.
+            max_file_bytes: largest size of each file of weights; None for one file a graph.
             progress: called with what is being written and how many bytes of float32 weights were processed.
         """
         ...

@@ -33,7 +33,8 @@ from exporter.graphs.backend import ExportedGraphs
 from exporter.graphs.executorch_ops import Constants
 from exporter.graphs.parts import GraphParts
 from exporter.graphs.spec import GraphSpec, drafter_graph, target_graph, trace_arguments, without_cache_outputs
-from exporter.graphs.tables import EMBEDDING, table_metadata
+from exporter.graphs.split_files import too_large
+from exporter.graphs.tables import EMBEDDING, Part, table_metadata
 from exporter.modeling.layers import Ops
 from exporter.modeling.weights import load_module
 from exporter.quantization.numbers import Quantized, Scales, pack
@@ -45,7 +46,7 @@ PROGRAM = "model.pte"
 
 def backend_metadata() -> dict[str, Any]:
     """Return the manifest's `backend`, without `delegation`, which `export_graphs` adds."""
-    return {"name": "executorch", "executorch": __version__, "delegate": "xnnpack"}
+    return {"name": "executorch", "min_runtime": __version__, "executorch": __version__, "delegate": "xnnpack"}
 
 
 def graph_specs(pair: Pair) -> dict[str, tuple[str, GraphSpec]]:
@@ -75,11 +76,27 @@ def export_memory_bytes(parts: Mapping[str, GraphParts]) -> int:
     return 700_000_000 + quantized_values * 32 // 10 + 3 * float_bytes
 
 
+def check_file_size(parts: Mapping[str, GraphParts], max_file_bytes: int) -> None:
+    """Check that the program, which is one file, has at most so many bytes, as far as its weights tell.
+
+    Raises:
+        InputError: it is larger.
+    """
+    if (stored_bytes := sum(part.stored_bytes for part in parts.values())) > max_file_bytes:
+        raise too_large(PROGRAM, stored_bytes, max_file_bytes)
+
+
 def export_graphs(
-    directory: Path, pair: Pair, parts: Mapping[str, GraphParts], limits: Mapping[str, int], progress: Progress
+    directory: Path,
+    pair: Pair,
+    parts: Mapping[str, GraphParts],
+    limits: Mapping[str, int],
+    max_file_bytes: int | None,
+    progress: Progress,
 ) -> ExportedGraphs:
     """Write the program, weights included; `Backend.export_graphs` describes the arguments.
 
+    The program is one file, whatever its size.
     The returned metadata, `delegation`, counts the operations and weight bytes that XNNPACK took, for each method.
     """
     with quiet(*EXECUTORCH_LOGGERS), torch.no_grad():
@@ -127,12 +144,13 @@ def _embedding(file: Path, part: GraphParts) -> dict[str, Any]:
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as program:
         offsets = [_offset(program, array) for array in _stored(weight)]
     rows, columns = part.shapes[EMBEDDING]
+    places: list[list[Part]] = [[{"file": file.name, "offset": offset, "rows": rows}] for offset in offsets]
     if isinstance(weight, Tensor):
-        return table_metadata((rows, columns), "float32", (file.name, offsets[0]), 4 * columns)
-    scales = (file.name, offsets[1], "float32" if weight.bits == 8 else "bfloat16")
+        return table_metadata((rows, columns), "float32", places[0], 4 * columns)
+    scales = places[1], "float32" if weight.bits == 8 else "bfloat16"
     encoding = "int8" if weight.bits == 8 else f"uint{weight.bits}"
     row_bytes = -(-columns * weight.bits // 8)
-    return table_metadata((rows, columns), encoding, (file.name, offsets[0]), row_bytes, weight.group_size, scales)
+    return table_metadata((rows, columns), encoding, places[0], row_bytes, weight.group_size, scales)
 
 
 def _offset(program: mmap.mmap, array: np.ndarray) -> int:

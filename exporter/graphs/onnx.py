@@ -20,10 +20,12 @@ from exporter.checkpoint.pair import Pair
 from exporter.graphs.backend import ExportedGraphs
 from exporter.graphs.parts import GraphParts
 from exporter.graphs.spec import GraphSpec, drafter_graph, target_graph, trace_arguments
-from exporter.graphs.tables import EMBEDDING, table_metadata
+from exporter.graphs.split_files import SplitFile, too_large
+from exporter.graphs.tables import EMBEDDING, Part, table_metadata
 from exporter.modeling.layers import Ops
 from exporter.quantization.numbers import Quantized, Scales, pack
 from runtime_ref.manifest import Progress
+from runtime_ref.manifest_versions import OLDEST_ONNXRUNTIME
 from runtime_ref.quiet import quiet
 
 OPSET = 24  # the first with TensorScatter, which writes the cache in place
@@ -57,7 +59,12 @@ OPS = Ops(linear=_linear, write_rows=_write_rows)
 
 def backend_metadata() -> dict[str, Any]:
     """Return the manifest's `backend`."""
-    return {"name": "onnx", "opset": OPSET, "onnxruntime": onnxruntime.__version__}
+    return {
+        "name": "onnx",
+        "min_runtime": OLDEST_ONNXRUNTIME,
+        "opset": OPSET,
+        "onnxruntime": onnxruntime.__version__,
+    }
 
 
 def row_multiples() -> dict[str, int]:
@@ -86,11 +93,31 @@ def export_memory_bytes(parts: Mapping[str, GraphParts]) -> int:
     return 1_900_000_000 if sum(part.stored_bytes for part in parts.values()) > 1 << 28 else 700_000_000
 
 
+def check_file_size(parts: Mapping[str, GraphParts], max_file_bytes: int) -> None:
+    """Check that each weight fits into a file of at most so many bytes, with its scales in another.
+
+    Raises:
+        InputError: one does not.
+    """
+    for part in parts.values():
+        name, stored_bytes = max(part.stored_bytes_by_weight.items(), key=lambda item: item[1])
+        if stored_bytes > max_file_bytes:
+            raise too_large(name, stored_bytes, max_file_bytes)
+
+
 def export_graphs(
-    directory: Path, pair: Pair, parts: Mapping[str, GraphParts], limits: Mapping[str, int], progress: Progress
+    directory: Path,
+    pair: Pair,
+    parts: Mapping[str, GraphParts],
+    limits: Mapping[str, int],
+    max_file_bytes: int | None,
+    progress: Progress,
 ) -> ExportedGraphs:
     """Write both graphs and their weights; `Backend.export_graphs` describes the arguments."""
-    stored = {name: export_graph(directory, pair, name, parts[name], limits, progress) for name in graph_specs(pair)}
+    stored = {
+        name: export_graph(directory, pair, name, parts[name], limits, max_file_bytes, progress)
+        for name in graph_specs(pair)
+    }
     return ExportedGraphs({}, _embedding(stored["target"], parts["target"]))
 
 
@@ -100,6 +127,7 @@ def export_graph(
     name: str,
     part: GraphParts,
     limits: Mapping[str, int],
+    max_file_bytes: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> dict[str, ir.ExternalTensor]:
     """Write one graph, `NAME.onnx`, and its weights, `NAME.weights`.
@@ -110,6 +138,7 @@ def export_graph(
         name: `target` or `drafter`.
         part: the graph's module and weights.
         limits: maximum size of each varying dimension, from `exporter.graphs.spec.size_limits`.
+        max_file_bytes: largest size of each file of weights; None for one file.
         progress: called with what is being written and how many bytes of float32 weights were processed.
 
     Returns:
@@ -118,7 +147,7 @@ def export_graph(
     file, spec = graph_specs(pair)[name]
     progress(f"tracing {name}", 0)
     model = trace_graph(spec, limits, partial(_module, part))
-    stored = _write_weights(directory / f"{name}.weights", part, progress)
+    stored = _write_weights(directory / f"{name}.weights", part, max_file_bytes, progress)
     _attach(model, stored, part)
     ir.save(model, directory / file)
     return stored
@@ -131,14 +160,17 @@ def _module(part: GraphParts) -> nn.Module:
 def _embedding(stored: Mapping[str, ir.ExternalTensor], part: GraphParts) -> dict[str, Any]:
     """Return the manifest entry of the token embedding, which is stored once, as the weight of the target's head."""
     data, scales, (rows, columns) = stored[EMBEDDING], stored.get(EMBEDDING + SCALES_SUFFIX), part.shapes[EMBEDDING]
-    place = (str(data.location), data.offset or 0)
     row_bytes = (data.length or 0) // rows
     if scales is None:
-        return table_metadata((rows, columns), "float32", place, row_bytes)
+        return table_metadata((rows, columns), "float32", [_place(data, rows)], row_bytes)
     bits, block_bytes = part.widths[EMBEDDING].bits, data.shape.numpy()[2]
     group_size = block_bytes * 8 // bits
-    scales_at = (str(scales.location), scales.offset or 0, "float32")
-    return table_metadata((rows, columns), f"uint{bits}", place, row_bytes, group_size, scales_at)
+    scales_at = [_place(scales, rows)], "float32"
+    return table_metadata((rows, columns), f"uint{bits}", [_place(data, rows)], row_bytes, group_size, scales_at)
+
+
+def _place(tensor: ir.ExternalTensor, rows: int) -> Part:
+    return {"file": str(tensor.location), "offset": tensor.offset or 0, "rows": rows}
 
 
 def stored_weights(file: Path) -> dict[str, ir.TensorProtocol]:
@@ -233,28 +265,30 @@ def _block_size(weight: Quantized) -> int:
     return next((size for size in (256, 128, 64, 32) if columns % size == 0), 128)
 
 
-def _write_weights(file: Path, part: GraphParts, progress: Progress) -> dict[str, ir.ExternalTensor]:
+def _write_weights(
+    path: Path, part: GraphParts, max_file_bytes: int | None, progress: Progress
+) -> dict[str, ir.ExternalTensor]:
     """Write a graph's weights one after the other, in blocks of rows, and return where each lies, by name."""
     stored: dict[str, ir.ExternalTensor] = {}
-    with file.open("wb") as stream:
+    with SplitFile(path, max_file_bytes) as file:
         for parameter in part.weights:
             for name, array in _encoded(part, parameter, progress):
                 if (written := stored.get(name)) is None:
                     large = prod(part.shapes[parameter]) >= MIN_PAGE_ALIGNED_VALUES
                     alignment_bytes = PAGE_BYTES if large else SMALL_ALIGNMENT_BYTES
-                    stream.write(b"\0" * (-stream.tell() % alignment_bytes))
-                    start, rows = stream.tell(), 0
+                    file.begin(name, array.nbytes // len(array) * part.shapes[parameter][0], alignment_bytes)
+                    start, rows = file.offset, 0
                 else:
                     start, rows = written.offset or 0, written.shape.numpy()[0]
-                stream.write(array.data)  # ndarray.tofile would hide the reason of a failure
+                file.write(array)
                 stored[name] = ir.ExternalTensor(
-                    file.name,
+                    file.file,
                     start,
-                    stream.tell() - start,
+                    file.offset - start,
                     ir.DataType.from_numpy(array.dtype),
                     shape=ir.Shape((rows + len(array), *array.shape[1:])),
                     name=name,
-                    base_dir=file.parent,
+                    base_dir=path.parent,
                 )
     return stored
 

@@ -44,11 +44,16 @@ class GraphParts:
 
     @property
     def stored_bytes(self) -> int:
-        """Upper bound of the size of its stored weights; scales are counted as float32 for groups of 32."""
+        """Upper bound of the size of its stored weights."""
+        return sum(self.stored_bytes_by_weight.values())
+
+    @property
+    def stored_bytes_by_weight(self) -> dict[str, int]:
+        """Upper bound of the size of each stored weight; scales are counted as float32 for groups of 32."""
         bits = dict.fromkeys(self.weights, 32) | {name: width.bits + 1 for name, width in self.widths.items()}
         if "head.scales" in bits:
             bits["head.clusters"] = 8  # its shape is that of the packed bytes
-        return sum(prod(self.shapes[name]) * bits[name] // 8 for name in self.weights)
+        return {name: prod(self.shapes[name]) * bits[name] // 8 for name in self.weights}
 
     @property
     def num_quantized_values(self) -> int:

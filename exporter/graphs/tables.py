@@ -1,6 +1,8 @@
 """Embedding tables of a bundle: their manifest entries, and the file of the per-layer embeddings (PLE)."""
 
-from collections.abc import Iterator
+import contextlib
+import itertools
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import row_blocks
+from exporter.graphs.split_files import SplitFile, split_path
 from exporter.quantization.numbers import Scales, pack, quantize
 from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import Progress
@@ -19,24 +22,26 @@ PER_LAYER = "embed_tokens_per_layer.weight"
 PER_LAYER_FILE = "per_layer.table"
 PER_LAYER_SCALES = Scales(torch.float16)
 
+Part = dict[str, int | str]  # `file`, `offset` and `rows`
+
 
 def table_metadata(
     shape: tuple[int, int],
     encoding: str,
-    data: tuple[str, int],
+    data: list[Part],
     row_bytes: int,
     group_size: int | None = None,
-    scales: tuple[str, int, str] | None = None,
+    scales: tuple[list[Part], str] | None = None,
 ) -> dict[str, Any]:
     """Return a table's manifest entry, which `runtime_ref.tables` reads. FORMAT.md, "Tables", specifies it.
 
     Args:
         shape: rows and columns.
         encoding: how a row holds its numbers, a key of `runtime_ref.tables.ENCODING_BITS`.
-        data: file name and byte offset of row 0.
+        data: the files that hold the rows, in order: `file`, `offset` of its first row in bytes, `rows`.
         row_bytes: bytes from one row to the next.
         group_size: columns that share a scale; None for all columns.
-        scales: file name, byte offset and dtype of the scales; None for a table without scales.
+        scales: the same for the scales, and their dtype; None for a table without scales.
     """
     rows, columns = shape
     metadata: dict[str, Any] = {
@@ -45,20 +50,23 @@ def table_metadata(
         "encoding": encoding,
         "row_bytes": row_bytes,
         "group_size": group_size or columns,
-        "data": {"file": data[0], "offset": data[1]},
+        "data": {"parts": data},
     }
     if scales is not None:
-        metadata["scales"] = dict(zip(("file", "offset", "dtype"), scales, strict=True))
+        metadata["scales"] = {"dtype": scales[1], "parts": scales[0]}
     return metadata
 
 
-def write_per_layer(directory: Path, pair: Pair, width: Width, progress: Progress) -> dict[str, Any]:
+def write_per_layer(
+    directory: Path, pair: Pair, width: Width, max_file_bytes: int | None, progress: Progress
+) -> dict[str, Any]:
     """Write the PLE table, followed by its scales in float16, one for each token and layer.
 
     Args:
         directory: an existing directory; the file is `PER_LAYER_FILE` in it.
         pair: the pair whose target has the table.
         width: bits of the stored numbers, or `FLOAT`; its group size is not used.
+        max_file_bytes: largest size of each file; None for one file.
         progress: called with the table's name and the bytes of float32 of each block.
 
     Returns:
@@ -66,40 +74,58 @@ def write_per_layer(directory: Path, pair: Pair, width: Width, progress: Progres
     """
     rows = row_bytes = 0
     scales = []
-    with (directory / PER_LAYER_FILE).open("wb") as stream:
+    data_parts: list[Part] = []
+    scale_parts: list[Part] = []
+    with SplitFile(directory / PER_LAYER_FILE, max_file_bytes) as file:
         for numbers, block_scales in per_layer_blocks(pair, width, progress):
-            stream.write(numbers.data)
+            file.write_rows(numbers, data_parts)
             scales.append(block_scales)
             rows, row_bytes = rows + len(numbers), numbers[:1].nbytes
-        scales_offset = stream.tell()
-        for block_scales in scales:
-            stream.write(block_scales.data)
+        for block_scales in scales if width != FLOAT else []:
+            file.write_rows(block_scales, scale_parts)
     group_size = pair.target.hidden_size_per_layer_input
     shape = (rows, pair.target.num_hidden_layers * group_size)
     if width == FLOAT:
-        return table_metadata(shape, "float32", (PER_LAYER_FILE, 0), row_bytes)
-    stored_scales = (PER_LAYER_FILE, scales_offset, "float16")
-    return table_metadata(shape, f"uint{width.bits}", (PER_LAYER_FILE, 0), row_bytes, group_size, stored_scales)
+        return table_metadata(shape, "float32", data_parts, row_bytes)
+    return table_metadata(shape, f"uint{width.bits}", data_parts, row_bytes, group_size, (scale_parts, "float16"))
 
 
 def differing_rows(file: Path, pair: Pair, width: Width) -> list[str]:
-    """Compare the file of the PLE table, byte by byte, with what `write_per_layer` would write.
+    """Compare the files of the PLE table, byte by byte, with what `write_per_layer` would write.
 
     Args:
-        file: the bundle's `PER_LAYER_FILE`.
+        file: the bundle's `PER_LAYER_FILE`, the first of them.
         pair: the pair whose target has the table.
         width: bits of the stored numbers, or `FLOAT`.
 
     Returns:
         A list with the table's name if the file differs, else an empty list.
     """
-    with file.open("rb") as stream:
+    files = itertools.takewhile(Path.exists, (split_path(file, number) for number in itertools.count()))
+    with contextlib.closing(_contents(files)) as contents:
+        next(contents)
         scales = []
         for numbers, block_scales in per_layer_blocks(pair, width):
-            if stream.read(numbers.nbytes) != numbers.tobytes():
+            if contents.send(numbers.nbytes) != numbers.tobytes():
                 return [PER_LAYER]
             scales.append(block_scales.tobytes())
-        return [] if stream.read() == b"".join(scales) else [PER_LAYER]
+        expected = b"".join(scales)
+        return [] if contents.send(len(expected) + 1) == expected else [PER_LAYER]
+
+
+def _contents(files: Iterable[Path]) -> Generator[bytes, int, None]:
+    """Yield as many bytes as are asked for by `send`, of files that follow one another; fewer at their end."""
+    wanted = yield b""
+    read = b""
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(wanted - len(read)):
+                read += block
+                if len(read) == wanted:
+                    wanted, read = (yield read), b""
+    while True:
+        yield read
+        read = b""
 
 
 def per_layer_blocks(

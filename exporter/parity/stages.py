@@ -29,6 +29,7 @@ from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine, chunks
 from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifest
+from runtime_ref.requirements import required_features
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
@@ -241,12 +242,13 @@ def _refuse_other_sizes(bundle: Path, manifest: Manifest, pair: Pair) -> None:
 def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
     """Check that these checkpoints were exported, and that the manifest describes them correctly."""
     for model, checkpoint in (("target", pair.target_checkpoint), ("drafter", pair.drafter_checkpoint)):
-        same = checkpoint.sha256() == manifest.raw["source"][model]
+        same = checkpoint.sha256() == manifest.raw["source"][model]["files"]
         detail = "the one that was exported" if same else f"{checkpoint.directory} is not the one that was exported"
         yield Check("source", f"{model} checkpoint", same, detail=detail)
     expected = json.loads(json.dumps(describe(pair, manifest.backend)))
     expected["limits"] = size_limits(manifest.max_seq_len, manifest.max_draft_tokens, pair.target.sliding_window)
     expected |= load_backend(manifest.backend).row_multiples()
+    expected["requires"] = required_features({**manifest.raw, **expected})
     differing = [key for key, value in expected.items() if manifest.raw.get(key) != value]
     if manifest.max_seq_len > pair.target.max_position_embeddings:
         differing.append("max_seq_len")

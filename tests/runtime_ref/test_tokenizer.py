@@ -85,7 +85,7 @@ class TestThoughts:
         return "".join(" abcdefgh"[token] if 0 < token < 9 else "" for token in tokens)
 
     def stream(self, stop: tuple[str, ...] = (), prompt: tuple[int, ...] = ()) -> TextStream:
-        return TextStream(self.decode, stop, (0, 9), prompt)
+        return TextStream(self.decode, stop, [(0, 9)], prompt)
 
     @pytest.mark.parametrize("tokens", [[1, 0, 2, 9, 3], [1, 0, 2, 0, 2, 9, 9, 3], [9, 1, 0, 9, 3], [1, 3, 0, 2]])
     def test_they_give_no_text(self, tokens: list[int]) -> None:
@@ -101,11 +101,15 @@ class TestThoughts:
 
     def test_marks_that_earlier_turns_quote_do_not_count(self, tokenizer: TextTokenizer, tmp_path: Path) -> None:
         shutil.copyfile(PAIR / "target" / "tokenizer.json", tmp_path / "tokenizer.json")
-        read = TextTokenizer(tmp_path, SpecialTokens(2, (1, 7), 0, thoughts=(719, 470)))
+        read = TextTokenizer(tmp_path, SpecialTokens(2, (1, 7), 0, channels={"thought": (719, 470)}))
         shown = [
             read.stream(prompt=prompt).add(812) for prompt in ([2, 719, 5], [2, 719, 7, 5], [719, 7, 719], [719, 1])
         ]
         assert [bool(text) for text in shown] == [False, True, False, True]
+
+    def test_each_channel_has_its_own_end(self) -> None:
+        stream = TextStream(self.decode, (), [(0, 9), (7, 8)], [7])
+        assert "".join(map(stream.add, [1, 9, 2, 8, 3, 0, 4, 8, 7, 5, 9, 6])) == "cf"
 
     def test_stop_strings_are_searched_around_them(self) -> None:
         stream = self.stream(stop=("ac",))

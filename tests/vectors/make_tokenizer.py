@@ -132,24 +132,24 @@ def streams(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, ob
 
 
 def thoughtful_streams(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, object]]:
-    """Return streams as `streams` does, in which two tokens begin and end thoughts; some begin inside one."""
+    """Return streams as `streams` does, with one channel or two, which hold thoughts; some begin inside one."""
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
     rows: list[dict[str, object]] = []
     for number in range(40):
-        begin, end = generator.sample(range(tokenizer.get_vocab_size()), 2)
+        begin, end, *others = generator.sample(range(tokenizer.get_vocab_size()), 4)
+        channels = [(begin, end), (others[0], others[1])] if number % 2 else [(begin, end)]
+        marks = [mark for channel in channels for mark in channel]
         words = [prompt(tokenizer, generator.choice(TEXTS))[1:6] for _ in range(6)]
-        ids = [token for word in words for token in (*word, generator.choice((begin, end)))][
-            : generator.randrange(1, 40)
-        ]
-        before = generator.choices((3, begin, end), k=number % 4)
-        shown = TextStream(decode, (), (begin, end), before)
+        ids = [token for word in words for token in (*word, generator.choice(marks))][: generator.randrange(1, 40)]
+        before = generator.choices((3, *marks), k=number % 4)
+        shown = TextStream(decode, (), channels, before)
         whole = "".join(shown.add(token) for token in ids)
         at = generator.randrange(len(whole) or 1)
         stop = [whole[at : at + 3]] if number % 3 == 0 and whole[at : at + 3] else []
-        stream = TextStream(decode, stop, (begin, end), before)
+        stream = TextStream(decode, stop, channels, before)
         pieces = [stream.add(token, i == len(ids) - 1) for i, token in enumerate(ids)]
         row = {"ids": ids, "text": decode(ids), "stop": stop, "pieces": pieces, "stopped": stream.stopped}
-        rows.append({**row, "thoughts": [begin, end], "prompt": before})
+        rows.append({**row, "channels": channels, "prompt": before})
     return rows
 
 

@@ -163,7 +163,7 @@ def test_tampered_bundle_is_refused(copy: Path) -> None:
         (lambda b: (b / "drafter.onnx").write_bytes(b"x"), r"drafter.onnx: is 1 bytes, manifest.json says"),
         (lambda b: (b / MANIFEST).unlink(), r"not a bundle, manifest.json is missing"),
         (lambda b: (b / MANIFEST).write_text("{"), r"cannot be read as JSON"),
-        (lambda b: edit_manifest(b, format_version=3), r"format_version is 3, this version reads 2"),
+        (lambda b: edit_manifest(b, format_version=4), r"format_version is 4, this version reads 2 and 3; update it"),
         (lambda b: edit_manifest(b, graphs=None), r"incomplete or malformed"),
         (lambda b: edit_manifest(b, files={"../x": {"size": 1, "sha256": ""}}), r"'../x', outside the bundle"),
         (lambda b: edit_manifest(b, files={}), r"file of graph target is not in files"),
@@ -198,8 +198,8 @@ def test_tampered_bundle_is_refused(copy: Path) -> None:
             r"tokens.eos\[1\] is None, expected a whole number",
         ),
         (
-            lambda b: edit_in(b, "tokens", "thoughts", lambda _: [1]),
-            r"tokens.thoughts is \[1\], expected two token ids",
+            lambda b: edit_in(b, "tokens", "channels", lambda _: {"thought": [1]}),
+            r"tokens.channels.thought is \[1\], expected two token ids",
         ),
         (lambda b: edit_in(b, "num_draft_tokens", "max", lambda _: 2**30), r"limits leave no room"),
         (

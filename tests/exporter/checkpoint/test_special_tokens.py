@@ -104,16 +104,16 @@ def test_a_file_that_forgets_the_end_of_a_turn_is_warned_of(target: Path) -> Non
 )
 def test_marks_of_thoughts(special: bool, template: str, names: tuple[str, str], target: Path) -> None:
     (target / "chat_template.jinja").write_text(template)
-    assert special_tokens(target)[0].thoughts is None  # texts that are no tokens
+    assert special_tokens(target)[0].channels == {}  # texts that are no tokens
     ids = add_tokens(target, special, *names)
-    assert special_tokens(target)[0].thoughts == (None if template is TEMPLATE else tuple(ids))
+    assert special_tokens(target)[0].channels == ({} if template is TEMPLATE else {"thought": tuple(ids)})
 
 
 def test_a_begin_mark_that_nothing_tells_is_none(target: Path) -> None:
     """The template keeps what follows `</think>`, and names another added token, but no begin mark."""
     (target / "chat_template.jinja").write_text(THINK.replace("<think>", "<image>"))
     add_tokens(target, True, "<image>", "</think>")
-    assert special_tokens(target)[0].thoughts is None
+    assert special_tokens(target)[0].channels == {}
 
 
 def test_the_next_turns_mark_ends_nothing(target: Path) -> None:

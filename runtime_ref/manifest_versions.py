@@ -1,0 +1,44 @@
+"""Manifests of older formats, rewritten as the current one: readers know one form."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from runtime_ref.requirements import FLOAT32, HEADS_FIRST, THOUGHT
+
+# Measured in docs/decisions/0042-what-a-bundle-needs.md.
+OLDEST_ONNXRUNTIME = "1.25"
+
+
+def from_format_2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest of format 2 in the form of format 3.
+
+    Args:
+        raw: the manifest, whose form was checked.
+    """
+    backend, tokens = dict(raw["backend"]), dict(raw["tokens"])
+    oldest = {"onnx": OLDEST_ONNXRUNTIME, "executorch": backend.get("executorch")}.get(backend["name"])
+    thoughts = tokens.pop("thoughts", None)
+    return {
+        **raw,
+        "format_version": 3,
+        "requires": [],
+        "backend": {**backend, **({"min_runtime": oldest} if oldest else {})},
+        "tables": {name: _table(entry, raw["target"]["vocab_size"]) for name, entry in raw["tables"].items()},
+        "tokens": {**tokens, **({"channels": {THOUGHT: thoughts}} if thoughts else {})},
+        "kv": {
+            **{key: value for key, value in raw["kv"].items() if key not in ("dtype", "layout")},
+            "buffers": [{**buffer, "dtype": FLOAT32, "layout": HEADS_FIRST} for buffer in raw["kv"]["buffers"]],
+        },
+        "source": {model: {"files": files} for model, files in raw["source"].items()},
+    }
+
+
+def _table(entry: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A table's entry, whose data and scales were one place each."""
+    parts = {}
+    for name in ("data", "scales"):
+        if name in entry:
+            place = dict(entry[name])
+            dtype = {"dtype": place.pop("dtype")} if "dtype" in place else {}
+            parts[name] = {**dtype, "parts": [{**place, "rows": rows}]}
+    return {**entry, **parts}
