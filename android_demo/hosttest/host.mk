@@ -18,7 +18,7 @@ HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/standins-ort:$(PARTS)/sta
 test: $(PARTS)/kotlin/.built build/host build/engines $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
 	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(KOTLIN_TESTS)
 	$(BIN)/python app/check_resources.py
-	$(BIN)/pytest hosttest
+	PYTHONPATH=.. $(BIN)/pytest hosttest
 
 $(HOST_PACKAGES): tools/packages.sh
 	@command -v javac g++ >/dev/null || { echo "make test needs a JDK 17 and g++; install them" >&2; exit 3; }

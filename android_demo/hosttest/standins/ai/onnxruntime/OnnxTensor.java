@@ -5,11 +5,13 @@ import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.nio.FloatBuffer;
 import java.nio.LongBuffer;
+import java.nio.ShortBuffer;
 import java.util.Arrays;
 
 public class OnnxTensor extends OnnxTensorLike {
     private static final int FLOAT = 1; // ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
     private static final int INT64 = 7;
+    private static final int FLOAT16 = 10;
 
     private final int type;
     private final Buffer buffer; // keeps the memory alive
@@ -27,6 +29,12 @@ public class OnnxTensor extends OnnxTensorLike {
 
     public static OnnxTensor createTensor(OrtEnvironment env, LongBuffer data, long[] shape) throws OrtException {
         return createTensor(INT64, Long.BYTES, data, data.order(), shape);
+    }
+
+    public static OnnxTensor createTensor(OrtEnvironment env, ShortBuffer data, long[] shape, OnnxJavaType type)
+            throws OrtException {
+        if (type != OnnxJavaType.FLOAT16) throw new IllegalStateException("stand-in: shorts of type " + type);
+        return createTensor(FLOAT16, Short.BYTES, data, data.order(), shape);
     }
 
     private static OnnxTensor createTensor(int type, int size, Buffer data, ByteOrder order, long[] shape)

@@ -2,6 +2,7 @@ package org.pytorch.executorch;
 
 public enum DType {
     INT64(4),
+    HALF(5),
     FLOAT(6);
 
     final int jniCode;

@@ -5,6 +5,7 @@ import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
 import java.nio.FloatBuffer;
 import java.nio.LongBuffer;
+import java.nio.ShortBuffer;
 
 public abstract class Tensor {
     final long[] shape;
@@ -21,6 +22,11 @@ public abstract class Tensor {
     public static Tensor fromBlob(LongBuffer data, long[] shape) {
         check(data, data.order(), shape);
         return new TensorInt64(data, shape);
+    }
+
+    public static Tensor fromBlob(ShortBuffer data, long[] shape) {
+        check(data, data.order(), shape);
+        return new TensorFloat16(data, shape);
     }
 
     /** As in the real class, the capacity counts, not what remains. */
@@ -97,6 +103,25 @@ public abstract class Tensor {
             data.rewind();
             data.get(values);
             return values;
+        }
+    }
+
+    private static final class TensorFloat16 extends Tensor {
+        private final ShortBuffer data;
+
+        TensorFloat16(ShortBuffer data, long[] shape) {
+            super(shape);
+            this.data = data;
+        }
+
+        @Override
+        public DType dtype() {
+            return DType.HALF;
+        }
+
+        @Override
+        Buffer getRawDataBuffer() {
+            return data;
         }
     }
 

@@ -6,14 +6,13 @@ import gemmamtp.core.LoadGraphs
 import gemmamtp.core.Manifest
 import gemmamtp.core.Message
 import gemmamtp.core.Options
+import gemmamtp.core.PER_LAYER
 import gemmamtp.core.Sampling
 import gemmamtp.core.Stream
 import gemmamtp.core.Token
 import gemmamtp.core.openDecoder
 import gemmamtp.core.readManifest
 import java.io.File
-
-private const val PER_LAYER = "embed_tokens_per_layer"
 
 /**
  * Opens bundles on disk.
@@ -50,12 +49,13 @@ class BundleOpener(private val loadGraphs: LoadGraphs, private val costs: File) 
  * and the KV cache of a text that fills the context. The per-layer table is mapped, and the system may drop its pages.
  */
 fun memoryNeeded(manifest: Manifest): Long {
-    fun filesOf(table: String) = manifest.tables.getValue(table).let { listOfNotNull(it.data.file, it.scales?.file) }
+    fun filesOf(table: String) =
+        manifest.tables[table]?.let { listOfNotNull(it.data, it.scales) }.orEmpty().flatMap { rows -> rows.parts.map { it.file } }
     val mapped = filesOf(PER_LAYER) - manifest.tables.keys.filter { it != PER_LAYER }.flatMap(::filesOf).toSet()
     val weights = manifest.files.filterKeys { it !in mapped }.values.sumOf { it.size }
     val cache = manifest.kv.sumOf {
         val rows = manifest.limits.getValue(if (it.sliding) "window_rows" else "cache_rows")
-        Float.SIZE_BYTES.toLong() * it.numKeyValueHeads * rows * it.headDim
+        it.type.bytes.toLong() * it.numKeyValueHeads * rows * it.headDim
     }
     return weights + cache
 }

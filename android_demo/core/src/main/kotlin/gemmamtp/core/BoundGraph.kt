@@ -10,7 +10,7 @@ import java.nio.LongBuffer
 /**
  * An array in direct memory of native byte order, which both runtimes take by address.
  *
- * @property data a FloatBuffer or a LongBuffer with as many elements as the [shape] has.
+ * @property data a FloatBuffer, a LongBuffer, or a ShortBuffer of float16, with as many elements as the [shape] has.
  */
 class Tensor(val data: Buffer, vararg val shape: Long)
 
@@ -19,7 +19,7 @@ interface BoundGraph : Closeable {
     /**
      * Use these cache buffers from now on.
      *
-     * @param cache by name, `[N, S, D]` each. The graph reads and writes their memory in place, and ignores those that it
+     * @param cache by name, of the manifest's layout and dtype. The graph reads and writes their memory in place, and ignores those that it
      *     does not name.
      */
     fun bind(cache: Map<String, Tensor>)
@@ -46,7 +46,8 @@ fun floats(count: Int): FloatBuffer = direct(count.toLong() * Float.SIZE_BYTES).
 /** A buffer of [count] zeros in direct memory. */
 fun longs(count: Int): LongBuffer = direct(count.toLong() * Long.SIZE_BYTES).asLongBuffer()
 
-private fun direct(bytes: Long): ByteBuffer {
+/** Zeros in direct memory of native byte order. */
+internal fun direct(bytes: Long): ByteBuffer {
     check(bytes <= Int.MAX_VALUE) { "$bytes bytes are more than one buffer holds" }
     return ByteBuffer.allocateDirect(bytes.toInt()).order(ByteOrder.nativeOrder())
 }

@@ -174,6 +174,7 @@ typealias Stream = Decoder.Stream
  *     read is replaced.
  * @param verify compare every file's sha256 with the manifest's, needed once after a bundle was copied.
  * @param progress receives the files as they are verified.
+ * @param digest hexadecimal sha256 of the manifest, as `export` printed it: another bundle is refused. null for any.
  * @throws InputError the directory is no bundle, or an incomplete or changed one, or none for these runtimes.
  */
 fun openDecoder(
@@ -183,8 +184,9 @@ fun openDecoder(
     costsFile: File? = null,
     verify: Boolean = true,
     progress: Progress = Progress { _, _ -> },
+    digest: String? = null,
 ): Decoder {
-    val manifest = readManifest(bundle)
+    val manifest = readManifest(bundle, digest)
     if (verify) {
         changedFiles(bundle, manifest, progress).firstOrNull()?.let {
             throw InputError("${File(bundle, it)}: sha256 differs from the manifest's; copy the bundle again")

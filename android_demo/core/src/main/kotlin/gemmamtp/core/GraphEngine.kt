@@ -79,14 +79,11 @@ class GraphEngine(
     private val hidden = manifest.hiddenSize
     private val state = floats(hidden)
     private val nextState = floats(hidden)
-    private val cache = manifest.kv.associateTo(HashMap()) {
-        it.name to Tensor(floats(0), it.numKeyValueHeads.toLong(), 0, it.headDim.toLong())
-    }
+    private val cache = manifest.kv.associate { it.name to CacheBuffer(it) }
 
     // Inputs, which each pass overwrites: allocated once, for the largest pass.
     private val embedded = floats(manifest.limits.getValue("num_tokens") * hidden)
-    private val perLayerColumns = tables.getValue(TABLES[1]).columns
-    private val perLayer = floats(manifest.limits.getValue("num_tokens") * perLayerColumns)
+    private val perLayer = tables[PER_LAYER]?.let { floats(manifest.limits.getValue("num_tokens") * it.columns) }
     private val outputRows = longs(manifest.limits.getValue("num_outputs"))
     private val positionInput = longs(1)
     private val windowInput = longs(1)
@@ -115,7 +112,7 @@ class GraphEngine(
         var from = state
         repeat(numDraftTokens) {
             // The position stays that of the newest token in every step, as it was in training.
-            tables.getValue(TABLES[0]).read(listOf(token), embedded)
+            tables.getValue(EMBEDDING).read(listOf(token), embedded)
             val outputs = graphs.getValue("drafter").run(
                 mapOf(
                     "embedded" to Tensor(embedded.first(hidden), 1, hidden.toLong()),
@@ -154,14 +151,12 @@ class GraphEngine(
         val ids = padded(tokens, manifest.rowMultiple)
         val paddedRows = padded(rows, manifest.rowMultiple)
         makeRoom(ids.size)
-        tables.getValue(TABLES[0]).read(ids, embedded)
-        tables.getValue(TABLES[1]).read(ids, perLayer)
+        tables.getValue(EMBEDDING).read(ids, embedded)
         paddedRows.forEachIndexed { i, row -> outputRows.put(i, row.toLong()) }
         val count = ids.size.toLong()
         val outputs = graphs.getValue("target").run(
-            mapOf(
+            perLayerInput(ids) + mapOf(
                 "embedded" to Tensor(embedded.first(ids.size * hidden), count, hidden.toLong()),
-                "per_layer" to Tensor(perLayer.first(ids.size * perLayerColumns), count, perLayerColumns.toLong()),
                 "position" to Tensor(positionInput.put(0, position.toLong()), 1),
                 "window_start" to Tensor(windowInput.put(0, windowStart.toLong()), 1),
                 "output_rows" to Tensor(outputRows.first(paddedRows.size), paddedRows.size.toLong()),
@@ -177,6 +172,13 @@ class GraphEngine(
         )
     }
 
+    /** The rows of the per-layer embeddings as an input; none where the model has none. */
+    private fun perLayerInput(ids: List<Int>): Map<String, Tensor> {
+        val table = tables[PER_LAYER] ?: return emptyMap()
+        val rows = perLayer!!.also { table.read(ids, it) }.first(ids.size * table.columns)
+        return mapOf("per_layer" to Tensor(rows, ids.size.toLong(), table.columns.toLong()))
+    }
+
     /** The last position at which sliding layers' buffers may begin for tokens from a position on. */
     private fun windowStartAt(position: Int) =
         maxOf(0, position - manifest.slidingWindow - 2) / SLIDE_ROWS * SLIDE_ROWS
@@ -187,20 +189,20 @@ class GraphEngine(
         if (position == 0) windowStart = 0
         if (position + count - windowStart > windowRows) {
             val start = windowStartAt(position)
-            for (kv in manifest.kv.filter { it.sliding }) moveUp(cache.getValue(kv.name), start - windowStart)
+            for (kv in manifest.kv.filter { it.sliding }) cache.getValue(kv.name).moveUp(start - windowStart)
             windowStart = start
         }
         val used = { kv: KVBuffer -> position + count - if (kv.sliding) windowStart else 0 }
-        val short = manifest.kv.filter { used(it) > cache.getValue(it.name).shape[1] }
+        val short = manifest.kv.filter { used(it) > cache.getValue(it.name).rows }
         if (short.isEmpty()) return
         // Graphs release the old buffers first, so that only one buffer at a time exists twice.
         graphs.values.forEach { it.bind(emptyMap()) }
         for (kv in short) {
             val limit = if (kv.sliding) windowRows else manifest.limits.getValue("cache_rows")
-            val rows = minOf(roundUp(used(kv), CACHE_STEP_ROWS), limit)
-            cache[kv.name] = grow(cache.getValue(kv.name), rows)
+            cache.getValue(kv.name).grow(minOf(roundUp(used(kv), CACHE_STEP_ROWS), limit))
         }
-        graphs.values.forEach { it.bind(cache) }
+        val tensors = cache.mapValues { it.value.tensor }
+        graphs.values.forEach { it.bind(tensors) }
     }
 
     override fun close() = graphs.values.forEach { it.close() }
@@ -238,26 +240,6 @@ fun chunks(tokens: List<Int>, size: Int, start: Int = 0): Sequence<Pair<Int, Lis
 /** The list with its last item repeated up to a multiple. */
 private fun padded(items: List<Int>, multiple: Int) =
     items + List(roundUp(items.size, multiple) - items.size) { items.last() }
-
-/** Move the rows of a cache buffer `[N, S, D]` towards row 0. */
-private fun moveUp(tensor: Tensor, by: Int) {
-    val (heads, rows, dim) = tensor.shape.map { it.toInt() }
-    val data = tensor.data as FloatBuffer
-    for (head in 0 until heads) {
-        val from = data.part((head * rows + by) * dim, (rows - by) * dim)
-        data.part(head * rows * dim, (rows - by) * dim).put(from) // as memmove: buffers may overlap
-    }
-}
-
-/** A larger cache buffer `[N, S, D]` with the same rows, then zeros. */
-private fun grow(old: Tensor, rows: Int): Tensor {
-    val (heads, before, dim) = old.shape.map { it.toInt() }
-    val data = floats(heads * rows * dim)
-    for (head in 0 until heads) {
-        data.part(head * rows * dim, before * dim).put((old.data as FloatBuffer).part(head * before * dim, before * dim))
-    }
-    return Tensor(data, heads.toLong(), rows.toLong(), dim.toLong())
-}
 
 private fun copy(from: FloatBuffer, start: Int, into: FloatBuffer) {
     into.duplicate().put(from.part(start, into.capacity()))

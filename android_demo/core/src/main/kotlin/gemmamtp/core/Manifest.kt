@@ -9,17 +9,23 @@ import java.io.IOException
 import java.nio.charset.StandardCharsets
 import java.security.MessageDigest
 
-const val FORMAT_VERSION = 2
+/** The newest format that is read; format 2 is as well. */
+const val FORMAT_VERSION = 3
 const val MANIFEST = "manifest.json"
-val TABLES = listOf("embed_tokens", "embed_tokens_per_layer")
+const val EMBEDDING = "embed_tokens"
+const val PER_LAYER = "embed_tokens_per_layer"
+
+/** Names that tables can have: the head's is there where it is not the embedding. */
+private val TABLES = listOf(EMBEDDING, PER_LAYER, "head")
 
 /** Numbers in a cache buffer: larger ones cannot be meant. */
 private const val MAX_BUFFER_VALUES = 1L shl 36
 private const val MAX_DRAFT_TOKENS = 1024
 
 private val KVBuffer.rowSize get() = numKeyValueHeads.toLong() * headDim
+private val KV_TYPES = mapOf("float32" to KVType.FLOAT32, "float16" to KVType.FLOAT16)
 
-/** Inputs and outputs of each graph that are not cache buffers, in order. */
+/** Inputs and outputs of each graph that are not cache buffers, in order; `per_layer` is there if its table is. */
 private val GRAPH_PORTS = mapOf(
     "target" to (
         listOf("embedded", "per_layer", "position", "window_start", "output_rows") to
@@ -41,14 +47,30 @@ fun interface Progress {
 }
 
 /**
- * Keys or values of one layer that stores them: `[N, S, D]` float32.
+ * Keys or values of one layer that stores them.
  *
  * @property name of the graphs' input; the output that updates it ends in `_out`.
  * @property sliding whether the layer's type is `sliding_attention`.
  * @property numKeyValueHeads N.
  * @property headDim D.
+ * @property type of its numbers.
+ * @property layout names of its dimensions in order: `num_key_value_heads`, `rows` and `head_dim`.
  */
-class KVBuffer(val name: String, val sliding: Boolean, val numKeyValueHeads: Int, val headDim: Int)
+class KVBuffer(
+    val name: String,
+    val sliding: Boolean,
+    val numKeyValueHeads: Int,
+    val headDim: Int,
+    val type: KVType = KVType.FLOAT32,
+    layout: List<String> = HEADS_FIRST,
+) {
+    /** Index of the dimension of the rows. */
+    val rowsAxis = layout.indexOf("rows")
+
+    /** Dimensions in order; that of the rows is 0. */
+    val sizes: List<Int> =
+        layout.map { mapOf("num_key_value_heads" to numKeyValueHeads, "head_dim" to headDim)[it] ?: 0 }
+}
 
 /** A graph: the name of its file in the bundle, and the names of its inputs and outputs, in order. */
 class Graph(val file: String, val inputs: List<String>, val outputs: List<String>)
@@ -56,8 +78,11 @@ class Graph(val file: String, val inputs: List<String>, val outputs: List<String
 /** Size in bytes and hexadecimal sha256 of a file of the bundle. */
 class FileMetadata(val size: Long, val sha256: String)
 
-/** A place in a file of the bundle: [offset] in bytes, and the [dtype] of scales, else an empty text. */
-class Place(val file: String, val offset: Long, val dtype: String)
+/** Rows of a table in a file of the bundle: [offset] of the first in bytes, and how many [rows]. */
+class Part(val file: String, val offset: Long, val rows: Int)
+
+/** All rows of a table, or of its scales, whose [dtype] is empty for a table itself. */
+class Rows(val parts: List<Part>, val dtype: String = "")
 
 /**
  * The manifest's entry of an embedding table.
@@ -75,13 +100,14 @@ class TableMetadata(
     val rowBytes: Int,
     val encoding: String,
     val groupSize: Int,
-    val data: Place,
-    val scales: Place?,
+    val data: Rows,
+    val scales: Rows?,
 )
 
 /**
  * What a runtime needs to run a bundle; FORMAT.md specifies it in prose.
  *
+ * @property minRuntime the oldest version of the backend's library that runs the graphs; null where it is not known.
  * @property vocabSize V.
  * @property hiddenSize E of the target.
  * @property slidingWindow how many positions a sliding layer attends to.
@@ -94,12 +120,13 @@ class TableMetadata(
  * @property sampling how tokens are chosen if the user does not say.
  * @property bos id of the beginning-of-text token.
  * @property eos ids of the tokens that end a text.
- * @property thoughts ids of the tokens that begin and end a thought, which is no part of an answer; null without thoughts.
+ * @property channels ids of the tokens that begin and end a part of the text that is no answer, by the part's name.
  * @property chat form of the prompts of conversations, null if the bundle has none.
  * @property digest hexadecimal sha256 of the manifest itself, which differs between bundles.
  */
 class Manifest(
     val backend: String,
+    val minRuntime: String?,
     val recipe: String,
     val vocabSize: Int,
     val hiddenSize: Int,
@@ -112,7 +139,7 @@ class Manifest(
     val sampling: Sampling,
     val bos: Int,
     val eos: Set<Int>,
-    val thoughts: Pair<Int, Int>?,
+    val channels: Map<String, Pair<Int, Int>>,
     val kv: List<KVBuffer>,
     val graphs: Map<String, Graph>,
     val tables: Map<String, TableMetadata>,
@@ -124,13 +151,18 @@ class Manifest(
 /**
  * Read a bundle's manifest and check that every file is there and has its size.
  *
- * @throws InputError the directory is no bundle, has another format, a malformed manifest or weights that the manifest
- *     does not name, or lacks a file.
+ * @param digest hexadecimal sha256 that the manifest must have; null for any.
+ * @throws InputError the directory is no bundle, or its manifest has another digest, another format, a feature that this
+ *     version does not know, or is malformed; a file is missing, or the manifest does not name weights.
  */
-fun readManifest(bundle: File): Manifest {
+fun readManifest(bundle: File, digest: String? = null): Manifest {
     val path = File(bundle, MANIFEST)
     if (!path.exists()) throw InputError("$bundle: not a bundle, $MANIFEST is missing; expected the output of `export`")
-    val manifest = parseManifest(readJson(path, "the manifest of a bundle; export it again"), "$path", fileSha256(path))
+    val actual = fileSha256(path)
+    if (digest != null && digest.lowercase() != actual) {
+        throw InputError("$path: has the sha256 $actual, expected $digest; this is not the bundle that was meant")
+    }
+    val manifest = parseManifest(readJson(path, "the manifest of a bundle; export it again"), "$path", actual)
     for ((name, metadata) in manifest.files) {
         val file = File(bundle, name)
         if (!file.isFile) throw InputError("$file: named in $MANIFEST but absent; the bundle is incomplete, copy it again")
@@ -203,11 +235,15 @@ internal fun parseManifest(
     arm64: Boolean = System.getProperty("os.arch") in ARM64_MACHINES,
 ): Manifest {
     val version = (document as? JsonObject)?.get("format_version")
-    if (version == null || version.toString() != FORMAT_VERSION.toString()) {
-        throw InputError("$origin: format_version is $version, this version reads $FORMAT_VERSION; export it again")
+    if (version == null || version.toString() !in listOf("2", "$FORMAT_VERSION")) {
+        val isNewer = version?.toString()?.toIntOrNull()?.let { it > FORMAT_VERSION } ?: false
+        val remedy = if (isNewer) "update the app" else "export the bundle again"
+        throw InputError("$origin: format_version is $version, this version reads 2 and $FORMAT_VERSION; $remedy")
     }
+    if (version.toString() != "2") refuseUnknownFeatures(document, origin)
     try {
-        return parse(document, digest, arm64).also(::check)
+        val raw = if (version.toString() == "2") fromFormat2(document) else document
+        return parse(raw, digest, arm64).also { check(it, raw) }
     } catch (error: RuntimeException) { // whatever is missing, of another type, or does not fit
         val reason = "${error.javaClass.simpleName}: ${oneLine(error)}"
         throw InputError("$origin: incomplete or malformed ($reason); export the bundle again", error)
@@ -222,6 +258,7 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
     for (name in listOf("drafter", "two_stage", "source")) require(raw.has(name)) { "$name is missing" }
     return Manifest(
         backend = raw.part("backend").text("name"),
+        minRuntime = raw.part("backend").get("min_runtime")?.asString,
         recipe = raw.text("recipe"),
         vocabSize = target.int("vocab_size"),
         hiddenSize = target.int("hidden_size"),
@@ -236,22 +273,20 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
         } ?: Sampling(),
         bos = raw.part("tokens").int("bos"),
         eos = raw.part("tokens").list("eos").map { it.asInt }.toSet(),
-        thoughts = raw.part("tokens").get("thoughts")?.takeIf { !it.isJsonNull }?.let { marks ->
+        channels = raw.part("tokens").optional("channels")?.asMap().orEmpty().mapValues { (name, marks) ->
             val ids = marks.asJsonArray.map { it.asInt }
-            require(ids.size == 2) { "tokens.thoughts is $marks, expected two token ids" }
+            require(ids.size == 2) { "tokens.channels.$name is $marks, expected two token ids" }
             ids[0] to ids[1]
         },
-        kv = raw.part("kv").list("buffers").map { it.asJsonObject }.map {
-            val sliding = it.text("layer_type") == "sliding_attention"
-            KVBuffer(it.text("name"), sliding, it.int("num_key_value_heads"), it.int("head_dim"))
-        },
+        kv = raw.part("kv").list("buffers").map { buffer(it.asJsonObject) },
         graphs = raw.part("graphs").asMap().filterKeys { it in GRAPH_PORTS }.mapValues { (_, graph) ->
             val (inputs, outputs) = listOf("inputs", "outputs").map { way ->
                 graph.asJsonObject.list(way).map { it.asJsonObject.text("name") }
             }
             Graph(graph.asJsonObject.text("file"), inputs, outputs)
         },
-        tables = TABLES.associateWith { table(raw.part("tables").part(it)) },
+        tables = TABLES.filter { it == EMBEDDING || raw.part("tables").has(it) }
+            .associateWith { table(raw.part("tables").part(it)) },
         files = raw.part("files").asMap().mapValues { (_, file) ->
             FileMetadata(file.asJsonObject.get("size").asLong, file.asJsonObject.text("sha256"))
         },
@@ -264,16 +299,29 @@ private fun table(entry: JsonObject): TableMetadata {
     val (rows, columns, rowBytes) = listOf("rows", "columns", "row_bytes").map(entry::int)
     val scales = entry.optional("scales")
     return TableMetadata(
-        rows, columns, rowBytes, entry.text("encoding"), entry.int("group_size"), place(entry.part("data")),
-        scales?.let(::place),
+        rows, columns, rowBytes, entry.text("encoding"), entry.int("group_size"), rows(entry.part("data")),
+        scales?.let(::rows),
     )
 }
 
-private fun place(entry: JsonObject) =
-    Place(entry.text("file"), entry.get("offset").asLong, entry.get("dtype")?.asString ?: "")
+private fun rows(entry: JsonObject) = Rows(
+    entry.list("parts").map { it.asJsonObject }.map { Part(it.text("file"), it.required("offset").asLong, it.int("rows")) },
+    entry.get("dtype")?.asString ?: "",
+)
+
+private fun buffer(entry: JsonObject): KVBuffer {
+    val layout = entry.list("layout").map { it.asString }
+    val type = KV_TYPES[entry.text("dtype")]
+    require(type != null && layout.sorted() == HEADS_FIRST.sorted()) {
+        "kv buffer ${entry.text("name")} is ${entry.text("dtype")} $layout, expected ${KV_TYPES.keys.joinToString(" or ")}" +
+            " and an order of ${HEADS_FIRST.joinToString()}"
+    }
+    val sliding = entry.text("layer_type") == "sliding_attention"
+    return KVBuffer(entry.text("name"), sliding, entry.int("num_key_value_heads"), entry.int("head_dim"), type, layout)
+}
 
 /** Checks that the parts of a manifest fit each other; throws IllegalArgumentException. */
-private fun check(manifest: Manifest): Unit = with(manifest) {
+private fun check(manifest: Manifest, raw: JsonObject): Unit = with(manifest) {
     require(defaultDraftTokens in 0..maxDraftTokens) { "num_draft_tokens: default must be between 0 and max" }
     require(minOf(minOf(maxSeqLen, vocabSize), minOf(hiddenSize, slidingWindow)) >= 1) {
         "max_seq_len, vocab_size, hidden_size and sliding_window must be positive"
@@ -294,17 +342,22 @@ private fun check(manifest: Manifest): Unit = with(manifest) {
         require(graphs.getValue(name).file in files) { "the file of graph $name is not in files" }
     }
     for ((name, table) in tables) {
-        require(listOfNotNull(table.data, table.scales).all { it.file in files }) {
-            "the file of table $name is not in files"
+        for (rows in listOfNotNull(table.data, table.scales)) {
+            require(rows.parts.all { it.file in files }) { "the file of table $name is not in files" }
+            require(rows.parts.all { it.rows >= 0 } && rows.parts.sumOf { it.rows.toLong() } == table.rows.toLong()) {
+                "the parts of table $name do not have its rows"
+            }
         }
         require(table.rows == vocabSize) { "table $name does not have a row for each token" }
+        require(name == PER_LAYER || table.columns == hiddenSize) { "table $name is not as wide as hidden_size" }
     }
-    require(tables.getValue(TABLES[0]).columns == hiddenSize) { "table embed_tokens is not as wide as hidden_size" }
+    checkFeatures(raw)
     val buffers = kv.map { it.name }
     for ((name, ports) in GRAPH_PORTS) {
         val graph = graphs.getValue(name)
         val others = graph.inputs.filter { it !in buffers } to graph.outputs.filter { it.removeSuffix("_out") !in buffers }
-        require(others == ports) { "graph $name has other inputs or outputs than $ports and kv.buffers" }
+        val expected = ports.first.filter { it != "per_layer" || PER_LAYER in tables } to ports.second
+        require(others == expected) { "graph $name has other inputs or outputs than $expected and kv.buffers" }
         require(listOf(graph.inputs, graph.outputs).all { it.toSet().size == it.size }) {
             "graph $name has two inputs or outputs of one name"
         }

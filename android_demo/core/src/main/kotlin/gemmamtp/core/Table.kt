@@ -35,7 +35,7 @@ class Table(bundle: File, private val metadata: TableMetadata) {
     private val encoding =
         requireNotNull(ENCODINGS[metadata.encoding]) { "a table has encoding '${metadata.encoding}', which is none" }
     private val groups: Int
-    private val data = MappedRows(bundle, metadata.data, metadata.rows, metadata.rowBytes)
+    private val data = MappedRows(bundle, metadata.data.parts, metadata.rowBytes)
     private val scales: MappedRows?
 
     init {
@@ -45,9 +45,9 @@ class Table(bundle: File, private val metadata: TableMetadata) {
             "a table has ${metadata.rowBytes} bytes for $columns numbers in ${metadata.encoding}"
         }
         scales = if (encoding.bits == 32) null else {
-            val place = requireNotNull(metadata.scales) { "a table in ${metadata.encoding} has no scales" }
-            val bytes = requireNotNull(SCALE_BYTES[place.dtype]) { "a table has scales in '${place.dtype}'" }
-            MappedRows(bundle, place, metadata.rows, groups * bytes)
+            val rows = requireNotNull(metadata.scales) { "a table in ${metadata.encoding} has no scales" }
+            val bytes = requireNotNull(SCALE_BYTES[rows.dtype]) { "a table has scales in '${rows.dtype}'" }
+            MappedRows(bundle, rows.parts, groups * bytes)
         }
     }
 
@@ -59,7 +59,7 @@ class Table(bundle: File, private val metadata: TableMetadata) {
     fun read(ids: List<Int>, into: FloatBuffer) {
         for ((i, id) in ids.withIndex()) {
             if (id !in 0 until metadata.rows) {
-                throw InputError("${metadata.data.file}: has ${metadata.rows} rows, token $id was chosen; export it again")
+                throw InputError("a table has ${metadata.rows} rows, token $id was chosen; export the bundle again")
             }
             readRow(id, into, i * columns)
         }
@@ -108,27 +108,34 @@ internal fun halfToFloat(bits: Int): Float {
     return if (bits and 0x8000 != 0) -magnitude else magnitude
 }
 
-/** Rows of bytes in a mapped file. */
-private class MappedRows(bundle: File, place: Place, rows: Int, private val rowBytes: Int) {
-    private val perPiece: Int
-    private val pieces: List<ByteBuffer>
+/** Rows of bytes in mapped files; the mapping of each part consists of pieces. */
+private class MappedRows(bundle: File, parts: List<Part>, private val rowBytes: Int) {
+    private class Piece(val end: Int, val first: Int, val bytes: ByteBuffer)
+
+    private val pieces: List<Piece>
 
     init {
-        val file = File(bundle, place.file)
-        require(rowBytes > 0 && place.offset >= 0 && place.offset + rows.toLong() * rowBytes <= file.length()) {
-            "${place.file} is too short for a table of $rows rows of $rowBytes bytes"
-        }
-        perPiece = maxOf(1, (MAX_PIECE_BYTES / rowBytes).toInt())
-        pieces = RandomAccessFile(file, "r").use { open ->
-            (0 until rows step perPiece).map { first ->
-                val size = minOf(perPiece, rows - first).toLong() * rowBytes
-                open.channel.map(FileChannel.MapMode.READ_ONLY, place.offset + first.toLong() * rowBytes, size)
-                    .order(ByteOrder.LITTLE_ENDIAN)
+        val perPiece = if (rowBytes > 0) maxOf(1, (MAX_PIECE_BYTES / rowBytes).toInt()) else 1
+        var start = 0
+        pieces = parts.flatMap { part ->
+            val file = File(bundle, part.file)
+            require(rowBytes > 0 && part.offset >= 0 && part.offset + part.rows.toLong() * rowBytes <= file.length()) {
+                "${part.file} is too short for a table of ${part.rows} rows of $rowBytes bytes"
+            }
+            RandomAccessFile(file, "r").use { open ->
+                (0 until part.rows step perPiece).map { first ->
+                    val count = minOf(perPiece, part.rows - first)
+                    val at = part.offset + first.toLong() * rowBytes
+                    val bytes = open.channel.map(FileChannel.MapMode.READ_ONLY, at, count.toLong() * rowBytes)
+                    Piece(start + count, start, bytes.order(ByteOrder.LITTLE_ENDIAN)).also { start += count }
+                }
             }
         }
     }
 
-    fun buffer(row: Int): ByteBuffer = pieces[row / perPiece]
+    private fun piece(row: Int) = if (pieces.size == 1) pieces[0] else pieces.first { row < it.end }
 
-    fun offset(row: Int): Int = row % perPiece * rowBytes
+    fun buffer(row: Int): ByteBuffer = piece(row).bytes
+
+    fun offset(row: Int): Int = (row - piece(row).first) * rowBytes
 }

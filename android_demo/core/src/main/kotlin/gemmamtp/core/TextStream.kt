@@ -5,20 +5,22 @@ private const val REPLACEMENT = '\uFFFD'
 /**
  * Decodes tokens as they come, holding back incomplete characters and text that may begin a stop string.
  *
- * Thoughts are no part of the text: their tokens give none, and are not searched for stop strings.
+ * Thoughts and other channels are no part of it: their tokens give no text, and are not searched for stop strings.
  *
  * @param decode converts token ids to text.
  * @param stop strings that end the text.
- * @param thoughts ids of the tokens that begin and end a thought; null without thoughts.
+ * @param channels ids of the tokens that begin and end each channel.
  * @param prompt token ids before the text, of its own turn.
  */
 class TextStream(
     private val decode: (List<Int>) -> String,
     private val stop: List<String> = emptyList(),
-    private val thoughts: Pair<Int, Int>? = null,
+    channels: Collection<Pair<Int, Int>> = emptyList(),
     prompt: List<Int> = emptyList(),
 ) {
-    private var thinks = thoughts != null && prompt.lastOrNull { it in thoughts.toList() } == thoughts.first
+    private val ends = channels.toMap()
+    private val marks = ends.keys + ends.values
+    private var until = ends[prompt.lastOrNull { it in marks }] // what ends the channel, inside one
 
     // Tokens whose text was returned, then those whose text was not; older ones are no longer needed as context.
     private var returned = emptyList<Int>()
@@ -37,7 +39,7 @@ class TextStream(
      * @param last whether it is the text's last token; then all remaining text is returned.
      */
     fun add(token: Int, last: Boolean = false): String {
-        if (isThought(token)) return if (last) flush() else ""
+        if (isOutside(token)) return if (last) flush() else ""
         held = held + token
         var new = pending()
         if (new.endsWith(REPLACEMENT) && !last) {
@@ -57,12 +59,14 @@ class TextStream(
         return withoutStop(new, last = true)
     }
 
-    /** Whether a token belongs to a thought, its marks included; from one on, those that follow do as well. */
-    private fun isThought(token: Int): Boolean {
-        val (begin, end) = thoughts ?: return false
-        val belongs = thinks || token == begin || token == end
-        thinks = if (thinks) token != end else token == begin
-        return belongs
+    /** Whether a token is no part of the answer: a mark of a channel, or inside one. */
+    private fun isOutside(token: Int): Boolean {
+        if (until == null) {
+            until = ends[token]
+            return token in marks
+        }
+        if (token == until) until = null
+        return true
     }
 
     private fun pending(): String {

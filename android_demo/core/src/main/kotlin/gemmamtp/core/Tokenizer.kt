@@ -11,13 +11,13 @@ const val TOKENIZER = "tokenizer.json"
  *
  * @param bos id of the beginning-of-text token, which Gemma expects before every prompt.
  * @param eos ids of the tokens that end a text or a turn.
- * @param thoughts ids of the tokens that begin and end a thought; null without thoughts.
+ * @param channels ids of the tokens that begin and end each channel, whose tokens are no part of an answer.
  */
 class Tokenizer(
     file: File,
     private val bos: Int,
     private val eos: Set<Int> = emptySet(),
-    private val thoughts: Pair<Int, Int>? = null,
+    private val channels: Collection<Pair<Int, Int>> = emptyList(),
 ) {
     private val parts: TokenizerParts
     private val raw: AddedTokens
@@ -25,7 +25,7 @@ class Tokenizer(
 
     /** @throws InputError the bundle has no tokenizer, or one that cannot be read. */
     constructor(bundle: File, manifest: Manifest) :
-        this(File(bundle, TOKENIZER), manifest.bos, manifest.eos, manifest.thoughts)
+        this(File(bundle, TOKENIZER), manifest.bos, manifest.eos, manifest.channels.values)
 
     init {
         if (!file.exists()) throw InputError("$file: is missing; export a checkpoint that has a tokenizer")
@@ -66,11 +66,11 @@ class Tokenizer(
     /**
      * Begin a text that is decoded token by token, up to any of the stop strings.
      *
-     * @param prompt token ids before the text. It begins inside a thought if those after the last end token, which ends the
+     * @param prompt token ids before the text. It begins inside a channel if those after the last end token, which ends the
      *     last turn, begin one and do not end it.
      */
     fun stream(stop: List<String> = emptyList(), prompt: List<Int> = emptyList()): TextStream =
-        TextStream(::decode, stop, thoughts, prompt.takeLastWhile { it !in eos })
+        TextStream(::decode, stop, channels, prompt.takeLastWhile { it !in eos })
 }
 
 /** Finds added tokens in a text: the leftmost, and the longest of several that begin at the same place. */

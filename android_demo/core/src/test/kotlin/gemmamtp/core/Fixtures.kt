@@ -15,6 +15,7 @@ fun smallManifest(
     tables: Map<String, TableMetadata> = emptyMap(),
 ) = Manifest(
     backend = "fake",
+    minRuntime = null,
     recipe = "fp32",
     vocabSize = vocabSize,
     hiddenSize = 1,
@@ -32,7 +33,7 @@ fun smallManifest(
     sampling = Sampling(),
     bos = 2,
     eos = eos,
-    thoughts = null,
+    channels = emptyMap(),
     kv = kv,
     graphs = emptyMap(),
     tables = tables,

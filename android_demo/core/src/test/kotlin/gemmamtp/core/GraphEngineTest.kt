@@ -5,6 +5,7 @@ import java.nio.ByteBuffer
 import java.nio.ByteOrder
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
+import java.nio.ShortBuffer
 import kotlin.test.Test
 import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
@@ -21,7 +22,7 @@ private fun chosenAfter(text: List<Int>): Int {
 }
 
 /** A target with two buffers of two heads whose rows hold the token id, or a drafter that drafts the next id. */
-private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
+private class FakeGraph(private val isTarget: Boolean, private val rowsFirst: Boolean) : BoundGraph {
     private var cache = emptyMap<String, Tensor>()
     var closed = false
 
@@ -30,10 +31,22 @@ private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
         this.cache = cache
     }
 
-    private fun row(name: String, head: Int, row: Int): Pair<FloatBuffer, Int> {
-        val tensor = cache.getValue(name)
-        assertTrue(row < tensor.shape[1], "row $row of $name, which has ${tensor.shape[1]}")
-        return tensor.data as FloatBuffer to (head * tensor.shape[1].toInt() + row)
+    private fun index(name: String, head: Int, row: Int): Int {
+        val (heads, rows) = cache.getValue(name).shape.let { if (rowsFirst) it[1] to it[0] else it[0] to it[1] }
+        assertTrue(row < rows, "row $row of $name, which has $rows")
+        return if (rowsFirst) row * heads.toInt() + head else head * rows.toInt() + row
+    }
+
+    private fun put(name: String, head: Int, row: Int, token: Int) {
+        when (val data = cache.getValue(name).data) {
+            is FloatBuffer -> data.put(index(name, head, row), token.toFloat())
+            is ShortBuffer -> data.put(index(name, head, row), token.toShort())
+        }
+    }
+
+    private fun get(name: String, head: Int, row: Int): Int = when (val data = cache.getValue(name).data) {
+        is FloatBuffer -> data.get(index(name, head, row)).toInt()
+        else -> (data as ShortBuffer).get(index(name, head, row)).toInt()
     }
 
     override fun run(inputs: Map<String, Tensor>): Map<String, Tensor> {
@@ -47,8 +60,8 @@ private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
         assertEquals(0, windowStart % SLIDE_ROWS)
         for ((i, token) in tokens.withIndex()) {
             for (head in 0..1) {
-                row("key_full", head, position + i).let { (data, at) -> data.put(at, token.toFloat()) }
-                row("key_sliding", head, position + i - windowStart).let { (data, at) -> data.put(at, token.toFloat()) }
+                put("key_full", head, position + i, token)
+                put("key_sliding", head, position + i - windowStart, token)
             }
         }
         val rows = inputs.getValue("output_rows").let { at -> List(at.shape[0].toInt()) { (at.data as LongBuffer).get(it).toInt() } }
@@ -58,10 +71,9 @@ private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
             val end = position + row + 1
             val seen = List(end) { at ->
                 val head = at % 2
-                val full = row("key_full", head, at).let { (data, where) -> data.get(where).toInt() }
+                val full = get("key_full", head, at)
                 if (at >= end - WINDOW) {
-                    val sliding = row("key_sliding", head, at - windowStart).let { (data, where) -> data.get(where).toInt() }
-                    assertEquals(full, sliding, "position $at")
+                    assertEquals(full, get("key_sliding", head, at - windowStart), "position $at")
                 }
                 full
             }
@@ -82,13 +94,20 @@ private class FakeGraph(private val isTarget: Boolean) : BoundGraph {
 
 /** The cache grows, moves and rolls back without losing a row. */
 class GraphEngineTest {
-    private val graphs = mapOf("target" to FakeGraph(true), "drafter" to FakeGraph(false))
+    private var graphs = emptyMap<String, FakeGraph>()
 
-    private fun engine(directory: File, numTokens: Int = 16): GraphEngine {
+    private fun engine(
+        directory: File,
+        numTokens: Int = 16,
+        type: KVType = KVType.FLOAT32,
+        layout: List<String> = HEADS_FIRST,
+    ): GraphEngine {
+        val rowsFirst = layout[0] == "rows"
+        graphs = mapOf("target" to FakeGraph(true, rowsFirst), "drafter" to FakeGraph(false, rowsFirst))
         val numbers = ByteBuffer.allocate(4 * VOCAB).order(ByteOrder.LITTLE_ENDIAN)
         for (token in 0 until VOCAB) numbers.putFloat(token.toFloat())
         File(directory, "rows").writeBytes(numbers.array())
-        val metadata = TableMetadata(VOCAB, 1, 4, "float32", 1, Place("rows", 0, ""), null)
+        val metadata = TableMetadata(VOCAB, 1, 4, "float32", 1, Rows(listOf(Part("rows", 0, VOCAB))), null)
         val manifest = smallManifest(
             vocabSize = VOCAB,
             maxSeqLen = 900,
@@ -96,8 +115,8 @@ class GraphEngineTest {
             slidingWindow = WINDOW,
             numTokens = numTokens,
             rowMultiple = 2,
-            kv = listOf(KVBuffer("key_full", false, 2, 1), KVBuffer("key_sliding", true, 2, 1)),
-            tables = TABLES.associateWith { metadata },
+            kv = listOf("key_full", "key_sliding").map { KVBuffer(it, it == "key_sliding", 2, 1, type, layout) },
+            tables = listOf(EMBEDDING, PER_LAYER).associateWith { metadata },
         )
         return loadEngine(directory, manifest, { _, _, _ -> graphs })
     }
@@ -117,6 +136,21 @@ class GraphEngineTest {
                 assertEquals(900, text.size)
                 assertTrue(engine.windowStart >= 900 - WINDOW - 3 * SLIDE_ROWS)
             }
+        }
+    }
+
+    @Test
+    fun everyTypeAndLayoutOfTheCache() = inTemporaryDirectory { directory ->
+        val rowsFirst = listOf("rows", "num_key_value_heads", "head_dim")
+        for ((type, layout) in listOf(KVType.FLOAT16 to HEADS_FIRST, KVType.FLOAT32 to rowsFirst, KVType.FLOAT16 to rowsFirst)) {
+            val engine = engine(directory, type = type, layout = layout)
+            val text = MutableList(300) { it * 7 % VOCAB }
+            val written = Rounds(engine, text.toList(), Options(2000, 4), Stats(), DraftLength(5, Costs(5, 2))).asSequence()
+            for (token in written.flatMap { it.tokens }) {
+                assertEquals(chosenAfter(text), token, "token ${text.size}, $type $layout")
+                text.add(token)
+            }
+            assertEquals(900, text.size)
         }
     }
 

@@ -10,15 +10,16 @@ import kotlin.test.assertTrue
 
 /** Reading manifests, and the errors of malformed ones. */
 class ManifestTest {
-    private val tables = """{"file": "w", "offset": 0}"""
+    private val parts = """[{"file": "w", "offset": 0, "rows": 10}]"""
+    private val layout = """["num_key_value_heads", "rows", "head_dim"]"""
     private val text = """
-        {"format_version": 2, "backend": {"name": "onnx"}, "recipe": "fp32", "max_seq_len": 64,
+        {"format_version": 3, "requires": [], "backend": {"name": "onnx", "min_runtime": "1.25"}, "recipe": "fp32", "max_seq_len": 64,
          "num_draft_tokens": {"default": 4, "max": 8}, "row_multiple": 2,
          "limits": {"num_tokens": 16, "num_outputs": 16, "cache_rows": 65, "window_rows": 256},
          "tokens": {"bos": 2, "pad": 0, "eos": [1, 106]}, "sampling": {"temperature": 1.0, "top_k": 64, "top_p": 0.95},
          "target": {"vocab_size": 10, "hidden_size": 4, "sliding_window": 8}, "drafter": {}, "two_stage": null, "source": {},
          "kv": {"buffers": [{"name": "key_0", "layer": 0, "layer_type": "sliding_attention", "num_key_value_heads": 1,
-                             "head_dim": 2}]},
+                             "head_dim": 2, "dtype": "float32", "layout": $layout}]},
          "graphs": {"target": {"file": "w", "inputs": [{"name": "embedded"}, {"name": "per_layer"}, {"name": "position"},
                                           {"name": "window_start"}, {"name": "output_rows"}, {"name": "key_0"}],
                                "outputs": [{"name": "top_logits"}, {"name": "top_ids"}, {"name": "state"},
@@ -27,10 +28,10 @@ class ManifestTest {
                                            {"name": "window_start"}],
                                 "outputs": [{"name": "draft_token"}, {"name": "next_state"}]}},
          "tables": {"embed_tokens": {"rows": 10, "columns": 4, "row_bytes": 16, "encoding": "float32", "group_size": 4,
-                                     "data": $tables},
+                                     "data": {"parts": $parts}},
                     "embed_tokens_per_layer": {"rows": 10, "columns": 4, "row_bytes": 2, "encoding": "uint4",
-                                               "group_size": 4, "data": $tables,
-                                               "scales": {"file": "w", "offset": 9, "dtype": "bfloat16"}}},
+                                               "group_size": 4, "data": {"parts": $parts},
+                                               "scales": {"dtype": "bfloat16", "parts": $parts}}},
          "files": {"w": {"size": 3, "sha256": "x"}}, "something new": [1]}
     """.trimIndent()
 
@@ -57,6 +58,38 @@ class ManifestTest {
     }
 
     @Test
+    fun featuresAreRead() {
+        val json = JsonParser.parseString(text).asJsonObject
+        json.getAsJsonObject("tokens").add("channels", JsonParser.parseString("""{"thought": [1, 2], "tool_call": [3, 4]}"""))
+        json.getAsJsonObject("tables").remove("embed_tokens_per_layer")
+        json.ports("target", "inputs").remove(1)
+        json.getAsJsonObject("tables").apply { add("head", get("embed_tokens")) }
+        json.getAsJsonObject("kv").getAsJsonArray("buffers")[0].asJsonObject.apply {
+            addProperty("dtype", "float16")
+            add("layout", JsonParser.parseString("""["rows", "head_dim", "num_key_value_heads"]"""))
+        }
+        val names = FEATURES.keys - "split-tables"
+        json.add("requires", JsonParser.parseString(names.joinToString(",", "[", "]") { """{"name": "$it", "since": "0.2.0"}""" }))
+        val manifest = parseManifest(json, "", "d")
+        assertEquals(mapOf("thought" to (1 to 2), "tool_call" to (3 to 4)), manifest.channels)
+        assertEquals(setOf(EMBEDDING, "head"), manifest.tables.keys)
+        assertEquals(KVType.FLOAT16, manifest.kv[0].type)
+        assertEquals(0 to listOf(0, 2, 1), manifest.kv[0].rowsAxis to manifest.kv[0].sizes)
+        assertEquals("1.25", manifest.minRuntime)
+    }
+
+    @Test
+    fun versionsAreComparedByTheirNumbers() {
+        assertEquals(listOf(1, 31, 1), versionNumbers("1.31.1rc2"))
+        val manifest = parseManifest(JsonParser.parseString(text), "", "d")
+        for (newer in listOf("1.25", "1.25.1", "1.100", "2")) requireRuntime(File("b"), manifest, "Library", newer)
+        for (older in listOf("1.24.4", "1.3", "0.99", "1")) {
+            val error = assertFailsWith<InputError> { requireRuntime(File("b"), manifest, "Library", older) }
+            assertEquals("b: needs Library 1.25 or later, the app has $older; update the app", error.message)
+        }
+    }
+
+    @Test
     fun passesArePaddedForTheProcessor() {
         val json = JsonParser.parseString(text).asJsonObject
         assertEquals(listOf(2, 2), listOf(false, true).map { parseManifest(json, "", "", arm64 = it).rowMultiple })
@@ -69,7 +102,8 @@ class ManifestTest {
     fun malformedManifestsAreRefused() {
         for (
             (expected, change) in listOf<Pair<String, (JsonObject) -> Unit>>(
-                "format_version is 3, this version reads 2; export it again" to { it.addProperty("format_version", 3) },
+                "format_version is 4, this version reads 2 and 3; update the app" to { it.addProperty("format_version", 4) },
+                "format_version is 1, this version reads 2 and 3; export" to { it.addProperty("format_version", 1) },
                 "format_version is null" to { it.remove("format_version") },
                 "recipe is missing" to { it.remove("recipe") },
                 "max_seq_len is \"many\", expected a whole number" to { it.addProperty("max_seq_len", "many") },
@@ -92,8 +126,28 @@ class ManifestTest {
                     it.getAsJsonObject("limits").addProperty("num_outputs", 4096)
                     it.getAsJsonObject("limits").addProperty("window_rows", 8192)
                 },
-                "tokens.thoughts is [1], expected two" to {
-                    it.getAsJsonObject("tokens").add("thoughts", JsonParser.parseString("[1]"))
+                "tokens.channels.thought is [1], expected two" to {
+                    it.getAsJsonObject("tokens").add("channels", JsonParser.parseString("""{"thought": [1]}"""))
+                },
+                "kv buffer key_0 is int8" to {
+                    it.getAsJsonObject("kv").getAsJsonArray("buffers")[0].asJsonObject.addProperty("dtype", "int8")
+                },
+                "the parts of table embed_tokens do not have its rows" to {
+                    it.getAsJsonObject("tables").getAsJsonObject("embed_tokens").getAsJsonObject("data")
+                        .getAsJsonArray("parts")[0].asJsonObject.addProperty("rows", 9)
+                },
+                "requires is null, expected a list of objects" to { it.remove("requires") },
+                "requires is [1], expected a list of objects" to { it.add("requires", JsonParser.parseString("[1]")) },
+                "needs the feature 'tensors', which gemma-mtp-export 9.1.0 brought and this version does not have" to {
+                    it.add("requires", JsonParser.parseString("""[{"name": "tensors", "since": "9.1.0"}]"""))
+                    it.remove("kv")
+                },
+                "requires does not name channels, which the manifest uses" to {
+                    it.getAsJsonObject("tokens").add("channels", JsonParser.parseString("""{"tool_call": [3, 4]}"""))
+                },
+                "requires does not name no-per-layer-embeddings" to {
+                    it.getAsJsonObject("tables").remove("embed_tokens_per_layer")
+                    it.ports("target", "inputs").remove(1)
                 },
                 "outside the bundle" to { it.getAsJsonObject("files").add("../w", it.getAsJsonObject("files").get("w")) },
                 "table embed_tokens is not as wide" to {
@@ -121,6 +175,9 @@ class ManifestTest {
         assertEquals(listOf("w"), changedFiles(bundle, readManifest(bundle)))
         assertEquals("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", fileSha256(File(bundle, "w")))
         val manifest = readManifest(bundle)
+        assertEquals(manifest.digest, readManifest(bundle, manifest.digest.uppercase()).digest)
+        val other = assertFailsWith<InputError> { readManifest(bundle, "00") }.message!!
+        assertTrue("has the sha256 ${manifest.digest}, expected 00; this is not the bundle that was meant" in other)
         File(bundle, "target.weights").writeText("of another export")
         assertTrue("target.weights: not named in manifest.json" in error())
         File(bundle, "w").delete()

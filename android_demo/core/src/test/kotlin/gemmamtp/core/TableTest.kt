@@ -41,7 +41,7 @@ class TableTest {
                 File(directory, "data").writeBytes(ByteArray(5) + stored.map { bytes(it, bits, length) }.reduce(ByteArray::plus))
                 File(directory, "scales").writeBytes(scales.flatten().map(encode).reduce(ByteArray::plus))
                 val metadata = TableMetadata(
-                    3, columns, length, encoding, groupSize, Place("data", 5, ""), Place("scales", 0, dtype),
+                    3, columns, length, encoding, groupSize, Rows(listOf(Part("data", 5, 3))), Rows(listOf(Part("scales", 0, 3)), dtype),
                 )
                 val actual = floats(2 * columns)
                 Table(directory, metadata).read(listOf(2, 0), actual)
@@ -57,6 +57,18 @@ class TableTest {
     }
 
     @Test
+    fun rowsInSeveralFiles() = inTemporaryDirectory { directory ->
+        for ((name, first, count) in listOf(Triple("a", 0, 2), Triple("b", 2, 1), Triple("c", 3, 4))) {
+            val rows = (first until first + count).flatMap { row -> listOf(row + 0.5f, -row.toFloat()) }
+            File(directory, name).writeBytes(ByteArray(8) + rows.map { little(4).putFloat(it).array() }.reduce(ByteArray::plus))
+        }
+        val parts = listOf(Part("a", 8, 2), Part("b", 8, 1), Part("c", 8, 4))
+        val actual = floats(8)
+        Table(directory, TableMetadata(7, 2, 8, "float32", 2, Rows(parts), null)).read(listOf(6, 1, 2, 3), actual)
+        assertEquals(listOf(6.5f, -6f, 1.5f, -1f, 2.5f, -2f, 3.5f, -3f), List(8, actual::get))
+    }
+
+    @Test
     fun halfPrecision() {
         for ((bits, value) in listOf(0x3c00 to 1f, 0xc000 to -2f, 0x7bff to 65504f, 1 to 5.9604645e-8f, 0x8000 to -0f, 0x3555 to 0.33325195f)) {
             assertEquals(value, halfToFloat(bits))
@@ -68,7 +80,7 @@ class TableTest {
     fun impossibleTablesAreRefused() = inTemporaryDirectory { directory ->
         File(directory, "data").writeBytes(ByteArray(40))
         fun table(encoding: String, rows: Int = 2, rowBytes: Int = 20, groupSize: Int = 5) =
-            Table(directory, TableMetadata(rows, 5, rowBytes, encoding, groupSize, Place("data", 0, ""), null))
+            Table(directory, TableMetadata(rows, 5, rowBytes, encoding, groupSize, Rows(listOf(Part("data", 0, rows))), null))
         assertFailsWith<IllegalArgumentException> { table("float64") }
         assertFailsWith<IllegalArgumentException> { table("int8") }
         assertFailsWith<IllegalArgumentException> { table("float32", rows = 3) }

@@ -43,9 +43,9 @@ class TokenizerTest {
     fun `streams return what those of runtime_ref return`() {
         for (row in cases.rows("streams")) {
             val ids = row.ints("ids")
-            val thoughts = if (row.has("thoughts")) row.ints("thoughts").let { it[0] to it[1] } else null
+            val channels = row.getAsJsonArray("channels")?.map { it.asJsonArray }?.map { it[0].asInt to it[1].asInt }.orEmpty()
             val prompt = if (row.has("prompt")) row.ints("prompt") else emptyList()
-            val stream = TextStream(tokenizer(row)::decode, row.texts("stop"), thoughts, prompt)
+            val stream = TextStream(tokenizer(row)::decode, row.texts("stop"), channels, prompt)
             assertEquals(row.texts("pieces"), ids.mapIndexed { i, id -> stream.add(id, i == ids.size - 1) }, "$ids")
             assertEquals(row["stopped"].asBoolean, stream.stopped)
         }

@@ -12,6 +12,7 @@ import java.io.Closeable
 import java.io.File
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
+import java.nio.ShortBuffer
 import org.pytorch.executorch.Tensor as EtTensor
 
 /**
@@ -133,7 +134,8 @@ private fun etValue(tensor: Tensor): EValue =
     when (val data = tensor.data) {
         is FloatBuffer -> EValue.from(EtTensor.fromBlob(data, tensor.shape))
         is LongBuffer -> EValue.from(EtTensor.fromBlob(data, tensor.shape))
-        else -> throw IllegalArgumentException("an input is ${data.javaClass.simpleName}, not of floats or longs")
+        is ShortBuffer -> EValue.from(EtTensor.fromBlob(data, tensor.shape)) // float16
+        else -> throw IllegalArgumentException("an input is ${data.javaClass.simpleName}, not of floats, longs or shorts")
     }
 
 /** A copy of an output, which lies in the method's own memory until its next call. */

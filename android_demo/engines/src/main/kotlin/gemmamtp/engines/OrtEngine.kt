@@ -1,5 +1,6 @@
 package gemmamtp.engines
 
+import ai.onnxruntime.OnnxJavaType
 import ai.onnxruntime.OnnxTensor
 import ai.onnxruntime.OrtEnvironment
 import ai.onnxruntime.OrtException
@@ -10,18 +11,29 @@ import gemmamtp.core.Graph
 import gemmamtp.core.InputError
 import gemmamtp.core.Manifest
 import gemmamtp.core.Tensor
+import gemmamtp.core.requireRuntime
 import java.io.File
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
+import java.nio.ShortBuffer
 
 /**
  * The graphs of a bundle of backend `onnx`.
  *
  * @param threads those inside an operation; null leaves it to ONNX Runtime.
- * @throws InputError ONNX Runtime cannot load them.
+ * @throws InputError ONNX Runtime is too old, or cannot load them.
  */
-internal fun loadOrt(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph> =
-    openGraphs(manifest) { _, graph -> OrtGraph(File(bundle, graph.file), graph, threads) }
+internal fun loadOrt(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph> {
+    requireRuntime(bundle, manifest, "ONNX Runtime", version(bundle))
+    return openGraphs(manifest) { _, graph -> OrtGraph(File(bundle, graph.file), graph, threads) }
+}
+
+private fun version(bundle: File): String =
+    try {
+        OrtEnvironment.getEnvironment().version
+    } catch (error: LinkageError) {
+        throw InputError("$bundle: ONNX Runtime has no library for this processor (${line(error)})", error)
+    }
 
 /** A session whose cache inputs and outputs are bound to the same memory, so that it writes in place. */
 private class OrtGraph(private val file: File, private val graph: Graph, threads: Int?) : BoundGraph {
@@ -94,7 +106,11 @@ private fun onnxTensor(tensor: Tensor): OnnxTensor {
     return when (val data = tensor.data) {
         is FloatBuffer -> OnnxTensor.createTensor(environment, data.duplicate().also { whole(it) }, tensor.shape)
         is LongBuffer -> OnnxTensor.createTensor(environment, data.duplicate().also { whole(it) }, tensor.shape)
-        else -> throw IllegalArgumentException("an input is ${data.javaClass.simpleName}, not of floats or longs")
+        is ShortBuffer -> {
+            val bits = data.duplicate().also { whole(it) }
+            OnnxTensor.createTensor(environment, bits, tensor.shape, OnnxJavaType.FLOAT16)
+        }
+        else -> throw IllegalArgumentException("an input is ${data.javaClass.simpleName}, not of floats, longs or shorts")
     }
 }
 
