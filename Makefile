@@ -43,6 +43,7 @@ types: .venv/installed-dev
 docs: .venv/installed-dev
 	$(BIN)/python -m exporter.cli.command_reference > docs/cli.md
 	$(BIN)/python -m tests.exporter.checkpoint.forms > docs/compatibility.md
+	$(BIN)/python -m exporter.cli.schemas docs/schemas
 
 # Writes constraints.txt: what pip chooses by pyproject.toml alone.
 constraints:

@@ -94,9 +94,24 @@ def _exit_code_and_line(error: Exception) -> tuple[int, str]:
     )
 
 
-def print_json(document: Any) -> None:
-    """Print a document as one line of JSON on standard output; NaN and infinity, which JSON lacks, become null."""
-    click.echo(json.dumps(_finite(document), allow_nan=False))
+# Versions of the documents that commands print with `--json`. A new key keeps the version, other changes raise it.
+SCHEMA_VERSIONS = dict.fromkeys(
+    ("export", "generate", "parity", "inspect", "bench", "cluster", "doctor", "report", "synthetic"), 1
+)
+
+
+def print_json(command: str, document: Any) -> None:
+    """Print a document, or a list of them, as one line of JSON on standard output, each with its `schema_version`.
+
+    NaN and infinity, which JSON lacks, become null.
+
+    Args:
+        command: name of the command, a key of `SCHEMA_VERSIONS`.
+        document: an object, or a list of objects.
+    """
+    version = {"schema_version": SCHEMA_VERSIONS[command]}
+    versioned = [version | entry for entry in document] if isinstance(document, list) else version | document
+    click.echo(json.dumps(_finite(versioned), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 MAX_SIZE = 1 << 62  # of a file, in bytes: more cannot be true
 MAX_COUNT = 1 << 31
+MAX_NUMBER = 1e300
 
 # A form is a type, the forms of an object's keys (optional ones end in `?`), the one form of a list's items, an object
 # with the key `*` for any keys, a pair of None and the form of a value that may be null, or a function that checks a
@@ -26,7 +27,7 @@ def count(value: Any) -> None:
 
 def number(value: Any) -> None:
     """Accept a finite number."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < MAX_NUMBER:
         raise ValueError(f"is {value!r:.60}, expected a number")
 
 
@@ -35,7 +36,7 @@ _GRAPH = {"file": str, "inputs": [_PORT], "outputs": [_PORT]}
 _PLACE = {"file": str, "offset": size}
 _PARTS = [{**_PLACE, "rows": size}]
 _ROWS = {"rows": size, "columns": size, "encoding": str, "row_bytes": size, "group_size": size}
-_TABLE = {**_ROWS, "data": {"parts": _PARTS}, "scales?": {"dtype": str, "parts": _PARTS}}
+TABLE = {**_ROWS, "data": {"parts": _PARTS}, "scales?": {"dtype": str, "parts": _PARTS}}
 _TEXT_CONFIG = {
     "vocab_size": size,
     "hidden_size": size,
@@ -68,7 +69,7 @@ FORM_3: Form = {
     "two_stage": (None, {"origin": str, "num_clusters": size, "cluster_size": size, "top_k_clusters": size}),
     "kv": {"buffers": [{**_BUFFER, "dtype": str, "layout": [str]}]},
     "graphs": {"target": _GRAPH, "drafter": _GRAPH},
-    "tables": {"embed_tokens": _TABLE, "embed_tokens_per_layer?": _TABLE, "head?": _TABLE},
+    "tables": {"embed_tokens": TABLE, "embed_tokens_per_layer?": TABLE, "head?": TABLE},
     "source": {"target": _SOURCE, "drafter": _SOURCE},
     "files": {"*": {"size": size, "sha256": str}},
     "chat?": {"begin": str, "turns": {"*": _TURN}, "answer": str, "trim": bool, "alternate": bool},

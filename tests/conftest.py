@@ -1,6 +1,7 @@
 """Fixtures that many tests share: pairs and bundles, made once in a session, and the command line."""
 
 import functools
+import json
 import os
 import shutil
 import sys
@@ -13,8 +14,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 import pytest
 import threadpoolctl
 import torch
+from jsonschema import validate
 
 from exporter.cli import main as cli
+from exporter.cli.schemas import document_schema
 from exporter.demo import PAIR
 from exporter.graphs import onnx
 from exporter.graphs.backend import BACKENDS
@@ -30,6 +33,7 @@ torch.set_grad_enabled(False)
 
 Directories = tuple[Path, Path]
 Run = Callable[..., tuple[int, str, str]]
+OPEN = ("doctor", "inspect")  # commands whose documents have keys that depend on what was measured
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
@@ -125,7 +129,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process; returns exit code, standard output and standard error."""
+    """Run the command line in this process; returns exit code, standard output and standard error.
+
+    What `--json` prints must fulfil its schema.
+    """
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["gemma-mtp-export", *map(str, arguments)])
@@ -135,6 +142,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         except SystemExit as stop:
             code = int(stop.code or 0)
         captured = capsys.readouterr()
+        if "--json" in arguments and captured.out:
+            validate(json.loads(captured.out), document_schema(str(arguments[0]), strict=arguments[0] not in OPEN))
         return code, captured.out, captured.err
 
     return call

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 # Values that a place in a document can be given, of all kinds that JSON has, extremes among them.
@@ -33,6 +34,19 @@ def spoilt(draw: st.DrawFn, document: Any, max_changes: int = 3) -> Any:
         else:
             container[key] = value
     return document
+
+
+def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
+    """Return so many examples of a strategy, always the same ones."""
+    found: list[Any] = []
+
+    @settings(max_examples=count, database=None, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
+    @given(strategy)
+    def collect(example: Any) -> None:
+        found.append(example)
+
+    collect()
+    return found
 
 
 def _places(value: Any) -> Any:

@@ -15,7 +15,7 @@ KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlin-test kot
     gson/gson junit/junit4 junit/hamcrest-core,:.packages/$(jar).jar)
 HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/standins-ort:$(PARTS)/standins-et$(KOTLIN_JARS))
 
-test: $(PARTS)/kotlin/.built build/host build/engines $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
+test: $(PARTS)/kotlin/.built build/host build/engines build/manifests $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
 	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(KOTLIN_TESTS)
 	$(BIN)/python app/check_resources.py
 	PYTHONPATH=.. $(BIN)/pytest hosttest
@@ -47,7 +47,8 @@ $(PARTS)/native/.built: hosttest/native.sh $(wildcard hosttest/jni/*) $(HOST_PAC
 build/host: MAIN := MainKt
 build/engines: MAIN := EngineCheckKt
 build/engines: OPTIONS := -Xcheck:jni
-build/host build/engines: hosttest/host.mk $(foreach part,native standins-ort standins-et,$(PARTS)/$(part)/.built)
+build/manifests: MAIN := ManifestCheckKt
+build/host build/engines build/manifests: hosttest/host.mk $(foreach part,native standins-ort standins-et,$(PARTS)/$(part)/.built)
 	printf '%s\n' '#!/bin/sh' 'cd $(CURDIR) || exit' \
 	    'exec java -Xmx1g $(OPTIONS) -Djava.library.path=$(PARTS)/native \' \
 	    '    -cp $(HOST_CLASSES) gemmamtp.hosttest.$(MAIN) "$$@"' >$@

@@ -17,6 +17,7 @@ import functools
 import itertools
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -177,8 +178,8 @@ def decode_weights(manifest: Manifest) -> dict[str, Any]:
         `bytes`, None if the manifest does not allow to derive them, and `derived_from`, what they are derived from.
     """
     sizes = {name: size for name, (size, _) in manifest.files.items()}
-    if "target.weights" in sizes:
-        return {"bytes": sizes["target.weights"], "derived_from": "size of target.weights"}
+    if weights := [name for name in sizes if re.fullmatch(r"target(\.\d+)?\.weights", name)]:
+        return {"bytes": sum(sizes[name] for name in weights), "derived_from": f"size of {', '.join(weights)}"}
     file = manifest.graphs["target"].file
     try:
         drafter = manifest.raw["backend"]["delegation"]["drafter"]

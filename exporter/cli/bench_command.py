@@ -149,7 +149,7 @@ def bench(
         options = BenchOptions(threads, contexts, acceptance)
         document = measure_bundle(bundle, options, lambda step: status.update(f"bench: {step}"), err.print)
     if as_json:
-        print_json(document)
+        print_json("bench", document)
     else:
         out.print(*bench_tables(document))
     check_same_text(document)

@@ -110,7 +110,7 @@ def cluster(
     if report is not None:
         write_file(report, recall_picture(clustering, report))
     if as_json:
-        print_json(document)
+        print_json("cluster", document)
     else:
         out.print(recall_table(document))
     err.print(f"clustered in {document['seconds']:.0f} s, peak memory {human_bytes(document['peak_bytes'])}")

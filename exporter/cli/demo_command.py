@@ -25,6 +25,7 @@ def demo(output: Path, backend: str) -> None:
     from exporter.cli.generate_command import open_bundle
     from exporter.cli.parity_command import check_parity, parity_table, require_passed
     from exporter.cli.printing import print_continuation
+    from exporter.parity.gate import Gate
 
     pair = open_pair(PAIR / "target", PAIR / "drafter")
     run_export(pair, output, ExportOptions(backend, "fp32", max_seq_len=512, force=True))
@@ -35,7 +36,7 @@ def demo(output: Path, backend: str) -> None:
         prompts.append(stream.prompt)
     click.echo()
     del decoder, stream  # parity opens the bundle with one thread, and ExecuTorch has one thread pool for a process
-    checks = check_parity(output, pair, prompts, 64)
+    checks, _ = check_parity(output, pair, prompts, 64, Gate())
     out.print(parity_table(checks))
     out.print(f"The bundle is in {output}. Next: gemma-mtp-export generate {output} --prompt 'Return the'")
     require_passed(checks)

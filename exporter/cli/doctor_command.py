@@ -61,7 +61,7 @@ def doctor(
             "acceptance_rate": diagnosis.acceptance_rate,
             "experiments": experiments,
         }
-        print_json(document)
+        print_json("doctor", document)
     else:
         out.print(doctor_table(diagnosis))
     if findings:

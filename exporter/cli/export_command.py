@@ -106,7 +106,7 @@ def export(
     if reason:
         err.print(f"recipe {recipe}: {reason}")
     if as_json:
-        print_json(summary)
+        print_json("export", summary)
 
 
 def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str, Any]:

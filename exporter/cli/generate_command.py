@@ -137,7 +137,7 @@ def generate(
         text = stream.text if decoder.tokenizer else None
         results.append({"tokens": stream.tokens, "text": text, **stream.stats.as_dict()})
     if as_json:
-        print_json(results[0] if len(results) == 1 else results)
+        print_json("generate", results[0] if len(results) == 1 else results)
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

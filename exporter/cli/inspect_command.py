@@ -47,6 +47,6 @@ def inspect(path: Path, as_json: bool) -> None:
     """
     contents = inspect_path(path)
     if as_json:
-        print_json(contents)
+        print_json("inspect", contents)
     else:
         out.print(contents_table(contents))

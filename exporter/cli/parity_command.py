@@ -1,6 +1,6 @@
 """The command `parity`, which checks a bundle, and what other commands share with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,14 +8,15 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from exporter.cli.options import bundle_argument, json_option, prompt_ids_option, source_options
+from exporter.cli.options import BYTES, PATH, bundle_argument, json_option, prompt_ids_option, source_options
 from exporter.terminal import err, out, print_json
 from runtime_ref.errors import CheckError
 from runtime_ref.prompts import read_prompt_ids
 
 if TYPE_CHECKING:
     from exporter.checkpoint.pair import Pair
-    from exporter.parity.stages import Check
+    from exporter.parity.checks import Check
+    from exporter.parity.gate import Figures, Gate
 
 
 def parity_table(checks: "Sequence[Check]") -> Table:
@@ -23,8 +24,7 @@ def parity_table(checks: "Sequence[Check]") -> Table:
     table = Table("stage", "output", "", "result", title="Parity")
     for check in checks:
         verdict = Text("PASS", "green") if check.passed else Text("FAIL", "bold red")
-        error = "" if check.error is None else f"{check.error:.1e} (allowed {check.tolerance:.0e})"
-        table.add_row(check.stage, check.output, verdict, error or check.detail)
+        table.add_row(check.stage, check.output, verdict, check.result)
     return table
 
 
@@ -35,6 +35,19 @@ def parity_table(checks: "Sequence[Check]") -> Table:
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=32, help="Maximum number of new tokens for each prompt."
 )
+@click.option(
+    "--min-choices",
+    type=click.FloatRange(0, 1),
+    help="Least share of positions at which bundle and checkpoint choose the same token; needs --target and --drafter.",
+)
+@click.option("--min-acceptance", type=click.FloatRange(0, 1), help="Least share of draft tokens that are accepted.")
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(0),
+    help="Largest mean KL divergence from the checkpoint, in nats; needs --target and --drafter.",
+)
+@click.option("--max-bundle-bytes", type=BYTES, help="Largest size of the bundle, such as `2.5e9`.")
+@click.option("--junit", type=PATH, help="File to write the checks to as JUnit XML; one of an earlier run is replaced.")
 @json_option
 def parity(
     bundle: Path,
@@ -42,19 +55,36 @@ def parity(
     drafter: Path | None,
     prompt_ids: Path | None,
     max_new_tokens: int,
+    min_choices: float | None,
+    min_acceptance: float | None,
+    max_kl: float | None,
+    max_bundle_bytes: int | None,
+    junit: Path | None,
     as_json: bool,
 ) -> None:
     """Check a bundle: files, weights, outputs of the graphs, plain and speculative tokens.
 
     With --target and --drafter, weights are compared with the checkpoints, and outputs with the same model in eager
     torch. Without them it checks only that the files match the manifest, and that speculative decoding generates the
-    same tokens as plain decoding. The exit code is 1 if a check fails.
+    same tokens as plain decoding. What a recipe costs is measured, and judged by the limits that are given. The exit
+    code is 1 if a check fails or a limit is not kept.
     """
+    from exporter.parity.gate import Gate
+    from exporter.parity.junit import check_junit, write_junit
+
+    gate = Gate(min_choices, min_acceptance, max_kl, max_bundle_bytes)
+    if gate.needs_checkpoints and (target is None or drafter is None):
+        raise click.UsageError("--min-choices and --max-kl compare with the checkpoints; give --target and --drafter")
+    if junit is not None:
+        check_junit(junit)
     pair = source_if_given(bundle, target, drafter)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
-    checks = check_parity(bundle, pair, prompts, max_new_tokens)
+    checks, figures = check_parity(bundle, pair, prompts, max_new_tokens, gate)
+    if junit is not None:
+        write_junit(junit, bundle, checks)
     if as_json:
-        print_json({"passed": all(c.passed for c in checks), "checks": [c.as_dict() for c in checks]})
+        passed = all(check.passed for check in checks)
+        print_json("parity", {"passed": passed, "figures": figures, "checks": [check.as_dict() for check in checks]})
     else:
         out.print(parity_table(checks))
         if pair is None:
@@ -86,12 +116,15 @@ def source_if_given(bundle: Path, target: Path | None, drafter: Path | None) -> 
     return open_source(bundle, target, drafter)
 
 
-def check_parity(bundle: Path, pair: "Pair | None", prompts: list[list[int]], max_new_tokens: int) -> "list[Check]":
-    """Run `exporter.parity.stages.run_parity`, showing the current stage on a terminal."""
-    from exporter.parity.stages import run_parity
+def check_parity(
+    bundle: Path, pair: "Pair | None", prompts: list[list[int]], max_new_tokens: int, gate: "Gate"
+) -> "tuple[list[Check], Figures]":
+    """Run `exporter.parity.stages.measure_parity`, showing the current stage on a terminal."""
+    from exporter.parity.stages import measure_parity
 
     with err.status("parity") as status:
-        return run_parity(bundle, pair, prompts, max_new_tokens, lambda stage: status.update(f"parity: {stage}"))
+        note: Callable[[str], None] = lambda stage: status.update(f"parity: {stage}")  # noqa: E731
+        return measure_parity(bundle, pair, prompts, max_new_tokens, gate, note)
 
 
 def require_passed(checks: "list[Check]") -> None:

@@ -52,6 +52,6 @@ def report(
         document = measure_report(bundle, pair, prompts, options, lambda step: status.update(f"report: {step}"))
     write_file(output, render(document).encode())
     if as_json:
-        print_json(document)
+        print_json("report", document)
     err.print(f"wrote {output}")
     require_passed(checks_of(document))

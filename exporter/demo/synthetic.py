@@ -154,7 +154,7 @@ def synthetic(size: str, output: Path, seed: int, force: bool, skip_room_check: 
         pair.write(output, force, progress, check_room=not skip_room_check)
     seconds, peak = time.perf_counter() - started, peak_bytes()
     if as_json:
-        print_json({"pair": str(output), "bytes": pair.size, "seconds": seconds, "peak_bytes": peak})
+        print_json("synthetic", {"pair": str(output), "bytes": pair.size, "seconds": seconds, "peak_bytes": peak})
     message = f"wrote {output} ({human_bytes(pair.size)}) in {seconds:.0f} s, peak memory {human_bytes(peak)}"
     click.echo(message, err=True)
 

@@ -103,7 +103,7 @@ class Study:
         }
         correct = outputs[CORRECT]
         unrounded, fp32 = outputs.get(UNROUNDED, correct), outputs.get(FP32_TARGET, correct)
-        logits, ids = (part[continuation.start - 1 :] for part in bundle_logits(self.engine, continuation.text))
+        logits, ids = (part[continuation.start - 1 :] for part in bundle_logits(self.engine, continuation.text)[:2])
         suppressed = is_suppressed(logits)  # where fewer tokens are left than a bundle gives logits
         self._store(LOGITS, ACTUAL, logits.masked_fill(suppressed, 0))
         for name, eager in ((CORRECT, correct), (UNROUNDED, unrounded), (FP32_TARGET, fp32)):

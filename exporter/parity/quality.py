@@ -5,14 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from exporter.checkpoint.pair import Pair
-from exporter.modeling.target import Target, empty_kv, is_suppressed
+from exporter.modeling.target import SUPPRESSED_LOGIT, Target, empty_kv, is_suppressed
 from exporter.parity.reference import Reference
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.decoder import Options, generate
 from runtime_ref.graph_engine import GraphEngine, chunks
+from runtime_ref.manifest import EMBEDDING, HEAD
 from runtime_ref.stats import Stats
+
+HEAD_BLOCK_ROWS = 8192  # of the head that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,27 @@ class Quality:
     Attributes:
         sqnr_db: signal-to-quantization-noise ratio of the bundle's top logits, in dB; infinite if they are equal.
         agreement: fraction of positions at which both choose the same token.
+        kl: mean over positions of the KL divergence KL(checkpoint || bundle) of the next token, in nats.
         positions: how many positions were compared.
         acceptance: acceptance rate of the checkpoints' own drafts in float32.
     """
 
     sqnr_db: float
     agreement: float
+    kl: float
     positions: int
     acceptance: float
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """The measurements by the names that `parity --json` has for them."""
+        return {
+            "acceptance_rate_fp32": self.acceptance,
+            "choices_kept": self.agreement,
+            "kl": self.kl,
+            "sqnr_db": self.sqnr_db,
+            "positions": self.positions,
+        }
 
 
 @torch.no_grad()
@@ -46,11 +63,13 @@ def measure_quality(engine: GraphEngine, pair: Pair, prompts: Sequence[Sequence[
     eager, target, stats = reference.engine(manifest), reference.target(), Stats()
     signal = noise = 0.0
     equal: list[np.ndarray] = []
+    divergences: list[torch.Tensor] = []
     for prompt in prompts:
         options = Options(max_new_tokens, manifest.default_draft_tokens)
         text = [*prompt, *generate(eager, prompt, options, stats)]
         expected = logits_after(target, text, len(text))
-        logits, ids = bundle_logits(engine, text)
+        logits, ids, states = bundle_logits(engine, text)
+        divergences.append(kl_divergence(expected, all_logits(engine, logits, ids, states)))
         exact, known = expected.gather(1, ids).double(), ~is_suppressed(logits)
         error = (logits - exact)[known]
         signal, noise = signal + float((exact[known] ** 2).sum()), noise + float((error**2).sum())
@@ -59,12 +78,13 @@ def measure_quality(engine: GraphEngine, pair: Pair, prompts: Sequence[Sequence[
     return Quality(
         sqnr_db=float(10 * np.log10(signal / noise)) if noise else float("inf"),
         agreement=float(agreement.mean()),
+        kl=float(torch.cat(divergences).mean()),
         positions=len(agreement),
         acceptance=stats.acceptance_rate or 0.0,
     )
 
 
-def bundle_logits(engine: GraphEngine, text: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def bundle_logits(engine: GraphEngine, text: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run a bundle's target over a text and return what it computes after each token.
 
     Args:
@@ -72,14 +92,51 @@ def bundle_logits(engine: GraphEngine, text: Sequence[int]) -> tuple[torch.Tenso
         text: T token ids.
 
     Returns:
-        Top logits [T, k] float32 and their ids [T, k] int64, the largest logit first.
+        Top logits [T, k] float32, the largest first, their ids [T, k] int64, and states [T, E] float32.
     """
     parts = []
     for start, tokens in chunks(text, engine.manifest.limits["num_outputs"]):
         engine.position = start
-        logits, ids, _ = engine.run_target(tokens, range(len(tokens)))
-        parts.append((torch.from_numpy(logits.copy()), torch.from_numpy(ids.copy())))
-    return torch.cat([logits for logits, _ in parts]), torch.cat([ids for _, ids in parts])
+        outputs = engine.run_target(tokens, range(len(tokens)))
+        parts.append([torch.from_numpy(output.copy()) for output in outputs])
+    logits, ids, states = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return logits, ids, states
+
+
+def all_logits(engine: GraphEngine, logits: Tensor, ids: Tensor, states: Tensor) -> Tensor:
+    """Return the logits of all tokens: the bundle's own where it gives them, the others from its states and its head.
+
+    The graph may round what it multiplies with the head, so the others are near the bundle's, not equal.
+
+    Args:
+        engine: runs the bundle.
+        logits: [T, k] float32, the bundle's.
+        ids: [T, k] int64, their tokens.
+        states: [T, E] float32.
+
+    Returns:
+        [T, V] float32.
+    """
+    manifest, head = engine.manifest, engine.tables.get(HEAD, engine.tables[EMBEDDING])
+    result = torch.empty(len(states), manifest.vocab_size)
+    for start in range(0, manifest.vocab_size, HEAD_BLOCK_ROWS):
+        block = range(start, min(start + HEAD_BLOCK_ROWS, manifest.vocab_size))
+        result[:, block.start : block.stop] = states @ torch.from_numpy(np.asarray(head[block])).T
+    if softcap := manifest.raw["target"].get("final_logit_softcapping"):
+        result = softcap * torch.tanh(result / softcap)
+    result[:, manifest.raw["tokens"].get("suppressed", [])] = SUPPRESSED_LOGIT
+    return result.scatter(1, ids, logits)
+
+
+def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
+    """Return KL(expected || actual) of the distributions that logits give, [T] float64, in nats.
+
+    Args:
+        expected: logits [T, V] float32.
+        actual: logits of the same tokens.
+    """
+    log_p, log_q = (logits.double().log_softmax(1) for logits in (expected, actual))
+    return (log_p.exp() * (log_p - log_q)).masked_fill(is_suppressed(expected), 0).sum(1)
 
 
 def logits_after(target: Target, tokens: Sequence[int], count: int) -> torch.Tensor:

@@ -1,10 +1,9 @@
 """Compare a bundle with its checkpoints in stages: files, weights, graphs, plain tokens, speculative tokens."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +12,15 @@ from torch import Tensor
 from clustering.cluster_table import load_table
 from exporter.bundle.export import CLUSTERS, describe
 from exporter.checkpoint.pair import Pair, open_pair
+from exporter.files import directory_bytes
 from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import graph_parts
 from exporter.graphs.spec import DrafterGraph, size_limits
 from exporter.graphs.tables import PER_LAYER_FILE, differing_rows
 from exporter.modeling.drafter import kv_by_type
 from exporter.modeling.target import empty_kv, is_suppressed
+from exporter.parity.checks import Check
+from exporter.parity.gate import Figures, Gate, gate_checks
 from exporter.parity.quality import Quality, logits_after, measure_quality
 from exporter.parity.reference import EagerGraph, Reference
 from exporter.parity.tolerance import relative_error, tolerance_for
@@ -36,37 +38,6 @@ from runtime_ref.stats import Stats
 LOGITS = "logits at top ids"  # the output whose tolerance also bounds ties between tokens
 
 Note = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row of the parity table.
-
-    Attributes:
-        stage: the stage that the check belongs to.
-        output: what is compared.
-        passed: whether it is equal, or within the tolerance.
-        error: largest error relative to the output's largest magnitude, or to 1 if that is smaller; None if the check
-            is exact.
-        tolerance: largest error allowed, in the same unit; None if the check is exact.
-        detail: what was compared or what differs, for people.
-    """
-
-    stage: str
-    output: str
-    passed: bool
-    error: float | None = None
-    tolerance: float | None = None
-    detail: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the check for `--json`, whose keys do not change: the stage has its former name there, `rung`."""
-        return {"rung": self.stage, **{name: value for name, value in vars(self).items() if name != "stage"}}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Check":
-        """Return the check whose `as_dict` is `values`."""
-        return cls(values["rung"], **{name: value for name, value in values.items() if name != "rung"})
 
 
 def open_source(bundle: Path, target_dir: Path, drafter_dir: Path) -> Pair:
@@ -114,18 +85,49 @@ def run_parity(
     Raises:
         InputError: not a bundle, an unknown recipe, a prompt that cannot be run, or checkpoints of other sizes.
     """
+    return measure_parity(bundle, pair, prompts, max_new_tokens, Gate(), note)[0]
+
+
+def measure_parity(
+    bundle: Path,
+    pair: Pair | None,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    gate: Gate,
+    note: Note = lambda _: None,
+) -> tuple[list[Check], Figures]:
+    """Do what `run_parity` does, and hold the bundle to limits of quality and size.
+
+    Args:
+        bundle: as for `run_parity`, like the other arguments.
+        pair: with limits that need checkpoints, it must be given.
+        prompts: token ids.
+        max_new_tokens: length limit of each answer, in tokens.
+        gate: the limits, each of which is a check.
+        note: called with the name of each stage that begins.
+
+    Returns:
+        The checks, and the bundle's figures: `bundle_bytes`; `acceptance_rate` of its drafts; and if it was compared
+        with its checkpoints, for other recipes than `fp32` or with such limits, `acceptance_rate_fp32`, `choices_kept`,
+        `kl`, `sqnr_db` and `positions`.
+
+    Raises:
+        InputError: as `run_parity`.
+    """
     manifest = read_comparable(bundle, pair, prompts)
+    measured_on = f"{len(prompts)} prompts" if prompts else "random prompts"
     prompts = prompts or default_prompts(manifest)
+    figures: dict[str, float | None] = {"bundle_bytes": directory_bytes(bundle)}
     note("files")
     changed = changed_files(bundle, manifest)
     listed = f"changed: {', '.join(changed)}" if changed else f"{len(manifest.files)} files match the manifest"
     checks = [Check("files", "sha256", not changed, detail=listed)]
     try:
         # The other stages run a changed bundle as well: they show what the change does.
-        checks += _check_stages(bundle, manifest, pair, prompts, max_new_tokens, note)
+        checks += _check_stages(bundle, manifest, pair, prompts, max_new_tokens, gate, figures, note)
     except InputError as error:
         checks.append(Check("bundle", "loads and runs", False, detail=str(error)))
-    return checks
+    return [*checks, *gate_checks(gate, figures, f"{measured_on} and answers of {max_new_tokens} tokens")], figures
 
 
 def _check_stages(
@@ -134,9 +136,11 @@ def _check_stages(
     pair: Pair | None,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    gate: Gate,
+    figures: dict[str, float | None],
     note: Note,
 ) -> Iterator[Check]:
-    """Yield the checks of every stage after the files."""
+    """Yield the checks of every stage after the files, and add to the figures."""
     engine = load_engine(bundle, manifest, threads=1)
     if pair is not None:
         yield from _check_source(manifest, pair)
@@ -158,7 +162,7 @@ def _check_stages(
             dense_detail = _dense_acceptance(engine, reference, prompts, max_new_tokens)
             # The engine with a dense head bound the target to its own cache; a new engine binds it to a new one.
             engine = GraphEngine(manifest, engine.graphs, engine.tables)
-        if manifest.recipe != "fp32":
+        if manifest.recipe != "fp32" or gate.needs_checkpoints:
             note("quality")
             quality = measure_quality(engine, pair, prompts, max_new_tokens)
     note("speculative")
@@ -169,8 +173,9 @@ def _check_stages(
         detail = f"accepted {accepted} of {drafted} drafts" + (dense_detail if label == "greedy" else "")
         yield _check_tokens("speculative", f"{label} tokens = plain", [t for t, _ in runs], expected, detail)
         if label == "greedy":
-            acceptance = accepted / max(drafted, 1)
+            acceptance = figures["acceptance_rate"] = accepted / max(drafted, 1)
     if quality is not None:
+        figures |= quality.figures
         yield from _quality_checks(quality, acceptance)
 
 
@@ -191,6 +196,7 @@ def _quality_checks(quality: Quality, acceptance: float) -> Iterator[Check]:
     details = (
         ("logits", f"SQNR {quality.sqnr_db:.1f} dB"),
         ("choices", f"{quality.agreement:.1%} of {quality.positions} top-1 equal"),
+        ("tokens", f"KL {quality.kl:.4f} nats"),
         ("drafts", f"{acceptance:.1%} accepted, {quality.acceptance:.1%} in fp32"),
     )
     for output, detail in details:

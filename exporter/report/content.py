@@ -18,7 +18,8 @@ from exporter.checkpoint.names import DRAFTER_EMBEDDING
 from exporter.checkpoint.pair import Pair
 from exporter.heads.clusters import Clustering
 from exporter.heads.states import drafting_states
-from exporter.parity.stages import Check, Note, run_parity
+from exporter.parity.checks import Check
+from exporter.parity.stages import Note, run_parity
 from exporter.report.texts import (
     MAX_OPENING_TOKENS,
     Text,

@@ -49,7 +49,12 @@ def test_parity_passes_and_measures_a_recipes_quality(
     name = LOW_BIT_SHAPES.get((backend, recipe), "e2b")
     checks = run_parity(bundle(name, backend, recipe), open_pair(*pair_dirs(name)), [[5], list(range(3, 40))], 12)
     assert [check for check in checks if not check.passed] == []
-    assert [c.output.partition(" ")[0] for c in checks if c.stage == "recipe"] == ["logits", "choices", "drafts"]
+    assert [c.output.partition(" ")[0] for c in checks if c.stage == "recipe"] == [
+        "logits",
+        "choices",
+        "tokens",
+        "drafts",
+    ]
 
 
 def test_a_recipes_quality_is_that_of_a_fresh_engine(bundle: Bundle, pair_dirs: Pairs) -> None:

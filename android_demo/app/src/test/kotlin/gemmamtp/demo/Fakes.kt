@@ -124,10 +124,11 @@ fun tinyBundle(weights: String = "w".repeat(128)): Map<String, ByteArray> {
         "outputs": ${ports("top_logits", "top_ids", "state")}}"""
     val drafter = """{"file": "model.pte", "inputs": ${ports("embedded", "state", "position", "window_start", "key_0")},
         "outputs": ${ports("draft_token", "next_state")}}"""
+    val config = """{"vocab_size": 8, "hidden_size": 4, "sliding_window": 10, "num_hidden_layers": 1, "layer_types": []}"""
     val manifest = """{
         "format_version": 2, "backend": {"name": "executorch"}, "recipe": "int4", "max_seq_len": 100,
-        "target": {"vocab_size": 8, "hidden_size": 4, "sliding_window": 10},
-        "drafter": {}, "two_stage": null, "source": {}, "num_draft_tokens": {"default": 4, "max": 8},
+        "target": $config, "drafter": {"text": $config}, "two_stage": null,
+        "source": {"target": {}, "drafter": {}}, "num_draft_tokens": {"default": 4, "max": 8},
         "limits": {"num_tokens": 16, "num_outputs": 10, "cache_rows": 500, "window_rows": 256}, "row_multiple": 1,
         "tokens": {"bos": 2, "eos": [1], "pad": 0},
         "kv": {"buffers": [${kv("key_0", "full_attention")}, ${kv("key_1", "sliding_attention")}]},

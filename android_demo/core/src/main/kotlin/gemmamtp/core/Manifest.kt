@@ -242,6 +242,7 @@ internal fun parseManifest(
     }
     if (version.toString() != "2") refuseUnknownFeatures(document, origin)
     try {
+        checkForm(document, if (version.toString() == "2") FORM_2 else FORM_3)
         val raw = if (version.toString() == "2") fromFormat2(document) else document
         return parse(raw, digest, arm64).also { check(it, raw) }
     } catch (error: RuntimeException) { // whatever is missing, of another type, or does not fit
@@ -255,7 +256,6 @@ internal fun parseManifest(
 private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
     val target = raw.part("target")
     val drafts = raw.part("num_draft_tokens")
-    for (name in listOf("drafter", "two_stage", "source")) require(raw.has(name)) { "$name is missing" }
     return Manifest(
         backend = raw.part("backend").text("name"),
         minRuntime = raw.part("backend").get("min_runtime")?.asString,

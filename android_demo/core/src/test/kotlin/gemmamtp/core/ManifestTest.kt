@@ -11,13 +11,16 @@ import kotlin.test.assertTrue
 /** Reading manifests, and the errors of malformed ones. */
 class ManifestTest {
     private val parts = """[{"file": "w", "offset": 0, "rows": 10}]"""
+    private val layers = """"num_hidden_layers": 1, "layer_types": ["sliding_attention"]"""
     private val layout = """["num_key_value_heads", "rows", "head_dim"]"""
     private val text = """
         {"format_version": 3, "requires": [], "backend": {"name": "onnx", "min_runtime": "1.25"}, "recipe": "fp32", "max_seq_len": 64,
          "num_draft_tokens": {"default": 4, "max": 8}, "row_multiple": 2,
          "limits": {"num_tokens": 16, "num_outputs": 16, "cache_rows": 65, "window_rows": 256},
          "tokens": {"bos": 2, "pad": 0, "eos": [1, 106]}, "sampling": {"temperature": 1.0, "top_k": 64, "top_p": 0.95},
-         "target": {"vocab_size": 10, "hidden_size": 4, "sliding_window": 8}, "drafter": {}, "two_stage": null, "source": {},
+         "target": {"vocab_size": 10, "hidden_size": 4, "sliding_window": 8, $layers}, "two_stage": null,
+         "drafter": {"text": {"vocab_size": 10, "hidden_size": 4, "sliding_window": 8, $layers}},
+         "source": {"target": {"files": {}}, "drafter": {"files": {}}},
          "kv": {"buffers": [{"name": "key_0", "layer": 0, "layer_type": "sliding_attention", "num_key_value_heads": 1,
                              "head_dim": 2, "dtype": "float32", "layout": $layout}]},
          "graphs": {"target": {"file": "w", "inputs": [{"name": "embedded"}, {"name": "per_layer"}, {"name": "position"},
