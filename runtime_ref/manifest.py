@@ -11,7 +11,7 @@ from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json_and_digest
 from runtime_ref.manifest_form import FORM_2, FORM_3, check_form
 from runtime_ref.manifest_versions import from_format_2
-from runtime_ref.requirements import FLOAT16, FLOAT32, HEADS_FIRST, refuse_unknown_features, required_features
+from runtime_ref.requirements import FLOAT16, FLOAT32, HEADS_FIRST, TABLES, refuse_unknown_features, required_features
 from runtime_ref.sampling import Sampling
 
 FORMAT_VERSION = 3  # written; older ones are read as well
@@ -28,7 +28,7 @@ GRAPH_PORTS = {
 }
 MAX_BUFFER_VALUES = 1 << 36  # numbers in a cache buffer: larger ones cannot be meant
 MAX_DRAFT_TOKENS = 1024  # in a round
-EMBEDDING, PER_LAYER, HEAD = "embed_tokens", "embed_tokens_per_layer", "head"  # tables
+EMBEDDING, PER_LAYER, HEAD = TABLES
 ARM64_MACHINES = ("aarch64", "arm64")  # what `platform.machine` calls the processor
 # Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks.
 SLIDE_ROWS = 128
@@ -260,7 +260,7 @@ def _parse(raw: Mapping[str, Any], format_version: int, digest: str) -> Manifest
             for name, graph in raw["graphs"].items()
             if name in GRAPH_PORTS
         },
-        tables=raw["tables"],
+        tables={name: raw["tables"][name] for name in TABLES if name in raw["tables"]},
         files={name: (file["size"], file["sha256"]) for name, file in raw["files"].items()},
         raw=raw,
     )

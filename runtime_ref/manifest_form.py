@@ -8,7 +8,7 @@ MAX_COUNT = 1 << 31
 MAX_NUMBER = 1e300
 
 # A form is a type, the forms of an object's keys (optional ones end in `?`), the one form of a list's items, an object
-# with the key `*` for any keys, a pair of None and the form of a value that may be null, or a function that checks a
+# with the key `*` for all others, a pair of None and the form of a value that may be null, or a function that checks a
 # value and raises ValueError.
 Form = Any
 
@@ -31,6 +31,12 @@ def number(value: Any) -> None:
         raise ValueError(f"is {value!r:.60}, expected a number")
 
 
+def two_texts(value: Any) -> None:
+    """Accept a list of two texts."""
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"is {value!r:.60}, expected two texts")
+
+
 _PORT = {"name": str}
 _GRAPH = {"file": str, "inputs": [_PORT], "outputs": [_PORT]}
 _PLACE = {"file": str, "offset": size}
@@ -44,7 +50,6 @@ _TEXT_CONFIG = {
     "num_hidden_layers": size,
     "layer_types": [str],
 }
-_TURN = [str]
 
 _TOKENS = {"bos": size, "eos": [size], "suppressed?": [size], "names?": {"*": str}}
 _BUFFER = {"name": str, "layer": size, "layer_type": str, "num_key_value_heads": count, "head_dim": count}
@@ -72,7 +77,14 @@ FORM_3: Form = {
     "tables": {"embed_tokens": TABLE, "embed_tokens_per_layer?": TABLE, "head?": TABLE},
     "source": {"target": _SOURCE, "drafter": _SOURCE},
     "files": {"*": {"size": size, "sha256": str}},
-    "chat?": {"begin": str, "turns": {"*": _TURN}, "answer": str, "trim": bool, "alternate": bool},
+    "chat?": {
+        "begin": str,
+        "turns": {"user": two_texts, "assistant": two_texts, "*": two_texts},
+        "answer": str,
+        "trim": bool,
+        "alternate": bool,
+        "hidden": (None, two_texts),
+    },
 }
 _TABLE_2 = {**_ROWS, "data": _PLACE, "scales?": {**_PLACE, "dtype": str}}
 FORM_2: Form = {
@@ -101,13 +113,13 @@ def check_form(value: Any, form: Form, path: str) -> None:
     if isinstance(form, dict):
         if not isinstance(value, Mapping):
             raise ValueError(f"{path or 'the document'} is {value!r:.60}, expected an object")
-        keys = dict.fromkeys(value, form["*"]) if "*" in form else form
-        for key, inner in keys.items():
-            name = key if "*" in form else key.removesuffix("?")
-            if name in value:
-                check_form(value[name], inner, f"{path}.{name}".lstrip("."))
-            elif not key.endswith("?"):
-                raise ValueError(f"{path}.{name}".lstrip(".") + " is missing")
+        named = {key.removesuffix("?"): inner for key, inner in form.items() if key != "*"}
+        for key in form.keys() - {"*"}:
+            if key.removesuffix("?") not in value and not key.endswith("?"):
+                raise ValueError(f"{path}.{key}".lstrip(".") + " is missing")
+        for key, item in value.items():
+            if (inner := named.get(key, form.get("*"))) is not None:
+                check_form(item, inner, f"{path}.{key}".lstrip("."))
     elif isinstance(form, list):
         if not isinstance(value, list):
             raise ValueError(f"{path} is {value!r:.60}, expected a list")

@@ -7,6 +7,7 @@ from runtime_ref.requirements import FLOAT32, HEADS_FIRST, THOUGHT
 
 # Measured in docs/decisions/0042-what-a-bundle-needs.md.
 OLDEST_ONNXRUNTIME = "1.25"
+TABLES_OF_FORMAT_2 = ("embed_tokens", "embed_tokens_per_layer")
 
 
 def from_format_2(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,13 +24,13 @@ def from_format_2(raw: Mapping[str, Any]) -> dict[str, Any]:
         "format_version": 3,
         "requires": [],
         "backend": {**backend, **({"min_runtime": oldest} if oldest else {})},
-        "tables": {name: _table(entry, raw["target"]["vocab_size"]) for name, entry in raw["tables"].items()},
+        "tables": {name: _table(raw["tables"][name], raw["target"]["vocab_size"]) for name in TABLES_OF_FORMAT_2},
         "tokens": {**tokens, **({"channels": {THOUGHT: thoughts}} if thoughts else {})},
         "kv": {
             **{key: value for key, value in raw["kv"].items() if key not in ("dtype", "layout")},
             "buffers": [{**buffer, "dtype": FLOAT32, "layout": HEADS_FIRST} for buffer in raw["kv"]["buffers"]],
         },
-        "source": {model: {"files": files} for model, files in raw["source"].items()},
+        "source": {model: {"files": raw["source"][model]} for model in ("target", "drafter")},
     }
 
 

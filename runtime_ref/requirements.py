@@ -9,6 +9,7 @@ from runtime_ref.errors import InputError
 
 FLOAT32, FLOAT16 = "float32", "float16"
 HEADS_FIRST = ["num_key_value_heads", "rows", "head_dim"]
+TABLES = ("embed_tokens", "embed_tokens_per_layer", "head")
 THOUGHT = "thought"  # the channel of which readers of format 2 knew
 
 
@@ -26,7 +27,10 @@ def _is_split(table: Mapping[str, Any]) -> bool:
 FEATURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
     "untied-head": ("0.2.0", lambda raw: "head" in raw["tables"]),
     "no-per-layer-embeddings": ("0.2.0", lambda raw: "embed_tokens_per_layer" not in raw["tables"]),
-    "split-tables": ("0.2.0", lambda raw: any(map(_is_split, raw["tables"].values()))),
+    "split-tables": (
+        "0.2.0",
+        lambda raw: any(_is_split(raw["tables"].get(name, {})) for name in TABLES),
+    ),
     "kv-float16": ("0.2.0", lambda raw: any(buffer["dtype"] == FLOAT16 for buffer in _buffers(raw))),
     "kv-layout": ("0.2.0", lambda raw: any(buffer["layout"] != HEADS_FIRST for buffer in _buffers(raw))),
     "channels": ("0.2.0", lambda raw: bool(raw["tokens"].get("channels", {}).keys() - {THOUGHT})),

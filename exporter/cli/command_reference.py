@@ -57,7 +57,8 @@ def _introduction(contexts: dict[str, click.Context]) -> Iterator[str]:
     yield (
         f"All commands except {_enumerate(without, 'and')} have the option `--json`. With it, a command prints one JSON"
         " document on standard output and nothing else; messages go to standard error. A command whose check failed"
-        " prints its document as well."
+        " prints its document as well. Each document has a `schema_version`, and [a JSON Schema](schemas/);"
+        " [support](support.md#documents-of---json) says what a version keeps."
     )
     yield ""
 

@@ -8,7 +8,7 @@ from typing import Any
 from exporter.cli.json_documents import DOCUMENTS, LISTS, document_forms
 from exporter.terminal import SCHEMA_VERSIONS
 from runtime_ref.manifest import FORMAT_VERSION
-from runtime_ref.manifest_form import FORM_3, MAX_COUNT, MAX_NUMBER, MAX_SIZE, Form, count, number, size
+from runtime_ref.manifest_form import FORM_3, MAX_COUNT, MAX_NUMBER, MAX_SIZE, Form, count, number, size, two_texts
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # Schemas of the forms that are types or functions.
@@ -16,6 +16,7 @@ _VALUES: dict[Form, dict[str, Any]] = {
     str: {"type": "string"},
     bool: {"type": "boolean"},
     size: {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_SIZE},
+    two_texts: {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2},
     count: {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_COUNT},
     number: {"type": "number", "exclusiveMinimum": -MAX_NUMBER, "exclusiveMaximum": MAX_NUMBER},
 }
@@ -29,12 +30,17 @@ def form_schema(form: Form, strict: bool = False) -> dict[str, Any]:
         strict: whether objects may have no other keys.
     """
     if isinstance(form, dict):
+        named = {key: inner for key, inner in form.items() if key != "*"}
+        properties = {key.removesuffix("?"): form_schema(inner, strict) for key, inner in named.items()}
+        required = [key for key in named if not key.endswith("?")]
+        schema: dict[str, Any] = {"type": "object"}
+        if named:
+            schema |= {"properties": properties, "required": required}
         if "*" in form:
-            return {"type": "object", "additionalProperties": form_schema(form["*"], strict)}
-        properties = {key.removesuffix("?"): form_schema(inner, strict) for key, inner in form.items()}
-        required = [key for key in form if not key.endswith("?")]
-        closed = {"additionalProperties": False} if strict else {}
-        return {"type": "object", "properties": properties, "required": required, **closed}
+            schema["additionalProperties"] = form_schema(form["*"], strict)
+        elif strict:
+            schema["additionalProperties"] = False
+        return schema
     if isinstance(form, list):
         return {"type": "array", "items": form_schema(form[0], strict)}
     if isinstance(form, tuple):

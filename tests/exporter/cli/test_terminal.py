@@ -40,8 +40,9 @@ def test_traceback_shows_where_a_refusal_comes_from(run: Run, tmp_path: Path) ->
 
 
 def test_json_has_no_numbers_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
-    print_json({"a": [1.5, float("nan"), (float("inf"),)], "b": {"c": -float("inf")}})
+    print_json("export", {"a": [1.5, float("nan"), (float("inf"),)], "b": {"c": -float("inf")}})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "schema_version": 1,
         "a": [1.5, None, [None]],
         "b": {"c": None},
     }

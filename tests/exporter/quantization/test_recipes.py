@@ -106,20 +106,38 @@ def test_a_trained_grid_survives_an_export(pair_dirs: Pairs, tmp_path: Path) -> 
     )
 
 
+def shorten(table: dict, rows: int) -> None:
+    table["rows"] = table["data"]["parts"][0]["rows"] = table["scales"]["parts"][0]["rows"] = rows
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda t: t.update(encoding="uint5"), "uint5"),
-        (lambda t: t["data"].update(offset=10**9), "tables are malformed"),
+        (lambda t: t["data"]["parts"][0].update(offset=10**9), "tables are malformed"),
         (lambda t: t.pop("scales"), "tables are malformed"),
-        (lambda t: t["data"].update(file="../manifest.json"), "is not in files"),
+        (lambda t: t["data"]["parts"][0].update(file="../manifest.json"), "is not in files"),
         (lambda t: t.update(columns="x"), "columns is 'x', expected a whole number"),
         (lambda t: t.update(group_size=10**30), "group_size is 1000"),
         (lambda t: t.update(group_size=0), "tables are malformed"),
         (lambda t: t.update(columns=7), "is not as wide as hidden_size"),
-        (lambda t: t.update(rows=7), "does not have a row for each token"),
+        (lambda t: t["data"]["parts"][0].update(rows=7), "the parts of table embed_tokens do not have its rows"),
+        (lambda t: t["scales"].update(parts=[]), "the parts of table embed_tokens do not have its rows"),
+        (lambda t: shorten(t, 7), "does not have a row for each token"),
     ],
-    ids=["encoding", "offset", "no scales", "file", "columns", "groups", "no groups", "width", "rows"],
+    ids=[
+        "encoding",
+        "offset",
+        "no scales",
+        "file",
+        "columns",
+        "groups",
+        "no groups",
+        "width",
+        "rows of a part",
+        "no parts",
+        "rows",
+    ],
 )
 def test_malformed_tables_are_one_line(
     change: Callable[[dict], object], reason: str, bundle: Bundle, tmp_path: Path

@@ -12,7 +12,8 @@ public struct InputError: Swift.Error, CustomStringConvertible {
     }
 }
 
-/// Keys or values of one layer that stores them: `[N, S, D]` float32.
+/// Keys or values of one layer that stores them: `[N, S, D]` float32, as bundles without the features `kv-float16` and
+/// `kv-layout` have them.
 public struct KVBuffer: Decodable {
     public let name: String
     public let layerType: String
@@ -38,11 +39,33 @@ public struct Graph: Decodable {
     public let outputs: [Port]
 }
 
-/// A place in a file of the bundle: the offset in bytes, and the dtype of scales.
-public struct Place: Decodable {
+/// Rows of a table in a file of the bundle: the offset of the first in bytes, and how many.
+public struct Part: Decodable {
     public let file: String
     public let offset: Int
+    public let rows: Int
+}
+
+/// All rows of a table, or of its scales, which have a dtype.
+public struct Rows: Decodable {
+    public let parts: [Part]
     public let dtype: String?
+
+    enum CodingKeys: String, CodingKey {
+        case parts, dtype, file, offset
+    }
+
+    /// Reads parts, or the one place that a manifest of format 2 has; its part has all rows that there are.
+    public init(from decoder: any Decoder) throws {
+        let values = try decoder.container(keyedBy: CodingKeys.self)
+        dtype = try values.decodeIfPresent(String.self, forKey: .dtype)
+        if let parts = try values.decodeIfPresent([Part].self, forKey: .parts) {
+            self.parts = parts
+        } else {
+            let file = try values.decode(String.self, forKey: .file)
+            parts = [Part(file: file, offset: try values.decode(Int.self, forKey: .offset), rows: Int.max)]
+        }
+    }
 }
 
 /// The manifest's entry of an embedding table; `groupSize` consecutive numbers of a row share a scale.
@@ -52,8 +75,8 @@ public struct TableMetadata: Decodable {
     public let rowBytes: Int
     public let groupSize: Int
     public let encoding: String
-    public let data: Place
-    public let scales: Place?
+    public let data: Rows
+    public let scales: Rows?
 
     enum CodingKeys: String, CodingKey {
         case rows, columns, encoding, data, scales
@@ -126,7 +149,10 @@ public struct Manifest: Decodable {
     }
 
     public static let name = "manifest.json"
-    public static let formatVersion = 2
+    public static let formatVersions = 2...3
+
+    /// Features of the format that these sources have; FORMAT.md says what they mean.
+    static let features: Set<String> = ["split-tables"]
 
     public let backend: Backend
     public let maxSeqLen: Int
@@ -150,20 +176,38 @@ public struct Manifest: Decodable {
 
     /// Reads a bundle's manifest and checks that every file is there and has its size.
     ///
-    /// - Throws: `InputError` if the directory is no bundle, has another format or backend, a malformed manifest, or
-    ///   lacks a file.
-    public static func read(bundle: URL) throws -> Manifest {
+    /// - Parameter digest: hexadecimal sha256 that the manifest must have; nil for any.
+    /// - Throws: `InputError` if the directory is no bundle, has another digest, format or backend, requires a feature
+    ///   that is not known, has a malformed manifest, or lacks a file.
+    public static func read(bundle: URL, digest: String? = nil) throws -> Manifest {
         struct Version: Decodable {
             let format_version: Int
+            let requires: [Feature]?
+        }
+        struct Feature: Decodable {
+            let name: String
+            let since: String
         }
         let path = bundle.appendingPathComponent(name)
         guard let data = try? Data(contentsOf: path) else {
             throw InputError("\(bundle.path): not a bundle, \(name) is missing; expected the output of `export`")
         }
-        let version = try? JSONDecoder().decode(Version.self, from: data).format_version
-        guard version == formatVersion else {
-            let actual = version.map(String.init) ?? "missing"
-            throw InputError("\(path.path): format_version is \(actual), expected \(formatVersion); export it again")
+        let actualDigest = SHA256.hash(data: data).map { String(format: "%02x", $0) }.joined()
+        if let digest, digest.lowercased() != actualDigest {
+            throw InputError(
+                "\(path.path): has the sha256 \(actualDigest), expected \(digest); this is not the bundle that was meant"
+            )
+        }
+        guard let version = try? JSONDecoder().decode(Version.self, from: data),
+              formatVersions.contains(version.format_version), version.format_version == 2 || version.requires != nil
+        else {
+            throw InputError("\(path.path): not of format \(formatVersions); update the app, or export the bundle again")
+        }
+        for feature in version.requires ?? [] where !features.contains(feature.name) {
+            throw InputError(
+                "\(path.path): needs the feature '\(feature.name)', which gemma-mtp-export \(feature.since) brought and"
+                    + " this version does not have; update the app, or export the bundle without that feature"
+            )
         }
         let manifest: Manifest
         do {

@@ -7,8 +7,8 @@ public final class Table {
 
     private let metadata: TableMetadata
     private let file: String
-    private let data: Data
-    private let scales: Data?
+    private let data: MappedRows
+    private let scales: MappedRows?
 
     /// Bits of a number; unsigned integers stand for themselves minus half of their range.
     private static let bits = ["float32": 32, "int8": 8, "uint8": 8, "uint4": 4, "uint3": 3, "uint2": 2]
@@ -18,23 +18,20 @@ public final class Table {
     public init(bundle: URL, metadata: TableMetadata) throws {
         self.metadata = metadata
         columns = metadata.columns
-        file = bundle.appendingPathComponent(metadata.data.file).path
-        data = try Data(contentsOf: bundle.appendingPathComponent(metadata.data.file), options: .alwaysMapped)
-        scales = try metadata.scales.map {
-            try Data(contentsOf: bundle.appendingPathComponent($0.file), options: .alwaysMapped)
-        }
+        file = bundle.path
         let groups = (metadata.columns + metadata.groupSize - 1) / metadata.groupSize
-        guard let bits = Table.bits[metadata.encoding], metadata.rowBytes * 8 >= metadata.columns * bits,
-              metadata.data.offset + metadata.rows * metadata.rowBytes <= data.count
-        else {
-            throw InputError("\(file): too short for the table that the manifest describes; export the bundle again")
+        guard let bits = Table.bits[metadata.encoding], metadata.rowBytes * 8 >= metadata.columns * bits else {
+            throw InputError("\(file): a table's rows are too short for its columns; export the bundle again")
         }
-        guard metadata.encoding != "float32" else { return }
-        guard let place = metadata.scales, let bytes = Table.scaleBytes[place.dtype ?? ""],
-              place.offset + metadata.rows * groups * bytes <= scales?.count ?? 0
-        else {
-            throw InputError("\(file): the table's scales are missing or too short; export the bundle again")
+        data = try MappedRows(bundle: bundle, rows: metadata.data, count: metadata.rows, rowBytes: metadata.rowBytes)
+        guard metadata.encoding != "float32" else {
+            scales = nil
+            return
         }
+        guard let rows = metadata.scales, let bytes = Table.scaleBytes[rows.dtype ?? ""] else {
+            throw InputError("\(file): a table's scales are missing; export the bundle again")
+        }
+        scales = try MappedRows(bundle: bundle, rows: rows, count: metadata.rows, rowBytes: groups * bytes)
     }
 
     /// Returns the rows of T token ids, `[T, columns]`; throws `InputError` for an id beyond the table.
@@ -51,9 +48,7 @@ public final class Table {
     }
 
     private func appendRow(_ id: Int, to numbers: inout [Float]) {
-        let groups = (columns + metadata.groupSize - 1) / metadata.groupSize
-        data.withUnsafeBytes { bytes in
-            let row = UnsafeRawBufferPointer(rebasing: bytes[(metadata.data.offset + id * metadata.rowBytes)...])
+        data.withRow(id) { row in
             if metadata.encoding == "float32" {
                 for i in 0..<columns {
                     numbers.append(Float(bitPattern: row.loadUnaligned(fromByteOffset: 4 * i, as: UInt32.self)))
@@ -62,7 +57,7 @@ public final class Table {
             }
             let bits = Table.bits[metadata.encoding]!
             for i in 0..<columns {
-                numbers.append(number(row, i, bits) * scale(id * groups + i / metadata.groupSize))
+                numbers.append(number(row, i, bits) * scale(id, group: i / metadata.groupSize))
             }
         }
     }
@@ -80,18 +75,56 @@ public final class Table {
         return Float((value & ((1 << bits) - 1)) - (1 << (bits - 1)))
     }
 
-    private func scale(_ i: Int) -> Float {
-        guard let scales, let place = metadata.scales else { return 1 }
-        return scales.withUnsafeBytes { bytes in
-            switch place.dtype {
+    private func scale(_ id: Int, group: Int) -> Float {
+        guard let scales else { return 1 }
+        return scales.withRow(id) { row in
+            switch metadata.scales?.dtype {
             case "float16":
-                return halfToFloat(bytes.loadUnaligned(fromByteOffset: place.offset + 2 * i, as: UInt16.self))
+                return halfToFloat(row.loadUnaligned(fromByteOffset: 2 * group, as: UInt16.self))
             case "bfloat16":
-                let half = bytes.loadUnaligned(fromByteOffset: place.offset + 2 * i, as: UInt16.self)
-                return Float(bitPattern: UInt32(half) << 16)
+                return Float(bitPattern: UInt32(row.loadUnaligned(fromByteOffset: 2 * group, as: UInt16.self)) << 16)
             default:
-                return Float(bitPattern: bytes.loadUnaligned(fromByteOffset: place.offset + 4 * i, as: UInt32.self))
+                return Float(bitPattern: row.loadUnaligned(fromByteOffset: 4 * group, as: UInt32.self))
             }
+        }
+    }
+}
+
+/// Rows of bytes in one or several mapped files.
+private struct MappedRows {
+    private struct Piece {
+        let first: Int
+        let end: Int
+        let offset: Int
+        let data: Data
+    }
+
+    private let pieces: [Piece]
+    private let rowBytes: Int
+
+    /// - Throws: `InputError` if a file is too short, or the parts do not have all rows.
+    init(bundle: URL, rows: Rows, count: Int, rowBytes: Int) throws {
+        var start = 0
+        self.rowBytes = rowBytes
+        pieces = try rows.parts.map { part in
+            let path = bundle.appendingPathComponent(part.file)
+            let data = try Data(contentsOf: path, options: .alwaysMapped)
+            let first = start
+            start = min(count, part.rows == Int.max ? count : start + part.rows)
+            guard part.offset >= 0, part.offset + (start - first) * rowBytes <= data.count else {
+                throw InputError("\(path.path): too short for its rows of a table; export the bundle again")
+            }
+            return Piece(first: first, end: start, offset: part.offset, data: data)
+        }
+        guard start == count else {
+            throw InputError("\(bundle.path): the parts of a table do not have its rows; export the bundle again")
+        }
+    }
+
+    func withRow<Result>(_ row: Int, _ body: (UnsafeRawBufferPointer) -> Result) -> Result {
+        let piece = pieces.first { row < $0.end }!
+        return piece.data.withUnsafeBytes { bytes in
+            body(UnsafeRawBufferPointer(rebasing: bytes[(piece.offset + (row - piece.first) * rowBytes)...]))
         }
     }
 }

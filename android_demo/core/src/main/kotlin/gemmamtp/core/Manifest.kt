@@ -16,7 +16,7 @@ const val EMBEDDING = "embed_tokens"
 const val PER_LAYER = "embed_tokens_per_layer"
 
 /** Names that tables can have: the head's is there where it is not the embedding. */
-private val TABLES = listOf(EMBEDDING, PER_LAYER, "head")
+internal val TABLES = listOf(EMBEDDING, PER_LAYER, "head")
 
 /** Numbers in a cache buffer: larger ones cannot be meant. */
 private const val MAX_BUFFER_VALUES = 1L shl 36
@@ -266,7 +266,7 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
         maxSeqLen = raw.int("max_seq_len"),
         defaultDraftTokens = drafts.int("default"),
         maxDraftTokens = drafts.int("max"),
-        limits = raw.part("limits").asMap().mapValues { it.value.asInt },
+        limits = listOf("num_tokens", "num_outputs", "cache_rows", "window_rows").associateWith(raw.part("limits")::int),
         rowMultiple = raw.int(if (arm64 && raw.has("row_multiple_arm64")) "row_multiple_arm64" else "row_multiple"),
         sampling = raw.optional("sampling")?.let {
             Sampling(it.number("temperature"), it.number("top_p"), topK = it.int("top_k"))

@@ -4,6 +4,7 @@ import com.google.gson.JsonArray
 import com.google.gson.JsonObject
 
 private const val OLDEST_ONNXRUNTIME = "1.25"
+private val TABLES_OF_FORMAT_2 = listOf(EMBEDDING, PER_LAYER)
 
 /** A manifest of format 2 in the form of format 3: the reader knows one form. */
 internal fun fromFormat2(manifest: JsonObject): JsonObject {
@@ -16,7 +17,7 @@ internal fun fromFormat2(manifest: JsonObject): JsonObject {
         "executorch" -> backend.get("executorch")?.let { backend.add("min_runtime", it) }
     }
     val rows = raw.getAsJsonObject("target").get("vocab_size")
-    for (table in raw.getAsJsonObject("tables").asMap().values.map { it.asJsonObject }) {
+    for (table in TABLES_OF_FORMAT_2.map(raw.getAsJsonObject("tables")::getAsJsonObject)) {
         for (place in listOf("data", "scales").mapNotNull(table::getAsJsonObject)) {
             val part = JsonObject()
             for (key in listOf("file", "offset")) part.add(key, place.remove(key))
@@ -33,5 +34,6 @@ internal fun fromFormat2(manifest: JsonObject): JsonObject {
         buffer.addProperty("dtype", "float32")
         buffer.add("layout", JsonArray().apply { HEADS_FIRST.forEach(::add) })
     }
+    raw.getAsJsonObject("tables").keySet().retainAll(TABLES_OF_FORMAT_2.toSet())
     return raw
 }

@@ -12,7 +12,7 @@ internal val HEADS_FIRST = listOf("num_key_value_heads", "rows", "head_dim")
 internal val FEATURES = mapOf<String, (JsonObject) -> Boolean>(
     "untied-head" to { it.getAsJsonObject("tables").has("head") },
     "no-per-layer-embeddings" to { !it.getAsJsonObject("tables").has("embed_tokens_per_layer") },
-    "split-tables" to { raw -> raw.getAsJsonObject("tables").asMap().values.any { isSplit(it.asJsonObject) } },
+    "split-tables" to { raw -> raw.getAsJsonObject("tables").let { tables -> TABLES.any { tables.has(it) && isSplit(tables.getAsJsonObject(it)) } } },
     "kv-float16" to { raw -> buffers(raw).any { it.get("dtype").asString == "float16" } },
     "kv-layout" to { raw -> buffers(raw).any { buffer -> buffer.getAsJsonArray("layout").map { it.asString } != HEADS_FIRST } },
     "channels" to { raw -> raw.getAsJsonObject("tokens").getAsJsonObject("channels").orEmpty().any { it != THOUGHT } },
