@@ -48,7 +48,7 @@ def test_the_example_job_runs(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
 
     def measure_quickly(*arguments: Any) -> dict[str, Any]:
         *others, options, note = arguments
-        return measure_report(*others, replace(options, seconds=0.01), note)
+        return measure_report(*others, replace(options, seconds=0.01, max_new_tokens=8), note)
 
     monkeypatch.setattr("exporter.report.content.measure_report", measure_quickly)
     monkeypatch.chdir(tmp_path)
@@ -62,5 +62,5 @@ def test_the_example_job_runs(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
         if file:
             Path(file).write_text(out)
     kept = re.findall(r"^ {12}(\S+)$", JOB[1], re.M)
-    assert kept == ["bundle", "*.json", "report.html"]
+    assert kept == ["bundle", "*.json", "parity.xml", "report.html"]
     assert all(list(tmp_path.glob(pattern)) for pattern in kept)
