@@ -18,6 +18,7 @@ FORMAT_VERSION = 3  # written; older ones are read as well
 MANIFEST = "manifest.json"
 SAMPLING_KEYS = ("temperature", "top_k", "top_p")
 KV_DTYPES = (FLOAT32, FLOAT16)
+READ_BY_NAME = ("tokenizer.json", "chat_template.jinja")  # files that are read if they are there
 # Inputs and outputs of each graph that are not cache buffers, in order. `per_layer` is there if the table of PLE is.
 GRAPH_PORTS = {
     "target": (
@@ -151,7 +152,7 @@ def read_manifest(bundle: Path, digest: str | None = None) -> Manifest:
 
     Raises:
         InputError: the directory is no bundle, or its manifest has another digest, another format, a feature that this
-            version does not know, or is malformed; a file is missing, or the manifest does not name weights.
+            version does not know, or is malformed; a file is missing, or one that is read is not named in it.
     """
     path = bundle / MANIFEST
     if not path.exists():
@@ -168,8 +169,8 @@ def read_manifest(bundle: Path, digest: str | None = None) -> Manifest:
             raise InputError(f"{file}: named in {MANIFEST} but absent; the bundle is incomplete, copy it again")
         if (actual := file.stat().st_size) != size:
             raise InputError(f"{file}: is {actual} bytes, {MANIFEST} says {size}; copy the bundle again")
-    for file in sorted(bundle.glob("*.weights")):
-        if file.name not in manifest.files:
+    for file in sorted(bundle.iterdir()):
+        if (file.suffix == ".weights" or file.name in READ_BY_NAME) and file.name not in manifest.files:
             raise InputError(f"{file}: not named in {MANIFEST}, so it cannot be checked; export the bundle again")
     return manifest
 
@@ -252,7 +253,7 @@ def _parse(raw: Mapping[str, Any], format_version: int, digest: str) -> Manifest
         sampling=_sampling(raw.get("sampling")),
         bos=raw["tokens"]["bos"],
         eos=frozenset(raw["tokens"]["eos"]),
-        channels={name: _marks(name, ids) for name, ids in raw["tokens"].get("channels", {}).items()},
+        channels={name: (ids[0], ids[1]) for name, ids in raw["tokens"].get("channels", {}).items()},
         names=raw["tokens"].get("names", {}),
         kv=tuple(_buffer(entry) for entry in raw["kv"]["buffers"]),
         graphs={
@@ -281,12 +282,6 @@ def _buffer(entry: Mapping[str, Any]) -> KVBuffer:
             f" order of {', '.join(HEADS_FIRST)}"
         )
     return KVBuffer(**{**values, "layout": tuple(entry["layout"])})
-
-
-def _marks(name: str, ids: list[int]) -> tuple[int, int]:
-    if len(ids) != 2:
-        raise ValueError(f"tokens.channels.{name} is {ids}, expected two token ids")
-    return ids[0], ids[1]
 
 
 def _sampling(entry: Mapping[str, Any] | None) -> Sampling:
@@ -327,7 +322,8 @@ def _check(manifest: Manifest) -> None:
         for part in (table[part] for part in ("data", "scales") if part in table):
             if any(place["file"] not in manifest.files for place in part["parts"]):
                 raise ValueError(f"the file of table {name} is not in files")
-            if sum(place["rows"] for place in part["parts"]) != table["rows"]:
+            rows = [place["rows"] for place in part["parts"]]
+            if 0 in rows or sum(rows) != table["rows"]:
                 raise ValueError(f"the parts of table {name} do not have its rows")
         if table["rows"] != manifest.vocab_size:
             raise ValueError(f"table {name} does not have a row for each token")

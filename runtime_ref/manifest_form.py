@@ -1,11 +1,13 @@
 """The form of a manifest's keys that programs read: which must be there, and what kind of value each holds."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 MAX_SIZE = 1 << 62  # of a file, in bytes: more cannot be true
 MAX_COUNT = 1 << 31
 MAX_NUMBER = 1e300
+VERSION = r"[0-9]{1,9}(\.[0-9]{1,9}){0,5}([^0-9.].*)?"
 
 # A form is a type, the forms of an object's keys (optional ones end in `?`), the one form of a list's items, an object
 # with the key `*` for all others, a pair of None and the form of a value that may be null, or a function that checks a
@@ -31,6 +33,20 @@ def number(value: Any) -> None:
         raise ValueError(f"is {value!r:.60}, expected a number")
 
 
+def version(value: Any) -> None:
+    """Accept a version that begins with numbers, such as `1.32.0` or `1.5.1a0+cpu`."""
+    if not isinstance(value, str) or not re.fullmatch(VERSION, value):
+        raise ValueError(f"is {value!r:.60}, expected a version such as 1.32.0")
+
+
+def two_ids(value: Any) -> None:
+    """Accept a list of two token ids."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"is {value!r:.60}, expected two token ids")
+    for token in value:
+        count(token)
+
+
 def two_texts(value: Any) -> None:
     """Accept a list of two texts."""
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(text, str) for text in value):
@@ -40,19 +56,19 @@ def two_texts(value: Any) -> None:
 _PORT = {"name": str}
 _GRAPH = {"file": str, "inputs": [_PORT], "outputs": [_PORT]}
 _PLACE = {"file": str, "offset": size}
-_PARTS = [{**_PLACE, "rows": size}]
-_ROWS = {"rows": size, "columns": size, "encoding": str, "row_bytes": size, "group_size": size}
+_PARTS = [{**_PLACE, "rows": count}]
+_ROWS = {"rows": count, "columns": count, "encoding": str, "row_bytes": count, "group_size": count}
 TABLE = {**_ROWS, "data": {"parts": _PARTS}, "scales?": {"dtype": str, "parts": _PARTS}}
 _TEXT_CONFIG = {
-    "vocab_size": size,
-    "hidden_size": size,
-    "sliding_window": size,
-    "num_hidden_layers": size,
+    "vocab_size": count,
+    "hidden_size": count,
+    "sliding_window": count,
+    "num_hidden_layers": count,
     "layer_types": [str],
 }
 
-_TOKENS = {"bos": size, "eos": [size], "suppressed?": [size], "names?": {"*": str}}
-_BUFFER = {"name": str, "layer": size, "layer_type": str, "num_key_value_heads": count, "head_dim": count}
+_TOKENS = {"bos": count, "eos": [count], "pad?": count, "suppressed?": [count], "names?": {"*": str}}
+_BUFFER = {"name": str, "layer": count, "layer_type": str, "num_key_value_heads": count, "head_dim": count}
 _FILES = {"*": str}  # sha256 by file name
 _SOURCE = {"files": _FILES, "id?": str, "revision?": str, "license?": str}
 
@@ -60,14 +76,14 @@ FORM_3: Form = {
     "format_version": size,
     "requires": [{"name": str, "since": str}],
     "tool_version?": str,
-    "backend": {"name": str, "min_runtime?": str},
+    "backend": {"name": str, "min_runtime?": version},
     "recipe": str,
     "max_seq_len": count,
     "num_draft_tokens": {"default": count, "max": count},
     "limits": {"num_tokens": count, "num_outputs": count, "cache_rows": count, "window_rows": count},
     "row_multiple": count,
     "row_multiple_arm64?": count,
-    "tokens": {**_TOKENS, "channels?": {"*": [size]}},
+    "tokens": {**_TOKENS, "channels?": {"*": two_ids}},
     "sampling?": (None, {"temperature": number, "top_k": size, "top_p": number}),
     "target": _TEXT_CONFIG,
     "drafter": {"text": _TEXT_CONFIG},
@@ -89,8 +105,8 @@ FORM_3: Form = {
 _TABLE_2 = {**_ROWS, "data": _PLACE, "scales?": {**_PLACE, "dtype": str}}
 FORM_2: Form = {
     **{key: form for key, form in FORM_3.items() if key != "requires"},
-    "backend": {"name": str, "executorch?": str},
-    "tokens": {**_TOKENS, "thoughts?": (None, [size])},
+    "backend": {"name": str, "executorch?": version},
+    "tokens": {**_TOKENS, "thoughts?": (None, two_ids)},
     "kv": {"buffers": [_BUFFER]},
     "tables": {"embed_tokens": _TABLE_2, "embed_tokens_per_layer": _TABLE_2},
     "source": {"target": _FILES, "drafter": _FILES},

@@ -5,7 +5,7 @@ from typing import Any
 
 from runtime_ref.requirements import FLOAT32, HEADS_FIRST, THOUGHT
 
-# Measured in docs/decisions/0042-what-a-bundle-needs.md.
+# Measured in docs/decisions/0042-a-bundle-says-what-it-needs.md.
 OLDEST_ONNXRUNTIME = "1.25"
 TABLES_OF_FORMAT_2 = ("embed_tokens", "embed_tokens_per_layer")
 
@@ -16,7 +16,9 @@ def from_format_2(raw: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         raw: the manifest, whose form was checked.
     """
-    backend, tokens = dict(raw["backend"]), dict(raw["tokens"])
+    # Without keys that mean something in format 3 and nothing in format 2.
+    backend = {key: value for key, value in raw["backend"].items() if key != "min_runtime"}
+    tokens = {key: value for key, value in raw["tokens"].items() if key != "channels"}
     oldest = {"onnx": OLDEST_ONNXRUNTIME, "executorch": backend.get("executorch")}.get(backend["name"])
     thoughts = tokens.pop("thoughts", None)
     return {

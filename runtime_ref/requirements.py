@@ -66,8 +66,8 @@ def refuse_unknown_features(path: Path, raw: Mapping[str, Any]) -> None:
             )
         if name not in FEATURES:
             raise InputError(
-                f"{path}: needs the feature {name!r}, which gemma-mtp-export {since} brought and this version does not"
-                " have; update it, or export the bundle without that feature"
+                f"{path}: needs the feature {name!r:.60}, which gemma-mtp-export {since:.20} brought and this version"
+                " does not have; update it, or export the bundle without that feature"
             )
 
 
@@ -84,10 +84,13 @@ def require_runtime(bundle: Path, library: str, installed: str, oldest: str | No
         InputError: the library is older.
     """
     if oldest is not None and version_numbers(installed) < version_numbers(oldest):
-        raise InputError(f"{bundle}: needs {library} {oldest} or later, {installed} is installed; update it")
+        raise InputError(f"{bundle}: needs {library} {oldest:.40} or later, {installed} is installed; update it")
 
 
 def version_numbers(version: str) -> list[int]:
-    """Return the numbers that a version begins with: [1, 31, 1] for `1.31.1rc2`."""
+    """Return the numbers that a version begins with, without zeros at the end: [1, 31, 1] for `1.31.1rc2`."""
     digits = re.match(r"\d+(\.\d+)*", version)
-    return [int(number) for number in digits[0].split(".")] if digits else []
+    numbers = [int(number) for number in digits[0].split(".")] if digits else []
+    while numbers[-1:] == [0]:
+        numbers.pop()
+    return numbers

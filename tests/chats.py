@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporter.demo import PAIR
+from tests.handmade import listed_files
 from tests.pairs import SHAPES, save_pair
 
 TURN, END_OF_TURN = 2048, 2049  # ids of tokens that are added to the tokenizer's vocabulary of 2048
@@ -102,17 +103,16 @@ def with_template(bundle: Path, copy: Path, template: str | None) -> Path:
 
     Args:
         bundle: bundle directory.
-        copy: directory to write. Its manifest no longer lists the template.
+        copy: directory to write.
         template: text of the template; None for none.
 
     Returns:
         `copy`.
     """
     shutil.copytree(bundle, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"].pop("chat_template.jinja", None)
-    (copy / "manifest.json").write_text(json.dumps(manifest))
     (copy / "chat_template.jinja").unlink(missing_ok=True)
     if template is not None:
         (copy / "chat_template.jinja").write_text(template)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"files": listed_files(copy)}))
     return copy

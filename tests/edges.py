@@ -8,8 +8,25 @@ from hypothesis import strategies as st
 
 # Values that a place in a document can be given, of all kinds that JSON has, extremes among them.
 VALUES = (
-    *(None, True, False, 0, 1, -1, 3, 2**31, 2**63, 2**70, -(2**40), 0.5, -1.5, 1e308, 1e400, float("nan")),
-    *("", "x", "0", "é\ud800", "manifest.json", "../up", "a" * 300, [], {}, [1], [[]], [None], {"a": 1}, {"": []}),
+    *(None, True, False, 0, 1, -1, 3, 2**31 - 1, 2**31, 2**63, 2**70, -(2**40), 0.5, -1.5, 1e308, 1e400, float("nan")),
+    *(
+        "",
+        "x",
+        "0",
+        "é\ud800",
+        "manifest.json",
+        "../up",
+        "a" * 300,
+        [],
+        {},
+        [1],
+        [[]],
+        [None],
+        {"a": 1},
+        {"": []},
+        ["x", "y"],
+        [1, 2],
+    ),
 )
 
 

@@ -32,14 +32,20 @@ def handmade(source: Path, output: Path, *changes: Change) -> Path:
     manifest = json.loads((output / MANIFEST).read_text())
     for change in changes:
         change(output, manifest)
-    manifest["files"] = {
-        file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(output.iterdir())
-        if file.name != MANIFEST
-    }
-    manifest["requires"] = required_features(manifest)
+    manifest["files"] = listed_files(output)
+    if manifest["format_version"] > 2:
+        manifest["requires"] = required_features(manifest)
     (output / MANIFEST).write_text(json.dumps(manifest))
     return output
+
+
+def listed_files(bundle: Path) -> dict[str, dict[str, Any]]:
+    """Return the manifest's `files` for the files that a bundle has."""
+    return {
+        file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(bundle.iterdir())
+        if file.name != MANIFEST
+    }
 
 
 def with_float16_cache(bundle: Path, manifest: dict[str, Any]) -> None:

@@ -68,6 +68,13 @@ def test_what_the_schema_refuses_readers_refuse() -> None:
     assert {*verdicts} == {(True, True), (True, False), (False, False)}
 
 
+@pytest.mark.parametrize("version", range(2, FORMAT_VERSION + 1))
+def test_spoilt_manifests_end_in_one_line(version: int) -> None:
+    """Of every format: they are accepted, or refused without a traceback."""
+    document = json.loads((GOLDEN / f"format{version}" / "onnx" / MANIFEST).read_text())
+    assert {accepts(mutated) for mutated in examples(spoilt(document), MUTATIONS)} == {True, False}
+
+
 def test_the_example_is_whole() -> None:
     """FORMAT.md names it as an example of a manifest."""
     assert read_manifest(GOLDEN / f"format{FORMAT_VERSION}" / "onnx").format_version == FORMAT_VERSION

@@ -17,6 +17,7 @@ from exporter.checkpoint.special_tokens import SpecialTokens
 from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.manifest import read_manifest
 from runtime_ref.tokenizer import TextTokenizer
+from tests.handmade import listed_files
 
 BUNDLES = ("onnx-fp32", "onnx-int4", "executorch-fp32")
 TEXT = (
@@ -90,7 +91,8 @@ def test_kotlin_chats_as_the_template(tmp_path: Path, monkeypatch: pytest.Monkey
     manifest = json.loads((bundle / "manifest.json").read_text())
     form = chat_format(bundle, SpecialTokens(manifest["tokens"]["bos"], tuple(manifest["tokens"]["eos"]), 0))
     assert form is not None
-    (bundle / "manifest.json").write_text(json.dumps(manifest | {"chat": asdict(form)}))
+    changed = manifest | {"chat": asdict(form), "files": listed_files(bundle)}
+    (bundle / "manifest.json").write_text(json.dumps(changed))
     system = {"role": "system", "content": "Answer in prose."}
     talk = [
         {"role": "user", "content": "  What is a future? \n"},

@@ -3,30 +3,26 @@
 import re
 from pathlib import Path
 
-from exporter.checkpoint.side_files import checkpoint_json
-
 MODEL_CARD = "README.md"
 # `models--OWNER--NAME/snapshots/REVISION`, as huggingface_hub caches models.
 CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 DOWNLOAD_RECORDS = ".cache/huggingface/download"  # of `huggingface_hub` with `local_dir`; they begin with the revision
-MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 REVISION = re.compile(r"[0-9a-f]{40}")
 
 
 def model_origin(directory: Path) -> dict[str, str]:
     """Return what a checkpoint's directory tells about its origin; keys that it does not tell are missing.
 
+    `_name_or_path` in config.json is not taken: for a fine-tune it names the model that it began from.
+
     Args:
         directory: the checkpoint's directory.
 
     Returns:
         `id`, such as `google/gemma-4-E2B-it`, `revision`, a commit, and `license`, its name in the model card.
-
-    Raises:
-        InputError: config.json is not a JSON object.
     """
     origin = {
-        "id": _cached_id(directory) or _saved_id(directory),
+        "id": _cached_id(directory),
         "revision": _revision(directory),
         "license": _card_value(directory / MODEL_CARD, "license"),
     }
@@ -36,11 +32,6 @@ def model_origin(directory: Path) -> dict[str, str]:
 def _cached_id(directory: Path) -> str | None:
     cached = CACHED.fullmatch(directory.absolute().parent.parent.name)
     return f"{cached['owner']}/{cached['name']}" if cached and directory.absolute().parent.name == "snapshots" else None
-
-
-def _saved_id(directory: Path) -> str | None:
-    name = checkpoint_json(directory, "config.json").get("_name_or_path")
-    return name if isinstance(name, str) and MODEL_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _revision(directory: Path) -> str | None:

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 @click.option(
     "--max-file-size",
     type=BYTES,
-    help="Maximum size of each file of weights, in bytes, such as `1.5e9`: others are split.",
+    help="Maximum size of each file, in bytes, such as `1.5e9`: larger ones of weights and tables are split, but not "
+    "ExecuTorch's program.",
     show_default="none",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")

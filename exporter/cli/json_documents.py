@@ -14,14 +14,15 @@ def keys(form: Form, names: str) -> dict[str, Form]:
 _ATTENTION = {"rope_type": str, **keys(size, "head_dim num_key_value_heads")}
 _ATTENTION |= keys(number, "rope_theta partial_rotary_factor rope_factor")
 _SIZES = {
-    **keys(size, "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads sliding_window"),
-    **keys(size, "num_kv_shared_layers hidden_size_per_layer_input vocab_size_per_layer_input"),
-    **keys(size, "max_position_embeddings"),
-    **keys(_ATTENTION, "sliding_attention full_attention"),
+    **keys(size, "vocab_size hidden_size num_hidden_layers sliding_window"),
     "layer_types": {"*": size},
-    "rms_norm_eps": number,
-    "use_double_wide_mlp": bool,
-    "final_logit_softcapping": NULLABLE,
+    # A manifest may lack these.
+    **keys(size, "intermediate_size? num_attention_heads? num_kv_shared_layers? max_position_embeddings?"),
+    **keys(size, "hidden_size_per_layer_input? vocab_size_per_layer_input?"),
+    **keys(_ATTENTION, "sliding_attention? full_attention?"),
+    "rms_norm_eps?": number,
+    "use_double_wide_mlp?": bool,
+    "final_logit_softcapping?": NULLABLE,
 }
 _TWO_STAGE = keys(size, "num_clusters cluster_size top_k_clusters")
 _HEAD = (None, {"origin": str, **_TWO_STAGE})
@@ -46,8 +47,8 @@ _LOAD = {
     "resident": (
         None,
         {
-            "before": keys(size, "anonymous files"),
-            "loaded": _RESIDENT,
+            "before": (None, keys(size, "anonymous files")),
+            "loaded": (None, _RESIDENT),
             "generated": (None, _RESIDENT),
             "generated_tokens": size,
         },
@@ -78,10 +79,10 @@ _MEASURED = {
     "texts": {"prompts": str, **keys(size, "count prompt_tokens new_tokens")},
     "speed": {
         "measured": [{"num_draft_tokens": size, **_SPEED}],
-        "auto": {**_SPEED, "rounds": size, "chosen": [keys(size, "num_draft_tokens rounds")]},
+        "auto": (None, {**_SPEED, "rounds": size, "chosen": [keys(size, "num_draft_tokens rounds")]}),
         "same_tokens": bool,
         "turns": size,
-        "computed": [{"num_draft_tokens": size, **keys(number, "times_faster tokens_per_second")}],
+        "computed?": [{"num_draft_tokens": size, **keys(number, "times_faster tokens_per_second")}],
     },
     "costs": _COSTS,
     "load": _LOAD,
@@ -134,7 +135,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             **keys([str], "requires changed_files"),
             "backend": {"name": str},
             "num_draft_tokens": _DRAFT_TOKENS,
-            "tokens": {"eos": [size], **keys(size, "bos pad")},
+            "tokens": {"eos": [size], **keys(size, "bos pad?")},
             **keys(_SIZES, "target drafter"),
             "two_stage": _HEAD,
             "tables": {"*": TABLE},

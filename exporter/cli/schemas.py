@@ -8,16 +8,32 @@ from typing import Any
 from exporter.cli.json_documents import DOCUMENTS, LISTS, document_forms
 from exporter.terminal import SCHEMA_VERSIONS
 from runtime_ref.manifest import FORMAT_VERSION
-from runtime_ref.manifest_form import FORM_3, MAX_COUNT, MAX_NUMBER, MAX_SIZE, Form, count, number, size, two_texts
+from runtime_ref.manifest_form import (
+    FORM_3,
+    MAX_COUNT,
+    MAX_NUMBER,
+    MAX_SIZE,
+    VERSION,
+    Form,
+    count,
+    number,
+    size,
+    two_ids,
+    two_texts,
+    version,
+)
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_COUNT = {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_COUNT}
 # Schemas of the forms that are types or functions.
 _VALUES: dict[Form, dict[str, Any]] = {
     str: {"type": "string"},
     bool: {"type": "boolean"},
     size: {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_SIZE},
+    version: {"type": "string", "pattern": f"^{VERSION}$"},
+    two_ids: {"type": "array", "items": _COUNT, "minItems": 2, "maxItems": 2},
     two_texts: {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2},
-    count: {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_COUNT},
+    count: _COUNT,
     number: {"type": "number", "exclusiveMinimum": -MAX_NUMBER, "exclusiveMaximum": MAX_NUMBER},
 }
 

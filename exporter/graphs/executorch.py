@@ -82,8 +82,9 @@ def check_file_size(parts: Mapping[str, GraphParts], max_file_bytes: int) -> Non
     Raises:
         InputError: it is larger.
     """
-    if (stored_bytes := sum(part.stored_bytes for part in parts.values())) > max_file_bytes:
-        raise too_large(PROGRAM, stored_bytes, max_file_bytes)
+    number_bytes = sum(sum(part.number_bytes.values()) for part in parts.values())
+    if number_bytes > max_file_bytes:
+        raise too_large(PROGRAM, number_bytes, max_file_bytes)
 
 
 def export_graphs(

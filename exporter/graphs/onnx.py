@@ -94,15 +94,15 @@ def export_memory_bytes(parts: Mapping[str, GraphParts]) -> int:
 
 
 def check_file_size(parts: Mapping[str, GraphParts], max_file_bytes: int) -> None:
-    """Check that each weight fits into a file of at most so many bytes, with its scales in another.
+    """Check that each weight fits into a file of at most so many bytes; its scales may lie in another.
 
     Raises:
         InputError: one does not.
     """
     for part in parts.values():
-        name, stored_bytes = max(part.stored_bytes_by_weight.items(), key=lambda item: item[1])
-        if stored_bytes > max_file_bytes:
-            raise too_large(name, stored_bytes, max_file_bytes)
+        name, number_bytes = max(part.number_bytes.items(), key=lambda item: item[1])
+        if number_bytes > max_file_bytes:
+            raise too_large(name, number_bytes, max_file_bytes)
 
 
 def export_graphs(

@@ -44,13 +44,16 @@ class GraphParts:
 
     @property
     def stored_bytes(self) -> int:
-        """Upper bound of the size of its stored weights."""
-        return sum(self.stored_bytes_by_weight.values())
+        """Upper bound of the size of its stored weights; scales are counted as float32 for groups of 32."""
+        return sum(self._stored_bytes(scale_bits=1).values())
 
     @property
-    def stored_bytes_by_weight(self) -> dict[str, int]:
-        """Upper bound of the size of each stored weight; scales are counted as float32 for groups of 32."""
-        bits = dict.fromkeys(self.weights, 32) | {name: width.bits + 1 for name, width in self.widths.items()}
+    def number_bytes(self) -> dict[str, int]:
+        """Size of each stored weight without its scales."""
+        return self._stored_bytes(scale_bits=0)
+
+    def _stored_bytes(self, scale_bits: int) -> dict[str, int]:
+        bits = dict.fromkeys(self.weights, 32) | {name: width.bits + scale_bits for name, width in self.widths.items()}
         if "head.scales" in bits:
             bits["head.clusters"] = 8  # its shape is that of the packed bytes
         return {name: prod(self.shapes[name]) * bits[name] // 8 for name in self.weights}

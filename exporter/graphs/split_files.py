@@ -96,4 +96,6 @@ def split_path(path: Path, number: int) -> Path:
 
 def too_large(name: str, num_bytes: int, max_bytes: int) -> InputError:
     """Return the error of something that must lie in one file and exceeds `--max-file-size`."""
-    return InputError(f"--max-file-size is {max_bytes}, but {name} needs {num_bytes} bytes in one file; allow as many")
+    return InputError(
+        f"--max-file-size is {max_bytes}, but {name} needs at least {num_bytes} bytes in one file; allow as many"
+    )

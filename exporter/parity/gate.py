@@ -41,9 +41,9 @@ def gate_checks(gate: Gate, figures: Figures, measured_on: str) -> Iterator[Chec
         measured_on: the texts, for people.
     """
     rows = (
-        ("choices", "choices_kept", gate.min_choices, 1, "{:.1%} kept", "at least {:.1%}"),
-        ("acceptance", "acceptance_rate", gate.min_acceptance, 1, "{:.1%} of drafts accepted", "at least {:.1%}"),
-        ("KL", "kl", gate.max_kl, -1, "{:.4f} nats", "at most {:.4f}"),
+        ("choices", "choices_kept", gate.min_choices, 1, "{:.4g} of choices kept", "at least {:g}"),
+        ("acceptance", "acceptance_rate", gate.min_acceptance, 1, "{:.4g} of drafts accepted", "at least {:g}"),
+        ("KL", "kl", gate.max_kl, -1, "{:.4g} nats", "at most {:g}"),
         ("size", "bundle_bytes", gate.max_bundle_bytes, -1, "{:.0f} bytes", "at most {:.0f}"),
     )
     for output, name, limit, sign, shown, asked in rows:

@@ -28,14 +28,14 @@ class Quality:
         agreement: fraction of positions at which both choose the same token.
         kl: mean over positions of the KL divergence KL(checkpoint || bundle) of the next token, in nats.
         positions: how many positions were compared.
-        acceptance: acceptance rate of the checkpoints' own drafts in float32.
+        acceptance: acceptance rate of the checkpoints' own drafts in float32; None if there were none.
     """
 
     sqnr_db: float
     agreement: float
     kl: float
     positions: int
-    acceptance: float
+    acceptance: float | None
 
     @property
     def figures(self) -> dict[str, float | None]:
@@ -80,7 +80,7 @@ def measure_quality(engine: GraphEngine, pair: Pair, prompts: Sequence[Sequence[
         agreement=float(agreement.mean()),
         kl=float(torch.cat(divergences).mean()),
         positions=len(agreement),
-        acceptance=stats.acceptance_rate or 0.0,
+        acceptance=stats.acceptance_rate,
     )
 
 
@@ -118,14 +118,14 @@ def all_logits(engine: GraphEngine, logits: Tensor, ids: Tensor, states: Tensor)
         [T, V] float32.
     """
     manifest, head = engine.manifest, engine.tables.get(HEAD, engine.tables[EMBEDDING])
+    softcap = manifest.raw["target"].get("final_logit_softcapping")
     result = torch.empty(len(states), manifest.vocab_size)
     for start in range(0, manifest.vocab_size, HEAD_BLOCK_ROWS):
         block = range(start, min(start + HEAD_BLOCK_ROWS, manifest.vocab_size))
-        result[:, block.start : block.stop] = states @ torch.from_numpy(np.asarray(head[block])).T
-    if softcap := manifest.raw["target"].get("final_logit_softcapping"):
-        result = softcap * torch.tanh(result / softcap)
+        product = states @ torch.from_numpy(np.asarray(head[block])).T
+        result[:, block.start : block.stop] = softcap * torch.tanh(product / softcap) if softcap else product
     result[:, manifest.raw["tokens"].get("suppressed", [])] = SUPPRESSED_LOGIT
-    return result.scatter(1, ids, logits)
+    return result.scatter_(1, ids, logits)
 
 
 def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
@@ -135,8 +135,11 @@ def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
         expected: logits [T, V] float32.
         actual: logits of the same tokens.
     """
-    log_p, log_q = (logits.double().log_softmax(1) for logits in (expected, actual))
-    return (log_p.exp() * (log_p - log_q)).masked_fill(is_suppressed(expected), 0).sum(1)
+    divergences = []
+    for rows in zip(expected, actual, strict=True):  # in float64, all of them would take gigabytes at full size
+        log_p, log_q = (logits.double().log_softmax(0) for logits in rows)
+        divergences.append((log_p.exp() * (log_p - log_q)).masked_fill(is_suppressed(rows[0]), 0).sum())
+    return torch.stack(divergences)
 
 
 def logits_after(target: Target, tokens: Sequence[int], count: int) -> torch.Tensor:

@@ -35,6 +35,7 @@ from runtime_ref.requirements import required_features
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
+COMPARABLE_FEATURES = {"split-tables", "channels"}  # others change what graphs take
 LOGITS = "logits at top ids"  # the output whose tolerance also bounds ties between tokens
 
 Note = Callable[[str], None]
@@ -173,7 +174,7 @@ def _check_stages(
         detail = f"accepted {accepted} of {drafted} drafts" + (dense_detail if label == "greedy" else "")
         yield _check_tokens("speculative", f"{label} tokens = plain", [t for t, _ in runs], expected, detail)
         if label == "greedy":
-            acceptance = figures["acceptance_rate"] = accepted / max(drafted, 1)
+            acceptance = figures["acceptance_rate"] = accepted / drafted if drafted else None
     if quality is not None:
         figures |= quality.figures
         yield from _quality_checks(quality, acceptance)
@@ -191,16 +192,20 @@ def _dense_acceptance(
     return f" ({sum(s.accepted for _, s in runs)} of {sum(s.drafted for _, s in runs)} with a dense head)"
 
 
-def _quality_checks(quality: Quality, acceptance: float) -> Iterator[Check]:
+def _quality_checks(quality: Quality, acceptance: float | None) -> Iterator[Check]:
     """Report what the recipe costs; nothing is judged, except that logits of NaN fail."""
     details = (
         ("logits", f"SQNR {quality.sqnr_db:.1f} dB"),
         ("choices", f"{quality.agreement:.1%} of {quality.positions} top-1 equal"),
         ("tokens", f"KL {quality.kl:.4f} nats"),
-        ("drafts", f"{acceptance:.1%} accepted, {quality.acceptance:.1%} in fp32"),
+        ("drafts", f"{_share(acceptance)} accepted, {_share(quality.acceptance)} in fp32"),
     )
     for output, detail in details:
         yield Check("recipe", f"{output} against fp32", not np.isnan(quality.sqnr_db), detail=detail)
+
+
+def _share(rate: float | None) -> str:
+    return "none" if rate is None else f"{rate:.1%}"
 
 
 def default_prompts(manifest: Manifest) -> list[list[int]]:
@@ -219,7 +224,8 @@ def read_comparable(bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[
         prompts: token ids.
 
     Raises:
-        InputError: not a bundle, an unknown recipe, a prompt that cannot be run, or checkpoints of other sizes.
+        InputError: not a bundle, an unknown recipe, a prompt that cannot be run, checkpoints of other sizes, or a
+            feature that checkpoints cannot be compared with.
     """
     manifest = read_manifest(bundle)
     if manifest.recipe not in RECIPES:
@@ -230,6 +236,11 @@ def read_comparable(bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[
         check_prompt(manifest, prompt)
     if pair is not None:
         _refuse_other_sizes(bundle, manifest, pair)
+        if others := {feature["name"] for feature in manifest.raw["requires"]} - COMPARABLE_FEATURES:
+            raise InputError(
+                f"{bundle}: has the feature {min(others)}, with which it cannot be compared with checkpoints; leave out"
+                " --target and --drafter"
+            )
     return manifest
 
 

@@ -115,7 +115,7 @@ def test_requires_of_another_form_is_refused(requires: object, bundle: Callable[
 
 
 @pytest.mark.parametrize(
-    ("oldest", "accepted"), [("1.0", True), ("1.32", True), (None, True), ("1.99", False), ("9.0.1", False)]
+    ("oldest", "accepted"), [("1.0", True), ("1.32.0.0", True), (None, True), ("1.99", False), ("9.0.1", False)]
 )
 def test_an_older_runtime_library_is_refused(
     oldest: str | None, accepted: bool, bundle: Callable[..., Path], tmp_path: Path
@@ -130,10 +130,21 @@ def test_an_older_runtime_library_is_refused(
 
 def test_versions_are_compared_by_their_numbers(tmp_path: Path) -> None:
     assert version_numbers("1.31.1rc2") == [1, 31, 1]
-    assert version_numbers("1.5.0a0+cpu") == [1, 5, 0]
+    assert version_numbers("1.5.0a0+cpu") == [1, 5]
+    assert version_numbers("1.32.0") == version_numbers("1.32")
     require_runtime(tmp_path, "library", "1.10", "1.9")
+    require_runtime(tmp_path, "library", "1.32", "1.32.0")
     with pytest.raises(InputError, match=r"needs library 1.10 or later, 1.9.2 is installed"):
         require_runtime(tmp_path, "library", "1.9.2", "1.10")
+
+
+@pytest.mark.parametrize("oldest", ["next", "v1.3", "", "1" * 5000, 1.25])
+def test_what_is_no_version_is_refused(oldest: object, bundle: Callable[..., Path], tmp_path: Path) -> None:
+    made = handmade(
+        bundle("tiny"), tmp_path / "made", lambda _, manifest: manifest["backend"].update(min_runtime=oldest)
+    )
+    with pytest.raises(InputError, match=r"backend.min_runtime is .*, expected a version such as 1.32.0"):
+        read_manifest(made)
 
 
 def test_another_digest_is_refused(bundle: Callable[..., Path]) -> None:
@@ -141,6 +152,57 @@ def test_another_digest_is_refused(bundle: Callable[..., Path]) -> None:
     assert open_engine(bundle("tiny"), 1, digest=manifest.digest.upper()).manifest.digest == manifest.digest
     with pytest.raises(InputError, match=f"has the sha256 {manifest.digest}, expected 00; this is not the bundle"):
         open_engine(bundle("tiny"), 1, digest="00")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "target.1.weights"])
+def test_a_file_that_no_digest_covers_is_refused(name: str, bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """Else the digest of the manifest would not stand for all that is read."""
+    made = handmade(bundle("tiny"), tmp_path / "made")
+    (made / name).write_text("{}")
+    with pytest.raises(InputError, match=f"{name}: not named in manifest.json, so it cannot be checked"):
+        read_manifest(made)
+
+
+@pytest.mark.parametrize("marks", [None, [5, 6]])
+def test_format_2_reads_as_format_3(marks: list[int] | None, bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """On a bundle with scales and marks of thoughts, which the golden bundles of format 2 lack."""
+    source = bundle("e2b", recipe="int4")
+    made = handmade(source, tmp_path / "made", lambda _, manifest: to_format_2(manifest, marks))
+    expected, actual = read_manifest(source), read_manifest(made)
+    assert actual.format_version == 2
+    assert actual.channels == ({} if marks is None else {"thought": (5, 6)})
+    for name in ("tables", "kv", "graphs", "limits", "files", "sampling", "eos"):
+        assert getattr(actual, name) == getattr(expected, name), name
+    assert (actual.raw["source"], actual.raw["requires"]) == (expected.raw["source"], [])
+    assert actual.min_runtime == expected.min_runtime
+    assert answers(made)[0] == answers(source)[0]
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [("tokens", {"channels": []}), ("tokens", {"channels": {"x": 5}}), ("backend", {"min_runtime": 5})],
+)
+def test_keys_that_format_2_does_not_know_are_ignored(
+    section: str, value: dict, bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = handmade(bundle("e2b", recipe="int4"), tmp_path / "made", lambda _, manifest: to_format_2(manifest, None))
+    edit(made, **{section: json.loads((made / MANIFEST).read_text())[section] | value})
+    assert (read_manifest(made).channels, read_manifest(made).min_runtime) == ({}, "1.25")
+
+
+def to_format_2(manifest: dict, marks: list[int] | None) -> None:
+    """Write a manifest as gemma-mtp-export 0.1.0 did."""
+    manifest["format_version"] = 2
+    del manifest["requires"], manifest["backend"]["min_runtime"]
+    for table in manifest["tables"].values():
+        for name in ("data", "scales"):
+            (part,) = table[name].pop("parts")
+            table[name] |= {"file": part["file"], "offset": part["offset"]}
+    for buffer in manifest["kv"]["buffers"]:
+        del buffer["dtype"], buffer["layout"]
+    manifest["kv"] |= {"dtype": "float32", "layout": ["num_key_value_heads", "rows", "head_dim"]}
+    manifest["tokens"]["thoughts"] = marks
+    manifest["source"] = {model: entry["files"] for model, entry in manifest["source"].items()}
 
 
 def set_oldest(manifest: dict, oldest: str | None) -> None:

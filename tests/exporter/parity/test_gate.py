@@ -21,6 +21,7 @@ from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
 from tests.conftest import Run
 from tests.exports import MAX_SEQ_LEN
+from tests.handmade import FEATURES, handmade, with_own_head
 
 Pairs = Callable[[str], tuple[Path, Path]]
 TEXT = [3, 200, 17, 45, 45, 9, 120, 7]
@@ -56,6 +57,17 @@ def test_divergence_is_torchs() -> None:
     assert float(kl_divergence(expected, expected).abs().max()) == 0
 
 
+def test_a_head_of_its_own_gives_the_other_logits(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """The bundle's graph has the embedding as its head; the table, which it does not use, has it times -2."""
+    made = handmade(bundle("odd"), tmp_path / "made", with_own_head)
+    top, ids, states = bundle_logits(load_engine(made, read_manifest(made), threads=1), TEXT)
+    tied = all_logits(load_engine(bundle("odd"), read_manifest(bundle("odd")), threads=1), top, ids, states)
+    own = all_logits(load_engine(made, read_manifest(made), threads=1), top, ids, states)
+    others = torch.ones_like(own).scatter(1, ids, 0).bool()
+    torch.testing.assert_close(own[others], -2 * tied[others])
+    assert torch.equal(own.gather(1, ids), top)
+
+
 def test_few_bits_cost_what_they_cost(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:
     pair = open_pair(*pair_dirs("e2b"))
     measured = {}
@@ -71,7 +83,7 @@ def test_few_bits_cost_what_they_cost(bundle: Callable[..., Path], pair_dirs: Pa
     [
         (Gate(), []),
         (Gate(0.9, 0.25, 0.02, 1000), []),
-        (Gate(0.91, 0.26, 0.01, 999), ["choices", "acceptance", "KL", "size"]),
+        (Gate(0.90001, 0.26, 0.01, 999), ["choices", "acceptance", "KL", "size"]),
         (Gate(max_kl=0.019), ["KL"]),
     ],
 )
@@ -85,7 +97,7 @@ def test_limits_are_kept_if_reached(gate: Gate, failed: list[str]) -> None:
 @pytest.mark.parametrize("figures", [{}, {"kl": None}, {"kl": float("nan")}])
 def test_what_was_not_measured_fails(figures: dict[str, float | None]) -> None:
     (check,) = gate_checks(Gate(max_kl=1.0), figures, "texts")
-    assert (check.passed, check.detail) == (False, "not measured (at most 1.0000 asked for)")
+    assert (check.passed, check.detail) == (False, "not measured (at most 1 asked for)")
 
 
 def test_a_good_bundle_passes_and_a_spoilt_one_fails(
@@ -143,11 +155,43 @@ def test_junit_holds_any_text(tmp_path: Path) -> None:
     assert cases[1].find("failure").attrib["message"] == "odd \ufffd\ufffd"
 
 
-@pytest.mark.parametrize("content", ["text", "<html></html>", ""])
+@pytest.mark.parametrize("feature", ["untied-head", "no-per-layer-embeddings", "kv-float16", "kv-layout"])
+def test_what_cannot_be_compared_is_one_line(
+    feature: str, run: Run, bundle: Callable[..., Path], pair_dirs: Pairs, tmp_path: Path
+) -> None:
+    made = handmade(bundle("e2b"), tmp_path / "made", FEATURES[feature][0])
+    source = ("--target", pair_dirs("e2b")[0], "--drafter", pair_dirs("e2b")[1])
+    for command in ("parity", "doctor"):
+        code, _, err = run(command, made, *source)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"has the feature {feature}, with which it cannot be compared" in err
+    assert run("parity", made, "--max-new-tokens", 4)[0] == 0
+
+
+def test_without_drafts_nothing_was_measured(run: Run, bundle: Callable[..., Path]) -> None:
+    code, out, _ = run("parity", bundle("tiny"), "--max-new-tokens", 1, "--min-acceptance", 0, "--json")
+    assert (code, json.loads(out)["figures"]["acceptance_rate"]) == (1, None)
+    assert json.loads(out)["checks"][-1]["detail"] == "not measured (at least 0 asked for)"
+
+
+def test_checks_of_an_earlier_run_do_not_stay(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "checks.xml"
+    write_junit(file, Path("bundle"), [Check("a", "one", True)])
+    assert run("parity", tmp_path / "missing", "--junit", file)[0] == 2
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("text", "<html></html>", "", "<testsuites name='pytest tests'></testsuites>"),
+        *(f"<?xml version='1.0' encoding='{name}'?><testsuites/>" for name in ("gb2312", "nothing")),
+    ],
+)
 def test_junit_replaces_nothing_else(content: str, run: Run, bundle: Callable[..., Path], tmp_path: Path) -> None:
     file = tmp_path / "notes.xml"
     file.write_text(content)
-    with pytest.raises(InputError, match=r"exists and is no JUnit XML of an earlier run; choose another file"):
+    with pytest.raises(InputError, match=r"exists and is no JUnit XML of an earlier `parity`; choose another file"):
         check_junit(file)
     assert run("parity", bundle("tiny"), "--junit", file)[0] == 2
     assert file.read_text() == content

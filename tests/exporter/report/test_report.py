@@ -4,14 +4,17 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import validate
 
 from exporter.bench.speculation import ForcedEngine, speedups_from_tokens
+from exporter.cli.schemas import document_schema
 from exporter.parity.stages import open_source
 from exporter.report.content import ReportOptions, measure_report
 from exporter.report.page import render
@@ -213,6 +216,17 @@ def test_failures_come_first(document: dict[str, Any]) -> None:
     assert "<b>FAIL</b>" in head
     verdicts = re.findall(r"PASS|FAIL", rest.partition('<section id="parity"')[2])
     assert verdicts == ["FAIL", "FAIL", *["PASS"] * (len(checks) - 1)]
+
+
+def test_the_schema_holds_without_drafts_and_memory(document: dict[str, Any]) -> None:
+    """As of a bundle with at most 0 draft tokens, on a system without /proc."""
+    schema = document_schema("report", strict=True)
+    validate({"schema_version": 1, **document}, schema)
+    measured = deepcopy(document["measured"])
+    measured["drafting"] = measured["speed"]["auto"] = None
+    del measured["speed"]["computed"]
+    measured["load"]["resident"] |= {"before": None, "loaded": None, "generated": None}
+    validate({"schema_version": 1, **document, "measured": measured}, schema)
 
 
 def test_page_names_what_is_missing(document: dict[str, Any]) -> None:

@@ -34,8 +34,9 @@ public struct Stats {
 public final class Decoder {
     public let engine: GraphEngine
 
-    public init(bundle: URL) throws {
-        engine = try GraphEngine(bundle: bundle)
+    /// - Parameter digest: hexadecimal sha256 of the manifest, as `export` printed it; nil for any bundle.
+    public init(bundle: URL, digest: String? = nil) throws {
+        engine = try GraphEngine(bundle: bundle, digest: digest)
     }
 
     /// Calls `onToken` with each new token id, until it returns false, the text ends, or the budget or context is used up.

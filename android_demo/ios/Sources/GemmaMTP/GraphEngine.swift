@@ -76,8 +76,10 @@ public final class GraphEngine {
     /// Opens a bundle whose digests were checked when it was installed (`Manifest.changedFiles`).
     ///
     /// Throws `InputError`, or what ExecuTorch throws for a program that it cannot load.
-    public init(bundle: URL) throws {
-        manifest = try Manifest.read(bundle: bundle)
+    ///
+    /// - Parameter digest: hexadecimal sha256 of the manifest, as `export` printed it; nil for any bundle.
+    public init(bundle: URL, digest: String? = nil) throws {
+        manifest = try Manifest.read(bundle: bundle, digest: digest)
         embedTokens = try Table(bundle: bundle, metadata: manifest.tables["embed_tokens"]!)
         embedTokensPerLayer = try Table(bundle: bundle, metadata: manifest.tables["embed_tokens_per_layer"]!)
         cache = Dictionary(uniqueKeysWithValues: manifest.kv.buffers.map { ($0.name, CacheBuffer($0)) })
@@ -172,7 +174,7 @@ public final class GraphEngine {
                 return input
             }
             guard let buffer = cache[port.name] else {
-                throw InputError("graph \(name) has an input \(port.name) that format 2 does not know; export it again")
+                throw InputError("graph \(name) has an input \(port.name) that this version does not know; export it again")
             }
             return buffer.tensor
         })

@@ -39,11 +39,11 @@ public struct Graph: Decodable {
     public let outputs: [Port]
 }
 
-/// Rows of a table in a file of the bundle: the offset of the first in bytes, and how many.
+/// Rows of a table in a file of the bundle: the offset of the first in bytes, and how many; nil for all of the table.
 public struct Part: Decodable {
     public let file: String
     public let offset: Int
-    public let rows: Int
+    public let rows: Int?
 }
 
 /// All rows of a table, or of its scales, which have a dtype.
@@ -56,14 +56,14 @@ public struct Rows: Decodable {
     }
 
     /// Reads parts, or the one place that a manifest of format 2 has; its part has all rows that there are.
-    public init(from decoder: any Decoder) throws {
+    public init(from decoder: any Swift.Decoder) throws {
         let values = try decoder.container(keyedBy: CodingKeys.self)
         dtype = try values.decodeIfPresent(String.self, forKey: .dtype)
         if let parts = try values.decodeIfPresent([Part].self, forKey: .parts) {
             self.parts = parts
         } else {
             let file = try values.decode(String.self, forKey: .file)
-            parts = [Part(file: file, offset: try values.decode(Int.self, forKey: .offset), rows: Int.max)]
+            parts = [Part(file: file, offset: try values.decode(Int.self, forKey: .offset), rows: nil)]
         }
     }
 }

@@ -106,14 +106,19 @@ private struct MappedRows {
     init(bundle: URL, rows: Rows, count: Int, rowBytes: Int) throws {
         var start = 0
         self.rowBytes = rowBytes
+        guard count > 0, rowBytes > 0 else {
+            throw InputError("\(bundle.path): a table has no rows; export the bundle again")
+        }
         pieces = try rows.parts.map { part in
             let path = bundle.appendingPathComponent(part.file)
             let data = try Data(contentsOf: path, options: .alwaysMapped)
-            let first = start
-            start = min(count, part.rows == Int.max ? count : start + part.rows)
-            guard part.offset >= 0, part.offset + (start - first) * rowBytes <= data.count else {
+            let first = start, rows = part.rows ?? count
+            guard rows >= 1, rows <= count - first, part.offset >= 0,
+                  (data.count - part.offset) / rowBytes >= rows
+            else {
                 throw InputError("\(path.path): too short for its rows of a table; export the bundle again")
             }
+            start += rows
             return Piece(first: first, end: start, offset: part.offset, data: data)
         }
         guard start == count else {

@@ -24,7 +24,6 @@ internal class CacheBuffer(private val kv: KVBuffer) {
     /** The buffer as graphs take it; another one after each [grow]. */
     val tensor: Tensor
         get() {
-            bytes.clear()
             val data = if (kv.type == KVType.FLOAT32) bytes.asFloatBuffer() else bytes.asShortBuffer()
             val shape = kv.sizes.mapIndexed { axis, size -> if (axis == kv.rowsAxis) rows.toLong() else size.toLong() }
             return Tensor(data, *shape.toLongArray())

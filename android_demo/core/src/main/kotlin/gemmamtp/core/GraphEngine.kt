@@ -181,7 +181,7 @@ class GraphEngine(
 
     /** The last position at which sliding layers' buffers may begin for tokens from a position on. */
     private fun windowStartAt(position: Int) =
-        maxOf(0, position - manifest.slidingWindow - 2) / SLIDE_ROWS * SLIDE_ROWS
+        (maxOf(0L, position - manifest.slidingWindow.toLong() - 2) / SLIDE_ROWS * SLIDE_ROWS).toInt()
 
     /** Make room for [count] rows after [position]: move sliding layers' rows up, then grow the buffers. */
     private fun makeRoom(count: Int) {

@@ -18,6 +18,8 @@ const val PER_LAYER = "embed_tokens_per_layer"
 /** Names that tables can have: the head's is there where it is not the embedding. */
 internal val TABLES = listOf(EMBEDDING, PER_LAYER, "head")
 
+private const val MANIFEST_EXPECTED = "the manifest of a bundle; export it again"
+
 /** Numbers in a cache buffer: larger ones cannot be meant. */
 private const val MAX_BUFFER_VALUES = 1L shl 36
 private const val MAX_DRAFT_TOKENS = 1024
@@ -158,11 +160,12 @@ class Manifest(
 fun readManifest(bundle: File, digest: String? = null): Manifest {
     val path = File(bundle, MANIFEST)
     if (!path.exists()) throw InputError("$bundle: not a bundle, $MANIFEST is missing; expected the output of `export`")
-    val actual = fileSha256(path)
+    val content = readBytes(path, MANIFEST_EXPECTED)
+    val actual = hex(MessageDigest.getInstance("SHA-256").digest(content))
     if (digest != null && digest.lowercase() != actual) {
         throw InputError("$path: has the sha256 $actual, expected $digest; this is not the bundle that was meant")
     }
-    val manifest = parseManifest(readJson(path, "the manifest of a bundle; export it again"), "$path", actual)
+    val manifest = parseManifest(parseJson(content, path, MANIFEST_EXPECTED), "$path", actual)
     for ((name, metadata) in manifest.files) {
         val file = File(bundle, name)
         if (!file.isFile) throw InputError("$file: named in $MANIFEST but absent; the bundle is incomplete, copy it again")
@@ -170,7 +173,7 @@ fun readManifest(bundle: File, digest: String? = null): Manifest {
             throw InputError("$file: is ${file.length()} bytes, $MANIFEST says ${metadata.size}; copy the bundle again")
         }
     }
-    bundle.list().orEmpty().sorted().firstOrNull { it.endsWith(".weights") && it !in manifest.files }?.let {
+    bundle.list().orEmpty().sorted().firstOrNull { (it.endsWith(".weights") || it == TOKENIZER) && it !in manifest.files }?.let {
         throw InputError("$bundle/$it: not named in $MANIFEST, so it cannot be checked; export the bundle again")
     }
     return manifest
@@ -198,8 +201,10 @@ fun fileSha256(file: File, progress: Progress = Progress { _, _ -> }): String {
             progress.done(file.name, count.toLong())
         }
     }
-    return digest.digest().joinToString("") { "%02x".format(it) }
+    return hex(digest.digest())
 }
+
+private fun hex(bytes: ByteArray) = bytes.joinToString("") { "%02x".format(it) }
 
 /**
  * Parse a JSON file.
@@ -207,11 +212,18 @@ fun fileSha256(file: File, progress: Progress = Progress { _, _ -> }): String {
  * @param expected what the error says was expected, and what to do.
  * @throws InputError the file cannot be read, or is not JSON.
  */
-internal fun readJson(path: File, expected: String): JsonElement =
+internal fun readJson(path: File, expected: String): JsonElement = parseJson(readBytes(path, expected), path, expected)
+
+private fun readBytes(path: File, expected: String): ByteArray =
     try {
-        JsonParser.parseString(String(path.readBytes(), StandardCharsets.UTF_8))
+        path.readBytes()
     } catch (error: IOException) {
         throw InputError("$path: cannot be read (${error.message}); expected $expected", error)
+    }
+
+private fun parseJson(content: ByteArray, path: File, expected: String): JsonElement =
+    try {
+        JsonParser.parseString(String(content, StandardCharsets.UTF_8))
     } catch (error: JsonParseException) {
         throw InputError("$path: cannot be read as JSON (${oneLine(error)}); expected $expected", error)
     }
@@ -273,11 +285,8 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
         } ?: Sampling(),
         bos = raw.part("tokens").int("bos"),
         eos = raw.part("tokens").list("eos").map { it.asInt }.toSet(),
-        channels = raw.part("tokens").optional("channels")?.asMap().orEmpty().mapValues { (name, marks) ->
-            val ids = marks.asJsonArray.map { it.asInt }
-            require(ids.size == 2) { "tokens.channels.$name is $marks, expected two token ids" }
-            ids[0] to ids[1]
-        },
+        channels = raw.part("tokens").optional("channels")?.asMap().orEmpty()
+            .mapValues { (_, marks) -> marks.asJsonArray.let { it[0].asInt to it[1].asInt } },
         kv = raw.part("kv").list("buffers").map { buffer(it.asJsonObject) },
         graphs = raw.part("graphs").asMap().filterKeys { it in GRAPH_PORTS }.mapValues { (_, graph) ->
             val (inputs, outputs) = listOf("inputs", "outputs").map { way ->
@@ -330,10 +339,10 @@ private fun check(manifest: Manifest, raw: JsonObject): Unit = with(manifest) {
     val outputs = limits.getValue("num_outputs")
     val rows = limits.getValue("cache_rows")
     require(minOf(minOf(tokens, outputs), minOf(rows, rowMultiple)) >= 1) { "limits and row_multiple must be positive" }
-    require(rows >= maxSeqLen + rowMultiple - 1 && minOf(tokens, outputs) > maxDraftTokens) {
+    require(rows >= maxSeqLen.toLong() + rowMultiple - 1 && minOf(tokens, outputs) > maxDraftTokens) {
         "limits leave no room for max_seq_len or num_draft_tokens"
     }
-    require(limits.getValue("window_rows") >= minOf(rows, windowRows(slidingWindow, tokens))) {
+    require(limits.getValue("window_rows") >= minOf(rows.toLong(), windowRows(slidingWindow, tokens))) {
         "limits leave no room for sliding_window"
     }
     require(tokens % rowMultiple == 0 && outputs % rowMultiple == 0) { "limits are not multiples of row_multiple" }
@@ -344,7 +353,7 @@ private fun check(manifest: Manifest, raw: JsonObject): Unit = with(manifest) {
     for ((name, table) in tables) {
         for (rows in listOfNotNull(table.data, table.scales)) {
             require(rows.parts.all { it.file in files }) { "the file of table $name is not in files" }
-            require(rows.parts.all { it.rows >= 0 } && rows.parts.sumOf { it.rows.toLong() } == table.rows.toLong()) {
+            require(rows.parts.all { it.rows > 0 } && rows.parts.sumOf { it.rows.toLong() } == table.rows.toLong()) {
                 "the parts of table $name do not have its rows"
             }
         }
@@ -383,8 +392,8 @@ fun roundUp(count: Int, multiple: Int): Int = (count + multiple - 1) / multiple 
  * @param slidingWindow how many positions a sliding layer attends to; the drafter attends to one more.
  * @param numTokens the largest T of a pass.
  */
-internal fun windowRows(slidingWindow: Int, numTokens: Int): Int =
-    roundUp(slidingWindow + 2 + numTokens + SLIDE_ROWS, SLIDE_ROWS)
+internal fun windowRows(slidingWindow: Int, numTokens: Int): Long =
+    (slidingWindow + 2L + numTokens + SLIDE_ROWS + SLIDE_ROWS - 1) / SLIDE_ROWS * SLIDE_ROWS
 
 private fun JsonObject.required(name: String): JsonElement = requireNotNull(get(name)) { "$name is missing" }
 private fun JsonObject.part(name: String): JsonObject = required(name).asJsonObject

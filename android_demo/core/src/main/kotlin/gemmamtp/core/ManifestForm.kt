@@ -17,7 +17,9 @@ private fun shown(value: JsonElement) = value.toString().take(60)
 private fun form(expected: String, accepts: (JsonElement) -> Boolean) =
     Form { value, path -> require(accepts(value)) { "$path is ${shown(value)}, expected $expected" } }
 
-private val text = form("text") { it.isJsonPrimitive && it.asJsonPrimitive.isString }
+private val VERSION = Regex("""[0-9]{1,9}(\.[0-9]{1,9}){0,5}([^0-9.].*)?""")
+
+private val text = form("text", ::isText)
 private val bool = form("true or false") { it.isJsonPrimitive && it.asJsonPrimitive.isBoolean }
 
 /** A whole number that is not negative. */
@@ -31,6 +33,14 @@ private val number = form("a number") { value ->
 
 private fun numeral(value: JsonElement) = value.takeIf { it.isJsonPrimitive && it.asJsonPrimitive.isNumber }?.asString
 private fun whole(value: JsonElement) = numeral(value)?.toLongOrNull()
+
+private val version = form("a version such as 1.32.0") { isText(it) && VERSION.matches(it.asString) }
+private val twoIds = form("two token ids") { isPair(it) { id -> (whole(id) ?: -1) in 0 until MAX_COUNT } }
+private val twoTexts = form("two texts") { isPair(it, ::isText) }
+
+private fun isText(value: JsonElement) = value.isJsonPrimitive && value.asJsonPrimitive.isString
+private fun isPair(value: JsonElement, accepts: (JsonElement) -> Boolean) =
+    value.isJsonArray && value.asJsonArray.size() == 2 && value.asJsonArray.all(accepts)
 
 /** An object; keys that end in `?` may be missing, and others than these may be there. */
 private fun obj(vararg keys: Pair<String, Form>) = Form { value, path ->
@@ -64,19 +74,21 @@ private fun both(one: Form, other: Form) = Form { value, path ->
 
 private val graph = obj("file" to text, "inputs" to list(obj("name" to text)), "outputs" to list(obj("name" to text)))
 private val rows =
-    obj("rows" to size, "columns" to size, "encoding" to text, "row_bytes" to size, "group_size" to size)
-private val parts = list(obj("file" to text, "offset" to size, "rows" to size))
+    obj("rows" to count, "columns" to count, "encoding" to text, "row_bytes" to count, "group_size" to count)
+private val parts = list(obj("file" to text, "offset" to size, "rows" to count))
 private val table = both(
     rows,
     obj("data" to obj("parts" to parts), "scales?" to obj("dtype" to text, "parts" to parts)),
 )
 private val textConfig = obj(
-    "vocab_size" to size, "hidden_size" to size, "sliding_window" to size, "num_hidden_layers" to size,
+    "vocab_size" to count, "hidden_size" to count, "sliding_window" to count, "num_hidden_layers" to count,
     "layer_types" to list(text),
 )
-private val tokens = obj("bos" to size, "eos" to list(size), "suppressed?" to list(size), "names?" to map(text))
+private val tokens = obj(
+    "bos" to count, "eos" to list(count), "pad?" to count, "suppressed?" to list(count), "names?" to map(text),
+)
 private val buffer = obj(
-    "name" to text, "layer" to size, "layer_type" to text, "num_key_value_heads" to count, "head_dim" to count,
+    "name" to text, "layer" to count, "layer_type" to text, "num_key_value_heads" to count, "head_dim" to count,
 )
 private val source = obj("files" to map(text), "id?" to text, "revision?" to text, "license?" to text)
 
@@ -102,7 +114,8 @@ private val common = obj(
     "graphs" to obj("target" to graph, "drafter" to graph),
     "files" to map(obj("size" to size, "sha256" to text)),
     "chat?" to obj(
-        "begin" to text, "turns" to map(list(text)), "answer" to text, "trim" to bool, "alternate" to bool,
+        "begin" to text, "turns" to both(obj("user" to twoTexts, "assistant" to twoTexts), map(twoTexts)),
+        "answer" to text, "trim" to bool, "alternate" to bool, "hidden" to nullable(twoTexts),
     ),
 )
 
@@ -111,8 +124,8 @@ internal val FORM_3 = both(
     common,
     obj(
         "requires" to list(obj("name" to text, "since" to text)),
-        "backend" to obj("min_runtime?" to text),
-        "tokens" to obj("channels?" to map(list(size))),
+        "backend" to obj("min_runtime?" to version),
+        "tokens" to obj("channels?" to map(twoIds)),
         "kv" to obj("buffers" to list(obj("dtype" to text, "layout" to list(text)))),
         "tables" to obj("embed_tokens" to table, "embed_tokens_per_layer?" to table, "head?" to table),
         "source" to obj("target" to source, "drafter" to source),
@@ -125,8 +138,8 @@ private val table2 = both(rows, obj("data" to place, "scales?" to both(place, ob
 internal val FORM_2 = both(
     common,
     obj(
-        "backend" to obj("executorch?" to text),
-        "tokens" to obj("thoughts?" to nullable(list(size))),
+        "backend" to obj("executorch?" to version),
+        "tokens" to obj("thoughts?" to nullable(twoIds)),
         "tables" to obj("embed_tokens" to table2, "embed_tokens_per_layer" to table2),
         "source" to obj("target" to map(text), "drafter" to map(text)),
     ),

@@ -37,11 +37,11 @@ internal fun refuseUnknownFeatures(raw: JsonObject, origin: String) {
     for (entry in entries) {
         val (name, since) = listOf("name", "since").map { key -> (entry as? JsonObject)?.get(key).text() }
         if (name == null || since == null) {
-            throw InputError("$origin: requires is $requires, expected a list of objects with name and since; export it again")
+            throw InputError("$origin: requires is ${"$requires".take(80)}, expected a list of objects with name and since; export it again")
         }
         if (name !in FEATURES) {
             throw InputError(
-                "$origin: needs the feature '$name', which gemma-mtp-export $since brought and this version does not have;" +
+                "$origin: needs the feature '${name.take(60)}', which gemma-mtp-export ${since.take(20)} brought and this version does not have;" +
                     " update the app, or export the bundle without that feature",
             )
         }
@@ -70,9 +70,10 @@ fun requireRuntime(bundle: File, manifest: Manifest, library: String, installed:
     }
 }
 
-/** The numbers that a version begins with: 1, 31, 1 for `1.31.1rc2`. */
+/** The numbers that a version begins with, without zeros at the end: 1, 31, 1 for `1.31.1rc2`. */
 internal fun versionNumbers(version: String): List<Int> =
-    Regex("""\d+(\.\d+)*""").matchAt(version, 0)?.value?.split(".")?.mapNotNull(String::toIntOrNull) ?: emptyList()
+    Regex("""\d+(\.\d+)*""").matchAt(version, 0)?.value.orEmpty().split(".").mapNotNull(String::toIntOrNull)
+        .dropLastWhile { it == 0 }
 
 private fun isOlder(one: List<Int>, other: List<Int>): Boolean {
     val differing = one.zip(other).firstOrNull { (left, right) -> left != right }

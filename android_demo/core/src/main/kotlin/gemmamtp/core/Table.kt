@@ -30,7 +30,7 @@ private val SCALE_BYTES = mapOf("float32" to 4, "float16" to 2, "bfloat16" to 2)
  * @property columns numbers in a row.
  * @throws IllegalArgumentException the encoding or a size is impossible, or the files are too short.
  */
-class Table(bundle: File, private val metadata: TableMetadata) {
+class Table(private val bundle: File, private val metadata: TableMetadata) {
     val columns = metadata.columns
     private val encoding =
         requireNotNull(ENCODINGS[metadata.encoding]) { "a table has encoding '${metadata.encoding}', which is none" }
@@ -44,6 +44,7 @@ class Table(bundle: File, private val metadata: TableMetadata) {
         require(metadata.rowBytes * 8L >= columns.toLong() * encoding.bits) {
             "a table has ${metadata.rowBytes} bytes for $columns numbers in ${metadata.encoding}"
         }
+        require(encoding.bits < 32 || metadata.rowBytes % 4 == 0) { "a table of floats has rows of ${metadata.rowBytes} bytes" }
         scales = if (encoding.bits == 32) null else {
             val rows = requireNotNull(metadata.scales) { "a table in ${metadata.encoding} has no scales" }
             val bytes = requireNotNull(SCALE_BYTES[rows.dtype]) { "a table has scales in '${rows.dtype}'" }
@@ -59,7 +60,7 @@ class Table(bundle: File, private val metadata: TableMetadata) {
     fun read(ids: List<Int>, into: FloatBuffer) {
         for ((i, id) in ids.withIndex()) {
             if (id !in 0 until metadata.rows) {
-                throw InputError("a table has ${metadata.rows} rows, token $id was chosen; export the bundle again")
+                throw InputError("$bundle: a table has ${metadata.rows} rows, token $id was chosen; export it again")
             }
             readRow(id, into, i * columns)
         }

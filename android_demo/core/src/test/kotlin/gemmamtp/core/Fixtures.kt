@@ -27,7 +27,7 @@ fun smallManifest(
         "num_tokens" to numTokens,
         "num_outputs" to numTokens,
         "cache_rows" to maxSeqLen + rowMultiple - 1,
-        "window_rows" to windowRows(slidingWindow, numTokens),
+        "window_rows" to windowRows(slidingWindow, numTokens).toInt(),
     ),
     rowMultiple = rowMultiple,
     sampling = Sampling(),
