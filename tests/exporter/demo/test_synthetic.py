@@ -1,5 +1,6 @@
 """Pairs with random weights: their values and sizes, what reads them, and refused outputs."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from jsonschema import validate
 from safetensors.torch import load_file
 
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import open_pair
+from exporter.cli.schemas import document_schema
 from exporter.demo import synthetic
 from exporter.demo.sizes import E2B, E4B, FULL, SLIDING, drafter_of
 from exporter.demo.synthetic import MARKER, SyntheticPair
@@ -145,6 +148,15 @@ def test_only_synthetic_pairs_are_replaced(foreign: str | None, pair: Path, tmp_
         (copy / foreign).write_text("precious")
     with pytest.raises(InputError, match=r"is not a synthetic pair, so it will not be replaced"):
         write(copy, force=True)
+
+
+def test_the_command_prints_its_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SyntheticPair, "write", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["synthetic", "--size", "e2b", "--output", str(tmp_path / "pair"), "--json"])
+    run_command(synthetic.synthetic)
+    validate(json.loads(capsys.readouterr().out), document_schema("synthetic", strict=True))
 
 
 @pytest.mark.parametrize("arguments", [["--size", "e3b", "--output", "x"], ["--size", "e2b", "--output", "."]])
