@@ -125,8 +125,11 @@ def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str
         InputError: see `exporter.bundle.export.export_bundle`.
     """
     from exporter.bundle.export import export_bundle
+    from exporter.graphs.grids import grid_warnings
+    from exporter.graphs.parts import graph_parts
 
-    for warning in pair.warnings:
+    warnings = [*pair.warnings, *grid_warnings(graph_parts(pair, RECIPES[options.recipe]), options.recipe)]
+    for warning in warnings:
         err.print(f"warning: {warning}", style="yellow")
     started = time.perf_counter()
     total = pair.weight_bytes
@@ -144,5 +147,5 @@ def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str
         "bytes": size,
         "seconds": seconds,
         "peak_bytes": peak,
-        "warnings": list(pair.warnings),
+        "warnings": warnings,
     }

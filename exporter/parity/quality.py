@@ -1,6 +1,6 @@
 """Measure what a recipe costs: a bundle's logits, choices and accepted drafts against its checkpoints in float32."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from exporter.checkpoint.pair import Pair
 from exporter.modeling.target import SUPPRESSED_LOGIT, Target, empty_kv, is_suppressed
+from exporter.parity.checks import Check
 from exporter.parity.reference import Reference
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.decoder import Options, generate
@@ -47,6 +48,27 @@ class Quality:
             "sqnr_db": self.sqnr_db,
             "positions": self.positions,
         }
+
+
+def quality_checks(quality: Quality, acceptance: float | None) -> Iterator[Check]:
+    """Yield what a recipe costs as checks; nothing is judged, except that logits of NaN fail.
+
+    Args:
+        quality: the bundle's.
+        acceptance: acceptance rate of the bundle's drafts; None if there were none.
+    """
+    details = (
+        ("logits", f"SQNR {quality.sqnr_db:.1f} dB"),
+        ("choices", f"{quality.agreement:.1%} of {quality.positions} top-1 equal"),
+        ("tokens", f"KL {quality.kl:.4f} nats"),
+        ("drafts", f"{_share(acceptance)} accepted, {_share(quality.acceptance)} in fp32"),
+    )
+    for output, detail in details:
+        yield Check("recipe", f"{output} against fp32", not np.isnan(quality.sqnr_db), detail=detail)
+
+
+def _share(rate: float | None) -> str:
+    return "none" if rate is None else f"{rate:.1%}"
 
 
 @torch.no_grad()

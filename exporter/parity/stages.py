@@ -21,7 +21,7 @@ from exporter.modeling.drafter import kv_by_type
 from exporter.modeling.target import empty_kv, is_suppressed
 from exporter.parity.checks import Check
 from exporter.parity.gate import Figures, Gate, gate_checks
-from exporter.parity.quality import Quality, logits_after, measure_quality
+from exporter.parity.quality import logits_after, measure_quality, quality_checks
 from exporter.parity.reference import EagerGraph, Reference
 from exporter.parity.tolerance import relative_error, tolerance_for
 from exporter.quantization.recipes import RECIPES
@@ -177,7 +177,7 @@ def _check_stages(
             acceptance = figures["acceptance_rate"] = accepted / drafted if drafted else None
     if quality is not None:
         figures |= quality.figures
-        yield from _quality_checks(quality, acceptance)
+        yield from quality_checks(quality, acceptance)
 
 
 def _dense_acceptance(
@@ -190,22 +190,6 @@ def _dense_acceptance(
     with_dense = GraphEngine(manifest, {**engine.graphs, "drafter": graph}, engine.tables)
     runs = [_tokens(with_dense, p, max_new_tokens, manifest.default_draft_tokens) for p in prompts]
     return f" ({sum(s.accepted for _, s in runs)} of {sum(s.drafted for _, s in runs)} with a dense head)"
-
-
-def _quality_checks(quality: Quality, acceptance: float | None) -> Iterator[Check]:
-    """Report what the recipe costs; nothing is judged, except that logits of NaN fail."""
-    details = (
-        ("logits", f"SQNR {quality.sqnr_db:.1f} dB"),
-        ("choices", f"{quality.agreement:.1%} of {quality.positions} top-1 equal"),
-        ("tokens", f"KL {quality.kl:.4f} nats"),
-        ("drafts", f"{_share(acceptance)} accepted, {_share(quality.acceptance)} in fp32"),
-    )
-    for output, detail in details:
-        yield Check("recipe", f"{output} against fp32", not np.isnan(quality.sqnr_db), detail=detail)
-
-
-def _share(rate: float | None) -> str:
-    return "none" if rate is None else f"{rate:.1%}"
 
 
 def default_prompts(manifest: Manifest) -> list[list[int]]:

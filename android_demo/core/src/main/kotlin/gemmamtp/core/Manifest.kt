@@ -18,23 +18,11 @@ const val PER_LAYER = "embed_tokens_per_layer"
 /** Names that tables can have: the head's is there where it is not the embedding. */
 internal val TABLES = listOf(EMBEDDING, PER_LAYER, "head")
 
+/** Files that readers read if they are there. */
+private val READ_BY_NAME = listOf(TOKENIZER, "chat_template.jinja")
 private const val MANIFEST_EXPECTED = "the manifest of a bundle; export it again"
 
-/** Numbers in a cache buffer: larger ones cannot be meant. */
-private const val MAX_BUFFER_VALUES = 1L shl 36
-private const val MAX_DRAFT_TOKENS = 1024
-
-private val KVBuffer.rowSize get() = numKeyValueHeads.toLong() * headDim
 private val KV_TYPES = mapOf("float32" to KVType.FLOAT32, "float16" to KVType.FLOAT16)
-
-/** Inputs and outputs of each graph that are not cache buffers, in order; `per_layer` is there if its table is. */
-private val GRAPH_PORTS = mapOf(
-    "target" to (
-        listOf("embedded", "per_layer", "position", "window_start", "output_rows") to
-            listOf("top_logits", "top_ids", "state")
-        ),
-    "drafter" to (listOf("embedded", "state", "position", "window_start") to listOf("draft_token", "next_state")),
-)
 
 /** Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks. */
 const val SLIDE_ROWS = 128
@@ -173,7 +161,7 @@ fun readManifest(bundle: File, digest: String? = null): Manifest {
             throw InputError("$file: is ${file.length()} bytes, $MANIFEST says ${metadata.size}; copy the bundle again")
         }
     }
-    bundle.list().orEmpty().sorted().firstOrNull { (it.endsWith(".weights") || it == TOKENIZER) && it !in manifest.files }?.let {
+    bundle.list().orEmpty().sorted().firstOrNull { (it.endsWith(".weights") || it in READ_BY_NAME) && it !in manifest.files }?.let {
         throw InputError("$bundle/$it: not named in $MANIFEST, so it cannot be checked; export the bundle again")
     }
     return manifest
@@ -256,7 +244,7 @@ internal fun parseManifest(
     try {
         checkForm(document, if (version.toString() == "2") FORM_2 else FORM_3)
         val raw = if (version.toString() == "2") fromFormat2(document) else document
-        return parse(raw, digest, arm64).also { check(it, raw) }
+        return parse(raw, digest, arm64).also { checkManifest(it, raw) }
     } catch (error: RuntimeException) { // whatever is missing, of another type, or does not fit
         val reason = "${error.javaClass.simpleName}: ${oneLine(error)}"
         throw InputError("$origin: incomplete or malformed ($reason); export the bundle again", error)
@@ -308,14 +296,14 @@ private fun table(entry: JsonObject): TableMetadata {
     val (rows, columns, rowBytes) = listOf("rows", "columns", "row_bytes").map(entry::int)
     val scales = entry.optional("scales")
     return TableMetadata(
-        rows, columns, rowBytes, entry.text("encoding"), entry.int("group_size"), rows(entry.part("data")),
-        scales?.let(::rows),
+        rows, columns, rowBytes, entry.text("encoding"), entry.int("group_size"), rows(entry.part("data"), ""),
+        scales?.let { rows(it, it.text("dtype")) },
     )
 }
 
-private fun rows(entry: JsonObject) = Rows(
+private fun rows(entry: JsonObject, dtype: String) = Rows(
     entry.list("parts").map { it.asJsonObject }.map { Part(it.text("file"), it.required("offset").asLong, it.int("rows")) },
-    entry.get("dtype")?.asString ?: "",
+    dtype,
 )
 
 private fun buffer(entry: JsonObject): KVBuffer {
@@ -327,60 +315,6 @@ private fun buffer(entry: JsonObject): KVBuffer {
     }
     val sliding = entry.text("layer_type") == "sliding_attention"
     return KVBuffer(entry.text("name"), sliding, entry.int("num_key_value_heads"), entry.int("head_dim"), type, layout)
-}
-
-/** Checks that the parts of a manifest fit each other; throws IllegalArgumentException. */
-private fun check(manifest: Manifest, raw: JsonObject): Unit = with(manifest) {
-    require(defaultDraftTokens in 0..maxDraftTokens) { "num_draft_tokens: default must be between 0 and max" }
-    require(minOf(minOf(maxSeqLen, vocabSize), minOf(hiddenSize, slidingWindow)) >= 1) {
-        "max_seq_len, vocab_size, hidden_size and sliding_window must be positive"
-    }
-    val tokens = limits.getValue("num_tokens")
-    val outputs = limits.getValue("num_outputs")
-    val rows = limits.getValue("cache_rows")
-    require(minOf(minOf(tokens, outputs), minOf(rows, rowMultiple)) >= 1) { "limits and row_multiple must be positive" }
-    require(rows >= maxSeqLen.toLong() + rowMultiple - 1 && minOf(tokens, outputs) > maxDraftTokens) {
-        "limits leave no room for max_seq_len or num_draft_tokens"
-    }
-    require(limits.getValue("window_rows") >= minOf(rows.toLong(), windowRows(slidingWindow, tokens))) {
-        "limits leave no room for sliding_window"
-    }
-    require(tokens % rowMultiple == 0 && outputs % rowMultiple == 0) { "limits are not multiples of row_multiple" }
-    for (name in files.keys) require(File(name).name == name) { "files names '$name', outside the bundle" }
-    for (name in listOf("target", "drafter")) {
-        require(graphs.getValue(name).file in files) { "the file of graph $name is not in files" }
-    }
-    for ((name, table) in tables) {
-        for (rows in listOfNotNull(table.data, table.scales)) {
-            require(rows.parts.all { it.file in files }) { "the file of table $name is not in files" }
-            require(rows.parts.all { it.rows > 0 } && rows.parts.sumOf { it.rows.toLong() } == table.rows.toLong()) {
-                "the parts of table $name do not have its rows"
-            }
-        }
-        require(table.rows == vocabSize) { "table $name does not have a row for each token" }
-        require(name == PER_LAYER || table.columns == hiddenSize) { "table $name is not as wide as hidden_size" }
-    }
-    checkFeatures(raw)
-    val buffers = kv.map { it.name }
-    for ((name, ports) in GRAPH_PORTS) {
-        val graph = graphs.getValue(name)
-        val others = graph.inputs.filter { it !in buffers } to graph.outputs.filter { it.removeSuffix("_out") !in buffers }
-        val expected = ports.first.filter { it != "per_layer" || PER_LAYER in tables } to ports.second
-        require(others == expected) { "graph $name has other inputs or outputs than $expected and kv.buffers" }
-        require(listOf(graph.inputs, graph.outputs).all { it.toSet().size == it.size }) {
-            "graph $name has two inputs or outputs of one name"
-        }
-    }
-    require(kv.isNotEmpty() && buffers.toSet().size == kv.size && graphs.getValue("target").inputs.containsAll(buffers)) {
-        "kv.buffers are not inputs of graph target, or one is there twice"
-    }
-    val maxRows = maxOf(rows, limits.getValue("window_rows")).toLong()
-    require(kv.all { minOf(it.numKeyValueHeads, it.headDim) >= 1 && it.rowSize < MAX_BUFFER_VALUES / maxRows }) {
-        "kv.buffers must have positive sizes that fit into memory"
-    }
-    require(maxDraftTokens <= MAX_DRAFT_TOKENS) {
-        "num_draft_tokens.max is $maxDraftTokens, expected at most $MAX_DRAFT_TOKENS"
-    }
 }
 
 /** The smallest multiple of [multiple] that is not below [count]; both are positive. */
