@@ -125,9 +125,11 @@ def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str
         InputError: see `exporter.bundle.export.export_bundle`.
     """
     from exporter.bundle.export import export_bundle
+    from exporter.graphs.backend import load_backend
     from exporter.graphs.grids import grid_warnings
     from exporter.graphs.parts import graph_parts
 
+    load_backend(options.backend)  # a missing package is told before anything else
     warnings = [*pair.warnings, *grid_warnings(graph_parts(pair, RECIPES[options.recipe]), options.recipe)]
     for warning in warnings:
         err.print(f"warning: {warning}", style="yellow")
