@@ -195,7 +195,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
     ),
 }
 
-# Documents of several prompts or paths are a list of such objects.
+# Documents of several prompts are a list of such objects.
 LISTS = ("generate",)
 
 

@@ -2,15 +2,11 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from exporter.checkpoint.tensors import row_blocks
-from exporter.graphs.parts import GraphParts
+from exporter.graphs.parts import GraphParts, sample_rows
 from exporter.quantization.numbers import fitting_width, lies_on_grid
-from exporter.quantization.widths import Width
 
 GRID_BITS = 4
-SAMPLE_ROWS = 8  # of each matrix
 
 
 def grid_warnings(parts: Mapping[str, GraphParts], recipe: str) -> list[str]:
@@ -26,7 +22,7 @@ def grid_warnings(parts: Mapping[str, GraphParts], recipe: str) -> list[str]:
         for name, width in part.widths.items()
         if width.bits == GRID_BITS and name in part.weights
     ]
-    rounded = [name for part, name in matrices if not _fits(_sample(part, name), part.widths[name])]
+    rounded = [name for part, name in matrices if not _fits(part, name)]
     if not rounded:
         return []
     share = len(rounded) / len(matrices)
@@ -37,10 +33,6 @@ def grid_warnings(parts: Mapping[str, GraphParts], recipe: str) -> list[str]:
     ]
 
 
-def _fits(rows: Tensor, width: Width) -> bool:
-    return lies_on_grid(rows, fitting_width(width, rows))
-
-
-def _sample(part: GraphParts, name: str) -> Tensor:
-    block = next(iter(row_blocks(part.weights[name])))
-    return block[:: max(1, len(block) // SAMPLE_ROWS)][:SAMPLE_ROWS].contiguous()
+def _fits(part: GraphParts, name: str) -> bool:
+    rows = sample_rows(next(row_blocks(part.weights[name])))
+    return lies_on_grid(rows, fitting_width(part.widths[name], rows))

@@ -106,9 +106,14 @@ def quantized_blocks(
         if width is None:
             yield block
         else:
-            fitting = fitting or fitting_width(width, block[:: max(1, len(block) // SAMPLE_ROWS)])
+            fitting = fitting or fitting_width(width, sample_rows(block))
             yield quantize(block, fitting, Scales() if width.bits == 8 else scales)
         progress(4 * block.numel())
+
+
+def sample_rows(block: Tensor) -> Tensor:
+    """Return the rows of a matrix's first block [rows, columns] by which its group size is chosen."""
+    return block[:: max(1, len(block) // SAMPLE_ROWS)]
 
 
 def graph_parts(pair: Pair, recipe: Recipe) -> dict[str, GraphParts]:

@@ -151,7 +151,7 @@ def lies_on_grid(rows: Tensor, width: Width) -> bool:
         width: bits of an integer, 4 or fewer, and a group size that divides the columns.
     """
     quantized = quantize(rows, width)
-    error, groups = ((x.view(len(rows), -1, quantized.group_size)) for x in (quantized.dequantize() - rows, rows))
+    error, groups = (x.reshape(len(rows), -1, quantized.group_size) for x in (quantized.dequantize() - rows, rows))
     return bool((error.abs().amax(2) <= GRID_ROUNDING * groups.abs().amax(2)).all())
 
 
