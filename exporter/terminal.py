@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from runtime_ref.errors import CheckError, InputError
 
@@ -141,7 +141,8 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
     Yields:
         A function to call with the name of the current step and the amount of work that was done since the last call.
     """
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *times
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda step, amount: progress.update(task, advance=amount, description=f"{title}: {step}")

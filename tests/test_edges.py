@@ -22,7 +22,7 @@ from exporter.bench.measure import decode_weights, two_stage_ratio, versions
 from exporter.bundle.inspection import inspect
 from exporter.checkpoint.pair import Pair, open_pair
 from exporter.modeling.target import empty_kv
-from exporter.parity.stages import open_source
+from exporter.parity.source import open_source
 from runtime_ref.costs import Costs
 from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import load_engine

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from exporter.bundle.chat_format import chat_format
+from exporter.calibration.calibrate import calibrate
 from exporter.checkpoint.origin import model_origin
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.side_files import chat_template
@@ -25,6 +26,7 @@ from exporter.graphs.spec import kv_ports, size_limits
 from exporter.graphs.split_files import too_large
 from exporter.graphs.tables import PER_LAYER, write_per_layer
 from exporter.quantization.recipes import RECIPES
+from exporter.texts.token_texts import TokenTexts
 from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, SAMPLING_KEYS, Progress, file_sha256
@@ -48,6 +50,8 @@ class ExportOptions:
         force: whether an existing bundle may be replaced.
         check_room: whether to check first that disk and memory suffice.
         max_file_bytes: largest size of each file of weights; None for as few files as possible.
+        calibration: texts by which matrices of 4 bits that lie on no grid are rounded; None to round each number to
+            the nearest.
     """
 
     backend: str
@@ -57,10 +61,14 @@ class ExportOptions:
     force: bool = False
     check_room: bool = True
     max_file_bytes: int | None = None
+    calibration: TokenTexts | None = None
 
 
 def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Progress = lambda *_: None) -> str:
     """Export a pair into a bundle. The same pair, options and tool version give the same bytes.
+
+    With a calibration that needs the same number of torch's threads and the same kind of processor. What it has
+    finished is kept beside the output until the bundle is written: after a kill, the same call goes on from there.
 
     Args:
         pair: the target and its drafter.
@@ -77,10 +85,15 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             output is then as it was before.
     """
     check_output(output, options.force)
-    max_seq_len, parts = plan_export(pair, output, options)
+    max_seq_len, _ = plan_export(pair, output, options)
     backend, recipe = load_backend(options.backend), RECIPES[options.recipe]
     template = chat_template(pair.target_checkpoint.directory)
-    with replacing(output, lambda: _check_replaceable(output, options.force)) as directory, _one_thread():
+    steps = calibration_directory(output)
+    with replacing(output, lambda: _check_replaceable(output, options.force)) as directory, contextlib.ExitStack() as s:
+        if options.calibration is not None:
+            pair = calibrate(pair, options.recipe, backend.supported_scales(), options.calibration, steps, progress)
+        parts = graph_parts(pair, recipe)
+        s.enter_context(_one_thread())
         limits = size_limits(max_seq_len, options.max_draft_tokens, pair.target.sliding_window)
         per_layer = write_per_layer(directory, pair, recipe.per_layer, options.max_file_bytes, progress)
         exported = backend.export_graphs(directory, pair, parts, limits, options.max_file_bytes, progress)
@@ -104,6 +117,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             "tables": {"embed_tokens": exported.embedding_table, "embed_tokens_per_layer": per_layer},
             **describe(pair, options.backend),
             **({"chat": asdict(chat)} if chat else {}),
+            **({"calibration": asdict(pair.calibrated)} if pair.calibrated else {}),
             "source": {"target": _source(pair.target_checkpoint), "drafter": _source(pair.drafter_checkpoint)},
             "files": {
                 file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
@@ -114,7 +128,13 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         _check_file_sizes(manifest["files"], options.max_file_bytes)
         content = (json.dumps(manifest, indent=1) + "\n").encode()
         (directory / MANIFEST).write_bytes(content)
+    shutil.rmtree(steps, ignore_errors=True)
     return hashlib.sha256(content).hexdigest()
+
+
+def calibration_directory(output: Path) -> Path:
+    """Return the directory beside an output in which a calibration keeps what it has finished."""
+    return output.resolve().with_name(f".{output.resolve().name}.calibration")
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -147,6 +167,8 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions) -> tuple[int, 
     parts = graph_parts(pair, recipe)
     stored_bytes = sum(part.stored_bytes for part in parts.values())
     stored_bytes += prod(parts["target"].shapes[PER_LAYER]) * recipe.per_layer.bits // 8
+    if options.calibration is not None:
+        stored_bytes += parts["target"].num_quantized_values  # a byte each, until the bundle is written
     if options.max_file_bytes is not None:
         load_backend(options.backend).check_file_size(parts, options.max_file_bytes)
     # One percent more for the scales of PLE, the graphs and the tokenizer.

@@ -19,6 +19,25 @@ from runtime_ref.sampling import Sampling
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """How a target's matrices were rounded by their effect on texts, as the manifest's `calibration` says it.
+
+    Attributes:
+        texts: what the texts were, for people.
+        sha256: digest of their token ids.
+        tokens: number of their tokens.
+        threads: threads of torch; with another number, the last bits of sums may differ, and with them the integers.
+        matrices: names of the matrices.
+    """
+
+    texts: str
+    sha256: str
+    tokens: int
+    threads: int
+    matrices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Pair:
     """A target and its drafter: configs, readers of their weights, and the drafter's head.
 
@@ -35,6 +54,7 @@ class Pair:
         table: clusters of the two-stage head; None for a dense head.
         two_stage: sizes of the two-stage head; None for a dense head.
         clusters_origin: where the clusters come from, "checkpoint" or "kmeans"; empty for a dense head.
+        calibrated: how matrices of the target were rounded, whose readers are `IntegerReader`; None if none were.
     """
 
     target: TextConfig
@@ -49,6 +69,7 @@ class Pair:
     table: ClusterTable | None = None
     two_stage: TwoStageSizes | None = None
     clusters_origin: str = ""
+    calibrated: Calibrated | None = None
 
     @property
     def shared_kv(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from exporter.checkpoint.values import read_object
+from exporter.quantization.numbers import Quantized
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import file_sha256
 from runtime_ref.pointers import is_present, what_stands_for
@@ -174,13 +175,32 @@ class TensorReader:
         return self.checkpoint.blocks(self.name)
 
 
+@dataclass(frozen=True)
+class IntegerReader:
+    """A reader of a matrix whose integers and scales are known already; they are stored as they are.
+
+    Attributes:
+        quantized_blocks: reads the matrix in blocks of rows.
+    """
+
+    quantized_blocks: Callable[[], Iterator[Quantized]]
+
+    def __call__(self) -> Tensor:
+        """Return the matrix [rows, columns] float32, integers times scales."""
+        return torch.cat(list(self.blocks()))
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield the same in blocks of rows."""
+        return (block.dequantize() for block in self.quantized_blocks())
+
+
 def row_blocks(read: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """Read a tensor in blocks of rows if the reader can (`TensorReader`), else as one block.
+    """Read a tensor in blocks of rows if the reader can, else as one block.
 
     Raises:
         InputError: as `Checkpoint.blocks` does.
     """
-    return read.blocks() if isinstance(read, TensorReader) else iter((read(),))
+    return read.blocks() if isinstance(read, TensorReader | IntegerReader) else iter((read(),))
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:

@@ -44,7 +44,7 @@ def doctor(
     the result with the bundle. The exit code is 1 if there is a finding.
     """
     from exporter.doctor.diagnosis import run_doctor
-    from exporter.parity.stages import open_source
+    from exporter.parity.source import open_source
 
     pair = open_source(bundle, target, drafter)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []

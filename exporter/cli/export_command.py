@@ -1,6 +1,8 @@
 """The command `export`, which writes a bundle, and what other commands share with it."""
 
 import time
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +57,18 @@ if TYPE_CHECKING:
     "ExecuTorch's program.",
     show_default="none",
 )
+@click.option(
+    "--calibrate/--no-calibrate",
+    default=None,
+    help="Round matrices of 4 bits by what they do to texts, or each number to the nearest.",
+    show_default="calibrate where matrices lie on no grid of 4 bits",
+)
+@click.option(
+    "--calibration",
+    type=PATH,
+    help="Texts for that, like those of your users: a text file in UTF-8, or JSON as for --prompt-ids.",
+    show_default="a set of this package; without tokenizer.json, what the target writes",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--skip-room-check", is_flag=True, help="Do not check first that disk and memory suffice.")
 @json_option
@@ -71,6 +85,8 @@ def export(
     top_k_clusters: int | None,
     cluster_table: Path | None,
     max_file_size: int | None,
+    calibrate: bool | None,
+    calibration: Path | None,
     force: bool,
     skip_room_check: bool,
     as_json: bool,
@@ -78,7 +94,8 @@ def export(
     """Export a target and its drafter into a bundle.
 
     Checkpoints are directories with config.json and safetensors files, as published or as transformers saves them. The
-    same checkpoints and options give the same bytes.
+    same checkpoints and options give the same bytes; with a calibration, on the same kind of processor with as many
+    threads. A calibration that was killed goes on where it was.
     """
     from clustering.cluster_table import load_table
     from exporter.bundle.export import ExportOptions, check_output, plan_export
@@ -89,6 +106,8 @@ def export(
         raise click.UsageError("--clusters and --cluster-table go with --head kmeans")
     if clusters is not None and cluster_table is not None:
         raise click.UsageError("--cluster-table has a fixed number of clusters; leave out --clusters")
+    if calibration is not None and calibrate is False:
+        raise click.UsageError("--calibration has texts to calibrate on; leave out --no-calibrate")
     check_output(output, force)
     recipe, reason = auto_recipe() if recipe == AUTO else (recipe, "")
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check, max_file_size)
@@ -103,20 +122,28 @@ def export(
         pair = pair.with_clusters(table, top_k if top_k_clusters is None else top_k_clusters, "kmeans")
     else:
         pair = open_pair(target, drafter, head, top_k_clusters)
-    summary = run_export(pair, output, options)
+    summary = run_export(pair, output, options, True if calibration else calibrate, calibration)
     if reason:
         err.print(f"recipe {recipe}: {reason}")
     if as_json:
         print_json("export", summary)
 
 
-def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str, Any]:
+def run_export(
+    pair: "Pair",
+    output: Path,
+    options: "ExportOptions",
+    calibrate: bool | None = False,
+    calibration: Path | None = None,
+) -> dict[str, Any]:
     """Export a pair with a progress bar, and print the bundle's size, the time and the peak memory.
 
     Args:
         pair: target and drafter.
         output: bundle directory to write.
         options: options of the export.
+        calibrate: whether to calibrate; None to do it if the target has matrices of 4 bits that lie on no grid.
+        calibration: the user's texts; None for the default.
 
     Returns:
         The document that `export --json` prints.
@@ -126,15 +153,26 @@ def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str
     """
     from exporter.bundle.export import export_bundle
     from exporter.graphs.backend import load_backend
-    from exporter.graphs.grids import grid_warnings
+    from exporter.graphs.grids import grid_warnings, off_grid
     from exporter.graphs.parts import graph_parts
+    from exporter.texts.token_texts import token_texts
 
     load_backend(options.backend)  # a missing package is told before anything else
-    warnings = [*pair.warnings, *grid_warnings(graph_parts(pair, RECIPES[options.recipe]), options.recipe)]
+    parts, total = graph_parts(pair, RECIPES[options.recipe]), pair.weight_bytes
+    calibrated = off_grid(parts["target"]) if calibrate is not False else {}
+    warnings = [*pair.warnings, *([] if calibrated else grid_warnings(parts, options.recipe))]
     for warning in warnings:
         err.print(f"warning: {warning}", style="yellow")
     started = time.perf_counter()
-    total = pair.weight_bytes
+    if calibrated:
+        with err.status("texts for the calibration"):
+            options = replace(options, calibration=token_texts(pair, calibration))
+        assert options.calibration is not None
+        texts = options.calibration
+        err.print(f"calibrating {len(calibrated)} matrices on {texts.num_tokens} tokens: {texts.source}")
+        total += sum(4 * prod(parts["target"].shapes[name]) for name in calibrated)
+    elif calibrate:
+        err.print("nothing to calibrate: no matrix of the target is rounded to 4 bits without lying on their grid")
     with progress_bar(err, "export", total) as progress:
         digest = export_bundle(pair, output, options, progress)
     size = directory_bytes(output)
@@ -149,5 +187,6 @@ def run_export(pair: "Pair", output: Path, options: "ExportOptions") -> dict[str
         "bytes": size,
         "seconds": seconds,
         "peak_bytes": peak,
+        "calibrated": sorted(calibrated),
         "warnings": warnings,
     }

@@ -102,6 +102,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             **keys(str, "bundle digest recipe"),
             **keys(size, "bytes peak_bytes"),
             "seconds": number,
+            "calibrated": [str],
             "warnings": [str],
         },
     ),

@@ -111,7 +111,7 @@ def source_if_given(bundle: Path, target: Path | None, drafter: Path | None) -> 
         raise click.UsageError("give both --target and --drafter, or neither")
     if target is None or drafter is None:
         return None
-    from exporter.parity.stages import open_source
+    from exporter.parity.source import open_source
 
     return open_source(bundle, target, drafter)
 

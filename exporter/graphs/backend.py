@@ -1,7 +1,7 @@
 """The contract between the exporter and its backends, which each write the graphs of a bundle for one runtime."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -11,6 +11,7 @@ from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 
 if TYPE_CHECKING:  # these import torch, and the command line needs the names of backends alone
     from exporter.checkpoint.pair import Pair
+    from exporter.checkpoint.tensors import IntegerReader
     from exporter.graphs.parts import GraphParts
     from exporter.graphs.spec import GraphSpec
     from exporter.quantization.numbers import Scales
@@ -98,6 +99,22 @@ class Backend(Protocol):
 
         Returns:
             For each graph the names of weights that its file does not hold bit for bit.
+        """
+        ...
+
+    def stored_integers(
+        self, part: "GraphParts", file: Path, names: Sequence[str], metadata: Mapping[str, Any]
+    ) -> "dict[str, IntegerReader]":
+        """Return readers of 4-bit matrices that a bundle holds, for those that no checkpoint determines.
+
+        Args:
+            part: the graph's module, widths and shapes.
+            file: the graph's file.
+            names: the matrices, which the graph has.
+            metadata: the manifest's `backend`.
+
+        Raises:
+            KeyError: the file does not hold one of them.
         """
         ...
 

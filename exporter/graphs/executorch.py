@@ -4,7 +4,7 @@ import functools
 import hashlib
 import mmap
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.export.graph_signature import OutputKind
 from torchao.quantization.quantize_.workflows import IntxUnpackedToInt8Tensor
 
 from exporter.checkpoint.pair import Pair
+from exporter.checkpoint.tensors import IntegerReader
 from exporter.graphs.backend import ExportedGraphs
 from exporter.graphs.executorch_ops import Constants
 from exporter.graphs.parts import GraphParts
@@ -40,6 +41,7 @@ from exporter.modeling.weights import load_module
 from exporter.quantization.numbers import Quantized, Scales, pack
 from runtime_ref.manifest import Progress
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
+from runtime_ref.tables import unpack
 
 PROGRAM = "model.pte"
 
@@ -112,7 +114,12 @@ def export_graphs(
         _drop_delegated_weights(programs, edge)
         with (directory / PROGRAM).open("wb") as stream:
             emit(edge).write_to_file(stream)
-    return ExportedGraphs({"delegation": delegation}, _embedding(directory / PROGRAM, parts["target"]))
+    metadata: dict[str, Any] = {"delegation": delegation}
+    if pair.calibrated is not None:
+        target, scales = parts["target"], supported_scales()
+        stored = {name: _stored(target.whole(name, scales)) for name in pair.calibrated.matrices}
+        metadata["calibrated"] = {name: [_digest(a.tobytes()).hex() for a in arrays] for name, arrays in stored.items()}
+    return ExportedGraphs(metadata, _embedding(directory / PROGRAM, parts["target"]))
 
 
 def _module(part: GraphParts, progress: Progress, ops: Ops) -> nn.Module:
@@ -232,12 +239,40 @@ def differing_weights(parts: Mapping[str, GraphParts], files: Mapping[str, Path]
     }
 
 
+def stored_integers(
+    part: GraphParts, file: Path, names: Sequence[str], metadata: Mapping[str, Any]
+) -> dict[str, IntegerReader]:
+    """Return readers of matrices that the program holds; `Backend.stored_integers` describes the arguments.
+
+    A program has no names for its weights; the metadata has digests of these under `calibrated`.
+    """
+    blobs, found = {_digest(blob): blob for blob in _stored_blobs(file)}, {}
+    for name in names:
+        numbers, scales = (blobs[bytes.fromhex(digest)] for digest in metadata["calibrated"][name])
+        (rows, columns), bits = part.shapes[name], part.widths[name].bits
+        row_bytes = -(-columns * bits // 8)
+        packed = np.frombuffer(numbers, np.uint8, rows * row_bytes).reshape(rows, row_bytes)
+        integers = torch.from_numpy(unpack(packed, f"uint{bits}", columns)).to(torch.int8)
+        width = part.widths[name].group_size
+        groups = 1 if width is None else len(scales) // (2 * rows)
+        values = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16)[: rows * groups].float().view(rows, groups)
+        found[name] = IntegerReader(functools.partial(_one_block, Quantized(integers, values, bits)))
+    return found
+
+
+def _one_block(matrix: Quantized) -> Iterator[Quantized]:
+    yield matrix
+
+
 def _stored_digests(file: Path) -> set[bytes]:
+    return {_digest(blob) for blob in _stored_blobs(file)}
+
+
+def _stored_blobs(file: Path) -> list[bytes]:
     with quiet(*EXECUTORCH_LOGGERS):
         program = deserialize_pte_binary(file.read_bytes())
     blobs = [buffer.storage for buffer in program.program.constant_buffer]
-    blobs += program.named_data.buffers if program.named_data else []
-    return {_digest(blob) for blob in blobs}
+    return blobs + (program.named_data.buffers if program.named_data else [])
 
 
 def _digest(blob: bytes) -> bytes:

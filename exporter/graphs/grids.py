@@ -5,8 +5,25 @@ from collections.abc import Mapping
 from exporter.checkpoint.tensors import row_blocks
 from exporter.graphs.parts import GraphParts, sample_rows
 from exporter.quantization.numbers import fitting_width, lies_on_grid
+from exporter.quantization.widths import Width
 
 GRID_BITS = 4
+
+
+def off_grid(part: GraphParts) -> dict[str, Width]:
+    """Return the matrices of a graph that are stored in 4 bits and lie on no such grid, with the width of each.
+
+    Args:
+        part: the graph's module and weights. Integers that are stored as they are lie on a grid.
+    """
+    found = {}
+    for name, width in part.widths.items():
+        if width.bits == GRID_BITS and name in part.weights:
+            rows = sample_rows(next(row_blocks(part.weights[name])))
+            fitting = fitting_width(width, rows)
+            if not lies_on_grid(rows, fitting):
+                found[name] = fitting
+    return found
 
 
 def grid_warnings(parts: Mapping[str, GraphParts], recipe: str) -> list[str]:
@@ -16,23 +33,13 @@ def grid_warnings(parts: Mapping[str, GraphParts], recipe: str) -> list[str]:
         parts: what each graph consists of, by graph name.
         recipe: name of the recipe, for the message.
     """
-    matrices = [
-        (part, name)
-        for part in parts.values()
-        for name, width in part.widths.items()
-        if width.bits == GRID_BITS and name in part.weights
-    ]
-    rounded = [name for part, name in matrices if not _fits(part, name)]
+    rounded = [name for part in parts.values() for name in off_grid(part)]
     if not rounded:
         return []
-    share = len(rounded) / len(matrices)
+    total = sum(part.widths[name].bits == GRID_BITS for part in parts.values() for name in part.widths)
+    share = len(rounded) / total
     return [
-        f"recipe {recipe}: {len(rounded)} of {len(matrices)} matrices in 4 bits ({share:.0%}, such as {rounded[0]}) lie"
+        f"recipe {recipe}: {len(rounded)} of {total} matrices in 4 bits ({share:.0%}, such as {rounded[0]}) lie"
         " on no grid of 4 bits, so rounding changes what the model says; `parity` measures how much, and checkpoints"
         " that were trained for 4 bits (QAT) lose far less"
     ]
-
-
-def _fits(part: GraphParts, name: str) -> bool:
-    rows = sample_rows(next(row_blocks(part.weights[name])))
-    return lies_on_grid(rows, fitting_width(part.widths[name], rows))

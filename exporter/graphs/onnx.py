@@ -1,6 +1,6 @@
 """The ONNX Runtime backend: trace each graph without weights, then attach weights stored in files made to be mapped."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from exporter.checkpoint.pair import Pair
+from exporter.checkpoint.tensors import BLOCK_BYTES, IntegerReader
 from exporter.graphs.backend import ExportedGraphs
 from exporter.graphs.parts import GraphParts
 from exporter.graphs.spec import GraphSpec, drafter_graph, target_graph, trace_arguments
@@ -24,9 +25,11 @@ from exporter.graphs.split_files import SplitFile, too_large
 from exporter.graphs.tables import EMBEDDING, Part, table_metadata
 from exporter.modeling.layers import Ops
 from exporter.quantization.numbers import Quantized, Scales, pack
+from exporter.quantization.widths import Width
 from runtime_ref.manifest import Progress
 from runtime_ref.manifest_versions import OLDEST_ONNXRUNTIME
 from runtime_ref.quiet import quiet
+from runtime_ref.tables import unpack
 
 OPSET = 24  # the first with TensorScatter, which writes the cache in place
 SCALES_SUFFIX = ".scales"  # the scales of weight NAME are named NAME.scales
@@ -197,6 +200,28 @@ def _differing(file: Path, part: GraphParts) -> list[str]:
             if actual is None or (array.dtype, array.tobytes()) != (actual.dtype, actual.tobytes()):
                 differing.add(name)
     return sorted(differing | {name for name, tensor in stored.items() if rows[name] != tensor.shape.numpy()[0]})
+
+
+def stored_integers(
+    part: GraphParts, file: Path, names: Sequence[str], metadata: Mapping[str, Any]
+) -> dict[str, IntegerReader]:
+    """Return readers of matrices that a graph's file holds; `Backend.stored_integers` describes the arguments."""
+    stored = stored_weights(file)
+    found = {}
+    for name in names:
+        numbers, scales = stored[name].numpy(), stored[name + SCALES_SUFFIX].numpy()
+        found[name] = IntegerReader(partial(_integer_blocks, numbers, scales, part.shapes[name][1], part.widths[name]))
+    return found
+
+
+def _integer_blocks(numbers: np.ndarray, scales: np.ndarray, columns: int, width: Width) -> Iterator[Quantized]:
+    """The inverse of `_encoded`, in blocks of rows."""
+    groups = 1 if width.group_size is None else scales.shape[1]
+    step = max(1, BLOCK_BYTES // (4 * columns))
+    for start in range(0, len(numbers), step):
+        rows = numbers[start : start + step].reshape(min(step, len(numbers) - start), -1)
+        integers = torch.from_numpy(unpack(rows, f"uint{width.bits}", columns)).to(torch.int8)
+        yield Quantized(integers, torch.from_numpy(scales[start : start + step, :groups].copy()), width.bits)
 
 
 def trace_graph(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[], nn.Module]) -> ir.Model:

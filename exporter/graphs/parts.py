@@ -7,7 +7,7 @@ from math import prod
 from torch import Tensor, nn
 
 from exporter.checkpoint.pair import Pair
-from exporter.checkpoint.tensors import row_blocks
+from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.spec import DrafterGraph, TargetGraph
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops
@@ -101,6 +101,11 @@ def quantized_blocks(
         scales: dtype and signs that scales of less than 8 bits can have; those of 8 bits are float32.
         progress: called with the bytes of float32 of each block.
     """
+    if isinstance(read, IntegerReader):
+        for stored in read.quantized_blocks():
+            yield stored
+            progress(4 * stored.numbers.numel())
+        return
     fitting = None
     for block in row_blocks(read):
         if width is None:

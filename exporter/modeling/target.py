@@ -28,6 +28,27 @@ class TargetOutput:
     kv: list[Tensor]
 
 
+@dataclass
+class TargetPass:
+    """A pass of the target between two of its layers.
+
+    Attributes:
+        x: [T, E] float32, hidden states; from the KV-shared layers on only of tokens whose outputs are wanted.
+        per_layer: [T, layers, P] float32, per-layer inputs of the same tokens.
+        kv: K, then V, of each storing layer, each [N, S, D] float32; layers write into this list.
+        rows: [1] int64, the cache row of the first token, by layer type.
+        rotary: cosines and sines, each [T, 1, D], by layer type.
+        masks: [T*H/N, S] float32, by layer type.
+    """
+
+    x: Tensor
+    per_layer: Tensor
+    kv: list[Tensor]
+    rows: dict[str, Tensor]
+    rotary: dict[str, tuple[Tensor, Tensor]]
+    masks: dict[str, Tensor]
+
+
 class Target(nn.Module):
     """Gemma 4 text decoder with per-layer embeddings (PLE) and KV-shared layers.
 
@@ -87,24 +108,13 @@ class Target(nn.Module):
             kv: as in `forward`; a sliding layer's row i holds position `window_start` + i.
         """
         config = self.config
-        per_layer = self._per_layer_inputs(per_layer, embedded)
-        positions = position + torch.arange(embedded.shape[0])
-        rows = {"full_attention": position, "sliding_attention": position - window_start}
-        rotary, masks = self._geometry(positions, window_start, kv)
-        kv, x = list(kv), embedded
-        for i, layer in enumerate(cast(list[DecoderLayer], self.layers)):
-            layer_type = config.layer_types[i]
+        run = self.begin(embedded, per_layer, position, window_start, kv)
+        for i in range(config.num_hidden_layers):
             if i == config.num_kv_layers:
-                x, per_layer = x.index_select(0, output_rows), per_layer.index_select(0, output_rows)
-                rotary, masks = self._geometry(position + output_rows, window_start, kv)
-            normed = layer.input_layernorm(x)
-            source = i if i < config.num_kv_layers else config.kv_source(layer_type)
-            if i < config.num_kv_layers:
-                key, value = layer.self_attn.new_kv(normed, rotary[layer_type])
-                kv[2 * i] = self.ops.write_rows(kv[2 * i], key, rows[layer_type])
-                kv[2 * i + 1] = self.ops.write_rows(kv[2 * i + 1], value, rows[layer_type])
-            key, value = kv[2 * source], kv[2 * source + 1]
-            x = layer(x, normed, rotary[layer_type], masks[layer_type], key, value, per_layer.select(1, i))
+                run.x, run.per_layer = run.x.index_select(0, output_rows), run.per_layer.index_select(0, output_rows)
+                run.rotary, run.masks = self._geometry(position + output_rows, window_start, run.kv)
+            self.run_layer(i, run)
+        x = run.x
         if config.num_kv_layers == config.num_hidden_layers:
             x = x.index_select(0, output_rows)
         state = self.norm(x)
@@ -113,7 +123,30 @@ class Target(nn.Module):
             logits = torch.tanh(logits / cap) * cap
         if self.suppressed is not None:
             logits = logits + self.suppressed
-        return TargetOutput(logits, state, kv)
+        return TargetOutput(logits, state, run.kv)
+
+    def begin(
+        self, embedded: Tensor, per_layer: Tensor, position: Tensor, window_start: Tensor, kv: list[Tensor]
+    ) -> TargetPass:
+        """Return a pass before its first layer; the arguments are those of `decode`."""
+        rows = {"full_attention": position, "sliding_attention": position - window_start}
+        per_layer = self._per_layer_inputs(per_layer, embedded)
+        geometry = self._geometry(position + torch.arange(embedded.shape[0]), window_start, kv)
+        return TargetPass(embedded, per_layer, list(kv), rows, *geometry)
+
+    def run_layer(self, i: int, run: TargetPass) -> None:
+        """Run layer `i` of a pass, which gets its hidden states, K and V."""
+        config, layer, kv = self.config, cast(DecoderLayer, self.layers[i]), run.kv
+        layer_type = config.layer_types[i]
+        rotary, mask, rows = run.rotary[layer_type], run.masks[layer_type], run.rows[layer_type]
+        normed = layer.input_layernorm(run.x)
+        source = i if i < config.num_kv_layers else config.kv_source(layer_type)
+        if i < config.num_kv_layers:
+            key, value = layer.self_attn.new_kv(normed, rotary)
+            kv[2 * i] = self.ops.write_rows(kv[2 * i], key, rows)
+            kv[2 * i + 1] = self.ops.write_rows(kv[2 * i + 1], value, rows)
+        key, value = kv[2 * source], kv[2 * source + 1]
+        run.x = layer(run.x, normed, rotary, mask, key, value, run.per_layer.select(1, i))
 
     def _per_layer_inputs(self, per_layer: Tensor, embedded: Tensor) -> Tensor:
         """Per-layer inputs [T, layers, P] from the token's rows [T, layers*P] and its embedding [T, E].

@@ -22,10 +22,14 @@ def load_module(build: Callable[[], AnyModule], weights: Weights) -> AnyModule:
     with torch.device("meta"):
         module = build()
     for name, _ in list(module.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        value = nn.Parameter(weights[name](), requires_grad=False) if name in weights else None
-        setattr(module.get_submodule(owner), leaf, value)
+        set_parameter(module, name, weights[name]() if name in weights else None)
     return module.eval()
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Set one parameter of a module, which may be on the meta device, in inference mode; None takes its memory back."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, None if value is None else nn.Parameter(value, requires_grad=False))
 
 
 def parameter_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:

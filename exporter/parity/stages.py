@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustering.cluster_table import load_table
-from exporter.bundle.export import CLUSTERS, describe
-from exporter.checkpoint.pair import Pair, open_pair
+from exporter.bundle.export import describe
+from exporter.checkpoint.pair import Pair
 from exporter.files import directory_bytes
 from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import graph_parts
@@ -23,6 +22,7 @@ from exporter.parity.checks import Check
 from exporter.parity.gate import Figures, Gate, gate_checks
 from exporter.parity.quality import logits_after, measure_quality, quality_checks
 from exporter.parity.reference import EagerGraph, Reference
+from exporter.parity.source import calibration_check
 from exporter.parity.tolerance import relative_error, tolerance_for
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.acceptance import common_prefix
@@ -30,7 +30,7 @@ from runtime_ref.decoder import Options, check_prompt, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine, chunks
-from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifest
+from runtime_ref.manifest import Manifest, changed_files, read_manifest
 from runtime_ref.requirements import required_features
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
@@ -39,33 +39,6 @@ COMPARABLE_FEATURES = {"split-tables", "channels"}  # others change what graphs 
 LOGITS = "logits at top ids"  # the output whose tolerance also bounds ties between tokens
 
 Note = Callable[[str], None]
-
-
-def open_source(bundle: Path, target_dir: Path, drafter_dir: Path) -> Pair:
-    """Open the checkpoints that a bundle was made from, with the bundle's head.
-
-    Args:
-        bundle: a directory that `export` wrote.
-        target_dir: the target's checkpoint.
-        drafter_dir: the drafter's checkpoint.
-
-    Raises:
-        InputError: the bundle or a checkpoint cannot be read, or they do not fit each other.
-    """
-    two_stage = read_manifest(bundle).raw["two_stage"]
-    if two_stage is None:
-        return open_pair(target_dir, drafter_dir, "dense")
-    try:
-        origin, top_k = two_stage["origin"], int(two_stage["top_k_clusters"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{bundle / MANIFEST}: two_stage is malformed ({reason}); export the bundle again") from error
-    if origin == "checkpoint":
-        return open_pair(target_dir, drafter_dir, "checkpoint", top_k)
-    pair = open_pair(target_dir, drafter_dir, "dense")
-    text = pair.drafter.text
-    table, _ = load_table(bundle / CLUSTERS, text.vocab_size, text.hidden_size)
-    return pair.with_clusters(table, top_k, origin)
 
 
 def run_parity(
@@ -269,6 +242,8 @@ def _check_weights(bundle: Path, manifest: Manifest, pair: Pair) -> Iterator[Che
         listed = f"{len(differing)} differ: {', '.join(differing[:3])}"
         detail = listed if differing else f"{counts[graph]} tensor{'s' * (counts[graph] > 1)} equal"
         yield Check("weights", f"{graph} weights", not differing, detail=detail)
+    if pair.calibrated is not None:
+        yield calibration_check(pair)
 
 
 def _check_tables(engine: GraphEngine, reference: Reference) -> Check:

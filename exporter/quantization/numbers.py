@@ -73,14 +73,24 @@ def quantize(weight: Tensor, width: Width, allowed: Scales = Scales()) -> Quanti
     step = max(1, _BLOCK_NUMBERS // weight.shape[1])
     for start in range(0, len(weight), step):
         groups = weight[start : start + step].reshape(-1, group_size)
-        scale = _best_scales(groups, width.bits, allowed)
+        scale = best_scales(groups, width.bits, allowed)
         numbers[start : start + step] = _round(groups, scale, width.bits).view(-1, weight.shape[1])
         scales[start : start + step] = scale.view(-1, weight.shape[1] // group_size)
     return Quantized(numbers, scales, width.bits)
 
 
-def _best_scales(groups: Tensor, bits: int, allowed: Scales) -> Tensor:
-    """A scale [groups, 1] for each of the groups [groups, group size]."""
+def best_scales(groups: Tensor, bits: int, allowed: Scales, importance: Tensor | None = None) -> Tensor:
+    """Return the scale with the least squared error, of those that are tried, for each group of numbers.
+
+    Args:
+        groups: [groups, group size] float32.
+        bits: bits of an integer.
+        allowed: which scales may be chosen.
+        importance: [group size] float32, what a squared error in each place counts; None for the same in all.
+
+    Returns:
+        [groups, 1] float32.
+    """
     extreme = groups.gather(1, groups.abs().argmax(1, keepdim=True))  # the number of the largest magnitude, signed
     if bits == 8:
         allowed = replace(allowed, negative=False)
@@ -93,6 +103,8 @@ def _best_scales(groups: Tensor, bits: int, allowed: Scales) -> Tensor:
         scale = scale.to(allowed.dtype).float()
         scale[scale == 0] = 1.0
         difference = _round(groups, scale, bits).mul_(scale).sub_(groups)
+        if importance is not None:
+            difference.mul_(importance.sqrt())
         error = torch.linalg.vector_norm(difference, dim=1, keepdim=True)
         best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
 

@@ -9,7 +9,7 @@ from exporter.doctor import diagnosis
 from exporter.doctor.diagnosis import Diagnosis, diagnose
 from exporter.doctor.verdicts import Experiment
 from exporter.parity.reference import Reference
-from exporter.parity.stages import open_source
+from exporter.parity.source import open_source
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest

@@ -20,7 +20,8 @@ from exporter.checkpoint.tensors import Checkpoint
 from exporter.heads.clusters import ClusterOptions, make_clusters
 from exporter.heads.states import drafting_states, states_without_target
 from exporter.parity.drafting import DRAFT_STEPS
-from exporter.parity.stages import open_source, run_parity
+from exporter.parity.source import open_source
+from exporter.parity.stages import run_parity
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine, open_engine
 from runtime_ref.errors import InputError

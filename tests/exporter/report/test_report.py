@@ -15,7 +15,7 @@ from jsonschema import validate
 
 from exporter.bench.speculation import ForcedEngine, speedups_from_tokens
 from exporter.cli.schemas import document_schema
-from exporter.parity.stages import open_source
+from exporter.parity.source import open_source
 from exporter.report.content import ReportOptions, measure_report
 from exporter.report.page import render
 from exporter.report.texts import (

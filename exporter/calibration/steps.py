@@ -1,0 +1,79 @@
+"""Keep what each step of a calibration gives in a file of its own, so that a killed one goes on where it was."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from exporter.checkpoint.tensors import BLOCK_BYTES
+from exporter.quantization.numbers import Quantized
+
+_KEY = "key.json"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A directory with a safetensors file for each finished step: integers and scales of its matrices.
+
+    Attributes:
+        directory: the directory.
+    """
+
+    directory: Path
+
+    @classmethod
+    def open(cls, directory: Path, key: Mapping[str, Any]) -> "Steps":
+        """Open a directory; what is in it is kept if it was made with the same key, else it is removed.
+
+        Args:
+            directory: made if it does not exist.
+            key: all that the results depend on, as JSON.
+        """
+        path = directory / _KEY
+        if not path.is_file() or path.read_text(encoding="utf-8") != json.dumps(key):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            path.write_text(json.dumps(key), encoding="utf-8")
+        return cls(directory)
+
+    def read(self, step: str) -> dict[str, Quantized] | None:
+        """Return the matrices of a step by name, mapped from its file; None if it is not finished."""
+        try:
+            with safe_open(self._file(step), "pt") as opened:
+                bits = opened.metadata()
+                return {
+                    name: Quantized(opened.get_tensor(f"{name}.numbers"), opened.get_tensor(f"{name}.scales"), int(b))
+                    for name, b in bits.items()
+                    if name != "format"
+                }
+        except (SafetensorError, OSError):
+            return None
+
+    def write(self, step: str, matrices: Mapping[str, Quantized]) -> None:
+        """Write the matrices of a step, by name."""
+        tensors: dict[str, Tensor] = {}
+        for name, matrix in matrices.items():
+            tensors |= {f"{name}.numbers": matrix.numbers.contiguous(), f"{name}.scales": matrix.scales.contiguous()}
+        partial = self._file(step).with_suffix(".partial")
+        save_file(tensors, partial, {name: str(matrix.bits) for name, matrix in matrices.items()} | {"format": "pt"})
+        partial.replace(self._file(step))
+
+    def blocks(self, step: str, name: str) -> Iterator[Quantized]:
+        """Read a matrix of a finished step in blocks of rows."""
+        with safe_open(self._file(step), "pt") as opened:
+            numbers, scales = opened.get_slice(f"{name}.numbers"), opened.get_slice(f"{name}.scales")
+            rows, columns = numbers.get_shape()
+            block_rows = max(1, BLOCK_BYTES // (4 * columns))
+            for start in range(0, rows, block_rows):
+                block = slice(start, min(start + block_rows, rows))
+                yield Quantized(numbers[block], scales[block].to(torch.float32), int(opened.metadata()[name]))
+
+    def _file(self, step: str) -> Path:
+        return self.directory / f"{step}.safetensors"

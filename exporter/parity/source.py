@@ -1,0 +1,102 @@
+"""Open the checkpoints that a bundle was made from, with what the bundle alone determines: clusters and calibration."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from clustering.cluster_table import load_table
+from exporter.bundle.export import CLUSTERS
+from exporter.checkpoint.pair import Calibrated, Pair, open_pair
+from exporter.checkpoint.tensors import IntegerReader
+from exporter.graphs.backend import load_backend
+from exporter.graphs.parts import graph_parts
+from exporter.parity.checks import Check
+from exporter.quantization.recipes import RECIPES
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import MANIFEST, Manifest, read_manifest
+
+# Of the norm of a matrix: rounding to 4 bits makes an error of 0.08 to 0.25, another matrix one of about 1.4.
+MAX_CALIBRATED_ERROR = 0.5
+
+
+def open_source(bundle: Path, target_dir: Path, drafter_dir: Path) -> Pair:
+    """Open the checkpoints that a bundle was made from, with the bundle's head.
+
+    Args:
+        bundle: a directory that `export` wrote.
+        target_dir: the target's checkpoint.
+        drafter_dir: the drafter's checkpoint.
+
+    Raises:
+        InputError: the bundle or a checkpoint cannot be read, or they do not fit each other.
+    """
+    manifest = read_manifest(bundle)
+    pair = _with_head(bundle, manifest, target_dir, drafter_dir)
+    return pair if "calibration" not in manifest.raw else with_stored_integers(bundle, manifest, pair)
+
+
+def _with_head(bundle: Path, manifest: Manifest, target_dir: Path, drafter_dir: Path) -> Pair:
+    two_stage = manifest.raw["two_stage"]
+    if two_stage is None:
+        return open_pair(target_dir, drafter_dir, "dense")
+    try:
+        origin, top_k = two_stage["origin"], int(two_stage["top_k_clusters"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{bundle / MANIFEST}: two_stage is malformed ({reason}); export the bundle again") from error
+    if origin == "checkpoint":
+        return open_pair(target_dir, drafter_dir, "checkpoint", top_k)
+    pair = open_pair(target_dir, drafter_dir, "dense")
+    text = pair.drafter.text
+    table, _ = load_table(bundle / CLUSTERS, text.vocab_size, text.hidden_size)
+    return pair.with_clusters(table, top_k, origin)
+
+
+def with_stored_integers(bundle: Path, manifest: Manifest, pair: Pair) -> Pair:
+    """Return a pair with the integers of a calibrated bundle, which its checkpoints alone do not determine.
+
+    Args:
+        bundle: the bundle.
+        manifest: its manifest, which has `calibration`.
+        pair: the checkpoints it was made from.
+
+    Raises:
+        InputError: the bundle does not hold what its manifest lists.
+    """
+    if manifest.recipe not in RECIPES:
+        return pair  # which a comparison refuses with a message of its own
+    part = graph_parts(pair, RECIPES[manifest.recipe])["target"]
+    try:
+        entry = manifest.raw["calibration"]
+        names = [str(name) for name in entry["matrices"]]
+        file = bundle / manifest.graphs["target"].file
+        read = load_backend(manifest.backend).stored_integers(part, file, names, manifest.raw["backend"])
+        calibrated = Calibrated(entry["texts"], entry["sha256"], entry["tokens"], entry["threads"], tuple(names))
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{bundle / MANIFEST}: calibration does not fit the files ({reason}); export the bundle again"
+        ) from error
+    return replace(pair, target_weights={**pair.target_weights, **read}, calibrated=calibrated)
+
+
+def calibration_check(pair: Pair) -> Check:
+    """Check that calibrated matrices are near those of the checkpoint: none is another, or of another model.
+
+    Args:
+        pair: what `with_stored_integers` returned.
+    """
+    assert pair.calibrated is not None
+    floats, worst, error = pair.mapped_target_weights, "", 0.0
+    for name in pair.calibrated.matrices:
+        read, matrix = pair.target_weights[name], floats[name]()
+        assert isinstance(read, IntegerReader)
+        start, squared, total = 0, 0.0, 0.0
+        for block in read.blocks():
+            expected = matrix[start : start + len(block)].float()
+            squared, total = squared + float((block - expected).square().sum()), total + float(expected.square().sum())
+            start += len(block)
+        if (relative := (squared / total) ** 0.5 if total else 0.0) >= error or relative != relative:
+            worst, error = name, relative
+    detail = f"largest {worst}, of {len(pair.calibrated.matrices)} matrices" if worst else ""
+    passed = error <= MAX_CALIBRATED_ERROR
+    return Check("weights", "calibrated error", passed, error=error, tolerance=MAX_CALIBRATED_ERROR, detail=detail)

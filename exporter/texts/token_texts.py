@@ -1,0 +1,126 @@
+"""Choose texts for a pair and turn them into token ids."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.checkpoint.pair import Pair
+from exporter.checkpoint.side_files import chat_template
+from exporter.texts.documents import CALIBRATION, Document, documents
+from exporter.texts.writing import write_texts
+from runtime_ref.chat import ChatTemplate
+from runtime_ref.errors import InputError
+from runtime_ref.prompts import read_prompt_ids
+from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
+
+MAX_TEXT_TOKENS = 256  # longer texts are cut into pieces, each with the beginning-of-text token
+MAX_TOKENS = 16384  # of a user's file: calibration takes time in proportion
+
+
+@dataclass(frozen=True)
+class TokenTexts:
+    """Texts as token ids.
+
+    Attributes:
+        texts: token ids of each text, from the beginning-of-text token on.
+        source: what they are, for people and for the manifest.
+        kinds: kind of each text, such as "prose de".
+    """
+
+    texts: tuple[tuple[int, ...], ...]
+    source: str
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all texts."""
+        return sum(map(len, self.texts))
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the token ids."""
+        return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
+
+
+def token_texts(pair: Pair, file: Path | None = None, name: str = CALIBRATION) -> TokenTexts:
+    """Return texts for a pair: a user's, else the package's, else, without a tokenizer, what the target writes.
+
+    Args:
+        pair: the pair, whose tokenizer is used.
+        file: a text file in UTF-8, or a JSON file of token ids as `--prompt-ids` takes it; None for no file.
+        name: which set of the package, `CALIBRATION` or `HELD_OUT`.
+
+    Raises:
+        InputError: the file cannot be read, is empty or too long, holds ids that the target lacks, or is a text while
+            the checkpoint has no tokenizer.
+    """
+    directory = pair.target_checkpoint.directory
+    has_tokenizer = (directory / TOKENIZER).is_file()
+    if file is not None and file.suffix == ".json":
+        return _checked(_pieces(pair, read_prompt_ids(file)), pair, file)
+    if file is not None:
+        if not has_tokenizer:
+            raise InputError(f"{directory}: has no {TOKENIZER}; give {file} as a JSON file of token ids")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: cannot be read as text in UTF-8 ({error}); give another file") from error
+        return _checked(_pieces(pair, [TextTokenizer(directory, pair.tokens).encode(text)]), pair, file)
+    if not has_tokenizer:
+        return TokenTexts(_tuples(write_texts(pair)), "texts that the target wrote, sampled at temperature 1")
+    texts, kinds = package_texts(pair, documents(name))
+    return TokenTexts(_tuples(texts), f"the package's set {name}", kinds)
+
+
+def package_texts(pair: Pair, chosen: Sequence[Document]) -> tuple[list[list[int]], tuple[str, ...]]:
+    """Turn documents into token ids, chats by the checkpoint's template if it has one.
+
+    Args:
+        pair: a pair with a tokenizer.
+        chosen: the documents.
+
+    Returns:
+        Token ids of each text, at most `MAX_TEXT_TOKENS`, and its kind, such as "prose de".
+    """
+    directory = pair.target_checkpoint.directory
+    tokenizer, source = TextTokenizer(directory, pair.tokens), chat_template(directory)
+    remedy = "restore the checkpoint"
+    template = source and ChatTemplate(source, str(directory), remedy, tokenizer.special_tokens)
+    texts, kinds = [], []
+    for document in chosen:
+        chat = template if document.kind == "chat" else None
+        text = chat.render(document.messages, ask=False) if chat else document.text
+        for piece in _pieces(pair, [tokenizer.encode(text)]):
+            texts.append(piece)
+            kinds.append(f"{document.kind} {document.language}")
+    return texts, tuple(kinds)
+
+
+def _pieces(pair: Pair, texts: Iterable[Sequence[int]]) -> list[list[int]]:
+    """Cut token ids into pieces of at most `MAX_TEXT_TOKENS` that begin with the beginning-of-text token."""
+    bos, size = pair.tokens.bos, min(MAX_TEXT_TOKENS, pair.target.max_position_embeddings) - 1
+    pieces = []
+    for text in texts:
+        ids = list(text[1:] if text[:1] == [bos] else text)
+        pieces += [[bos, *ids[start : start + size]] for start in range(0, len(ids), size)]
+    return pieces
+
+
+def _checked(pieces: list[list[int]], pair: Pair, file: Path) -> TokenTexts:
+    count, vocab_size = sum(map(len, pieces)), pair.target.vocab_size
+    if not pieces:
+        raise InputError(f"{file}: is empty, expected text; give some thousand words like those of your users")
+    if count > MAX_TOKENS:
+        raise InputError(f"{file}: has {count} tokens, at most {MAX_TOKENS} are used; give a part of it")
+    if wrong := [token for piece in pieces for token in piece if not 0 <= token < vocab_size]:
+        raise InputError(
+            f"{file}: has token {wrong[0]}, expected ids from 0 to {vocab_size - 1}; make it with the target's"
+            " tokenizer"
+        )
+    return TokenTexts(_tuples(pieces), file.name)
+
+
+def _tuples(texts: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, texts))

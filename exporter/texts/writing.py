@@ -1,0 +1,48 @@
+"""Let a target write texts, for checkpoints that have no tokenizer: what it writes is what it will be run on."""
+
+import torch
+from torch import Tensor
+
+from exporter.checkpoint.pair import Pair
+from exporter.modeling.layers import Ops, rms_norm
+from exporter.modeling.target import Target, empty_kv
+from exporter.modeling.weights import load_module
+
+NUM_TEXTS, TEXT_TOKENS = 64, 64
+
+
+@torch.no_grad()
+def write_texts(pair: Pair, seed: int = 0) -> list[list[int]]:
+    """Sample texts from the beginning-of-text token on, at temperature 1.
+
+    Weights stay in the dtype of their file, and all texts grow together, so that each is read once for a token of all.
+
+    Args:
+        pair: the pair whose target writes.
+        seed: seed of the samples.
+
+    Returns:
+        `NUM_TEXTS` lists of `TEXT_TOKENS` token ids, fewer if the target has fewer positions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ops = Ops(
+        linear=lambda x, weight: x @ weight.float().T,
+        embedding=lambda ids, table: table[ids].float(),
+        rms_norm=lambda x, weight, eps: rms_norm(x, None if weight is None else weight.float(), eps),
+    )
+    suppresses, length = bool(pair.tokens.suppressed), min(TEXT_TOKENS, pair.target.max_position_embeddings)
+    target = load_module(lambda: Target(pair.target, ops, suppresses), pair.mapped_target_weights)
+
+    def step(token: Tensor, position: Tensor, kv: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        out = target(token, position, torch.zeros(1, dtype=torch.int64), kv)
+        return out.logits[0], out.kv
+
+    # The model definition takes one sequence, so it is mapped over the texts.
+    batched = torch.vmap(step, in_dims=(0, None, 0))
+    kv = [part.expand(NUM_TEXTS, *part.shape).clone() for part in empty_kv(pair.target, length)]
+    texts = torch.full((NUM_TEXTS, 1), pair.tokens.bos)
+    for position in range(length - 1):
+        logits, kv = batched(texts[:, -1:], torch.tensor([position]), kv)
+        chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        texts = torch.cat((texts, chosen), 1)
+    return texts.tolist()
