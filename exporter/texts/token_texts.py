@@ -16,6 +16,7 @@ from runtime_ref.prompts import read_prompt_ids
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 
 MAX_TEXT_TOKENS = 256  # longer texts are cut into pieces, each with the beginning-of-text token
+WRITTEN = "texts that the target wrote, sampled at temperature 1"
 MAX_TOKENS = 16384  # of a user's file: calibration takes time in proportion
 
 
@@ -45,12 +46,12 @@ class TokenTexts:
 
 
 def token_texts(pair: Pair, file: Path | None = None, name: str = CALIBRATION) -> TokenTexts:
-    """Return texts for a pair: a user's, else the package's, else, without a tokenizer, what the target writes.
+    """Return texts for a pair: a user's, or the package's and what the target writes, which needs no tokenizer.
 
     Args:
         pair: the pair, whose tokenizer is used.
         file: a text file in UTF-8, or a JSON file of token ids as `--prompt-ids` takes it; None for no file.
-        name: which set of the package, `CALIBRATION` or `HELD_OUT`.
+        name: which set of the package: `CALIBRATION`, or `HELD_OUT`, to which nothing that the target wrote is added.
 
     Raises:
         InputError: the file cannot be read, is empty or too long, holds ids that the target lacks, or is a text while
@@ -68,10 +69,13 @@ def token_texts(pair: Pair, file: Path | None = None, name: str = CALIBRATION) -
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: cannot be read as text in UTF-8 ({error}); give another file") from error
         return _checked(_pieces(pair, [TextTokenizer(directory, pair.tokens).encode(text)]), pair, file)
-    if not has_tokenizer:
-        return TokenTexts(_tuples(write_texts(pair)), "texts that the target wrote, sampled at temperature 1")
-    texts, kinds = package_texts(pair, documents(name))
-    return TokenTexts(_tuples(texts), f"the package's set {name}", kinds)
+    texts, kinds = package_texts(pair, documents(name)) if has_tokenizer else ([], ())
+    source = f"the package's set {name}"
+    if name == CALIBRATION or not has_tokenizer:
+        written = write_texts(pair)
+        source = f"{source} and {WRITTEN}" if has_tokenizer else WRITTEN
+        texts, kinds = [*texts, *written], (*kinds, *("written",) * len(written))
+    return TokenTexts(_tuples(texts), source, kinds)
 
 
 def package_texts(pair: Pair, chosen: Sequence[Document]) -> tuple[list[list[int]], tuple[str, ...]]:
