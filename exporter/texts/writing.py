@@ -9,6 +9,7 @@ from exporter.modeling.target import Target, empty_kv
 from exporter.modeling.weights import load_module
 
 NUM_TEXTS, TEXT_TOKENS = 64, 64
+_BLOCK_ROWS = 1024  # of a matrix that are widened to float32 at a time; they stay in the processor's cache
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def write_texts(pair: Pair, seed: int = 0) -> list[list[int]]:
     """
     generator = torch.Generator().manual_seed(seed)
     ops = Ops(
-        linear=lambda x, weight: x @ weight.float().T,
+        linear=lambda x, weight: torch.cat([x @ rows.float().T for rows in weight.split(_BLOCK_ROWS)], -1),
         embedding=lambda ids, table: table[ids].float(),
         rms_norm=lambda x, weight, eps: rms_norm(x, None if weight is None else weight.float(), eps),
     )
