@@ -1,7 +1,6 @@
 """The command `cluster`, which makes clusters for a drafter and measures their recall."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from runtime_ref.prompts import read_prompt_ids
 if TYPE_CHECKING:
     from exporter.checkpoint.pair import Pair
     from exporter.heads.clusters import Clustering, ClusterOptions
+    from exporter.texts.token_texts import TokenTexts
 
 
 def recall_table(document: dict[str, Any]) -> Table:
@@ -52,7 +52,13 @@ def recall_table(document: dict[str, Any]) -> Table:
     type=PATH,
     help="Checkpoint directory of its target. Recall is then measured on hidden states of real draft steps.",
 )
-@prompt_ids_option("random ids")
+@prompt_ids_option()
+@click.option(
+    "--text",
+    type=PATH,
+    help="Texts to fit the clusters on, like those of your users, in UTF-8; needs --target.",
+    show_default="a set of this package and what the target writes",
+)
 @clusters_option
 @click.option(
     "--recall",
@@ -72,6 +78,7 @@ def cluster(
     drafter: Path,
     target: Path | None,
     prompt_ids: Path | None,
+    text: Path | None,
     clusters: int | None,
     recall: float | None,
     top_k_clusters: int | None,
@@ -88,8 +95,10 @@ def cluster(
     from exporter.checkpoint.pair import open_pair
     from exporter.heads.clusters import ClusterOptions
 
-    if prompt_ids is not None and target is None:
-        raise click.UsageError("--prompt-ids needs --target, which runs the prompts")
+    if (prompt_ids or text) and target is None:
+        raise click.UsageError("--text and --prompt-ids need --target, which runs them")
+    if prompt_ids and text:
+        raise click.UsageError("give either --text or --prompt-ids")
     if top_k_clusters is not None and recall is not None:
         raise click.UsageError("give either --recall or --top-k-clusters: each decides how many clusters to keep")
     files = [file for file in (output, report) if file is not None]
@@ -101,9 +110,13 @@ def cluster(
         check_picture(report)
     started = time.perf_counter()
     pair = None if target is None else open_pair(target, drafter, "dense")
-    prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     options = ClusterOptions(clusters, top_k_clusters, DEFAULT_RECALL if recall is None else recall, seed)
-    clustering = run_clustering(drafter, pair, options, prompts)
+    texts = None
+    if prompt_ids is not None:
+        from exporter.texts.token_texts import TokenTexts
+
+        texts = TokenTexts(tuple(map(tuple, read_prompt_ids(prompt_ids))), "the prompts")
+    clustering = run_clustering(drafter, pair, options, texts, text)
     document = {**clustering.measurements(), "seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
     if output is not None:
         write_file(output, clustering.table.to_bytes(clustering.top_k))
@@ -117,7 +130,11 @@ def cluster(
 
 
 def run_clustering(
-    drafter: Path, pair: "Pair | None", options: "ClusterOptions", prompts: Sequence[Sequence[int]] = ()
+    drafter: Path,
+    pair: "Pair | None",
+    options: "ClusterOptions",
+    texts: "TokenTexts | None" = None,
+    file: Path | None = None,
 ) -> "Clustering":
     """Make clusters with a progress bar, and warn if their head would need more than half of a dense head's work.
 
@@ -125,15 +142,22 @@ def run_clustering(
         drafter: the drafter's checkpoint directory.
         pair: the opened pair, to measure recall on states of real draft steps, or None.
         options: options of the clustering.
-        prompts: token ids for the target to run; empty for random ones.
+        texts: token ids for the target to run; None for those of the file.
+        file: the user's text; None for the default texts.
 
     Raises:
         InputError: see `exporter.heads.clusters.make_clusters`.
     """
-    from exporter.heads.clusters import cluster_steps, make_clusters
+    from exporter.checkpoint.config_json import read_drafter_config
+    from exporter.heads.clusters import cluster_steps, make_clusters, num_clusters
+    from exporter.texts.token_texts import fitting_texts
 
-    with progress_bar(err, "clusters", cluster_steps(pair, prompts)) as progress:
-        clustering = make_clusters(drafter, pair, options, prompts, progress)
+    num_clusters(read_drafter_config(drafter), options)  # raises before minutes in which the target writes texts
+    if texts is None and pair is not None:
+        with err.status("texts for the clusters"):
+            texts = fitting_texts(pair, file)
+    with progress_bar(err, "clusters", cluster_steps(texts)) as progress:
+        clustering = make_clusters(drafter, pair, options, texts, progress)
     if (work := clustering.work_ratio) > 0.5:
         err.print(
             f"warning: keeping {clustering.top_k} of {len(clustering.recall)} clusters takes {work:.0%} of a dense"

@@ -155,7 +155,7 @@ def run_export(
     from exporter.graphs.backend import load_backend
     from exporter.graphs.grids import grid_warnings, off_grid
     from exporter.graphs.parts import graph_parts
-    from exporter.texts.token_texts import token_texts
+    from exporter.texts.token_texts import fitting_texts
 
     load_backend(options.backend)  # a missing package is told before anything else
     parts, total = graph_parts(pair, RECIPES[options.recipe]), pair.weight_bytes
@@ -166,7 +166,7 @@ def run_export(
     started = time.perf_counter()
     if calibrated:
         with err.status("texts for the calibration"):
-            options = replace(options, calibration=token_texts(pair, calibration))
+            options = replace(options, calibration=fitting_texts(pair, calibration))
         assert options.calibration is not None
         texts = options.calibration
         err.print(f"calibrating {len(calibrated)} matrices on {texts.num_tokens} tokens: {texts.source}")

@@ -125,6 +125,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             "figures": {
                 **keys(size, "bundle_bytes positions?"),
                 **keys(NULLABLE, "acceptance_rate? acceptance_rate_fp32? choices_kept? kl? sqnr_db?"),
+                **keys(NULLABLE, "perplexity? perplexity_fp32?"),
             },
             "checks": [_CHECK],
         },

@@ -14,8 +14,9 @@ from exporter.checkpoint.config_json import read_drafter_config
 from exporter.checkpoint.names import DRAFTER_EMBEDDING, read_cluster_table
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import Checkpoint
-from exporter.heads.states import drafting_states, prompt_passes, random_prompts, states_without_target
+from exporter.heads.states import drafting_states, prompt_passes, states_without_target
 from exporter.parity.drafting import DRAFT_STEPS
+from exporter.texts.token_texts import TokenTexts, fitting_texts
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 
@@ -92,9 +93,25 @@ class Clustering:
         }
 
 
-def cluster_steps(pair: Pair | None, prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many steps `make_clusters` reports at most, for the same pair and prompts of token ids."""
-    passes = 0 if pair is None else prompt_passes(prompts or random_prompts(pair.target))
+def num_clusters(config: DrafterConfig, options: ClusterOptions) -> int:
+    """Return how many clusters the options ask for.
+
+    Args:
+        config: the drafter's.
+        options: as for `make_clusters`.
+
+    Raises:
+        InputError: there are more clusters than tokens, or more to keep than there are.
+    """
+    vocab_size = config.text.vocab_size
+    clusters = default_clusters(vocab_size) if options.num_clusters is None else options.num_clusters
+    TwoStageSizes.of(vocab_size, clusters, 1 if options.top_k is None else options.top_k)
+    return clusters
+
+
+def cluster_steps(texts: TokenTexts | None) -> int:
+    """Return how many steps `make_clusters` reports at most, for the same texts; None without a target."""
+    passes = 0 if texts is None else prompt_passes(texts.texts)
     return passes + 1 + BALANCING_ITERATIONS + 16
 
 
@@ -102,19 +119,19 @@ def make_clusters(
     drafter_dir: Path,
     pair: Pair | None,
     options: ClusterOptions = ClusterOptions(),
-    prompts: Sequence[Sequence[int]] = (),
+    texts: TokenTexts | None = None,
     progress: Progress = lambda *_: None,
 ) -> Clustering:
     """Cluster a drafter's output embedding by k-means, and fit centroids that find the best token's cluster.
 
-    Centroids are fitted on the first half of the drafter's states; recall is measured on the second half.
+    Centroids are fitted on half of the drafter's states, those of every other text; recall is measured on the others.
 
     Args:
         drafter_dir: the drafter's checkpoint.
         pair: the same drafter with its target, for states of real drafting; without it the drafter runs on random
             input.
         options: how many clusters to make and to keep.
-        prompts: token ids that the pair drafts on; random ones if empty.
+        texts: token ids that the pair drafts on; None for those of `fitting_texts`.
         progress: called with a description and the number 1 after each of `cluster_steps` steps.
 
     Raises:
@@ -122,17 +139,16 @@ def make_clusters(
             that are not finite, more clusters than tokens, or more clusters to keep than there are.
     """
     config, checkpoint = read_drafter_config(drafter_dir), Checkpoint(drafter_dir)
-    vocab_size = config.text.vocab_size
-    clusters = default_clusters(vocab_size) if options.num_clusters is None else options.num_clusters
-    TwoStageSizes.of(vocab_size, clusters, 1 if options.top_k is None else options.top_k)  # raises if impossible
+    clusters = num_clusters(config, options)
     reference = read_cluster_table(checkpoint, config)
     if pair is None:
         states, source = states_without_target(checkpoint, config).numpy(), "the drafter alone on random input"
     else:
-        _check_prompts(prompts, pair)
-        source = "drafting on the prompts" if prompts else "drafting on random prompts"
-        prompts = prompts or random_prompts(pair.target)
-        states = drafting_states(pair.dense, prompts, lambda: progress("drafting", 1)).numpy()
+        texts = fitting_texts(pair) if texts is None else texts
+        _check_prompts(texts.texts, pair)
+        source = f"drafting on {texts.source}"
+        in_halves = [*texts.texts[::2], *texts.texts[1::2]]  # texts in order would have one language to fit on
+        states = drafting_states(pair.dense, in_halves, lambda: progress("drafting", 1)).numpy()
     if not np.isfinite(states).all():
         raise InputError(f"{drafter_dir}: drafting gives states of NaN or infinity; restore target and drafter")
     if (different := len(np.unique(states, axis=0))) < MIN_STATES:

@@ -9,28 +9,16 @@ from exporter.checkpoint.names import drafter_weights
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.graphs.spec import PREFILL_CHUNK_TOKENS
-from exporter.modeling.config import DrafterConfig, TextConfig
+from exporter.modeling.config import DrafterConfig
 from exporter.modeling.drafter import Drafter, kv_by_type
 from exporter.modeling.target import Target, empty_kv
 from exporter.modeling.weights import load_module
-from exporter.parity.drafting import DRAFT_STEPS, FIRST_ROW, draft_rounds
+from exporter.parity.drafting import FIRST_ROW, draft_rounds
 from exporter.parity.reference import reference_ops
 from runtime_ref.graph_engine import chunks
 
-NUM_STATES = 8192
+NUM_STATES = 8192  # without a target
 STORED_WEIGHT_OPS = reference_ops(torch.float32)  # weights stay in the dtype of their file until they are used
-
-
-def random_prompts(target: TextConfig) -> list[list[int]]:
-    """Return seeded prompts of random token ids that give `NUM_STATES` states, fewer if the context is small.
-
-    On the built-in pair, centroids fitted on them are as good as those fitted on text.
-    """
-    shape = (
-        NUM_STATES // (DRAFT_STEPS * PREFILL_CHUNK_TOKENS),
-        min(PREFILL_CHUNK_TOKENS, target.max_position_embeddings),
-    )
-    return torch.randint(target.vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def prompt_passes(prompts: Sequence[Sequence[int]]) -> int:

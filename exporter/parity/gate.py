@@ -32,13 +32,14 @@ class Gate:
         return self.min_choices is not None or self.max_kl is not None
 
 
-def gate_checks(gate: Gate, figures: Figures, measured_on: str) -> Iterator[Check]:
+def gate_checks(gate: Gate, figures: Figures, measured_on: str, compared_on: str) -> Iterator[Check]:
     """Yield a check for each limit that is set.
 
     Args:
         gate: the limits.
         figures: the bundle's, as `exporter.parity.stages.measure_parity` returns them.
-        measured_on: the texts, for people.
+        measured_on: the texts that drafts were counted on, for people.
+        compared_on: the texts that bundle and checkpoints were compared on.
     """
     rows = (
         ("choices", "choices_kept", gate.min_choices, 1, "{:.4g} of choices kept", "at least {:g}"),
@@ -50,7 +51,7 @@ def gate_checks(gate: Gate, figures: Figures, measured_on: str) -> Iterator[Chec
         if limit is None:
             continue
         value = figures.get(name)
-        texts = "" if name == "bundle_bytes" else f", on {measured_on}"
+        texts = {"bundle_bytes": "", "acceptance_rate": f", on {measured_on}"}.get(name, f", on {compared_on}")
         if value is None or math.isnan(value):
             yield Check("gate", output, False, detail=f"not measured ({asked.format(limit)} asked for)")
         else:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.checkpoint.pair import Pair
@@ -12,6 +13,7 @@ from exporter.modeling.target import SUPPRESSED_LOGIT, Target, empty_kv, is_supp
 from exporter.parity.checks import Check
 from exporter.parity.reference import Reference
 from exporter.quantization.recipes import RECIPES
+from exporter.texts.token_texts import TokenTexts
 from runtime_ref.decoder import Options, generate
 from runtime_ref.graph_engine import GraphEngine, chunks
 from runtime_ref.manifest import EMBEDDING, HEAD
@@ -26,16 +28,14 @@ class Quality:
 
     Attributes:
         sqnr_db: signal-to-quantization-noise ratio of the bundle's top logits, in dB; infinite if they are equal.
-        agreement: fraction of positions at which both choose the same token.
-        kl: mean over positions of the KL divergence KL(checkpoint || bundle) of the next token, in nats.
-        positions: how many positions were compared.
+        whole: what was measured on all texts.
+        kinds: the same by the kind of the texts, "prose", "code" or "chat"; empty if they have none.
         acceptance: acceptance rate of the checkpoints' own drafts in float32; None if there were none.
     """
 
     sqnr_db: float
-    agreement: float
-    kl: float
-    positions: int
+    whole: "OnTexts"
+    kinds: dict[str, "OnTexts"]
     acceptance: float | None
 
     @property
@@ -43,11 +43,39 @@ class Quality:
         """The measurements by the names that `parity --json` has for them."""
         return {
             "acceptance_rate_fp32": self.acceptance,
-            "choices_kept": self.agreement,
-            "kl": self.kl,
+            "choices_kept": self.whole.agreement,
+            "kl": self.whole.kl,
+            "perplexity": self.whole.perplexity,
+            "perplexity_fp32": self.whole.perplexity_fp32,
             "sqnr_db": self.sqnr_db,
-            "positions": self.positions,
+            "positions": self.whole.positions,
         }
+
+
+@dataclass(frozen=True)
+class OnTexts:
+    """How close a bundle is to its checkpoints on some texts.
+
+    Attributes:
+        agreement: fraction of positions at which both choose the same token.
+        kl: mean over positions of the KL divergence KL(checkpoint || bundle) of the next token, in nats.
+        perplexity: of the bundle, exp of its mean loss on the texts' own next tokens; NaN where it has none.
+        perplexity_fp32: the same of the checkpoints in float32.
+        positions: how many positions were compared.
+    """
+
+    agreement: float
+    kl: float
+    perplexity: float
+    perplexity_fp32: float
+    positions: int
+
+    @classmethod
+    def of(cls, measured: Tensor) -> "OnTexts":
+        """Summarize positions [positions, 4] float64: equal choices, divergence, and both losses or NaN."""
+        equal, divergence, loss, loss_fp32 = measured.unbind(1)
+        perplexity, perplexity_fp32 = (float(column.nanmean().exp()) for column in (loss, loss_fp32))
+        return cls(float(equal.mean()), float(divergence.mean()), perplexity, perplexity_fp32, len(measured))
 
 
 def quality_checks(quality: Quality, acceptance: float | None) -> Iterator[Check]:
@@ -59,12 +87,18 @@ def quality_checks(quality: Quality, acceptance: float | None) -> Iterator[Check
     """
     details = (
         ("logits", f"SQNR {quality.sqnr_db:.1f} dB"),
-        ("choices", f"{quality.agreement:.1%} of {quality.positions} top-1 equal"),
-        ("tokens", f"KL {quality.kl:.4f} nats"),
+        ("choices", f"{quality.whole.agreement:.1%} of {quality.whole.positions} top-1 equal"),
+        ("tokens", f"KL {quality.whole.kl:.4f} nats"),
+        *((kind, _on_texts(on_texts)) for kind, on_texts in quality.kinds.items()),
         ("drafts", f"{_share(acceptance)} accepted, {_share(quality.acceptance)} in fp32"),
     )
     for output, detail in details:
         yield Check("recipe", f"{output} against fp32", not np.isnan(quality.sqnr_db), detail=detail)
+
+
+def _on_texts(found: OnTexts) -> str:
+    perplexities = f"{found.perplexity:.4g}, {found.perplexity_fp32:.4g} in fp32"
+    return f"KL {found.kl:.4f}, {found.agreement:.1%} of {found.positions} choices kept, perplexity {perplexities}"
 
 
 def _share(rate: float | None) -> str:
@@ -72,36 +106,49 @@ def _share(rate: float | None) -> str:
 
 
 @torch.no_grad()
-def measure_quality(engine: GraphEngine, pair: Pair, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Quality:
-    """Compare a bundle with its checkpoints on prompts and on the greedy answers of the checkpoints in float32.
+def measure_quality(
+    engine: GraphEngine,
+    pair: Pair,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    held_out: TokenTexts | None = None,
+) -> Quality:
+    """Compare a bundle with its checkpoints in float32.
 
     Args:
         engine: runs the bundle.
         pair: the checkpoints it was made from.
-        prompts: token ids.
+        prompts: token ids; the checkpoints' own drafts are counted in greedy answers to them.
         max_new_tokens: length limit of each answer, in tokens.
+        held_out: texts to compare on, of which the bundle's context must hold the longest; None for the prompts and
+            the answers.
     """
     manifest, reference = engine.manifest, Reference(pair, RECIPES["fp32"])
     eager, target, stats = reference.engine(manifest), reference.target(), Stats()
     signal = noise = 0.0
-    equal: list[np.ndarray] = []
-    divergences: list[torch.Tensor] = []
-    for prompt in prompts:
-        options = Options(max_new_tokens, manifest.default_draft_tokens)
-        text = [*prompt, *generate(eager, prompt, options, stats)]
+    options = Options(max_new_tokens, manifest.default_draft_tokens)
+    texts: list[Sequence[int]] = [[*prompt, *generate(eager, prompt, options, stats)] for prompt in prompts]
+    kinds = [""] * len(texts)
+    if held_out is not None:
+        texts, kinds = list(held_out.texts), [kind.partition(" ")[0] for kind in held_out.kinds]
+    by_kind: dict[str, list[Tensor]] = {}
+    for text, kind in zip(texts, kinds, strict=True):
         expected = logits_after(target, text, len(text))
         logits, ids, states = bundle_logits(engine, text)
-        divergences.append(kl_divergence(expected, all_logits(engine, logits, ids, states)))
+        every, next_tokens = all_logits(engine, logits, ids, states), torch.tensor([*text[1:], 0])
+        losses = [F.cross_entropy(x, next_tokens, reduction="none").double() for x in (every, expected)]
+        for loss in losses:  # an answer's tokens are the checkpoints' choices: no perplexity
+            loss[slice(-1, None) if held_out else slice(None)] = torch.nan
+        equal = (ids[:, 0] == expected.argmax(1)).double()
+        by_kind.setdefault(kind, []).append(torch.stack([equal, kl_divergence(expected, every), *losses], 1))
         exact, known = expected.gather(1, ids).double(), ~is_suppressed(logits)
         error = (logits - exact)[known]
         signal, noise = signal + float((exact[known] ** 2).sum()), noise + float((error**2).sum())
-        equal.append((ids[:, 0] == expected.argmax(1)).numpy())
-    agreement = np.concatenate(equal)
+    measured = {kind: torch.cat(parts) for kind, parts in by_kind.items()}
     return Quality(
         sqnr_db=float(10 * np.log10(signal / noise)) if noise else float("inf"),
-        agreement=float(agreement.mean()),
-        kl=float(torch.cat(divergences).mean()),
-        positions=len(agreement),
+        whole=OnTexts.of(torch.cat(list(measured.values()))),
+        kinds={kind: OnTexts.of(rows) for kind, rows in measured.items() if kind},
         acceptance=stats.acceptance_rate,
     )
 

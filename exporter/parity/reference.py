@@ -27,7 +27,7 @@ from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import Graph, Manifest
 
-_BLOCK_ROWS = 1 << 14  # rows of a matrix that are widened at once
+_BLOCK_ROWS = 1 << 10  # rows of a matrix that are widened at once; they stay in a core's cache
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from exporter.parity.reference import EagerGraph, Reference
 from exporter.parity.source import calibration_check
 from exporter.parity.tolerance import relative_error, tolerance_for
 from exporter.quantization.recipes import RECIPES
+from exporter.texts.documents import HELD_OUT
+from exporter.texts.token_texts import TokenTexts, has_tokenizer, token_texts
 from runtime_ref.acceptance import common_prefix
 from runtime_ref.decoder import Options, check_prompt, generate
 from runtime_ref.engine import load_engine
@@ -83,13 +85,16 @@ def measure_parity(
     Returns:
         The checks, and the bundle's figures: `bundle_bytes`; `acceptance_rate` of its drafts; and if it was compared
         with its checkpoints, for other recipes than `fp32` or with such limits, `acceptance_rate_fp32`, `choices_kept`,
-        `kl`, `sqnr_db` and `positions`.
+        `kl`, `sqnr_db`, `positions`, and both perplexities. Without prompts they are compared on held-out texts of this
+        package, if the checkpoint has a tokenizer.
 
     Raises:
         InputError: as `run_parity`.
     """
     manifest = read_comparable(bundle, pair, prompts)
-    measured_on = f"{len(prompts)} prompts" if prompts else "random prompts"
+    measured_on, held_out = f"{len(prompts)} prompts" if prompts else "random prompts", None
+    if pair is not None and not prompts and has_tokenizer(pair):
+        held_out = token_texts(pair, name=HELD_OUT, max_text_tokens=manifest.max_seq_len)
     prompts = prompts or default_prompts(manifest)
     figures: dict[str, float | None] = {"bundle_bytes": directory_bytes(bundle)}
     note("files")
@@ -98,10 +103,12 @@ def measure_parity(
     checks = [Check("files", "sha256", not changed, detail=listed)]
     try:
         # The other stages run a changed bundle as well: they show what the change does.
-        checks += _check_stages(bundle, manifest, pair, prompts, max_new_tokens, gate, figures, note)
+        checks += _check_stages(bundle, manifest, pair, prompts, max_new_tokens, held_out, gate, figures, note)
     except InputError as error:
         checks.append(Check("bundle", "loads and runs", False, detail=str(error)))
-    return [*checks, *gate_checks(gate, figures, f"{measured_on} and answers of {max_new_tokens} tokens")], figures
+    measured_on += f" and answers of {max_new_tokens} tokens"
+    compared_on = measured_on if held_out is None else f"{held_out.num_tokens} tokens of {held_out.source}"
+    return [*checks, *gate_checks(gate, figures, measured_on, compared_on)], figures
 
 
 def _check_stages(
@@ -110,6 +117,7 @@ def _check_stages(
     pair: Pair | None,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    held_out: TokenTexts | None,
     gate: Gate,
     figures: dict[str, float | None],
     note: Note,
@@ -138,7 +146,7 @@ def _check_stages(
             engine = GraphEngine(manifest, engine.graphs, engine.tables)
         if manifest.recipe != "fp32" or gate.needs_checkpoints:
             note("quality")
-            quality = measure_quality(engine, pair, prompts, max_new_tokens)
+            quality = measure_quality(engine, pair, prompts, max_new_tokens, held_out)
     note("speculative")
     for sampling, label in ((Sampling(), "greedy"), (Sampling(1.0, 0.95, seed=1), "sampled")):
         expected = plain if label == "greedy" else [_tokens(engine, p, max_new_tokens, 0, sampling)[0] for p in prompts]

@@ -25,8 +25,9 @@ from clustering.recall import best_logits, cluster_ranks, fit_centroids
 from exporter.bench.timing import machine
 from exporter.checkpoint.pair import open_pair
 from exporter.demo import PAIR
-from exporter.heads.states import drafting_states, random_prompts
+from exporter.heads.states import drafting_states
 from exporter.terminal import peak_bytes
+from exporter.texts.token_texts import fitting_texts
 
 
 def generated(vocab_size: int = 262144, hidden: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -55,10 +56,10 @@ def generated(vocab_size: int = 262144, hidden: int = 256) -> tuple[np.ndarray, 
 def built_in() -> tuple[np.ndarray, np.ndarray]:
     """Return the built-in drafter's embedding rows [V, E], and its states [states, E] while it drafts; float32.
 
-    The states are those of drafting on random prompts, in the order of the prompts.
+    The states are those of drafting on the texts that clusters are fitted on, in their order.
     """
     pair = open_pair(PAIR / "target", PAIR / "drafter", "dense")
-    states = drafting_states(pair, random_prompts(pair.target), lambda: None)
+    states = drafting_states(pair, fitting_texts(pair).texts, lambda: None)
     return pair.drafter_weights["head.weight"]().numpy(), states.numpy()
 
 

@@ -45,48 +45,66 @@ class TokenTexts:
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
 
-def token_texts(pair: Pair, file: Path | None = None, name: str = CALIBRATION) -> TokenTexts:
-    """Return texts for a pair: a user's, or the package's and what the target writes, which needs no tokenizer.
+def has_tokenizer(pair: Pair) -> bool:
+    """Return whether a pair's target has a tokenizer.json."""
+    return (pair.target_checkpoint.directory / TOKENIZER).is_file()
+
+
+def token_texts(
+    pair: Pair, file: Path | None = None, name: str = CALIBRATION, max_text_tokens: int = MAX_TEXT_TOKENS
+) -> TokenTexts:
+    """Return texts for a pair: a user's, else the package's, else, without a tokenizer, what the target writes.
 
     Args:
         pair: the pair, whose tokenizer is used.
         file: a text file in UTF-8, or a JSON file of token ids as `--prompt-ids` takes it; None for no file.
-        name: which set of the package: `CALIBRATION`, or `HELD_OUT`, to which nothing that the target wrote is added.
+        name: which set of the package, `CALIBRATION` or `HELD_OUT`.
+        max_text_tokens: maximum length of a text; at most `MAX_TEXT_TOKENS`.
 
     Raises:
         InputError: the file cannot be read, is empty or too long, holds ids that the target lacks, or is a text while
             the checkpoint has no tokenizer.
     """
     directory = pair.target_checkpoint.directory
-    has_tokenizer = (directory / TOKENIZER).is_file()
     if file is not None and file.suffix == ".json":
         return _checked(_pieces(pair, read_prompt_ids(file)), pair, file)
     if file is not None:
-        if not has_tokenizer:
+        if not has_tokenizer(pair):
             raise InputError(f"{directory}: has no {TOKENIZER}; give {file} as a JSON file of token ids")
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: cannot be read as text in UTF-8 ({error}); give another file") from error
         return _checked(_pieces(pair, [TextTokenizer(directory, pair.tokens).encode(text)]), pair, file)
-    texts, kinds = package_texts(pair, documents(name)) if has_tokenizer else ([], ())
-    source = f"the package's set {name}"
-    if name == CALIBRATION or not has_tokenizer:
-        written = write_texts(pair)
-        source = f"{source} and {WRITTEN}" if has_tokenizer else WRITTEN
-        texts, kinds = [*texts, *written], (*kinds, *("written",) * len(written))
-    return TokenTexts(_tuples(texts), source, kinds)
+    if not has_tokenizer(pair):
+        return TokenTexts(_tuples(write_texts(pair)), WRITTEN)
+    texts, kinds = package_texts(pair, documents(name), max_text_tokens)
+    return TokenTexts(_tuples(texts), f"the package's set {name}", kinds)
 
 
-def package_texts(pair: Pair, chosen: Sequence[Document]) -> tuple[list[list[int]], tuple[str, ...]]:
+def fitting_texts(pair: Pair, file: Path | None = None) -> TokenTexts:
+    """Return texts to fit something on, as `token_texts` does, without a file always with what the target writes.
+
+    The package's show many languages and uses, the target's own what it was trained on.
+    """
+    texts = token_texts(pair, file)
+    if file is not None or texts.source == WRITTEN:
+        return texts
+    return TokenTexts((*texts.texts, *_tuples(write_texts(pair))), f"{texts.source} and {WRITTEN}")
+
+
+def package_texts(
+    pair: Pair, chosen: Sequence[Document], max_text_tokens: int = MAX_TEXT_TOKENS
+) -> tuple[list[list[int]], tuple[str, ...]]:
     """Turn documents into token ids, chats by the checkpoint's template if it has one.
 
     Args:
         pair: a pair with a tokenizer.
         chosen: the documents.
+        max_text_tokens: maximum length of a text; longer ones are cut into pieces.
 
     Returns:
-        Token ids of each text, at most `MAX_TEXT_TOKENS`, and its kind, such as "prose de".
+        Token ids of each text, and its kind, such as "prose de".
     """
     directory = pair.target_checkpoint.directory
     tokenizer, source = TextTokenizer(directory, pair.tokens), chat_template(directory)
@@ -96,15 +114,16 @@ def package_texts(pair: Pair, chosen: Sequence[Document]) -> tuple[list[list[int
     for document in chosen:
         chat = template if document.kind == "chat" else None
         text = chat.render(document.messages, ask=False) if chat else document.text
-        for piece in _pieces(pair, [tokenizer.encode(text)]):
+        for piece in _pieces(pair, [tokenizer.encode(text)], max_text_tokens):
             texts.append(piece)
             kinds.append(f"{document.kind} {document.language}")
     return texts, tuple(kinds)
 
 
-def _pieces(pair: Pair, texts: Iterable[Sequence[int]]) -> list[list[int]]:
-    """Cut token ids into pieces of at most `MAX_TEXT_TOKENS` that begin with the beginning-of-text token."""
-    bos, size = pair.tokens.bos, min(MAX_TEXT_TOKENS, pair.target.max_position_embeddings) - 1
+def _pieces(pair: Pair, texts: Iterable[Sequence[int]], max_text_tokens: int = MAX_TEXT_TOKENS) -> list[list[int]]:
+    """Cut token ids into pieces that begin with the beginning-of-text token."""
+    bos = pair.tokens.bos
+    size = max(1, min(MAX_TEXT_TOKENS, max_text_tokens, pair.target.max_position_embeddings) - 1)
     pieces = []
     for text in texts:
         ids = list(text[1:] if text[:1] == [bos] else text)

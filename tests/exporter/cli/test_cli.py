@@ -180,9 +180,12 @@ def test_cluster_writes_a_table_for_export(
     code, out, _ = run("parity", output, *common[:4], "--prompt-ids", ids([5, 6]), "--max-new-tokens", 4, "--json")
     assert (code, json.loads(out)["passed"]) == (0, True)
     assert run(*cluster, "--output", table)[2].startswith(f"error: {table}: exists already;")
-    code, out, _ = run(*cluster, "--output", table, "--force")
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps([[token, *range(token % 7, 250, 3)] for token in range(3, 40)]))
+    code, out, _ = run(*cluster, "--output", table, "--force", "--text", texts)
     assert code == 0
     assert "chosen" in out
+    assert "drafting on texts.json" in " ".join(out.split())
 
 
 def test_export_keeps_as_many_clusters_as_the_option_says_in_the_default_recipe(
@@ -210,7 +213,8 @@ CLUSTER_ERRORS = {
     ),
     "no clusters at all": (("cluster", "--clusters", 0), r"'--clusters'"),
     "recall of 0": (("cluster", "--recall", 0), r"'--recall'"),
-    "prompts without a target": (("cluster", "--prompt-ids", "ids.json"), r"--prompt-ids needs --target"),
+    "prompts without a target": (("cluster", "--prompt-ids", "ids.json"), r"--prompt-ids need --target"),
+    "texts without a target": (("cluster", "--text", "t.txt"), r"--text and --prompt-ids need --target"),
     "unknown image format": (("cluster", "--report", "recall.bmp"), r"recall.bmp: a picture's name ends in one of"),
     "no such directory": (("cluster", "--output", "absent/table"), r"absent/table: its directory is missing"),
     "two ways to choose": (("cluster", "--recall", 0.9, "--top-k-clusters", 3), r"give either --recall or"),

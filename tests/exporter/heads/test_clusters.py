@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from clustering.recall import best_logits, cluster_ranks, recall_curve
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.config_json import read_drafter_config
-from exporter.checkpoint.pair import open_pair
+from exporter.checkpoint.pair import Pair, open_pair
 from exporter.checkpoint.tensors import Checkpoint
+from exporter.demo.corpus import documents
 from exporter.heads.clusters import ClusterOptions, make_clusters
 from exporter.heads.states import drafting_states, states_without_target
 from exporter.parity.drafting import DRAFT_STEPS
 from exporter.parity.source import open_source
 from exporter.parity.stages import run_parity
+from exporter.texts.token_texts import TokenTexts
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine, open_engine
 from runtime_ref.errors import InputError
@@ -34,6 +36,13 @@ from tests.pairs import to_published
 
 Directories = tuple[Path, Path]
 Pairs = Callable[[str], Directories]
+
+
+def documentation(pair: Pair) -> TokenTexts:
+    """Text of the kind that the built-in pair learnt, for less time than the default texts take."""
+    tokenizer = TextTokenizer(pair.target_checkpoint.directory, pair.tokens)
+    texts = (tokenizer.encode(text)[:64] for text in documents()[0] if len(text) > 300)
+    return TokenTexts(tuple(tuple(text) for text, _ in zip(texts, range(32), strict=False)), "documentation")
 
 
 @pytest.mark.parametrize("published", [False, True], ids=["float32", "bfloat16 shards"])
@@ -78,7 +87,8 @@ def test_states_of_a_drafter_alone(pair_dirs: Pairs) -> None:
 def test_recall_chooses_how_many_clusters_to_keep(pair_dirs: Pairs) -> None:
     target, drafter = pair_dirs("demo")
     pair = open_pair(target, drafter)
-    made = {recall: make_clusters(drafter, pair, ClusterOptions(64, recall=recall)) for recall in (0.9, 0.99)}
+    texts = documentation(pair)
+    made = {recall: make_clusters(drafter, pair, ClusterOptions(64, recall=recall), texts) for recall in (0.9, 0.99)}
     for recall, clustering in made.items():
         assert clustering.recall[clustering.top_k - 1] >= recall > clustering.recall[clustering.top_k - 2]
         assert np.all(np.diff(clustering.recall) >= 0)
@@ -91,7 +101,7 @@ def test_clusters_cost_next_to_no_drafts(pair_dirs: Pairs, tmp_path: Path) -> No
     """On the built-in pair: the same text, acceptance within 2 points of a dense head's, a quarter of its work."""
     target, drafter = pair_dirs("demo")
     dense = open_pair(target, drafter, "dense")
-    made = make_clusters(drafter, dense)
+    made = make_clusters(drafter, dense, texts=documentation(dense))
     texts, drafted, accepted = {}, {}, {}
     for name, pair in (("dense", dense), ("kmeans", dense.with_clusters(made.table, made.top_k, "kmeans"))):
         export_bundle(pair, tmp_path / name, ExportOptions("onnx", "fp32", max_seq_len=MAX_SEQ_LEN))
@@ -141,7 +151,7 @@ def test_prompts_that_nothing_can_be_judged_by(name: str, pair_dirs: Pairs) -> N
     prompts, message = PROMPTS[name]
     target, drafter = pair_dirs("dense")
     with pytest.raises(InputError, match=message):
-        make_clusters(drafter, open_pair(target, drafter), prompts=prompts)
+        make_clusters(drafter, open_pair(target, drafter), texts=TokenTexts(tuple(map(tuple, prompts)), "the prompts"))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,9 +14,17 @@ from exporter.checkpoint.pair import open_pair
 from exporter.parity.checks import Check
 from exporter.parity.gate import Gate, gate_checks
 from exporter.parity.junit import check_junit, write_junit
-from exporter.parity.quality import all_logits, bundle_logits, kl_divergence, logits_after, measure_quality
+from exporter.parity.quality import (
+    all_logits,
+    bundle_logits,
+    kl_divergence,
+    logits_after,
+    measure_quality,
+    quality_checks,
+)
 from exporter.parity.reference import Reference
 from exporter.quantization.recipes import RECIPES
+from exporter.texts.token_texts import TokenTexts
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
@@ -74,8 +83,30 @@ def test_few_bits_cost_what_they_cost(bundle: Callable[..., Path], pair_dirs: Pa
     for recipe in ("fp32", "int8", "int4"):
         path = bundle("e2b", recipe=recipe)
         measured[recipe] = measure_quality(load_engine(path, read_manifest(path), 1), pair, [TEXT, [5]], 20)
-    assert measured["fp32"].kl < 1e-8 < measured["int8"].kl < measured["int4"].kl
-    assert measured["fp32"].agreement == 1
+    assert measured["fp32"].whole.kl < 1e-8 < measured["int8"].whole.kl < measured["int4"].whole.kl
+    assert measured["fp32"].whole.agreement == 1
+
+
+def test_quality_is_measured_on_held_out_texts(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:
+    """By their kinds, with perplexities against PyTorch's loss; without a tokenizer on the prompts."""
+    path, pair = bundle("demo", recipe="int4"), open_pair(*pair_dirs("demo"))
+    engine = load_engine(path, read_manifest(path), threads=1)
+    texts = TokenTexts(((2, *range(40, 60)), (2, *range(90, 130)), (2, 7, 7, 7)), "made up", ("a x", "b", "a y"))
+    quality = measure_quality(engine, pair, [[2]], 4, texts)
+    assert {kind: found.positions for kind, found in quality.kinds.items()} == {"a": 25, "b": 41}
+    target, losses = Reference(pair, RECIPES["fp32"]).target(), []
+    for text in texts.texts:
+        logits = logits_after(target, text, len(text))
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(text[1:]), reduction="none"))
+    expected = float(torch.cat(losses).mean().exp())
+    assert quality.whole.perplexity_fp32 == pytest.approx(expected, rel=1e-5)
+    assert quality.whole.perplexity == pytest.approx(expected, rel=0.1)
+    assert quality.whole.perplexity != quality.whole.perplexity_fp32
+    checks = {check.output: check.detail for check in quality_checks(quality, 0.5)}
+    assert checks["b against fp32"].startswith(f"KL {quality.kinds['b'].kl:.4f}, ")
+    on_answers = measure_quality(engine, pair, [[2]], 4)
+    assert on_answers.kinds == {}
+    assert np.isnan(on_answers.whole.perplexity)
 
 
 @pytest.mark.parametrize(
@@ -89,14 +120,14 @@ def test_few_bits_cost_what_they_cost(bundle: Callable[..., Path], pair_dirs: Pa
 )
 def test_limits_are_kept_if_reached(gate: Gate, failed: list[str]) -> None:
     figures = {"choices_kept": 0.9, "acceptance_rate": 0.25, "kl": 0.02, "bundle_bytes": 1000}
-    checks = [*gate_checks(gate, figures, "texts")]
+    checks = [*gate_checks(gate, figures, "prompts", "texts")]
     assert [check.output for check in checks if not check.passed] == failed
     assert len(checks) == sum(limit is not None for limit in vars(gate).values())
 
 
 @pytest.mark.parametrize("figures", [{}, {"kl": None}, {"kl": float("nan")}])
 def test_what_was_not_measured_fails(figures: dict[str, float | None]) -> None:
-    (check,) = gate_checks(Gate(max_kl=1.0), figures, "texts")
+    (check,) = gate_checks(Gate(max_kl=1.0), figures, "prompts", "texts")
     assert (check.passed, check.detail) == (False, "not measured (at most 1 asked for)")
 
 

@@ -37,8 +37,8 @@ def test_int4_keeps_the_built_in_pairs_choices(bundle: Bundle, pair_dirs: Pairs)
     tokenizer = TextTokenizer(path, engine.manifest)
     prompts = [tokenizer.encode(text)[:60] for text in documents()[1][:9]]
     quality = measure_quality(engine, open_pair(*pair_dirs("demo")), prompts, 12)
-    assert quality.positions > 400
-    assert quality.agreement >= 0.97
+    assert quality.whole.positions > 400
+    assert quality.whole.agreement >= 0.97
     assert quality.sqnr_db > 35
 
 
@@ -66,7 +66,7 @@ def test_a_recipes_quality_is_that_of_a_fresh_engine(bundle: Bundle, pair_dirs: 
     details = {check.output: check.detail for check in run_parity(path, pair, prompts, 4)}
     assert pair.two_stage is not None
     assert details["logits against fp32"] == f"SQNR {quality.sqnr_db:.1f} dB"
-    assert details["choices against fp32"] == f"{quality.agreement:.1%} of {quality.positions} top-1 equal"
+    assert details["choices against fp32"] == f"{quality.whole.agreement:.1%} of {quality.whole.positions} top-1 equal"
 
 
 @pytest.mark.parametrize("file", ["target.weights", "drafter.weights", "per_layer.table"])
