@@ -15,6 +15,7 @@ from exporter.checkpoint.names import DRAFTER_EMBEDDING, read_cluster_table
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.heads.states import drafting_states, prompt_passes, states_without_target
+from exporter.modeling.config import DrafterConfig
 from exporter.parity.drafting import DRAFT_STEPS
 from exporter.texts.token_texts import TokenTexts, fitting_texts
 from runtime_ref.errors import InputError
