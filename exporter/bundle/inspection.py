@@ -44,6 +44,7 @@ def inspect(path: Path) -> dict[str, Any]:
             "target": _sizes(manifest.raw["target"]),
             "drafter": _sizes(manifest.raw["drafter"]["text"]),
             "two_stage": manifest.raw["two_stage"],
+            **_calibration(manifest),
             "kv_bytes_per_token": _row_bytes(manifest, "full_attention"),
             "kv_sliding_bytes": manifest.limits["window_rows"] * _row_bytes(manifest, "sliding_attention"),
             "tables": manifest.raw["tables"],
@@ -57,6 +58,13 @@ def inspect(path: Path) -> dict[str, Any]:
     return _inspect_target(path)
 
 
+def _calibration(manifest: Manifest) -> dict[str, Any]:
+    """Return how the target was calibrated, with the number of matrices in the place of their names."""
+    if "calibration" not in manifest.raw:
+        return {}
+    return {"calibration": {**manifest.raw["calibration"], "matrices": len(manifest.raw["calibration"]["matrices"])}}
+
+
 def _row_bytes(manifest: Manifest, layer_type: str) -> int:
     """Return the bytes that K and V of one position take in all storing layers of a type."""
     buffers = [kv for kv in manifest.kv if kv.layer_type == layer_type]
@@ -64,7 +72,11 @@ def _row_bytes(manifest: Manifest, layer_type: str) -> int:
 
 
 def _with_delegated_fractions(path: Path, backend: dict[str, Any]) -> dict[str, Any]:
-    """Return a manifest's `backend`, with the delegated fraction, 0 to 1, of each graph's operations and weights."""
+    """Return a manifest's `backend`, with the delegated fraction, 0 to 1, of each graph's operations and weights.
+
+    Digests of calibrated matrices are left out.
+    """
+    backend = {key: value for key, value in backend.items() if key != "calibrated"}
     if "delegation" not in backend:
         return backend
     graphs = {}

@@ -140,6 +140,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             "tokens": {"eos": [size], **keys(size, "bos pad?")},
             **keys(_SIZES, "target drafter"),
             "two_stage": _HEAD,
+            "calibration?": {**keys(str, "texts sha256"), **keys(size, "tokens threads matrices")},
             "tables": {"*": TABLE},
             "source": keys(_ORIGIN, "target drafter"),
             **_FILES,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.bundle.export import ExportOptions, calibration_directory, export_bundle
+from exporter.bundle.inspection import inspect
 from exporter.calibration import calibrate as module
 from exporter.calibration.calibrate import calibrate
 from exporter.checkpoint.pair import Pair, open_pair
@@ -180,6 +181,9 @@ def test_parity_proves_a_calibrated_bundle(backend: str, recipe: str, pair_dirs:
     assert not calibration_directory(path).exists()
     entry = json.loads((path / "manifest.json").read_text())["calibration"]
     assert (entry["sha256"], entry["tokens"], entry["threads"]) == (texts.sha256, 160, 1)
+    shown = inspect(path)
+    assert shown["calibration"] == {**entry, "matrices": len(entry["matrices"])}
+    assert "calibrated" not in shown["backend"]
     source = open_source(path, *dirs)
     assert [c for c in run_parity(path, source, [[1, 7, 40]], 8) if not c.passed] == []
     # Rows of a matrix in another order are another matrix.
