@@ -21,7 +21,7 @@ from exporter.checkpoint.side_files import chat_template
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.files import check_directory, check_free_space, holds_only, recover, replacing
 from exporter.graphs.backend import load_backend
-from exporter.graphs.parts import GraphParts, graph_parts
+from exporter.graphs.parts import graph_parts
 from exporter.graphs.spec import kv_ports, size_limits
 from exporter.graphs.split_files import too_large
 from exporter.graphs.tables import PER_LAYER, write_per_layer
@@ -85,7 +85,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             output is then as it was before.
     """
     check_output(output, options.force)
-    max_seq_len, _ = plan_export(pair, output, options)
+    max_seq_len = plan_export(pair, output, options)
     backend, recipe = load_backend(options.backend), RECIPES[options.recipe]
     template = chat_template(pair.target_checkpoint.directory)
     steps = calibration_directory(output)
@@ -128,7 +128,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         _check_file_sizes(manifest["files"], options.max_file_bytes)
         content = (json.dumps(manifest, indent=1) + "\n").encode()
         (directory / MANIFEST).write_bytes(content)
-    shutil.rmtree(steps, ignore_errors=True)
+        s.callback(shutil.rmtree, steps, ignore_errors=True)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -148,7 +148,7 @@ def _check_file_sizes(files: Mapping[str, Mapping[str, Any]], max_file_bytes: in
             raise too_large(name, file["size"], max_file_bytes)
 
 
-def plan_export(pair: Pair, output: Path, options: ExportOptions) -> tuple[int, dict[str, GraphParts]]:
+def plan_export(pair: Pair, output: Path, options: ExportOptions) -> int:
     """Check that an export is possible, before any work is done.
 
     Args:
@@ -157,7 +157,7 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions) -> tuple[int, 
         options: backend, recipe and limits.
 
     Returns:
-        The maximum number of tokens of prompt and answer together, and what each graph consists of, by graph name.
+        The maximum number of tokens of prompt and answer together.
 
     Raises:
         InputError: the target has fewer positions, disk or memory do not suffice, or what must lie in one file exceeds
@@ -174,7 +174,7 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions) -> tuple[int, 
     # One percent more for the scales of PLE, the graphs and the tokenizer.
     if options.check_room:
         check_free_space(output, stored_bytes * 101 // 100, load_backend(options.backend).export_memory_bytes(parts))
-    return max_seq_len, parts
+    return max_seq_len
 
 
 def resolve_max_seq_len(pair: Pair, options: ExportOptions) -> int:

@@ -1,7 +1,8 @@
 """Calibrate a target: run texts through it layer by layer, and round each matrix by the inputs that it meets."""
 
+import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,21 +25,13 @@ from exporter.quantization.recipes import RECIPES
 from exporter.quantization.second_order import Inputs, add_products, part_columns, quantize_for
 from exporter.quantization.widths import FLOAT, Width
 from exporter.texts.token_texts import TokenTexts
+from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 
 PROJECTION = "per_layer_model_projection.weight"
 
 # Matrices with the same inputs as another of their layer, whose sums serve for both.
 SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-
-
-def calibration_parts(pair: Pair, recipe: str) -> tuple[GraphParts, dict[str, Width]]:
-    """Return what the target's graph consists of, and the matrices that a calibration rounds, with their widths.
-
-    They are those of the target in 4 bits that lie on no grid.
-    """
-    part = graph_parts(pair, RECIPES[recipe])["target"]
-    return part, off_grid(part)
 
 
 def calibrate(
@@ -63,17 +56,23 @@ def calibrate(
         progress: called with the name of each matrix and its bytes in float32.
 
     Returns:
-        The same pair, with the integers and scales of these matrices in the place of their floats.
+        The same pair, with the integers and scales of these matrices in the place of their floats; as it was if there
+        are none.
+
+    Raises:
+        InputError: the texts lead to numbers that are not finite.
     """
-    part, widths = calibration_parts(pair, recipe)
-    stamps = {f"{file}": file.stat().st_mtime_ns for file in pair.target_checkpoint.files}
+    part = graph_parts(pair, RECIPES[recipe])["target"]
+    if not (widths := off_grid(part)):
+        return pair
     key = {
-        "version": version("gemma-mtp-export"),
+        "versions": [version("gemma-mtp-export"), torch.__version__],
+        "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
         "recipe": recipe,
         "scales": str(allowed),
         "texts": texts.sha256,
-        "threads": torch.get_num_threads(),
-        "files": stamps,
+        "target": asdict(pair.target),
+        "files": pair.target_checkpoint.stamps,
     }
     steps = Steps.open(directory, key)
     run = _Run(pair, recipe, part, widths, allowed, steps, progress)
@@ -109,7 +108,7 @@ class _Run:
         """Yield the name of each step and its calibrated matrices, once they are written."""
         layers = [f"layers.{i}." for i in range(self.pair.target.num_hidden_layers)]
         in_memory = [name for name in self.part.weights if not name.startswith("layers.")]
-        self._set([name for name in in_memory if name not in (EMBEDDING, PER_LAYER, "suppressed")])
+        self._set([name for name in in_memory if name not in (EMBEDDING, "suppressed")])
         yield "projection", self._step("projection", [PROJECTION], lambda: self._begin(texts))
         passes = self._begin(texts)
         for i, prefix in enumerate(layers):
@@ -117,6 +116,7 @@ class _Run:
             self._set(names)
             yield f"layer-{i}", self._step(f"layer-{i}", names, partial(self._run_layer, i, passes, False))
             self._run_layer(i, passes, True)
+            self._drop_kv(i, passes)
             for name in names:
                 set_parameter(self.target, name, None)
         yield "embedding", self._step("embedding", [EMBEDDING], lambda: self._collect_states(passes))
@@ -124,10 +124,19 @@ class _Run:
     def _begin(self, texts: TokenTexts) -> list[TargetPass]:
         """The passes of all texts before the first layer."""
         first, passes = torch.zeros(1, dtype=torch.int64), []
+        mapped = self.pair.mapped_target_weights
+        tables = mapped[EMBEDDING](), mapped[PER_LAYER]()
         for text in texts.texts:
             kv = empty_kv(self.pair.target, len(text))
-            passes.append(self.target.begin(*self._embedding_rows(text), first, first, kv))
+            passes.append(self.target.begin(*self._embedding_rows(text, *tables), first, first, kv))
         return passes
+
+    def _drop_kv(self, i: int, passes: list[TargetPass]) -> None:
+        """Free a layer's K and V if no later layer reads them."""
+        config = self.pair.target
+        if i < config.num_kv_layers and config.kv_source(config.layer_types[i]) != i:
+            for text in passes:
+                text.kv[2 * i] = text.kv[2 * i + 1] = torch.empty(0)
 
     def _run_layer(self, i: int, passes: list[TargetPass], move_on: bool) -> None:
         """Run a layer on all texts, whose passes either move on or stay where they are."""
@@ -141,7 +150,7 @@ class _Run:
         if rounded is None:
             self.grams = {_collected_for(n): _empty_grams(self.part.shapes[n], w) for n, w in wanted.items()}
             run()
-            inputs = {name: Inputs.of(self.grams.pop(name)) for name in list(self.grams)}
+            inputs = {name: self._inputs(name, self.grams.pop(name)) for name in list(self.grams)}
             rounded = {n: self._round(n, width, inputs[_collected_for(n)]) for n, width in wanted.items()}
             self.done.write(step, rounded)
         else:
@@ -153,6 +162,15 @@ class _Run:
                     assert isinstance(matrix, Quantized)
                     self._put(name, matrix.dequantize())
         return list(rounded)
+
+    def _inputs(self, name: str, grams: list[Tensor]) -> Inputs:
+        if not all(gram.isfinite().all() for gram in grams):
+            directory = self.pair.target_checkpoint.directory
+            raise InputError(
+                f"{directory}: the texts of the calibration give {name} inputs that are not finite; restore the"
+                " checkpoint, or pass --no-calibrate"
+            )
+        return Inputs.of(grams)
 
     def _round(self, name: str, width: Width, inputs: Inputs) -> Quantized:
         blocks = []
@@ -180,10 +198,10 @@ class _Run:
         self.names = {i: other for i, other in self.names.items() if other != name}
         self.names[id(self.target.get_parameter(name))] = name
 
-    def _embedding_rows(self, text: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _embedding_rows(self, text: tuple[int, ...], *tables: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled rows [T, E] and [T, layers*P] of a text, rounded to the nearest, as a bundle's are nearly."""
-        ids, mapped, target = torch.tensor(text), self.pair.mapped_target_weights, self.target
-        embedded, per_layer = (mapped[name]()[ids].float() for name in (EMBEDDING, PER_LAYER))
+        ids, target = torch.tensor(text), self.target
+        embedded, per_layer = (table[ids].float() for table in tables)
         if (width := self.part.widths.get(EMBEDDING)) is not None:
             embedded = quantize(embedded, fitting_width(width, embedded), self.allowed).dequantize()
         if (width := RECIPES[self.recipe].per_layer) != FLOAT:

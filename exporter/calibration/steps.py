@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from exporter.checkpoint.tensors import BLOCK_BYTES
@@ -33,14 +33,17 @@ class Steps:
         """Open a directory; what is in it is kept if it was made with the same key, else it is removed.
 
         Args:
-            directory: made if it does not exist.
-            key: all that the results depend on, as JSON.
+            directory: made if it does not exist; what else has its name is removed.
+            key: what the results depend on, as JSON.
         """
-        path = directory / _KEY
-        if not path.is_file() or path.read_text(encoding="utf-8") != json.dumps(key):
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-            path.write_text(json.dumps(key), encoding="utf-8")
+        path, content = directory / _KEY, json.dumps(key).encode()
+        if not path.is_file() or path.read_bytes() != content:
+            if directory.is_dir() and not directory.is_symlink():
+                shutil.rmtree(directory)
+            else:
+                directory.unlink(missing_ok=True)
+            directory.mkdir()
+            path.write_bytes(content)
         return cls(directory)
 
     def read(self, step: str) -> dict[str, Quantized] | None:
@@ -62,7 +65,8 @@ class Steps:
         for name, matrix in matrices.items():
             tensors |= {f"{name}.numbers": matrix.numbers.contiguous(), f"{name}.scales": matrix.scales.contiguous()}
         partial = self._file(step).with_suffix(".partial")
-        save_file(tensors, partial, {name: str(matrix.bits) for name, matrix in matrices.items()} | {"format": "pt"})
+        bits = {name: str(matrix.bits) for name, matrix in matrices.items()}
+        partial.write_bytes(save(tensors, bits | {"format": "pt"}))  # save_file does not say that a disk is full
         partial.replace(self._file(step))
 
     def blocks(self, step: str, name: str) -> Iterator[Quantized]:

@@ -83,6 +83,11 @@ class Checkpoint:
                     " download both again"
                 )
 
+    @property
+    def stamps(self) -> dict[str, list[int]]:
+        """Numbers by file name, some of which change when a file is written to or replaced."""
+        return {file.name: list(stamp) for file, stamp in self._stamps.items()}
+
     def map(self, name: str) -> Tensor:
         """Map one tensor into memory, with the dtype it is stored in; pages are read when they are used.
 

@@ -56,7 +56,8 @@ def recall_table(document: dict[str, Any]) -> Table:
 @click.option(
     "--text",
     type=PATH,
-    help="Texts to fit the clusters on, like those of your users, in UTF-8; needs --target.",
+    help="Texts to fit the clusters on, like those of your users: a text file in UTF-8, or JSON as for --prompt-ids. "
+    "Needs --target.",
     show_default="a set of this package and what the target writes",
 )
 @clusters_option

@@ -17,6 +17,7 @@ from exporter.terminal import err, peak_bytes, print_json, progress_bar
 if TYPE_CHECKING:
     from exporter.bundle.export import ExportOptions
     from exporter.checkpoint.pair import Pair
+    from exporter.texts.token_texts import TokenTexts
 
 
 @click.command()
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     "--calibration",
     type=PATH,
     help="Texts for that, like those of your users: a text file in UTF-8, or JSON as for --prompt-ids.",
-    show_default="a set of this package; without tokenizer.json, what the target writes",
+    show_default="a set of this package, and what the target writes",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--skip-room-check", is_flag=True, help="Do not check first that disk and memory suffice.")
@@ -100,7 +101,9 @@ def export(
     from clustering.cluster_table import load_table
     from exporter.bundle.export import ExportOptions, check_output, plan_export
     from exporter.checkpoint.pair import open_pair
-    from exporter.heads.clusters import ClusterOptions
+    from exporter.graphs.backend import load_backend
+    from exporter.heads.clusters import ClusterOptions, num_clusters
+    from exporter.texts.token_texts import fitting_texts, token_texts
 
     if head != "kmeans" and (clusters is not None or cluster_table is not None):
         raise click.UsageError("--clusters and --cluster-table go with --head kmeans")
@@ -111,18 +114,24 @@ def export(
     check_output(output, force)
     recipe, reason = auto_recipe() if recipe == AUTO else (recipe, "")
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check, max_file_size)
+    pair = open_pair(target, drafter, "dense") if head == "kmeans" else open_pair(target, drafter, head, top_k_clusters)
+    # What can be refused is refused before minutes of clustering or calibration.
+    load_backend(backend)
+    plan_export(pair, output, options)
+    texts = None if calibration is None else token_texts(pair, calibration)
     if head == "kmeans":
-        pair = open_pair(target, drafter, "dense")
-        plan_export(pair, output, options)  # raises errors before minutes of clustering
         if cluster_table is not None:
             table, top_k = load_table(cluster_table, pair.drafter.text.vocab_size, pair.drafter.text.hidden_size)
         else:
-            clustering = run_clustering(drafter, pair, ClusterOptions(clusters, top_k_clusters))
+            cluster_options = ClusterOptions(clusters, top_k_clusters)
+            num_clusters(pair.drafter, cluster_options)
+            with err.status("texts"):
+                fitted_on = fitting_texts(pair)
+            texts = texts or fitted_on  # which take minutes at full size
+            clustering = run_clustering(drafter, pair, cluster_options, fitted_on)
             table, top_k = clustering.table, clustering.top_k
         pair = pair.with_clusters(table, top_k if top_k_clusters is None else top_k_clusters, "kmeans")
-    else:
-        pair = open_pair(target, drafter, head, top_k_clusters)
-    summary = run_export(pair, output, options, True if calibration else calibrate, calibration)
+    summary = run_export(pair, output, options, True if calibration else calibrate, texts)
     if reason:
         err.print(f"recipe {recipe}: {reason}")
     if as_json:
@@ -134,7 +143,7 @@ def run_export(
     output: Path,
     options: "ExportOptions",
     calibrate: bool | None = False,
-    calibration: Path | None = None,
+    texts: "TokenTexts | None" = None,
 ) -> dict[str, Any]:
     """Export a pair with a progress bar, and print the bundle's size, the time and the peak memory.
 
@@ -143,7 +152,7 @@ def run_export(
         output: bundle directory to write.
         options: options of the export.
         calibrate: whether to calibrate; None to do it if the target has matrices of 4 bits that lie on no grid.
-        calibration: the user's texts; None for the default.
+        texts: the user's texts to calibrate on; None for the default.
 
     Returns:
         The document that `export --json` prints.
@@ -155,23 +164,31 @@ def run_export(
     from exporter.graphs.backend import load_backend
     from exporter.graphs.grids import grid_warnings, off_grid
     from exporter.graphs.parts import graph_parts
+    from exporter.quantization.second_order import part_columns
     from exporter.texts.token_texts import fitting_texts
 
     load_backend(options.backend)  # a missing package is told before anything else
     parts, total = graph_parts(pair, RECIPES[options.recipe]), pair.weight_bytes
     calibrated = off_grid(parts["target"]) if calibrate is not False else {}
-    warnings = [*pair.warnings, *([] if calibrated else grid_warnings(parts, options.recipe))]
-    for warning in warnings:
-        err.print(f"warning: {warning}", style="yellow")
+    warnings = [*pair.warnings, *grid_warnings(parts, options.recipe, bool(calibrated))]
     started = time.perf_counter()
     if calibrated:
-        with err.status("texts for the calibration"):
-            options = replace(options, calibration=fitting_texts(pair, calibration))
-        assert options.calibration is not None
-        texts = options.calibration
+        shapes = {name: parts["target"].shapes[name] for name in calibrated}
+        if texts is None:
+            with err.status("texts for the calibration"):
+                texts = fitting_texts(pair)
+        columns = max(part_columns(shape[1], calibrated[name].group_size) for name, shape in shapes.items())
+        if texts.num_tokens < columns:
+            warnings.append(
+                f"{texts.source}: {texts.num_tokens} tokens are few to calibrate matrices with {columns} columns on,"
+                " and rounding to the nearest may be better; give more text than columns"
+            )
+        options = replace(options, calibration=texts)
         err.print(f"calibrating {len(calibrated)} matrices on {texts.num_tokens} tokens: {texts.source}")
-        total += sum(4 * prod(parts["target"].shapes[name]) for name in calibrated)
-    elif calibrate:
+        total += sum(4 * prod(shape) for shape in shapes.values())
+    for warning in warnings:
+        err.print(f"warning: {warning}", style="yellow")
+    if calibrate and not calibrated:
         err.print("nothing to calibrate: no matrix of the target is rounded to 4 bits without lying on their grid")
     with progress_bar(err, "export", total) as progress:
         digest = export_bundle(pair, output, options, progress)

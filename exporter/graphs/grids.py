@@ -26,20 +26,26 @@ def off_grid(part: GraphParts) -> dict[str, Width]:
     return found
 
 
-def grid_warnings(parts: Mapping[str, GraphParts], recipe: str) -> list[str]:
-    """Return a line if a recipe rounds matrices to 4 bits that lie on no such grid.
+def grid_warnings(parts: Mapping[str, GraphParts], recipe: str, calibrated: bool = False) -> list[str]:
+    """Return a line if a recipe rounds matrices to the nearest 4 bits that lie on no such grid.
 
     Args:
         parts: what each graph consists of, by graph name.
         recipe: name of the recipe, for the message.
+        calibrated: whether the target's are calibrated, so that only the drafter's are rounded to the nearest.
     """
-    rounded = [name for part in parts.values() for name in off_grid(part)]
+    judged = {name: part for name, part in parts.items() if not (calibrated and name == "target")}
+    rounded = [name for part in judged.values() for name in off_grid(part)]
     if not rounded:
         return []
-    total = sum(part.widths[name].bits == GRID_BITS for part in parts.values() for name in part.widths)
-    share = len(rounded) / total
+    total = sum(part.widths[name].bits == GRID_BITS for part in judged.values() for name in part.widths)
+    share = f"{len(rounded)} of {total} matrices in 4 bits ({len(rounded) / total:.0%}, such as {rounded[0]})"
+    if calibrated:
+        return [
+            f"recipe {recipe}: {share} of the drafter lie on no grid of 4 bits and are rounded to the nearest, so fewer"
+            " drafts may be accepted; no token changes"
+        ]
     return [
-        f"recipe {recipe}: {len(rounded)} of {total} matrices in 4 bits ({share:.0%}, such as {rounded[0]}) lie"
-        " on no grid of 4 bits, so rounding changes what the model says; `parity` measures how much, and checkpoints"
-        " that were trained for 4 bits (QAT) lose far less"
+        f"recipe {recipe}: {share} lie on no grid of 4 bits, so rounding changes what the model says; `parity` measures"
+        " how much, and checkpoints that were trained for 4 bits (QAT) lose far less"
     ]

@@ -125,7 +125,8 @@ def make_clusters(
 ) -> Clustering:
     """Cluster a drafter's output embedding by k-means, and fit centroids that find the best token's cluster.
 
-    Centroids are fitted on half of the drafter's states, those of every other text; recall is measured on the others.
+    Centroids are fitted on one half of the drafter's states, those of every other text as far as texts are equally
+    long; recall is measured on the other half.
 
     Args:
         drafter_dir: the drafter's checkpoint.

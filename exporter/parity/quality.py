@@ -137,8 +137,10 @@ def measure_quality(
         logits, ids, states = bundle_logits(engine, text)
         every, next_tokens = all_logits(engine, logits, ids, states), torch.tensor([*text[1:], 0])
         losses = [F.cross_entropy(x, next_tokens, reduction="none").double() for x in (every, expected)]
-        for loss in losses:  # an answer's tokens are the checkpoints' choices: no perplexity
-            loss[slice(-1, None) if held_out else slice(None)] = torch.nan
+        # An answer's tokens are the checkpoints' choices, and a suppressed token's loss is infinite: no perplexity.
+        unknown = is_suppressed(expected.gather(1, next_tokens.unsqueeze(1))).squeeze(1)
+        unknown[slice(-1, None) if held_out else slice(None)] = True
+        losses = [loss.masked_fill(unknown, torch.nan) for loss in losses]
         equal = (ids[:, 0] == expected.argmax(1)).double()
         by_kind.setdefault(kind, []).append(torch.stack([equal, kl_divergence(expected, every), *losses], 1))
         exact, known = expected.gather(1, ids).double(), ~is_suppressed(logits)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from exporter.parity.checks import Check
 from exporter.parity.gate import Figures, Gate, gate_checks
 from exporter.parity.quality import logits_after, measure_quality, quality_checks
 from exporter.parity.reference import EagerGraph, Reference
-from exporter.parity.source import calibration_check
+from exporter.parity.source import calibration_check, refuse_other_sizes
 from exporter.parity.tolerance import relative_error, tolerance_for
 from exporter.quantization.recipes import RECIPES
 from exporter.texts.documents import HELD_OUT
@@ -200,25 +199,13 @@ def read_comparable(bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[
     for prompt in prompts:
         check_prompt(manifest, prompt)
     if pair is not None:
-        _refuse_other_sizes(bundle, manifest, pair)
+        refuse_other_sizes(bundle, manifest, pair)
         if others := {feature["name"] for feature in manifest.raw["requires"]} - COMPARABLE_FEATURES:
             raise InputError(
                 f"{bundle}: has the feature {min(others)}, with which it cannot be compared with checkpoints; leave out"
                 " --target and --drafter"
             )
     return manifest
-
-
-def _refuse_other_sizes(bundle: Path, manifest: Manifest, pair: Pair) -> None:
-    for model, config in (("target", pair.target), ("drafter", pair.drafter)):
-        in_checkpoint = json.loads(json.dumps(asdict(config)))
-        in_bundle = manifest.raw[model]
-        for key in sorted(in_checkpoint.keys() | in_bundle.keys()):
-            if in_checkpoint.get(key) != in_bundle.get(key):
-                raise InputError(
-                    f"{bundle}: was exported from another {model}: {key} is {in_bundle.get(key)}, the checkpoint has"
-                    f" {in_checkpoint.get(key)}; pass the checkpoints it was made from"
-                )
 
 
 def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:

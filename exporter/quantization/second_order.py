@@ -88,11 +88,11 @@ def quantize_for(weight: Tensor, inputs: Inputs, width: Width, allowed: Scales =
         nearest = quantize(rows, width, allowed)
         numbers, scales = _tuned(rows, inputs, nearest, allowed)
         tuned = Quantized(numbers.to(torch.int8), scales, width.bits)
-        worse = (_errors(rows, tuned, inputs) >= _errors(rows, nearest, inputs)).unsqueeze(1)
+        better = (_errors(rows, tuned, inputs) < _errors(rows, nearest, inputs)).unsqueeze(1)
         blocks.append(
             Quantized(
-                torch.where(worse, nearest.numbers, tuned.numbers),
-                torch.where(worse, nearest.scales, tuned.scales),
+                torch.where(better, tuned.numbers, nearest.numbers),
+                torch.where(better, tuned.scales, nearest.scales),
                 width.bits,
             )
         )
@@ -144,7 +144,8 @@ def _spread(
         for column in range(start, stop):
             if column % group_size == 0:
                 group = slice(column, column + group_size)
-                chosen = best_scales(weight[group].T.contiguous(), bits, allowed, importance[group])
+                if fixed is None:
+                    chosen = best_scales(weight[group].T.contiguous(), bits, allowed, importance[group])
                 scales.append(chosen[:, 0] if fixed is None else fixed[0])
             scale = scales[-1]
             numbers[column] = _to_integers(weight[column], scale, bits)

@@ -16,6 +16,7 @@ from runtime_ref.prompts import read_prompt_ids
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 
 MAX_TEXT_TOKENS = 256  # longer texts are cut into pieces, each with the beginning-of-text token
+REFUSED = " (chats as plain text: the chat template refuses them)"
 WRITTEN = "texts that the target wrote, sampled at temperature 1"
 MAX_TOKENS = 16384  # of a user's file: calibration takes time in proportion
 
@@ -63,7 +64,7 @@ def token_texts(
 
     Raises:
         InputError: the file cannot be read, is empty or too long, holds ids that the target lacks, or is a text while
-            the checkpoint has no tokenizer.
+            the checkpoint has no tokenizer; or the target cannot write texts.
     """
     directory = pair.target_checkpoint.directory
     if file is not None and file.suffix == ".json":
@@ -75,11 +76,11 @@ def token_texts(
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: cannot be read as text in UTF-8 ({error}); give another file") from error
-        return _checked(_pieces(pair, [TextTokenizer(directory, pair.tokens).encode(text)]), pair, file)
+        ids = TextTokenizer(directory, pair.tokens).encode(text) if text.strip() else []
+        return _checked(_pieces(pair, [ids]), pair, file)
     if not has_tokenizer(pair):
         return TokenTexts(_tuples(write_texts(pair)), WRITTEN)
-    texts, kinds = package_texts(pair, documents(name), max_text_tokens)
-    return TokenTexts(_tuples(texts), f"the package's set {name}", kinds)
+    return package_texts(pair, documents(name), f"the package's set {name}", max_text_tokens)
 
 
 def fitting_texts(pair: Pair, file: Path | None = None) -> TokenTexts:
@@ -94,40 +95,51 @@ def fitting_texts(pair: Pair, file: Path | None = None) -> TokenTexts:
 
 
 def package_texts(
-    pair: Pair, chosen: Sequence[Document], max_text_tokens: int = MAX_TEXT_TOKENS
-) -> tuple[list[list[int]], tuple[str, ...]]:
-    """Turn documents into token ids, chats by the checkpoint's template if it has one.
+    pair: Pair, chosen: Sequence[Document], source: str, max_text_tokens: int = MAX_TEXT_TOKENS
+) -> TokenTexts:
+    """Turn documents into token ids, chats by the checkpoint's template if it has one that renders them.
 
     Args:
         pair: a pair with a tokenizer.
         chosen: the documents.
+        source: what they are, for people; chats that the template refuses are plain text, which is added here.
         max_text_tokens: maximum length of a text; longer ones are cut into pieces.
 
-    Returns:
-        Token ids of each text, and its kind, such as "prose de".
+    Raises:
+        InputError: the tokenizer gives ids that the target lacks.
     """
     directory = pair.target_checkpoint.directory
-    tokenizer, source = TextTokenizer(directory, pair.tokens), chat_template(directory)
+    tokenizer, jinja = TextTokenizer(directory, pair.tokens), chat_template(directory)
     remedy = "restore the checkpoint"
-    template = source and ChatTemplate(source, str(directory), remedy, tokenizer.special_tokens)
-    texts, kinds = [], []
+    template = jinja and ChatTemplate(jinja, str(directory), remedy, tokenizer.special_tokens)
+    texts, kinds, refused = [], [], False
     for document in chosen:
-        chat = template if document.kind == "chat" else None
-        text = chat.render(document.messages, ask=False) if chat else document.text
+        text = document.text
+        if document.kind == "chat" and template:
+            try:
+                text = template.render(document.messages, ask=False)
+            except InputError:
+                refused = True
         for piece in _pieces(pair, [tokenizer.encode(text)], max_text_tokens):
             texts.append(piece)
             kinds.append(f"{document.kind} {document.language}")
-    return texts, tuple(kinds)
+    if wrong := [token for text in texts for token in text if token >= pair.target.vocab_size]:
+        raise InputError(
+            f"{directory / TOKENIZER}: gives a text of this package the token {wrong[0]}, expected ids below"
+            f" {pair.target.vocab_size}; restore the target's tokenizer, or pass other texts as JSON: --calibration or"
+            " --no-calibrate (`export`), --text (`cluster`), --prompt-ids (`parity`)"
+        )
+    return TokenTexts(_tuples(texts), source + REFUSED * refused, tuple(kinds))
 
 
 def _pieces(pair: Pair, texts: Iterable[Sequence[int]], max_text_tokens: int = MAX_TEXT_TOKENS) -> list[list[int]]:
-    """Cut token ids into pieces that begin with the beginning-of-text token."""
-    bos = pair.tokens.bos
+    """Cut token ids into pieces that begin with the beginning-of-text token, if the target has it."""
+    bos, begin = pair.tokens.bos, [pair.tokens.bos] * (pair.tokens.bos < pair.target.vocab_size)
     size = max(1, min(MAX_TEXT_TOKENS, max_text_tokens, pair.target.max_position_embeddings) - 1)
     pieces = []
     for text in texts:
         ids = list(text[1:] if text[:1] == [bos] else text)
-        pieces += [[bos, *ids[start : start + size]] for start in range(0, len(ids), size)]
+        pieces += [[*begin, *ids[start : start + size]] for start in range(0, len(ids), size)]
     return pieces
 
 

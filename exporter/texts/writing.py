@@ -7,6 +7,7 @@ from exporter.checkpoint.pair import Pair
 from exporter.modeling.layers import Ops, rms_norm
 from exporter.modeling.target import Target, empty_kv
 from exporter.modeling.weights import load_module
+from runtime_ref.errors import InputError
 
 NUM_TEXTS, TEXT_TOKENS = 64, 64
 _BLOCK_ROWS = 1024  # of a matrix that are widened to float32 at a time; they stay in the processor's cache
@@ -24,7 +25,17 @@ def write_texts(pair: Pair, seed: int = 0) -> list[list[int]]:
 
     Returns:
         `NUM_TEXTS` lists of `TEXT_TOKENS` token ids, fewer if the target has fewer positions.
+
+    Raises:
+        InputError: the beginning-of-text token is not in the vocabulary, or the logits are not finite.
     """
+    directory, bos = pair.target_checkpoint.directory, pair.tokens.bos
+    if bos >= pair.target.vocab_size:
+        raise InputError(
+            f"{directory}: cannot write texts to fit weights or clusters on: bos_token_id is {bos}, expected less than"
+            f" the {pair.target.vocab_size} tokens of the target; correct it in generation_config.json or config.json,"
+            " or pass texts as JSON with --calibration (`export`) or --text (`cluster`)"
+        )
     generator = torch.Generator().manual_seed(seed)
     ops = Ops(
         linear=lambda x, weight: torch.cat([x @ rows.float().T for rows in weight.split(_BLOCK_ROWS)], -1),
@@ -41,9 +52,11 @@ def write_texts(pair: Pair, seed: int = 0) -> list[list[int]]:
     # The model definition takes one sequence, so it is mapped over the texts.
     batched = torch.vmap(step, in_dims=(0, None, 0))
     kv = [part.expand(NUM_TEXTS, *part.shape).clone() for part in empty_kv(pair.target, length)]
-    texts = torch.full((NUM_TEXTS, 1), pair.tokens.bos)
+    texts = torch.full((NUM_TEXTS, 1), bos)
     for position in range(length - 1):
         logits, kv = batched(texts[:, -1:], torch.tensor([position]), kv)
+        if not logits.isfinite().all():
+            raise InputError(f"{directory}: the target's logits are NaN or infinity; restore the checkpoint")
         chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         texts = torch.cat((texts, chosen), 1)
     return texts.tolist()

@@ -27,6 +27,7 @@ from exporter.parity.stages import run_parity
 from exporter.quantization.numbers import Quantized, Scales
 from exporter.quantization.recipes import RECIPES
 from exporter.texts.token_texts import TokenTexts
+from runtime_ref.errors import InputError
 from runtime_ref.tokenizer import TextTokenizer
 from tests.conftest import Run
 from tests.exports import MAX_SEQ_LEN
@@ -162,12 +163,32 @@ def test_a_step_cut_short_is_done_again(pair_dirs: Pairs, tmp_path: Path) -> Non
     assert all(torch.equal(second.target_weights[name](), matrix) for name, matrix in expected.items())
 
 
+def test_steps_of_another_model_are_not_taken_over(pair_dirs: Pairs, tmp_path: Path) -> None:
+    """Its config alone differs; nor is what else lies where steps are kept in the way."""
+    pair, texts, directory = open_pair(*pair_dirs("tiny")), random_texts(4), tmp_path / "steps"
+    directory.write_text("a file")
+    calibrate(pair, "int4", Scales(), texts, directory)
+    (directory / "key.json").write_bytes(b"\xff")
+    first = calibrate(pair, "int4", Scales(), texts, directory)
+    before = {n: first.target_weights[n]() for n in (first.calibrated.matrices if first.calibrated else ())}
+    other = replace(pair, target=replace(pair.target, rms_norm_eps=1.0))
+    second = calibrate(other, "int4", Scales(), texts, directory)
+    assert before
+    assert any(not torch.equal(second.target_weights[name](), matrix) for name, matrix in before.items())
+
+
 def test_weights_on_their_grid_are_left_alone(pair_dirs: Pairs, tmp_path: Path) -> None:
     pair = open_pair(*pair_dirs("demo"))
-    calibrated = calibrate(pair, "int4", Scales(), random_texts(2), tmp_path)
-    assert calibrated.calibrated is not None
-    assert calibrated.calibrated.matrices == ()
-    assert calibrated.target_weights == pair.target_weights
+    assert calibrate(pair, "int4", Scales(), random_texts(2), tmp_path) is pair
+
+
+def test_inputs_that_are_not_finite_are_refused(pair_dirs: Pairs, tmp_path: Path) -> None:
+    pair = open_pair(*pair_dirs("tiny"))
+    huge = {**pair.target_weights, "layers.0.input_layernorm.weight": lambda: torch.full((64,), 1e30)}
+    with pytest.raises(
+        InputError, match=r"the calibration give layers\.0\.self_attn\.q_proj\.weight inputs that are not"
+    ):
+        calibrate(replace(pair, target_weights=huge), "int4", Scales(), random_texts(2), tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["onnx", "executorch"])
@@ -223,8 +244,46 @@ def test_export_calibrates_where_it_matters(run: Run, pair_dirs: Pairs, tmp_path
     assert document["calibrated"] == []
     assert "nothing to calibrate" in err
     (tmp_path / "ids.json").write_text(json.dumps([list(range(3, 60))]))
-    export("d", "--calibration", str(tmp_path / "ids.json"))
+    document, err = export("d", "--calibration", str(tmp_path / "ids.json"))
+    assert document["warnings"] == [
+        "ids.json: 58 tokens are few to calibrate matrices with 128 columns on, and rounding to the nearest may be"
+        " better; give more text than columns"
+    ]
     assert json.loads((tmp_path / "d/manifest.json").read_text())["calibration"]["texts"] == "ids.json"
+
+
+def test_the_drafter_is_still_warned_of(run: Run, pair_dirs: Pairs, tmp_path: Path) -> None:
+    """A calibration is of the target alone."""
+    target, drafter = pair_dirs("dense")
+    pair = "--target", target, "--drafter", drafter, "--output", tmp_path / "b"
+    (tmp_path / "ids.json").write_text(json.dumps([list(range(3, 200))] * 2))
+    code, out, _ = run("export", *pair, "--recipe", "smallest", "--calibration", tmp_path / "ids.json", "--json")
+    assert code == 0
+    (warning,) = json.loads(out)["warnings"]
+    assert "of the drafter lie on no grid of 4 bits" in warning
+
+
+def test_texts_are_read_before_anything_is_done(run: Run, pair_dirs: Pairs, tmp_path: Path) -> None:
+    target, drafter = pair_dirs("tiny")
+    pair = "--target", target, "--drafter", drafter, "--output", tmp_path / "b"
+    code, _, err = run("export", *pair, "--recipe", "fp32", "--calibration", tmp_path / "absent.json")
+    assert (code, "absent.json" in err, err.count("\n")) == (2, True, 1)
+    code, _, err = run("export", *pair, "--max-seq-len", 99999999)
+    assert (code, "--max-seq-len is 99999999" in err, err.count("\n")) == (2, True, 1)
+
+
+def test_a_damaged_graph_and_another_pair_are_told_as_ever(run: Run, pair_dirs: Pairs, tmp_path: Path) -> None:
+    """Although parity reads a calibrated bundle's integers before its first stage."""
+    dirs, path = pair_dirs("tiny"), tmp_path / "bundle"
+    export_bundle(open_pair(*dirs), path, ExportOptions("onnx", "int4", MAX_SEQ_LEN, calibration=random_texts(2)))
+    others = pair_dirs("e2b")
+    code, _, err = run("parity", path, "--target", others[0], "--drafter", others[1])
+    assert (code, "was exported from another target" in err) == (2, True)
+    graph = path / "target.onnx"
+    graph.write_bytes(bytes(byte ^ 0x5A for byte in graph.read_bytes()))
+    code, out, err = run("parity", path, "--target", dirs[0], "--drafter", dirs[1], "--json")
+    failed = [check["output"] for check in json.loads(out)["checks"] if not check["passed"]]
+    assert (code, failed) == (1, ["sha256", "loads and runs"])
 
 
 def test_texts_and_no_calibration_contradict_each_other(run: Run, pair_dirs: Pairs, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,6 +12,7 @@ import torch
 
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import open_pair
+from exporter.checkpoint.special_tokens import suppression
 from exporter.parity.checks import Check
 from exporter.parity.gate import Gate, gate_checks
 from exporter.parity.junit import check_junit, write_junit
@@ -104,6 +106,10 @@ def test_quality_is_measured_on_held_out_texts(bundle: Callable[..., Path], pair
     assert quality.whole.perplexity != quality.whole.perplexity_fp32
     checks = {check.output: check.detail for check in quality_checks(quality, 0.5)}
     assert checks["b against fp32"].startswith(f"KL {quality.kinds['b'].kl:.4f}, ")
+    suppressing = replace(pair, tokens=replace(pair.tokens, suppressed=(50,)))  # which the first text has
+    weights = {**pair.target_weights, **suppression(suppressing.tokens, 2048)}
+    without = measure_quality(engine, replace(suppressing, target_weights=weights), [[2]], 4, texts)
+    assert np.isfinite(without.kinds["a"].perplexity_fp32)
     on_answers = measure_quality(engine, pair, [[2]], 4)
     assert on_answers.kinds == {}
     assert np.isnan(on_answers.whole.perplexity)

@@ -83,6 +83,32 @@ def _kv(config: object) -> list[torch.Tensor]:
     return empty_kv(config, 1)  # type: ignore[arg-type]
 
 
+def test_a_beginning_that_the_target_lacks(pair_dirs: Pairs, tmp_path: Path) -> None:
+    """A bundle may name such a token; nothing can be written after it."""
+    pair = open_pair(*pair_dirs("tiny"))
+    pair = replace(pair, tokens=replace(pair.tokens, bos=300))
+    with pytest.raises(InputError, match=r"bos_token_id is 300, expected less than the 256 tokens"):
+        write_texts(pair)
+    (tmp_path / "ids.json").write_text("[[7, 8], [9]]")
+    assert token_texts(pair, tmp_path / "ids.json").texts == ((7, 8), (9,))
+
+
+def test_chats_that_the_template_refuses_are_plain_text(tmp_path: Path) -> None:
+    target, drafter = save_chat_pair(tmp_path)
+    (target / "chat_template.jinja").write_text("{{ raise_exception('no chats') }}")
+    texts = token_texts(open_pair(target, drafter))
+    assert texts.source.endswith("(chats as plain text: the chat template refuses them)")
+    assert "chat en" in texts.kinds
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(pair_dirs: Pairs) -> None:
+    pair = open_pair(*pair_dirs("demo"))
+    with pytest.raises(
+        InputError, match=r"gives a text of this package the token \d+, expected ids below 100; restore"
+    ):
+        token_texts(replace(pair, target=replace(pair.target, vocab_size=100)))
+
+
 def test_a_users_texts_are_cut_into_pieces(pair_dirs: Pairs, tmp_path: Path) -> None:
     pair, bos = open_pair(*pair_dirs("demo")), 2
     (tmp_path / "mine.txt").write_text("Return the number of items. " * 100, encoding="utf-8")
@@ -97,7 +123,7 @@ def test_a_users_texts_are_cut_into_pieces(pair_dirs: Pairs, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "content", "pair_name", "message"),
     [
-        ("t.txt", "", "demo", "is empty, expected text"),
+        ("t.txt", " \n ", "demo", "is empty, expected text"),
         ("t.txt", "Return it. " * MAX_TOKENS, "demo", f"at most {MAX_TOKENS} are used"),
         ("t.json", "[5000]", "demo", "has token 5000, expected ids from 0 to 2047"),
         ("t.txt", "Return it.", "tiny", "has no tokenizer.json; give"),
