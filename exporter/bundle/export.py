@@ -89,14 +89,14 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     backend, recipe = load_backend(options.backend), RECIPES[options.recipe]
     template = chat_template(pair.target_checkpoint.directory)
     steps = calibration_directory(output)
-    with replacing(output, lambda: _check_replaceable(output, options.force)) as directory, contextlib.ExitStack() as s:
+    with replacing(output, lambda: _check_replaceable(output, options.force)) as directory:
         if options.calibration is not None:
             pair = calibrate(pair, options.recipe, backend.supported_scales(), options.calibration, steps, progress)
         parts = graph_parts(pair, recipe)
-        s.enter_context(_one_thread())
         limits = size_limits(max_seq_len, options.max_draft_tokens, pair.target.sliding_window)
-        per_layer = write_per_layer(directory, pair, recipe.per_layer, options.max_file_bytes, progress)
-        exported = backend.export_graphs(directory, pair, parts, limits, options.max_file_bytes, progress)
+        with _one_thread():
+            per_layer = write_per_layer(directory, pair, recipe.per_layer, options.max_file_bytes, progress)
+            exported = backend.export_graphs(directory, pair, parts, limits, options.max_file_bytes, progress)
         if (source := pair.target_checkpoint.directory / TOKENIZER).is_file():
             shutil.copyfile(source, directory / TOKENIZER)
         if template is not None:
@@ -128,7 +128,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         _check_file_sizes(manifest["files"], options.max_file_bytes)
         content = (json.dumps(manifest, indent=1) + "\n").encode()
         (directory / MANIFEST).write_bytes(content)
-        s.callback(shutil.rmtree, steps, ignore_errors=True)
+        shutil.rmtree(steps, ignore_errors=True)
     return hashlib.sha256(content).hexdigest()
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -47,7 +46,7 @@ class Steps:
         return cls(directory)
 
     def read(self, step: str) -> dict[str, Quantized] | None:
-        """Return the matrices of a step by name, mapped from its file; None if it is not finished."""
+        """Return the matrices of a step by name; None if it is not finished."""
         try:
             with safe_open(self._file(step), "pt") as opened:
                 bits = opened.metadata()
@@ -77,7 +76,7 @@ class Steps:
             block_rows = max(1, BLOCK_BYTES // (4 * columns))
             for start in range(0, rows, block_rows):
                 block = slice(start, min(start + block_rows, rows))
-                yield Quantized(numbers[block], scales[block].to(torch.float32), int(opened.metadata()[name]))
+                yield Quantized(numbers[block], scales[block], int(opened.metadata()[name]))
 
     def _file(self, step: str) -> Path:
         return self.directory / f"{step}.safetensors"

@@ -93,8 +93,10 @@ def cluster(
 
     Recall is the fraction of hidden states whose best token is in a cluster that the first stage keeps.
     """
+    from exporter.checkpoint.config_json import read_drafter_config
     from exporter.checkpoint.pair import open_pair
-    from exporter.heads.clusters import ClusterOptions
+    from exporter.heads.clusters import ClusterOptions, num_clusters
+    from exporter.texts.token_texts import TokenTexts
 
     if (prompt_ids or text) and target is None:
         raise click.UsageError("--text and --prompt-ids need --target, which runs them")
@@ -112,12 +114,13 @@ def cluster(
     started = time.perf_counter()
     pair = None if target is None else open_pair(target, drafter, "dense")
     options = ClusterOptions(clusters, top_k_clusters, DEFAULT_RECALL if recall is None else recall, seed)
-    texts = None
+    num_clusters(read_drafter_config(drafter), options)  # raises before minutes in which the target writes texts
+    texts: TokenTexts | None = None
     if prompt_ids is not None:
-        from exporter.texts.token_texts import TokenTexts
-
         texts = TokenTexts(tuple(map(tuple, read_prompt_ids(prompt_ids))), "the prompts")
-    clustering = run_clustering(drafter, pair, options, texts, text)
+    elif pair is not None:
+        texts = texts_to_fit(pair, text)
+    clustering = run_clustering(drafter, pair, options, texts)
     document = {**clustering.measurements(), "seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
     if output is not None:
         write_file(output, clustering.table.to_bytes(clustering.top_k))
@@ -130,12 +133,19 @@ def cluster(
     err.print(f"clustered in {document['seconds']:.0f} s, peak memory {human_bytes(document['peak_bytes'])}")
 
 
+def texts_to_fit(pair: "Pair", file: Path | None = None) -> "TokenTexts":
+    """Return the texts of `exporter.texts.token_texts.fitting_texts`, saying so while the target writes."""
+    from exporter.texts.token_texts import fitting_texts
+
+    with err.status("texts"):
+        return fitting_texts(pair, file)
+
+
 def run_clustering(
     drafter: Path,
     pair: "Pair | None",
     options: "ClusterOptions",
-    texts: "TokenTexts | None" = None,
-    file: Path | None = None,
+    texts: "TokenTexts | None",
 ) -> "Clustering":
     """Make clusters with a progress bar, and warn if their head would need more than half of a dense head's work.
 
@@ -143,20 +153,13 @@ def run_clustering(
         drafter: the drafter's checkpoint directory.
         pair: the opened pair, to measure recall on states of real draft steps, or None.
         options: options of the clustering.
-        texts: token ids for the target to run; None for those of the file.
-        file: the user's text; None for the default texts.
+        texts: token ids for the target to run; None without a pair.
 
     Raises:
         InputError: see `exporter.heads.clusters.make_clusters`.
     """
-    from exporter.checkpoint.config_json import read_drafter_config
-    from exporter.heads.clusters import cluster_steps, make_clusters, num_clusters
-    from exporter.texts.token_texts import fitting_texts
+    from exporter.heads.clusters import cluster_steps, make_clusters
 
-    num_clusters(read_drafter_config(drafter), options)  # raises before minutes in which the target writes texts
-    if texts is None and pair is not None:
-        with err.status("texts for the clusters"):
-            texts = fitting_texts(pair, file)
     with progress_bar(err, "clusters", cluster_steps(texts)) as progress:
         clustering = make_clusters(drafter, pair, options, texts, progress)
     if (work := clustering.work_ratio) > 0.5:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli.cluster_command import run_clustering
+from exporter.cli.cluster_command import run_clustering, texts_to_fit
 from exporter.cli.options import BYTES, PATH, backend_option, clusters_option, json_option, top_k_option
 from exporter.files import directory_bytes, human_bytes
 from exporter.quantization.recipes import AUTO, RECIPES, auto_recipe
@@ -103,7 +103,7 @@ def export(
     from exporter.checkpoint.pair import open_pair
     from exporter.graphs.backend import load_backend
     from exporter.heads.clusters import ClusterOptions, num_clusters
-    from exporter.texts.token_texts import fitting_texts, token_texts
+    from exporter.texts.token_texts import token_texts
 
     if head != "kmeans" and (clusters is not None or cluster_table is not None):
         raise click.UsageError("--clusters and --cluster-table go with --head kmeans")
@@ -125,8 +125,7 @@ def export(
         else:
             cluster_options = ClusterOptions(clusters, top_k_clusters)
             num_clusters(pair.drafter, cluster_options)
-            with err.status("texts"):
-                fitted_on = fitting_texts(pair)
+            fitted_on = texts_to_fit(pair)
             texts = texts or fitted_on  # which take minutes at full size
             clustering = run_clustering(drafter, pair, cluster_options, fitted_on)
             table, top_k = clustering.table, clustering.top_k
@@ -165,18 +164,16 @@ def run_export(
     from exporter.graphs.grids import grid_warnings, off_grid
     from exporter.graphs.parts import graph_parts
     from exporter.quantization.second_order import part_columns
-    from exporter.texts.token_texts import fitting_texts
 
     load_backend(options.backend)  # a missing package is told before anything else
     parts, total = graph_parts(pair, RECIPES[options.recipe]), pair.weight_bytes
     calibrated = off_grid(parts["target"]) if calibrate is not False else {}
-    warnings = [*pair.warnings, *grid_warnings(parts, options.recipe, bool(calibrated))]
+    warnings = [*pair.warnings, *grid_warnings(parts, options.recipe, calibrate is not False)]
     started = time.perf_counter()
     if calibrated:
         shapes = {name: parts["target"].shapes[name] for name in calibrated}
         if texts is None:
-            with err.status("texts for the calibration"):
-                texts = fitting_texts(pair)
+            texts = texts_to_fit(pair)
         columns = max(part_columns(shape[1], calibrated[name].group_size) for name, shape in shapes.items())
         if texts.num_tokens < columns:
             warnings.append(

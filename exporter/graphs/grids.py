@@ -32,7 +32,7 @@ def grid_warnings(parts: Mapping[str, GraphParts], recipe: str, calibrated: bool
     Args:
         parts: what each graph consists of, by graph name.
         recipe: name of the recipe, for the message.
-        calibrated: whether the target's are calibrated, so that only the drafter's are rounded to the nearest.
+        calibrated: whether those of the target are calibrated, so that only the drafter's are rounded to the nearest.
     """
     judged = {name: part for name, part in parts.items() if not (calibrated and name == "target")}
     rounded = [name for part in judged.values() for name in off_grid(part)]

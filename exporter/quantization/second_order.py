@@ -115,10 +115,10 @@ def _tuned(weight: Tensor, inputs: Inputs, nearest: Quantized, allowed: Scales) 
     Where a whole row shares one scale, its parts share the one that `quantize` chose, and the last part cannot move it.
     """
     bits, group_size, whole = nearest.bits, nearest.group_size, nearest.scales.shape[1] == 1
+    fixed = nearest.scales.T.contiguous() if whole and len(inputs.parts) > 1 else None
     numbers, scales = [], []
     for (start, gram), factor in zip(inputs.parts, inputs.factors, strict=True):
         part = weight[:, start : start + len(gram)].T.contiguous()  # columns first: they are what is worked through
-        fixed = nearest.scales.T.contiguous() if whole and len(inputs.parts) > 1 else None
         size = len(gram) if whole else group_size
         integers, scale = _spread(part, factor, size, bits, allowed, fixed)
         for _ in range(ROUNDS):
@@ -144,9 +144,11 @@ def _spread(
         for column in range(start, stop):
             if column % group_size == 0:
                 group = slice(column, column + group_size)
-                if fixed is None:
-                    chosen = best_scales(weight[group].T.contiguous(), bits, allowed, importance[group])
-                scales.append(chosen[:, 0] if fixed is None else fixed[0])
+                scales.append(
+                    best_scales(weight[group].T.contiguous(), bits, allowed, importance[group])[:, 0]
+                    if fixed is None
+                    else fixed[0]
+                )
             scale = scales[-1]
             numbers[column] = _to_integers(weight[column], scale, bits)
             error = (weight[column] - numbers[column] * scale) / factor[column, column]

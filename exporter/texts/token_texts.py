@@ -110,8 +110,7 @@ def package_texts(
     """
     directory = pair.target_checkpoint.directory
     tokenizer, jinja = TextTokenizer(directory, pair.tokens), chat_template(directory)
-    remedy = "restore the checkpoint"
-    template = jinja and ChatTemplate(jinja, str(directory), remedy, tokenizer.special_tokens)
+    template = jinja and ChatTemplate(jinja, str(directory), "restore the checkpoint", tokenizer.special_tokens)
     texts, kinds, refused = [], [], False
     for document in chosen:
         text = document.text
