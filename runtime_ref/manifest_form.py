@@ -93,6 +93,7 @@ FORM_3: Form = {
     "tables": {"embed_tokens": TABLE, "embed_tokens_per_layer?": TABLE, "head?": TABLE},
     "source": {"target": _SOURCE, "drafter": _SOURCE},
     "files": {"*": {"size": size, "sha256": str}},
+    "widths?": [{"bits": size, "group_size": (None, size), "matrices": [str]}],
     "calibration?": {"texts": str, "sha256": str, "tokens": size, "threads": size, "matrices": [str]},
     "chat?": {
         "begin": str,

@@ -21,11 +21,12 @@ from exporter.checkpoint.side_files import chat_template
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.files import check_directory, check_free_space, holds_only, recover, replacing
 from exporter.graphs.backend import load_backend
-from exporter.graphs.parts import graph_parts
+from exporter.graphs.parts import all_widths, graph_parts
 from exporter.graphs.spec import kv_ports, size_limits
 from exporter.graphs.split_files import too_large
 from exporter.graphs.tables import PER_LAYER, write_per_layer
-from exporter.quantization.recipes import RECIPES
+from exporter.quantization.recipes import Recipe, check_recipe, matrices
+from exporter.quantization.widths import Width
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.errors import InputError
@@ -43,7 +44,7 @@ class ExportOptions:
 
     Attributes:
         backend: a key of `exporter.graphs.backend.BACKENDS`.
-        recipe: a key of `exporter.quantization.recipes.RECIPES`.
+        recipe: how many bits each matrix is stored in.
         max_seq_len: maximum number of tokens of prompt and answer together; None for 4096, or for the target's
             `max_position_embeddings` if that is smaller.
         max_draft_tokens: maximum number of draft tokens in a round.
@@ -55,7 +56,7 @@ class ExportOptions:
     """
 
     backend: str
-    recipe: str
+    recipe: Recipe
     max_seq_len: int | None = None
     max_draft_tokens: int = 8
     force: bool = False
@@ -86,12 +87,12 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     """
     check_output(output, options.force)
     max_seq_len = plan_export(pair, output, options)
-    backend, recipe = load_backend(options.backend), RECIPES[options.recipe]
+    backend, recipe = load_backend(options.backend), options.recipe
     template = chat_template(pair.target_checkpoint.directory)
     steps = calibration_directory(output)
     with replacing(output, lambda: _check_replaceable(output, options.force)) as directory:
         if options.calibration is not None:
-            pair = calibrate(pair, options.recipe, backend.supported_scales(), options.calibration, steps, progress)
+            pair = calibrate(pair, recipe, backend.supported_scales(), options.calibration, steps, progress)
         parts = graph_parts(pair, recipe)
         limits = size_limits(max_seq_len, options.max_draft_tokens, pair.target.sliding_window)
         with _one_thread():
@@ -109,7 +110,8 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             "requires": [],
             "tool_version": version("gemma-mtp-export"),
             "backend": {**backend.backend_metadata(), **exported.backend_metadata},
-            "recipe": options.recipe,
+            "recipe": recipe.name,
+            "widths": _by_width(all_widths(parts, recipe)),
             "max_seq_len": max_seq_len,
             "num_draft_tokens": {"default": min(4, options.max_draft_tokens), "max": options.max_draft_tokens},
             "limits": limits,
@@ -137,6 +139,14 @@ def calibration_directory(output: Path) -> Path:
     return output.resolve().with_name(f".{output.resolve().name}.calibration")
 
 
+def _by_width(widths: Mapping[str, Width]) -> list[dict[str, Any]]:
+    """The manifest's `widths`: matrices by how they are stored."""
+    return [
+        {**asdict(width), "matrices": sorted(name for name, other in widths.items() if other == width)}
+        for width in sorted(set(widths.values()), key=lambda width: (width.bits, width.group_size or 0))
+    ]
+
+
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"files": checkpoint.sha256(), **model_origin(checkpoint.directory)}
 
@@ -160,11 +170,12 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions) -> int:
         The maximum number of tokens of prompt and answer together.
 
     Raises:
-        InputError: the target has fewer positions, disk or memory do not suffice, or what must lie in one file exceeds
-            `max_file_bytes`.
+        InputError: a rule of the recipe is wrong, the target has fewer positions, disk or memory do not suffice, or
+            what must lie in one file exceeds `max_file_bytes`.
     """
-    max_seq_len, recipe = resolve_max_seq_len(pair, options), RECIPES[options.recipe]
+    max_seq_len, recipe = resolve_max_seq_len(pair, options), options.recipe
     parts = graph_parts(pair, recipe)
+    check_recipe(recipe, [f"{model}.{name}" for model, part in parts.items() for name in matrices(part.shapes)])
     stored_bytes = sum(part.stored_bytes for part in parts.values())
     stored_bytes += prod(parts["target"].shapes[PER_LAYER]) * recipe.per_layer.bits // 8
     if options.calibration is not None:

@@ -1,5 +1,6 @@
 """Summarize a bundle or a checkpoint, for the `inspect` command."""
 
+import re
 from collections import Counter
 from dataclasses import asdict
 from math import prod
@@ -45,6 +46,7 @@ def inspect(path: Path) -> dict[str, Any]:
             "drafter": _sizes(manifest.raw["drafter"]["text"]),
             "two_stage": manifest.raw["two_stage"],
             **_calibration(manifest),
+            **_widths(manifest),
             "kv_bytes_per_token": _row_bytes(manifest, "full_attention"),
             "kv_sliding_bytes": manifest.limits["window_rows"] * _row_bytes(manifest, "sliding_attention"),
             "tables": manifest.raw["tables"],
@@ -63,6 +65,18 @@ def _calibration(manifest: Manifest) -> dict[str, Any]:
     if "calibration" not in manifest.raw:
         return {}
     return {"calibration": {**manifest.raw["calibration"], "matrices": len(manifest.raw["calibration"]["matrices"])}}
+
+
+def _widths(manifest: Manifest) -> dict[str, Any]:
+    """Return how matrices are stored, with those of the same name in all layers as one, such as `target.layers.*.x`."""
+    if "widths" not in manifest.raw:
+        return {}
+    return {
+        "widths": [
+            {**entry, "matrices": dict(Counter(re.sub(r"\.layers\.\d+\.", ".layers.*.", n) for n in entry["matrices"]))}
+            for entry in manifest.raw["widths"]
+        ]
+    }
 
 
 def _row_bytes(manifest: Manifest, layer_type: str) -> int:

@@ -6,6 +6,7 @@ import click
 
 from exporter.cli.options import PATH, backend_option
 from exporter.demo import PAIR, PROMPTS
+from exporter.quantization.recipes import RECIPES
 from exporter.terminal import out
 
 
@@ -28,7 +29,7 @@ def demo(output: Path, backend: str) -> None:
     from exporter.parity.gate import Gate
 
     pair = open_pair(PAIR / "target", PAIR / "drafter")
-    run_export(pair, output, ExportOptions(backend, "fp32", max_seq_len=512, force=True))
+    run_export(pair, output, ExportOptions(backend, RECIPES["fp32"], max_seq_len=512, force=True))
     decoder, prompts = open_bundle(output), []
     for text in PROMPTS:
         click.echo()

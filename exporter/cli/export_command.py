@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli.cluster_command import run_clustering, texts_to_fit
-from exporter.cli.options import BYTES, PATH, backend_option, clusters_option, json_option, top_k_option
+from exporter.cli.options import (
+    BYTES,
+    PATH,
+    RECIPE,
+    backend_option,
+    calibration_options,
+    clusters_option,
+    json_option,
+    top_k_option,
+)
+from exporter.cli.recipe_command import bits_table, measure_bits
 from exporter.files import directory_bytes, human_bytes
-from exporter.quantization.recipes import AUTO, RECIPES, auto_recipe
+from exporter.quantization.recipes import AUTO, Recipe, auto_recipe
 from exporter.terminal import err, peak_bytes, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -27,10 +37,10 @@ if TYPE_CHECKING:
 @backend_option
 @click.option(
     "--recipe",
-    type=click.Choice([AUTO, *RECIPES]),
+    type=RECIPE,
     default=AUTO,
     help="Precision: float32 (`fp32`), or 8-bit activations and weights of 8 bits (`int8`), mostly 4 bits (`int4`), or "
-    "4 and 2 bits (`smallest`). `auto` is `int4`.",
+    "4 and 2 bits (`smallest`); or a TOML file of rules. `auto` is `int4`.",
 )
 @click.option(
     "--max-seq-len",
@@ -59,17 +69,12 @@ if TYPE_CHECKING:
     show_default="none",
 )
 @click.option(
-    "--calibrate/--no-calibrate",
-    default=None,
-    help="Round matrices of 4 bits by what they do to texts, or each number to the nearest.",
-    show_default="calibrate where matrices lie on no grid of 4 bits",
+    "--target-bytes",
+    type=BYTES,
+    help="Maximum size of the bundle, such as `2.2e9`: choose a recipe for it by what bits cost, as `recipe` does, and "
+    "print it.",
 )
-@click.option(
-    "--calibration",
-    type=PATH,
-    help="Texts for that, like those of your users: a text file in UTF-8, or JSON as for --prompt-ids.",
-    show_default="a set of this package, and what the target writes",
-)
+@calibration_options
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--skip-room-check", is_flag=True, help="Do not check first that disk and memory suffice.")
 @json_option
@@ -78,7 +83,7 @@ def export(
     drafter: Path,
     output: Path,
     backend: str,
-    recipe: str,
+    recipe: "Recipe | None",
     max_seq_len: int | None,
     max_draft_tokens: int,
     head: str,
@@ -86,6 +91,7 @@ def export(
     top_k_clusters: int | None,
     cluster_table: Path | None,
     max_file_size: int | None,
+    target_bytes: int | None,
     calibrate: bool | None,
     calibration: Path | None,
     force: bool,
@@ -109,10 +115,10 @@ def export(
         raise click.UsageError("--clusters and --cluster-table go with --head kmeans")
     if clusters is not None and cluster_table is not None:
         raise click.UsageError("--cluster-table has a fixed number of clusters; leave out --clusters")
-    if calibration is not None and calibrate is False:
-        raise click.UsageError("--calibration has texts to calibrate on; leave out --no-calibrate")
+    if target_bytes is not None and recipe is not None:
+        raise click.UsageError("--target-bytes chooses a recipe; leave out --recipe")
     check_output(output, force)
-    recipe, reason = auto_recipe() if recipe == AUTO else (recipe, "")
+    recipe, reason = auto_recipe() if recipe is None else (recipe, "")
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check, max_file_size)
     pair = open_pair(target, drafter, "dense") if head == "kmeans" else open_pair(target, drafter, head, top_k_clusters)
     # What can be refused is refused before minutes of clustering or calibration.
@@ -130,11 +136,20 @@ def export(
             clustering = run_clustering(drafter, pair, cluster_options, fitted_on)
             table, top_k = clustering.table, clustering.top_k
         pair = pair.with_clusters(table, top_k if top_k_clusters is None else top_k_clusters, "kmeans")
-    summary = run_export(pair, output, options, True if calibration else calibrate, texts)
+    calibrate = True if calibration else calibrate
+    if target_bytes is not None:
+        bits = measure_bits(pair, backend, calibrate, texts)
+        choice = bits.choose(target_bytes)
+        recipe, reason = choice.recipe("chosen"), ""
+        options = replace(options, recipe=recipe)
+        err.print(bits_table(bits, choice))
+        err.print(f"chosen for {target_bytes} bytes, with a KL of {choice.kl:.4f} by the sum of the classes:")
+        click.echo(recipe.toml(), nl=False, err=as_json)
+    summary = run_export(pair, output, options, calibrate, texts)
     if reason:
-        err.print(f"recipe {recipe}: {reason}")
+        err.print(f"recipe {recipe.name}: {reason}")
     if as_json:
-        print_json("export", summary)
+        print_json("export", {**summary, "rules": recipe.toml()})
 
 
 def run_export(
@@ -166,9 +181,9 @@ def run_export(
     from exporter.quantization.second_order import part_columns
 
     load_backend(options.backend)  # a missing package is told before anything else
-    parts, total = graph_parts(pair, RECIPES[options.recipe]), pair.weight_bytes
+    parts, total = graph_parts(pair, options.recipe), pair.weight_bytes
     calibrated = off_grid(parts["target"]) if calibrate is not False else {}
-    warnings = [*pair.warnings, *grid_warnings(parts, options.recipe, calibrate is not False)]
+    warnings = [*pair.warnings, *grid_warnings(parts, options.recipe.name, calibrate is not False)]
     started = time.perf_counter()
     if calibrated:
         shapes = {name: parts["target"].shapes[name] for name in calibrated}
@@ -197,7 +212,7 @@ def run_export(
     return {
         "bundle": str(output),
         "digest": digest,
-        "recipe": options.recipe,
+        "recipe": options.recipe.name,
         "bytes": size,
         "seconds": seconds,
         "peak_bytes": peak,

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from exporter.bundle.inspection import inspect as inspect_path
 from exporter.cli.options import PATH, json_option
 from exporter.files import human_bytes
+from exporter.quantization.widths import Width
 from exporter.terminal import out, print_json
 
 
@@ -27,7 +28,10 @@ def contents_table(contents: dict[str, Any]) -> Table:
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if prefix.endswith("_by_name"):
+    if prefix == "widths":
+        for entry in value:
+            yield f"widths.{Width(entry['bits'], entry['group_size'])}", "\n".join(entry["matrices"])
+    elif prefix.endswith("_by_name"):
         yield prefix, ", ".join(f"{key} {count}" for key, count in value.items())
     elif isinstance(value, dict) and value:
         for key, inner in value.items():

@@ -104,6 +104,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             "seconds": number,
             "calibrated": [str],
             "warnings": [str],
+            "rules": str,
         },
     ),
     "generate": (
@@ -140,6 +141,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             "tokens": {"eos": [size], **keys(size, "bos pad?")},
             **keys(_SIZES, "target drafter"),
             "two_stage": _HEAD,
+            "widths?": [{"bits": size, "group_size": (None, size), "matrices": {"*": size}}],
             "calibration?": {**keys(str, "texts sha256"), **keys(size, "tokens threads matrices")},
             "tables": {"*": TABLE},
             "source": keys(_ORIGIN, "target drafter"),
@@ -179,6 +181,23 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             "findings": size,
             "acceptance_rate": NULLABLE,
             "experiments": [keys(str, "experiment verdict detail")],  # and the figures of each, by name
+        },
+    ),
+    "recipe": (
+        {
+            "costs": [
+                {
+                    "matrices": str,
+                    "width": {"bits": size, "group_size": (None, size)},
+                    "bytes": size,
+                    **keys(number, "kl choices_kept"),
+                }
+            ],
+            **keys(size, "other_bytes positions"),
+            "held_out": str,
+            "calibrated_on": (None, str),
+            "choices": [{"bytes": size, "kl": number}],
+            "chosen": (None, {"bytes": size, "kl": number, "rules": str}),
         },
     ),
     # Of `python -m exporter.demo.synthetic`.

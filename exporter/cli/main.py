@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "report": "Measure a bundle and write an HTML page about it: drafts, speed, memory, parity.",
     "doctor": "Find out why few drafts are accepted, with an experiment for each known cause.",
     "cluster": "Cluster a drafter's vocabulary for a two-stage head, and measure its recall.",
+    "recipe": "Measure what bits cost each class of matrices, and choose widths for a number of bytes.",
     "bench": "Time a bundle on this machine: passes, draft steps, memory, speed-up by drafting.",
     "inspect": "Show what a bundle or a checkpoint contains.",
 }

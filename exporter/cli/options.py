@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import click
 
 from exporter.graphs.backend import BACKENDS
+from exporter.quantization.recipes import AUTO, RECIPES, Recipe, read_recipe
 
 PATH = click.Path(path_type=Path)
 
@@ -49,7 +51,24 @@ class Bytes(click.ParamType):
         return self.fail(f"{value!r} is not a number of bytes; expected one such as 1500000000 or 1.5e9", param, ctx)
 
 
+class RecipeType(click.ParamType):
+    """The type of `--recipe`: `auto`, which is converted to None, the name of a recipe, or a file."""
+
+    name = "|".join((AUTO, *RECIPES, "FILE"))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Recipe | None:
+        """Convert a value from the command line; anything but a name or a file of rules is an error."""
+        if value is None or value == AUTO:
+            return None
+        if value in RECIPES:
+            return RECIPES[value]
+        if not Path(value).exists():
+            self.fail(f"{value!r} is neither a file nor one of {', '.join((AUTO, *RECIPES))}", param, ctx)
+        return read_recipe(Path(value))
+
+
 BYTES = Bytes()
+RECIPE = RecipeType()
 bundle_argument = click.argument("bundle", type=PATH)
 backend_option = click.option(
     "--backend", type=click.Choice(BACKENDS), default="onnx", help="Runtime that the bundle is for."
@@ -95,6 +114,26 @@ def source_options(required: bool) -> Decorator:
         )(command)
 
     return decorate
+
+
+def calibration_options(command: Callable) -> Callable:
+    """Add `--calibrate/--no-calibrate` and `--calibration`, which are checked when the command is called."""
+
+    @functools.wraps(command)
+    def checked(calibrate: bool | None, calibration: Path | None, **others: Any) -> Any:
+        if calibration is not None and calibrate is False:
+            raise click.UsageError("--calibration has texts to calibrate on; leave out --no-calibrate")
+        return command(calibrate=calibrate, calibration=calibration, **others)
+
+    text = "Texts for that, like those of your users: a text file in UTF-8, or JSON as for --prompt-ids."
+    default = "a set of this package, and what the target writes"
+    option = click.option("--calibration", type=PATH, help=text, show_default=default)(checked)
+    return click.option(
+        "--calibrate/--no-calibrate",
+        default=None,
+        help="Round matrices of 4 bits by what they do to texts, or each number to the nearest.",
+        show_default="calibrate where matrices lie on no grid of 4 bits",
+    )(option)
 
 
 def prompt_ids_option(default: str = "") -> Decorator:

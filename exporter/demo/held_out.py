@@ -6,6 +6,7 @@ from pathlib import Path
 
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import Pair
+from exporter.quantization.recipes import RECIPES
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import open_engine
 from runtime_ref.stats import Stats
@@ -28,7 +29,7 @@ def measure_acceptance(pair: Pair, texts: Sequence[str], new_tokens: int) -> dic
     """
     with tempfile.TemporaryDirectory() as directory:
         bundle = Path(directory) / "bundle"
-        export_bundle(pair, bundle, ExportOptions("onnx", "fp32", max_seq_len=256))
+        export_bundle(pair, bundle, ExportOptions("onnx", RECIPES["fp32"], max_seq_len=256))
         engine = open_engine(bundle, threads=1)
         tokenizer = TextTokenizer(bundle, engine.manifest)
         drafted = accepted = rounds = 0

@@ -26,7 +26,7 @@ from exporter.modeling.target import is_suppressed
 from exporter.parity.drafting import DRAFT_STEPS, draft_rounds
 from exporter.parity.quality import bundle_logits
 from exporter.parity.reference import Reference
-from exporter.quantization.recipes import RECIPES
+from exporter.quantization.recipes import RECIPES, recipe_of
 from runtime_ref.graph_engine import GraphEngine
 
 # Variants in eager torch besides the faults: the correct one, and those with one part replaced.
@@ -63,8 +63,8 @@ class Study:
     """
 
     def __init__(self, engine: GraphEngine, pair: Pair, faults: Sequence[Fault]) -> None:
-        manifest, recipe = engine.manifest, RECIPES[engine.manifest.recipe]
-        self.engine, self.pair, self.faults, self.in_fp32 = engine, pair, faults, manifest.recipe == "fp32"
+        manifest, recipe = engine.manifest, recipe_of(engine.manifest)
+        self.engine, self.pair, self.faults, self.in_fp32 = engine, pair, faults, recipe.is_exact
         reference = Reference(pair, recipe, load_backend(manifest.backend).supported_scales())
         drafter = reference.drafter(int8_activations=True)
         self._targets, self._drafters = {CORRECT: reference.target(int8_activations=True)}, {CORRECT: drafter}

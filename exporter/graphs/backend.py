@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # these import torch, and the command line needs the names of
     from exporter.graphs.parts import GraphParts
     from exporter.graphs.spec import GraphSpec
     from exporter.quantization.numbers import Scales
+    from exporter.quantization.widths import Width
     from runtime_ref.manifest import Progress
 
 # The module of each backend; it has the functions of `Backend`.
@@ -55,6 +56,10 @@ class Backend(Protocol):
 
     def supported_scales(self) -> "Scales":
         """Return the dtype and the signs that scales of 4-bit weights can have."""
+        ...
+
+    def matrix_bytes(self, shape: tuple[int, ...], width: "Width") -> int:
+        """Return the bytes of a matrix [rows, columns] in a graph's file, with its scales."""
         ...
 
     def export_memory_bytes(self, parts: "Mapping[str, GraphParts]") -> int:

@@ -39,6 +39,7 @@ from exporter.graphs.tables import EMBEDDING, Part, table_metadata
 from exporter.modeling.layers import Ops
 from exporter.modeling.weights import load_module
 from exporter.quantization.numbers import Quantized, Scales, pack
+from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import Progress
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 from runtime_ref.tables import unpack
@@ -65,6 +66,15 @@ def row_multiples() -> dict[str, int]:
 def supported_scales() -> Scales:
     """Return what XNNPACK takes for scales of groups: bfloat16, never negative."""
     return Scales(torch.bfloat16, negative=False)
+
+
+def matrix_bytes(shape: tuple[int, ...], width: Width) -> int:
+    """Return the bytes of a matrix in a program, with its scales: float32 for 8 bits, else bfloat16."""
+    rows, columns = shape
+    if width == FLOAT:
+        return 4 * rows * columns
+    groups = columns // (width.group_size or columns)
+    return rows * (-(-columns * width.bits // 8) + groups * (4 if width.bits == 8 else 2))
 
 
 def export_memory_bytes(parts: Mapping[str, GraphParts]) -> int:

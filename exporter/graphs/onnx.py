@@ -25,7 +25,7 @@ from exporter.graphs.split_files import SplitFile, too_large
 from exporter.graphs.tables import EMBEDDING, Part, table_metadata
 from exporter.modeling.layers import Ops
 from exporter.quantization.numbers import Quantized, Scales, pack
-from exporter.quantization.widths import Width
+from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import Progress
 from runtime_ref.manifest_versions import OLDEST_ONNXRUNTIME
 from runtime_ref.quiet import quiet
@@ -89,6 +89,17 @@ def graph_specs(pair: Pair) -> dict[str, tuple[str, GraphSpec]]:
 def supported_scales() -> Scales:
     """Return float32 scales of both signs: MatMulNBits takes scales in the dtype of its activations."""
     return Scales()
+
+
+def matrix_bytes(shape: tuple[int, ...], width: Width) -> int:
+    """Return the bytes of a matrix in a graph's file, with its scales in float32, one for each block."""
+    rows, columns = shape
+    if width == FLOAT:
+        return 4 * rows * columns
+    size = _block_size(columns, width.group_size or columns)
+    parts = [rows * -(-columns // size) * block_bytes for block_bytes in (size * width.bits // 8, 4)]
+    page = PAGE_BYTES if rows * columns >= MIN_PAGE_ALIGNED_VALUES else 1
+    return sum(-(-part_bytes // page) * page for part_bytes in parts)
 
 
 def export_memory_bytes(parts: Mapping[str, GraphParts]) -> int:
@@ -270,7 +281,7 @@ def _encoded(
             yield parameter, block.contiguous().numpy()
             continue
         rows, columns = block.numbers.shape
-        size = _block_size(block)
+        size = _block_size(columns, block.group_size)
         padded = F.pad(block.numbers, (0, -columns % size))
         yield parameter, pack(padded, block.bits).reshape(rows, -1, size * block.bits // 8)
         # Where a whole row shares one scale, the scale is repeated for each of its blocks.
@@ -279,14 +290,13 @@ def _encoded(
         yield parameter + SCALES_SUFFIX, np.concatenate(scales)
 
 
-def _block_size(weight: Quantized) -> int:
+def _block_size(columns: int, group_size: int) -> int:
     """Return the number of integers in a block of MatMulNBits.
 
     It is the group, or, if a row has one scale, the largest size up to 256 that divides the row, else 128.
     """
-    columns = weight.numbers.shape[1]
-    if weight.group_size < columns:
-        return weight.group_size
+    if group_size < columns:
+        return group_size
     return next((size for size in (256, 128, 64, 32) if columns % size == 0), 128)
 
 

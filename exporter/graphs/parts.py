@@ -14,7 +14,7 @@ from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target
 from exporter.modeling.weights import Weights, parameter_shapes
 from exporter.quantization.numbers import Quantized, Scales, fitting_width, quantize, quantize_clusters
-from exporter.quantization.recipes import Recipe, drafter_widths, target_widths
+from exporter.quantization.recipes import CLUSTERS, PER_LAYER, Recipe, stored_widths
 from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import Progress
 
@@ -121,6 +121,39 @@ def sample_rows(block: Tensor) -> Tensor:
     return block[:: max(1, len(block) // SAMPLE_ROWS)]
 
 
+def fitted_width(part: GraphParts, name: str) -> Width:
+    """Return the width that a weight of a graph is stored in, with the group size that it asks for.
+
+    Args:
+        part: the graph's module and weights.
+        name: a key of both `widths` and `weights`.
+    """
+    read, width = part.weights[name], part.widths[name]
+    if isinstance(read, IntegerReader):
+        stored = next(read.quantized_blocks())
+        return Width(stored.bits, stored.group_size if stored.scales.shape[1] > 1 else width.group_size)
+    return fitting_width(width, sample_rows(next(row_blocks(read)))) if width.bits <= 4 else width
+
+
+def all_widths(parts: Mapping[str, "GraphParts"], recipe: Recipe) -> dict[str, Width]:
+    """Return how each matrix of a pair is stored that is not float32, by its name in recipes.
+
+    Args:
+        parts: what the graphs consist of.
+        recipe: the same that they were made with.
+    """
+    widths = {
+        f"{model}.{name}": fitted_width(part, name)
+        for model, part in parts.items()
+        for name in part.widths
+        if name in part.weights
+    }
+    tables = {PER_LAYER: recipe.per_layer}
+    if "head.clusters" in parts["drafter"].weights:
+        tables[CLUSTERS] = recipe.head
+    return widths | {name: width for name, width in tables.items() if width != FLOAT}
+
+
 def graph_parts(pair: Pair, recipe: Recipe) -> dict[str, GraphParts]:
     """Return what the graphs `target` and `drafter` of a pair consist of, by graph name."""
 
@@ -138,15 +171,15 @@ def graph_parts(pair: Pair, recipe: Recipe) -> dict[str, GraphParts]:
         model: Callable[[Ops], nn.Module],
         graph: Callable[..., nn.Module],
         weights: Weights,
-        widths: Callable[[Recipe, Mapping[str, tuple[int, ...]]], dict[str, Width]],
+        model_name: str,
     ) -> GraphParts:
         shapes = parameter_shapes(lambda: model(Ops()))
         stored = {name: read for name, read in weights.items() if name not in TABLES_OUTSIDE_GRAPHS}
-        return GraphParts(model, graph, stored, widths(recipe, shapes), shapes)
+        return GraphParts(model, graph, stored, stored_widths(recipe, model_name, shapes), shapes)
 
     return {
-        "target": parts(target, TargetGraph, pair.target_weights, target_widths),
-        "drafter": parts(drafter, lambda m, _: DrafterGraph(m, pair.shared_kv), drafter_weights, drafter_widths),
+        "target": parts(target, TargetGraph, pair.target_weights, "target"),
+        "drafter": parts(drafter, lambda m, _: DrafterGraph(m, pair.shared_kv), drafter_weights, "drafter"),
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import row_blocks
 from exporter.graphs.split_files import SplitFile, split_path
+from exporter.modeling.config import TextConfig
 from exporter.quantization.numbers import Scales, pack, quantize
 from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import Progress
@@ -88,6 +89,13 @@ def write_per_layer(
     if width == FLOAT:
         return table_metadata(shape, "float32", data_parts, row_bytes)
     return table_metadata(shape, f"uint{width.bits}", data_parts, row_bytes, group_size, (scale_parts, "float16"))
+
+
+def per_layer_bytes(config: TextConfig, width: Width) -> int:
+    """Return the bytes of the PLE table that `write_per_layer` writes, with its scales."""
+    layers, size = config.num_hidden_layers, config.hidden_size_per_layer_input
+    scale_bytes = 0 if width == FLOAT else 2 * layers
+    return config.vocab_size_per_layer_input * (-(-layers * size * width.bits // 8) + scale_bytes)
 
 
 def differing_rows(file: Path, pair: Pair, width: Width) -> list[str]:

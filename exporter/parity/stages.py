@@ -23,7 +23,7 @@ from exporter.parity.quality import logits_after, measure_quality, quality_check
 from exporter.parity.reference import EagerGraph, Reference
 from exporter.parity.source import calibration_check, refuse_other_sizes
 from exporter.parity.tolerance import relative_error, tolerance_for
-from exporter.quantization.recipes import RECIPES
+from exporter.quantization.recipes import recipe_of
 from exporter.texts.documents import HELD_OUT
 from exporter.texts.token_texts import TokenTexts, has_tokenizer, token_texts
 from runtime_ref.acceptance import common_prefix
@@ -132,7 +132,7 @@ def _check_stages(
     dense_detail, quality = "", None
     if pair is not None:
         note("eager")
-        reference = Reference(pair, RECIPES[manifest.recipe], load_backend(manifest.backend).supported_scales())
+        reference = Reference(pair, recipe_of(manifest), load_backend(manifest.backend).supported_scales())
         with torch.no_grad():
             yield _check_tables(engine, reference)
             checks, tolerance = _check_graphs(engine, reference, prompts, plain)
@@ -143,7 +143,7 @@ def _check_stages(
             dense_detail = _dense_acceptance(engine, reference, prompts, max_new_tokens)
             # The engine with a dense head bound the target to its own cache; a new engine binds it to a new one.
             engine = GraphEngine(manifest, engine.graphs, engine.tables)
-        if manifest.recipe != "fp32" or gate.needs_checkpoints:
+        if not reference.recipe.is_exact or gate.needs_checkpoints:
             note("quality")
             quality = measure_quality(engine, pair, prompts, max_new_tokens, held_out)
     note("speculative")
@@ -192,10 +192,7 @@ def read_comparable(bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[
             feature that checkpoints cannot be compared with.
     """
     manifest = read_manifest(bundle)
-    if manifest.recipe not in RECIPES:
-        raise InputError(
-            f"{bundle}: recipe {manifest.recipe!r} is unknown; expected one of {', '.join(RECIPES)}; export it again"
-        )
+    recipe_of(manifest)
     for prompt in prompts:
         check_prompt(manifest, prompt)
     if pair is not None:
@@ -227,7 +224,7 @@ def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
 
 def _check_weights(bundle: Path, manifest: Manifest, pair: Pair) -> Iterator[Check]:
     """Compare every stored weight with the checkpoint's, bit by bit: prompts reach only some rows of an embedding."""
-    recipe = RECIPES[manifest.recipe]
+    recipe = recipe_of(manifest)
     parts, files = graph_parts(pair, recipe), {name: bundle / graph.file for name, graph in manifest.graphs.items()}
     differing_by_graph = load_backend(manifest.backend).differing_weights(parts, files)
     counts = {name: len(part.weights) for name, part in parts.items()}
@@ -305,7 +302,7 @@ def _check_graphs(
             differing, drafted = differing + (actual_token != int(token)), drafted + 1
     checks = [_check_error(name, pairs) for name, pairs in errors.items()]
     # Where activations are rounded some drafts may differ.
-    max_differing = 0 if reference.recipe == RECIPES["fp32"] else drafted // 2
+    max_differing = 0 if reference.recipe.is_exact else drafted // 2
     detail = f"{differing} of {drafted} differ from eager's" if differing else "equal eager's"
     checks.append(Check("graphs", "draft tokens", differing <= max_differing, detail=detail))
     return checks, next(check.tolerance or 0.0 for check in checks if check.output == LOGITS)

@@ -1,84 +1,210 @@
-"""Recipes: how many bits the weights of each part of a pair are stored in."""
+"""Recipes: how many bits each matrix of a pair is stored in. The named ones are files of this package."""
 
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-from exporter.quantization.widths import FLOAT, QAT_GROUP_SIZE, Width
+from exporter.quantization.widths import BITS_OF_TABLE, FLOAT, QAT_GROUP_SIZE, WIDTHS, Width
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import MANIFEST, Manifest
 
-GROUPED4 = Width(4, 128)
+PER_LAYER = "target.embed_tokens_per_layer.weight"
+CLUSTERS = "drafter.head.clusters"  # one stored form for all, or a dense head in its place
+# What else belongs to clusters stays as it is, and the embedding that a drafter reads is stored as the target's.
+_NOT_STORED_BY_RULES = ("head.centroids", "head.scales", "head.token_ids", "target_embed_tokens.weight")
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line of a recipe.
+
+    Attributes:
+        match: pattern of names as in a shell; names are `target.` or `drafter.` and a parameter of that module.
+        width: how the matrices that it matches are stored.
+    """
+
+    match: str
+    width: Width
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Widths of a pair's parts; norms, scalars and centroids stay float32 in every recipe.
+    """Widths of a pair's matrices; norms, scalars and centroids stay float32 in every recipe.
 
     Linear layers of fewer than 32 bits quantize their inputs to 8 bits while they run; reading embedding rows and
     scoring clusters do not.
 
     Attributes:
-        linear: the target's linear layers.
-        embedding: the target's token embedding, which is its head as well.
-        per_layer: the target's per-layer embeddings (PLE), with one scale for each token and layer.
-        drafter: the drafter's linear layers.
-        head: the drafter's output embedding, in clusters or dense.
+        name: its name, or that of its file.
+        rules: the first that matches a matrix decides; a matrix that none matches stays float32.
     """
 
-    linear: Width = FLOAT
-    embedding: Width = FLOAT
-    per_layer: Width = FLOAT
-    drafter: Width = FLOAT
-    head: Width = FLOAT
+    name: str
+    rules: tuple[Rule, ...] = ()
+
+    def width(self, name: str) -> Width:
+        """Return the width of a matrix, by its name with `target.` or `drafter.`."""
+        return next((rule.width for rule in self.rules if fnmatchcase(name, rule.match)), FLOAT)
+
+    @property
+    def per_layer(self) -> Width:
+        """Width of the per-layer embeddings (PLE), whose scales are one for each token and layer."""
+        return self.width(PER_LAYER)
+
+    @property
+    def head(self) -> Width:
+        """Width of the clusters of the drafter's head."""
+        return self.width(CLUSTERS)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is rounded."""
+        return all(rule.width == FLOAT for rule in self.rules)
+
+    def toml(self) -> str:
+        """Return the text of its file, which `read_recipe` reads."""
+        lines = (
+            f'  {{ match = "{rule.match}", bits = {rule.width.bits}'
+            + (f", group = {rule.width.group_size}" if rule.width.group_size else "")
+            + " },"
+            for rule in self.rules
+        )
+        return "\n".join(("rules = [", *lines, "]\n"))
+
+
+def read_recipe(file: Path) -> Recipe:
+    """Read a recipe from a file: TOML with `rules`, a list of tables with `match`, `bits` and perhaps `group`.
+
+    Raises:
+        InputError: the file cannot be read, is no TOML, or a rule is not one.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as a recipe ({error}); expected TOML with `rules`") from error
+    if unknown := [key for key in content if key != "rules"]:
+        raise InputError(f"{file}: has the key {unknown[0]!r}, expected `rules` alone; remove it")
+    rules = content.get("rules")
+    if not isinstance(rules, list):
+        raise InputError(
+            f'{file}: has no list `rules`; expected such as rules = [{{ match = "target.*", bits = 4, group = 128 }}]'
+        )
+    return Recipe(file.name, tuple(_rule(file, number, rule) for number, rule in enumerate(rules, 1)))
+
+
+def _rule(file: Path, number: int, rule: Any) -> Rule:
+    form = {"match": str, "bits": int, "group": int}
+    if not isinstance(rule, dict) or not {"match", "bits"} <= rule.keys() <= form.keys():
+        raise InputError(f"{file}: rule {number} is {rule!r}, expected the keys match, bits and perhaps group")
+    if wrong := [key for key, value in rule.items() if type(value) is not form[key]]:
+        kind = form[wrong[0]].__name__
+        raise InputError(f"{file}: rule {number}: {wrong[0]} is {rule[wrong[0]]!r}, expected {kind}")
+    return Rule(rule["match"], Width(rule["bits"], rule.get("group")))
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "fp32": Recipe(),
-    "int8": Recipe(Width(8), Width(8), Width(8), Width(8), Width(8)),
-    # 3 bits for PLE bring E4B below 3.6 GB; docs/decisions/0007 says more.
-    "int4": Recipe(GROUPED4, GROUPED4, Width(3), Width(8), Width(4)),
-    "smallest": Recipe(Width(4), Width(4), Width(2), Width(4), Width(4)),
+    name: Recipe(name, read_recipe(Path(str(files("exporter.quantization") / "named" / f"{name}.toml"))).rules)
+    for name in ("fp32", "int8", "int4", "smallest")
 }
 
-AUTO = "auto"
+
+def auto_recipe() -> tuple[Recipe, str]:
+    """Return the recipe that `auto` stands for, and the reason, for people. It is `int4` for every pair."""
+    return RECIPES["int4"], "its 4-bit weights fit a phone; --recipe fp32 rounds nothing, at nine times the size"
 
 
-def auto_recipe() -> tuple[str, str]:
-    """Return the key of `RECIPES` that `auto` stands for, and the reason, for people. It is `int4` for every pair."""
-    return "int4", "its 4-bit weights fit a phone; --recipe fp32 rounds nothing, at nine times the size"
+def recipe_of(manifest: Manifest) -> Recipe:
+    """Return the recipe by which a bundle's matrices were stored: a rule for each, as its manifest lists them.
+
+    Raises:
+        InputError: the manifest lists none, as those of earlier versions, and names no recipe of this version.
+    """
+    entries = manifest.raw.get("widths")
+    if entries is None:
+        if manifest.recipe not in RECIPES:
+            expected = ", ".join(RECIPES)
+            raise InputError(
+                f"{MANIFEST}: recipe {manifest.recipe!r} is unknown; expected one of {expected}; export it again"
+            )
+        return RECIPES[manifest.recipe]
+    try:
+        rules = [Rule(str(n), Width(e["bits"], e["group_size"])) for e in entries for n in e["matrices"]]
+        wrong = [rule.match for rule in rules if rule.width not in _allowed(rule.match)]
+    except (KeyError, TypeError) as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+    if wrong:
+        raise InputError(f"{MANIFEST}: widths is malformed ({wrong[0]}); export the bundle again")
+    return Recipe(manifest.recipe, tuple(rules))
 
 
-def target_widths(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Width]:
-    """Return the width of each parameter of `Target` that is not stored in float32, by name.
+def check_recipe(recipe: Recipe, names: Iterable[str]) -> None:
+    """Check that each rule decides about some matrix, and that each matrix can be stored as it says.
 
     Args:
-        recipe: widths of the parts.
-        shapes: shape of each parameter of `Target`, by name.
+        recipe: the recipe.
+        names: all matrices of a pair, with `target.` or `drafter.`.
+
+    Raises:
+        InputError: a rule decides about none, or a width is not one of those that runtimes have.
     """
-    special = {"embed_tokens.weight": recipe.embedding, "embed_tokens_per_layer.weight": recipe.per_layer}
-    return _matrices(shapes, special, recipe.linear)
+    unused, names = list(recipe.rules), list(names)
+    for name in names:
+        rule = next((rule for rule in recipe.rules if fnmatchcase(name, rule.match)), None)
+        if rule is None:
+            continue
+        unused = [other for other in unused if other is not rule]
+        if rule.width not in _allowed(name):
+            raise InputError(
+                f"recipe {recipe.name}: the rule for {rule.match!r} stores {name} in {rule.width}, expected"
+                f" {', '.join(map(str, _allowed(name)))}"
+            )
+    if unused:
+        whether = "matches" if not any(fnmatchcase(name, unused[0].match) for name in names) else "comes too late for"
+        which = "no matrix" if whether == "matches" else "all that it matches"
+        raise InputError(
+            f"recipe {recipe.name}: the rule for {unused[0].match!r} {whether} {which}; `inspect` shows the names in a"
+            " bundle, and the first rule that matches decides"
+        )
 
 
-def drafter_widths(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Width]:
-    """Return the width of each parameter of `Drafter` that is not stored in float32, by name.
+def _allowed(name: str) -> tuple[Width, ...]:
+    """How a matrix can be stored, by its name."""
+    if name == CLUSTERS:
+        return tuple(width for width in WIDTHS if width.group_size is None)
+    return BITS_OF_TABLE if name == PER_LAYER else WIDTHS
 
-    The parameters of a two-stage head are left out, because clusters have a layout of their own
-    (`exporter.quantization.numbers.quantize_clusters`).
+
+def stored_widths(recipe: Recipe, model: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Width]:
+    """Return the width of each parameter of a module that is not stored in float32, by name.
+
+    Clusters are left out, because they have a layout of their own (`exporter.quantization.numbers.quantize_clusters`).
 
     Args:
-        recipe: widths of the parts.
-        shapes: shape of each parameter of `Drafter`, by name.
+        recipe: widths of the matrices.
+        model: `target` or `drafter`.
+        shapes: shape of each parameter of `Target` or `Drafter`, by name.
     """
-    two_stage = ("head.centroids", "head.clusters", "head.scales", "head.token_ids")
-    special = {"head.weight": recipe.head, **dict.fromkeys(two_stage, FLOAT)}
-    return _matrices(shapes, special, recipe.drafter)
-
-
-def _matrices(shapes: Mapping[str, tuple[int, ...]], special: Mapping[str, Width], default: Width) -> dict[str, Width]:
-    """Width of each matrix that is not float32: the one in `special`, else the default."""
     widths = {}
-    for name, shape in shapes.items():
-        width = special.get(name, default) if len(shape) == 2 else FLOAT
-        if width.bits < 8 and shape[1] % QAT_GROUP_SIZE:
-            width = Width(8)  # XNNPACK's 4-bit linear layers need groups of 32 or a multiple
-        if width != FLOAT:
+    for name, shape in matrices(shapes).items():
+        width = recipe.width(f"{model}.{name}")
+        if f"{model}.{name}" != PER_LAYER:
+            width = dividing(width, shape[1])
+        if width != FLOAT and name != "head.clusters":
             widths[name] = width
     return widths
+
+
+def dividing(width: Width, columns: int) -> Width:
+    """Return a width, or 8 bits for columns that XNNPACK's 4-bit linear layers do not divide into groups of 32."""
+    return Width(8) if width.bits < 8 and columns % QAT_GROUP_SIZE else width
+
+
+def matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters that recipes are about."""
+    return {name: shape for name, shape in shapes.items() if len(shape) == 2 and name not in _NOT_STORED_BY_RULES}

@@ -15,6 +15,13 @@ class Width:
     bits: int
     group_size: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.bits} bits" + (f" in groups of {self.group_size}" if self.group_size else "")
+
 
 FLOAT = Width(32)
 QAT_GROUP_SIZE = 32  # of checkpoints that were trained for llama.cpp's Q4_0
+
+# What both runtimes multiply with, and what a table of rows can hold.
+WIDTHS = (Width(4), Width(4, 32), Width(4, 64), Width(4, 128), Width(8), FLOAT)
+BITS_OF_TABLE = (Width(2), Width(3), Width(4), Width(8), FLOAT)

@@ -50,7 +50,7 @@ def measure(directory: Path, backends: tuple[str, ...], recipes: tuple[str, ...]
     for backend in backends:
         for recipe in recipes:
             bundle = directory / f"{backend}-{recipe}"
-            export_bundle(pair, bundle, ExportOptions(backend, recipe, max_seq_len=512))
+            export_bundle(pair, bundle, ExportOptions(backend, RECIPES[recipe], max_seq_len=512))
             manifest = read_manifest(bundle)
             engine = load_engine(bundle, manifest, threads=1)
             engine.prefill(random_ids(manifest, CONTEXT_TOKENS), Sampling())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.side_files import chat_template
-from exporter.texts.documents import CALIBRATION, Document, documents
+from exporter.texts.documents import CALIBRATION, HELD_OUT, Document, documents
 from exporter.texts.writing import write_texts
 from runtime_ref.chat import ChatTemplate
 from runtime_ref.errors import InputError
@@ -92,6 +92,13 @@ def fitting_texts(pair: Pair, file: Path | None = None) -> TokenTexts:
     if file is not None or texts.source == WRITTEN:
         return texts
     return TokenTexts((*texts.texts, *_tuples(write_texts(pair))), f"{texts.source} and {WRITTEN}")
+
+
+def held_out_texts(pair: Pair) -> TokenTexts:
+    """Return texts to compare on, none of which is fitted on: the package's, else others that the target writes."""
+    if has_tokenizer(pair):
+        return token_texts(pair, name=HELD_OUT)
+    return TokenTexts(_tuples(write_texts(pair, seed=1)), WRITTEN)
 
 
 def package_texts(

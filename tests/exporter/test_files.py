@@ -29,7 +29,7 @@ def test_too_little_disk_is_reported_with_the_sizes(
 ) -> None:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
     with pytest.raises(InputError, match=r"b: needs \d+\.\d kB of disk, 100\.0 kB are free; free some space"):
-        export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions("onnx", "fp32"))
+        export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions("onnx", RECIPES["fp32"]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -39,8 +39,8 @@ def test_too_little_memory_is_reported_with_the_sizes(
     monkeypatch.setattr(files, "available_memory", lambda: 92_200_000)
     pair = open_pair(*pair_dirs("dense"))
     with pytest.raises(InputError, match=r"needs about 700\.0 MB of memory, 92\.2 MB are free; close other"):
-        export_bundle(pair, tmp_path / "b", ExportOptions("onnx", "fp32"))
-    plan_export(pair, tmp_path / "b", ExportOptions("onnx", "fp32", check_room=False))
+        export_bundle(pair, tmp_path / "b", ExportOptions("onnx", RECIPES["fp32"]))
+    plan_export(pair, tmp_path / "b", ExportOptions("onnx", RECIPES["fp32"], check_room=False))
 
 
 def test_the_estimate_of_disk_is_close(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:

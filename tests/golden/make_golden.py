@@ -13,6 +13,7 @@ from typing import Any
 
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import open_pair
+from exporter.quantization.recipes import RECIPES
 from runtime_ref.manifest import FORMAT_VERSION
 from runtime_ref.streaming import Decoder, open_decoder
 from tests.chats import TEMPLATE
@@ -66,7 +67,7 @@ def main() -> None:
         (target / "tokenizer_config.json").write_text(json.dumps(tokens))
         (target / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": [1, 22]}))
         for backend in ("onnx", "executorch"):
-            options = ExportOptions(backend, "fp32", MAX_SEQ_LEN)
+            options = ExportOptions(backend, RECIPES["fp32"], MAX_SEQ_LEN)
             export_bundle(open_pair(target, drafter), output / backend, options)
             texts += [list(written(output / backend, drafts)) for drafts in (0, 4)]
             (output / f"{backend}.costs.json").unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from exporter.bundle.export import ExportOptions, resolve_max_seq_len
 from exporter.checkpoint.pair import open_pair
 from exporter.demo import PAIR
 from exporter.graphs.spec import size_limits
+from exporter.quantization.recipes import RECIPES
 from runtime_ref.engine import load_engine
 from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling, choose, uniform
@@ -55,7 +56,8 @@ def test_manifest_of_the_page_is_part_of_the_exported_one(bundle: Callable[..., 
 
 def test_limits_of_the_page_are_those_of_the_default_export() -> None:
     pair = open_pair(PAIR / "target", PAIR / "drafter")
-    max_seq_len, max_drafts = resolve_max_seq_len(pair, ExportOptions("onnx", "fp32")), ExportOptions.max_draft_tokens
+    max_drafts = ExportOptions.max_draft_tokens
+    max_seq_len = resolve_max_seq_len(pair, ExportOptions("onnx", RECIPES["fp32"]))
     assert MANIFEST["max_seq_len"] == max_seq_len
     assert MANIFEST["limits"] == size_limits(max_seq_len, max_drafts, pair.target.sliding_window)
 

@@ -59,7 +59,7 @@ def test_passes_are_padded_for_the_processor(
     assert {count % multiple for count in passes} == {0}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, "mixed"])
 def test_a_row_is_the_same_in_every_pass(backend: str, recipe: str, bundle: Callable[..., Path]) -> None:
     """Logits and state of a token are bitwise the same whatever is verified with it.
 

@@ -20,6 +20,7 @@ from exporter.checkpoint.pair import open_pair
 from exporter.graphs.onnx import stored_weights
 from exporter.graphs.spec import size_limits
 from exporter.parity.stages import run_parity
+from exporter.quantization.recipes import RECIPES
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import open_engine
 from runtime_ref.errors import InputError
@@ -114,7 +115,7 @@ def test_only_bundles_are_replaced(manifest: str | None, copy: Path) -> None:
 def test_a_link_is_followed(copy: Path, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(copy)
-    export_bundle(open_pair(*pair_dirs("tiny")), link, ExportOptions("onnx", "fp32", force=True))
+    export_bundle(open_pair(*pair_dirs("tiny")), link, ExportOptions("onnx", RECIPES["fp32"], force=True))
     assert link.is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
     assert read_manifest(copy).max_seq_len == 4096  # the default; the replaced bundle had MAX_SEQ_LEN
@@ -125,14 +126,14 @@ def test_default_context_is_at_most_the_positions_of_the_target(
 ) -> None:
     pair = open_pair(*pair_dirs("tiny"))
     short = replace(pair, target=replace(pair.target, max_position_embeddings=1000))
-    export_bundle(short, tmp_path / "b", ExportOptions("onnx", "fp32"))
+    export_bundle(short, tmp_path / "b", ExportOptions("onnx", RECIPES["fp32"]))
     assert read_manifest(tmp_path / "b").max_seq_len == 1000
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 32])
 def test_few_and_many_drafts(drafts: int, pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
     """With 0, 1 and 32 drafts a round the tokens are those of plain decoding."""
-    options = ExportOptions("onnx", "fp32", max_seq_len=MAX_SEQ_LEN, max_draft_tokens=drafts)
+    options = ExportOptions("onnx", RECIPES["fp32"], max_seq_len=MAX_SEQ_LEN, max_draft_tokens=drafts)
     export_bundle(open_pair(*pair_dirs("tiny")), tmp_path / "bundle", options)
     engine = open_engine(tmp_path / "bundle")
     plain, drafted = (list(generate(engine, [5, 6], Options(40, n), Stats())) for n in (0, drafts))
@@ -144,7 +145,7 @@ def test_context_beyond_the_positions_of_the_target_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=r"--max-seq-len is 200000, but the target has 131072 positions"):
         export_bundle(
-            open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions("onnx", "fp32", max_seq_len=200_000)
+            open_pair(*pair_dirs("dense")), tmp_path / "b", ExportOptions("onnx", RECIPES["fp32"], max_seq_len=200_000)
         )
 
 

@@ -30,7 +30,7 @@ def test_a_split_bundle_is_the_same_model(
     recipe: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
 ) -> None:
     pair, split, max_bytes = open_pair(*pair_dirs("demo")), tmp_path / "split", MAX_BYTES[recipe]
-    digest = export_bundle(pair, split, ExportOptions("onnx", recipe, MAX_SEQ_LEN, max_file_bytes=max_bytes))
+    digest = export_bundle(pair, split, ExportOptions("onnx", RECIPES[recipe], MAX_SEQ_LEN, max_file_bytes=max_bytes))
     assert {"target.weights", "target.1.weights", "per_layer.table"} <= {file.name for file in split.iterdir()}
     assert max(file.stat().st_size for file in split.iterdir()) <= max_bytes
     tokens = [
@@ -71,7 +71,7 @@ def test_rows_of_a_split_table(
 def test_what_must_lie_in_one_file_is_checked_first(
     backend: str, pair_dirs: Callable[[str], Directories], tmp_path: Path
 ) -> None:
-    options = ExportOptions(backend, "fp32", MAX_SEQ_LEN, max_file_bytes=60000)
+    options = ExportOptions(backend, RECIPES["fp32"], MAX_SEQ_LEN, max_file_bytes=60000)
     name = r"embed_tokens.weight" if backend == "onnx" else "model.pte"
     with pytest.raises(InputError, match=rf"--max-file-size is 60000, but {name} needs at least \d+ bytes in one file"):
         export_bundle(open_pair(*pair_dirs("e2b")), tmp_path / "b", options)
@@ -80,7 +80,7 @@ def test_what_must_lie_in_one_file_is_checked_first(
 
 def test_a_file_that_is_too_large_after_all_is_refused(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
     """Estimates are of weights, and here a graph is larger."""
-    options = ExportOptions("onnx", "fp32", MAX_SEQ_LEN, max_file_bytes=70000)
+    options = ExportOptions("onnx", RECIPES["fp32"], MAX_SEQ_LEN, max_file_bytes=70000)
     with pytest.raises(InputError, match=r"--max-file-size is 70000, but target.onnx needs at least \d+ bytes"):
         export_bundle(open_pair(*pair_dirs("e2b")), tmp_path / "b", options)
     assert list(tmp_path.iterdir()) == []

@@ -20,12 +20,14 @@ from exporter.checkpoint.tensors import IntegerReader
 from exporter.demo import PAIR
 from exporter.demo.corpus import documents
 from exporter.graphs.tables import PER_LAYER
+from exporter.modeling.target import empty_kv
 from exporter.parity.quality import kl_divergence, logits_after
 from exporter.parity.reference import Reference
 from exporter.parity.source import calibration_check, open_source
 from exporter.parity.stages import run_parity
 from exporter.quantization.numbers import Quantized, Scales
-from exporter.quantization.recipes import RECIPES
+from exporter.quantization.recipes import RECIPES, Recipe, Rule
+from exporter.quantization.widths import FLOAT
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.errors import InputError
 from runtime_ref.tokenizer import TextTokenizer
@@ -40,9 +42,9 @@ def random_texts(count: int = 24, tokens: int = 40) -> TokenTexts:
     return TokenTexts(tuple(map(tuple, ids.tolist())), "random ids")
 
 
-def logits_error(pair: Pair, recipe: str, texts: TokenTexts) -> float:
+def logits_error(pair: Pair, recipe: Recipe, texts: TokenTexts) -> float:
     """Mean squared error of the target's logits, of the weights of a recipe against float32."""
-    rounded, exact = (Reference(pair, RECIPES[name]).target() for name in (recipe, "fp32"))
+    rounded, exact = (Reference(pair, r).target() for r in (recipe, RECIPES["fp32"]))
     errors = [(logits_after(rounded, t, len(t)) - logits_after(exact, t, len(t))).square().mean() for t in texts.texts]
     return float(torch.stack(errors).mean())
 
@@ -66,7 +68,7 @@ def test_a_trained_pair_keeps_more_of_what_it_says(tmp_path: Path) -> None:
     tokenizer = TextTokenizer(pair.target_checkpoint.directory, pair.tokens)
     encoded = [tokenizer.encode(text)[:48] for text in documents()[1] if len(text) > 250]
     texts, others = TokenTexts(tuple(map(tuple, encoded[:40])), "documentation"), encoded[40:55]
-    calibrated = calibrate(pair, "int4", Scales(), texts, tmp_path / "steps")
+    calibrated = calibrate(pair, RECIPES["int4"], Scales(), texts, tmp_path / "steps")
     exact = Reference(pair, RECIPES["fp32"]).target()
     divergences = []
     for rounded in (pair, calibrated):
@@ -83,16 +85,15 @@ def test_logits_are_nearer_the_checkpoints(name: str, recipe: str, pair_dirs: Pa
     """On other texts than those of the calibration; PLE in few bits, which is not calibrated, is left out of it."""
     pair = open_pair(*pair_dirs(name))
     texts, others = random_texts(), random_texts(4, 50)
-    calibrated = calibrate(pair, recipe, Scales(), texts, tmp_path)
+    calibrated = calibrate(pair, RECIPES[recipe], Scales(), texts, tmp_path)
     names = calibrated.calibrated.matrices if calibrated.calibrated else ()
     assert names
     assert PER_LAYER not in names
     assert all(isinstance(calibrated.target_weights[name], IntegerReader) for name in names)
-    with pytest.MonkeyPatch.context() as patch:
-        without_ple = replace(RECIPES[recipe], per_layer=RECIPES["fp32"].per_layer)
-        patch.setitem(RECIPES, recipe, without_ple)  # type: ignore[misc]
-        # Of random weights and random tokens, few directions matter more than others.
-        assert logits_error(calibrated, recipe, others) < 0.98 * logits_error(pair, recipe, others)
+    rules = Rule(f"target.{PER_LAYER}", FLOAT), *RECIPES[recipe].rules
+    without_ple = replace(RECIPES[recipe], rules=rules)
+    # Of random weights and random tokens, few directions matter more than others.
+    assert logits_error(calibrated, without_ple, others) < 0.98 * logits_error(pair, without_ple, others)
 
 
 def test_a_matrix_is_rounded_by_the_inputs_that_rounded_layers_give(pair_dirs: Pairs, tmp_path: Path) -> None:
@@ -106,14 +107,14 @@ def test_a_matrix_is_rounded_by_the_inputs_that_rounded_layers_give(pair_dirs: P
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "quantize_for", spy)
-        calibrated = calibrate(pair, "int4", Scales(), texts, tmp_path)
+        calibrated = calibrate(pair, RECIPES["int4"], Scales(), texts, tmp_path)
     # The head is calibrated last, on the states that everything before it gives.
     target = Reference(calibrated, RECIPES["int4"]).target()
     nearest = Reference(pair, RECIPES["int4"]).target()
     target.embed_tokens.weight = nearest.embed_tokens.weight  # its rows go in rounded to the nearest
     expected = torch.zeros(pair.target.hidden_size, pair.target.hidden_size)
     for text in texts.texts:
-        kv = module.empty_kv(pair.target, len(text))
+        kv = empty_kv(pair.target, len(text))
         state = target(torch.tensor(text), torch.tensor([0]), torch.arange(len(text)), kv).state
         expected += state.T @ state
     ((_, gram),) = seen[torch.Size((pair.target.vocab_size, pair.target.hidden_size))].parts
@@ -127,7 +128,7 @@ class Killed(BaseException):
 
 def test_a_killed_calibration_goes_on_where_it_was(pair_dirs: Pairs, tmp_path: Path) -> None:
     pair, texts = open_pair(*pair_dirs("e2b")), random_texts(6)
-    whole = calibrate(pair, "int4", Scales(), texts, tmp_path / "whole")
+    whole = calibrate(pair, RECIPES["int4"], Scales(), texts, tmp_path / "whole")
     rounded: list[str] = []
 
     def stop_at(last: str, step: str, _: int) -> None:
@@ -136,12 +137,12 @@ def test_a_killed_calibration_goes_on_where_it_was(pair_dirs: Pairs, tmp_path: P
             raise Killed
 
     with pytest.raises(Killed):
-        calibrate(pair, "int4", Scales(), texts, tmp_path / "killed", partial(stop_at, "layers.2."))
+        calibrate(pair, RECIPES["int4"], Scales(), texts, tmp_path / "killed", partial(stop_at, "layers.2."))
     done = set((tmp_path / "killed").glob("*.safetensors"))
     assert {file.stem for file in done} == {"projection", "layer-0", "layer-1"}
     times = {file: file.stat().st_mtime_ns for file in done}
     rounded.clear()
-    resumed = calibrate(pair, "int4", Scales(), texts, tmp_path / "killed", partial(stop_at, "nothing"))
+    resumed = calibrate(pair, RECIPES["int4"], Scales(), texts, tmp_path / "killed", partial(stop_at, "nothing"))
     assert not [step for step in rounded if step.startswith(("layers.0.", "layers.1."))]
     assert {file: file.stat().st_mtime_ns for file in done} == times
     assert whole.calibrated == resumed.calibrated
@@ -149,17 +150,17 @@ def test_a_killed_calibration_goes_on_where_it_was(pair_dirs: Pairs, tmp_path: P
         assert torch.equal(whole.target_weights[name](), resumed.target_weights[name]())
     # Of other texts, nothing is taken over; a file that was cut short counts as missing.
     rounded.clear()
-    calibrate(pair, "int4", Scales(), random_texts(5), tmp_path / "killed", partial(stop_at, "nothing"))
+    calibrate(pair, RECIPES["int4"], Scales(), random_texts(5), tmp_path / "killed", partial(stop_at, "nothing"))
     assert [step for step in rounded if step.startswith("layers.0.")]
 
 
 def test_a_step_cut_short_is_done_again(pair_dirs: Pairs, tmp_path: Path) -> None:
     pair, texts = open_pair(*pair_dirs("tiny")), random_texts(4)
-    first = calibrate(pair, "int4", Scales(), texts, tmp_path)
+    first = calibrate(pair, RECIPES["int4"], Scales(), texts, tmp_path)
     expected = {n: first.target_weights[n]() for n in (first.calibrated.matrices if first.calibrated else ())}
     file = tmp_path / "layer-1.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    second = calibrate(pair, "int4", Scales(), texts, tmp_path)
+    second = calibrate(pair, RECIPES["int4"], Scales(), texts, tmp_path)
     assert all(torch.equal(second.target_weights[name](), matrix) for name, matrix in expected.items())
 
 
@@ -167,19 +168,19 @@ def test_steps_of_another_model_are_not_taken_over(pair_dirs: Pairs, tmp_path: P
     """Its config alone differs; nor is what else lies where steps are kept in the way."""
     pair, texts, directory = open_pair(*pair_dirs("tiny")), random_texts(4), tmp_path / "steps"
     directory.write_text("a file")
-    calibrate(pair, "int4", Scales(), texts, directory)
+    calibrate(pair, RECIPES["int4"], Scales(), texts, directory)
     (directory / "key.json").write_bytes(b"\xff")
-    first = calibrate(pair, "int4", Scales(), texts, directory)
+    first = calibrate(pair, RECIPES["int4"], Scales(), texts, directory)
     before = {n: first.target_weights[n]() for n in (first.calibrated.matrices if first.calibrated else ())}
     other = replace(pair, target=replace(pair.target, rms_norm_eps=1.0))
-    second = calibrate(other, "int4", Scales(), texts, directory)
+    second = calibrate(other, RECIPES["int4"], Scales(), texts, directory)
     assert before
     assert any(not torch.equal(second.target_weights[name](), matrix) for name, matrix in before.items())
 
 
 def test_weights_on_their_grid_are_left_alone(pair_dirs: Pairs, tmp_path: Path) -> None:
     pair = open_pair(*pair_dirs("demo"))
-    assert calibrate(pair, "int4", Scales(), random_texts(2), tmp_path) is pair
+    assert calibrate(pair, RECIPES["int4"], Scales(), random_texts(2), tmp_path) is pair
 
 
 def test_inputs_that_are_not_finite_are_refused(pair_dirs: Pairs, tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_inputs_that_are_not_finite_are_refused(pair_dirs: Pairs, tmp_path: Path
     with pytest.raises(
         InputError, match=r"the calibration give layers\.0\.self_attn\.q_proj\.weight inputs that are not"
     ):
-        calibrate(replace(pair, target_weights=huge), "int4", Scales(), random_texts(2), tmp_path)
+        calibrate(replace(pair, target_weights=huge), RECIPES["int4"], Scales(), random_texts(2), tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["onnx", "executorch"])
@@ -198,7 +199,7 @@ def test_parity_proves_a_calibrated_bundle(backend: str, recipe: str, pair_dirs:
     """Its integers are read back from it: nothing else has them."""
     dirs, path = pair_dirs("tiny"), tmp_path / "bundle"
     texts = random_texts(4)
-    export_bundle(open_pair(*dirs), path, ExportOptions(backend, recipe, MAX_SEQ_LEN, calibration=texts))
+    export_bundle(open_pair(*dirs), path, ExportOptions(backend, RECIPES[recipe], MAX_SEQ_LEN, calibration=texts))
     assert not calibration_directory(path).exists()
     entry = json.loads((path / "manifest.json").read_text())["calibration"]
     assert (entry["sha256"], entry["tokens"], entry["threads"]) == (texts.sha256, 160, 1)
@@ -218,7 +219,7 @@ def test_parity_proves_a_calibrated_bundle(backend: str, recipe: str, pair_dirs:
 
 
 def test_the_same_export_gives_the_same_bytes(pair_dirs: Pairs, tmp_path: Path) -> None:
-    options = ExportOptions("onnx", "int4", MAX_SEQ_LEN, calibration=random_texts(4))
+    options = ExportOptions("onnx", RECIPES["int4"], MAX_SEQ_LEN, calibration=random_texts(4))
     digests = {export_bundle(open_pair(*pair_dirs("tiny")), tmp_path / name, options) for name in ("a", "b")}
     assert len(digests) == 1
 
@@ -275,7 +276,8 @@ def test_texts_are_read_before_anything_is_done(run: Run, pair_dirs: Pairs, tmp_
 def test_a_damaged_graph_and_another_pair_are_told_as_ever(run: Run, pair_dirs: Pairs, tmp_path: Path) -> None:
     """Although parity reads a calibrated bundle's integers before its first stage."""
     dirs, path = pair_dirs("tiny"), tmp_path / "bundle"
-    export_bundle(open_pair(*dirs), path, ExportOptions("onnx", "int4", MAX_SEQ_LEN, calibration=random_texts(2)))
+    options = ExportOptions("onnx", RECIPES["int4"], MAX_SEQ_LEN, calibration=random_texts(2))
+    export_bundle(open_pair(*dirs), path, options)
     others = pair_dirs("e2b")
     code, _, err = run("parity", path, "--target", others[0], "--drafter", others[1])
     assert (code, "was exported from another target" in err) == (2, True)
@@ -295,7 +297,7 @@ def test_texts_and_no_calibration_contradict_each_other(run: Run, pair_dirs: Pai
 
 def test_a_manifest_that_lists_what_the_bundle_lacks_is_refused(run: Run, pair_dirs: Pairs, tmp_path: Path) -> None:
     dirs, path = pair_dirs("tiny"), tmp_path / "bundle"
-    options = ExportOptions("onnx", "int4", MAX_SEQ_LEN, calibration=random_texts(2))
+    options = ExportOptions("onnx", RECIPES["int4"], MAX_SEQ_LEN, calibration=random_texts(2))
     export_bundle(open_pair(*dirs), path, options)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["calibration"]["matrices"] = ["layers.9.mlp.up_proj.weight"]

@@ -24,6 +24,7 @@ from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import open_pair
 from exporter.checkpoint.side_files import chat_template
 from exporter.cli.conversation import converse
+from exporter.quantization.recipes import RECIPES
 from runtime_ref.engine import open_engine
 from runtime_ref.errors import InputError
 from runtime_ref.streaming import Decoder, open_decoder
@@ -75,7 +76,7 @@ def test_broken_template_stops_an_export(name: str, chat_pair: Directories, tmp_
     (target / file).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=message) as error:
         export_bundle(
-            open_pair(target, chat_pair[1]), tmp_path / "bundle", ExportOptions("onnx", "fp32", max_seq_len=64)
+            open_pair(target, chat_pair[1]), tmp_path / "bundle", ExportOptions("onnx", RECIPES["fp32"], max_seq_len=64)
         )
     assert str(error.value).startswith(str(target / file))
     assert len(str(error.value).splitlines()) == 1

@@ -24,6 +24,7 @@ from exporter.modeling.config import DrafterConfig
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from exporter.modeling.weights import parameter_shapes
+from exporter.quantization.recipes import RECIPES
 from exporter.terminal import run_command
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import open_engine
@@ -72,7 +73,7 @@ def test_a_pair_opens_exports_and_generates(pair: Path, tmp_path: Path) -> None:
     assert (opened.target, opened.drafter, opened.tokens.eos) == (TARGET, DRAFTER, (1, 106))
     assert len(opened.drafter_checkpoint.entries) == 50
     assert len(opened.target_checkpoint.files) > 3
-    export_bundle(opened, tmp_path / "bundle", ExportOptions("onnx", "fp32", max_seq_len=64))
+    export_bundle(opened, tmp_path / "bundle", ExportOptions("onnx", RECIPES["fp32"], max_seq_len=64))
     engine = open_engine(tmp_path / "bundle")
     assert len(list(generate(engine, [5, 6, 7], Options(12, 4), Stats()))) in range(1, 13)
 

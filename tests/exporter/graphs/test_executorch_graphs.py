@@ -93,9 +93,8 @@ def test_xnnpack_does_the_arithmetic(bundle: Callable[..., Path]) -> None:
 
 @pytest.mark.xdist_group("lowering dense")
 def test_the_same_pair_gives_the_same_bytes(bundle: Callable[..., Path], pair_dirs: Pairs, tmp_path: Path) -> None:
-    export_bundle(
-        open_pair(*pair_dirs("dense")), tmp_path / "again", ExportOptions("executorch", "fp32", max_seq_len=MAX_SEQ_LEN)
-    )
+    options = ExportOptions("executorch", RECIPES["fp32"], max_seq_len=MAX_SEQ_LEN)
+    export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "again", options)
     for file in bundle("dense", "executorch").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 

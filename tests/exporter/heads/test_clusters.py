@@ -23,6 +23,7 @@ from exporter.heads.states import drafting_states, states_without_target
 from exporter.parity.drafting import DRAFT_STEPS
 from exporter.parity.source import open_source
 from exporter.parity.stages import run_parity
+from exporter.quantization.recipes import RECIPES
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine, open_engine
@@ -57,7 +58,7 @@ def test_states_are_those_of_drafting(published: bool, pair_dirs: Pairs, tmp_pat
         warnings.simplefilter("error")  # torch warns where bfloat16 and float32 are mixed
         states = drafting_states(pair, [prompt], lambda: None).reshape(len(prompt), DRAFT_STEPS, -1)
     rows = pair.drafter_weights["head.weight"]()
-    export_bundle(pair, tmp_path / "bundle", ExportOptions("onnx", "fp32", max_seq_len=MAX_SEQ_LEN))
+    export_bundle(pair, tmp_path / "bundle", ExportOptions("onnx", RECIPES["fp32"], max_seq_len=MAX_SEQ_LEN))
     engine = load_engine(tmp_path / "bundle", read_manifest(tmp_path / "bundle"), threads=1)
     for length in (1, 2, 20, 128, 129, 150):
         (last,) = engine.prefill(prompt[:length], Sampling()).tokens
@@ -104,7 +105,7 @@ def test_clusters_cost_next_to_no_drafts(pair_dirs: Pairs, tmp_path: Path) -> No
     made = make_clusters(drafter, dense, texts=documentation(dense))
     texts, drafted, accepted = {}, {}, {}
     for name, pair in (("dense", dense), ("kmeans", dense.with_clusters(made.table, made.top_k, "kmeans"))):
-        export_bundle(pair, tmp_path / name, ExportOptions("onnx", "fp32", max_seq_len=MAX_SEQ_LEN))
+        export_bundle(pair, tmp_path / name, ExportOptions("onnx", RECIPES["fp32"], max_seq_len=MAX_SEQ_LEN))
         engine = open_engine(tmp_path / name, threads=1)
         tokenizer = TextTokenizer(tmp_path / name, engine.manifest)
         runs = [

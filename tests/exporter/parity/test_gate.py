@@ -150,7 +150,7 @@ def test_a_good_bundle_passes_and_a_spoilt_one_fails(
     assert 0 < figures["kl"] < 0.02
 
     target, drafter = pair_dirs("dense")
-    export_bundle(open_pair(target, drafter), tmp_path / "b", ExportOptions("onnx", "smallest", MAX_SEQ_LEN))
+    export_bundle(open_pair(target, drafter), tmp_path / "b", ExportOptions("onnx", RECIPES["smallest"], MAX_SEQ_LEN))
     common = ("parity", tmp_path / "b", "--target", target, "--drafter", drafter, "--json")
     assert run(*common, "--max-new-tokens", 16)[0] == 0
     code, out, err = run(*common, *limits, "--junit", tmp_path / "checks.xml")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from exporter.quantization.numbers import Scales, fitting_width, pack, quantize
-from exporter.quantization.recipes import RECIPES, drafter_widths, target_widths
+from exporter.quantization.recipes import RECIPES, stored_widths
 from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.tables import unpack
 
@@ -88,14 +88,14 @@ def test_recipes_say_the_width_of_each_part() -> None:
         "layers.0.per_layer_projection.weight": (64, 16),
         "norm.weight": (64,),
     }
-    widths = target_widths(RECIPES["int4"], shapes)
+    widths = stored_widths(RECIPES["int4"], "target", shapes)
     assert widths == {
         "embed_tokens.weight": Width(4, 128),
         "embed_tokens_per_layer.weight": Width(3),
         "layers.0.mlp.up_proj.weight": Width(4, 128),
         "layers.0.per_layer_projection.weight": Width(8),
     }
-    assert target_widths(RECIPES["fp32"], shapes) == {}
+    assert stored_widths(RECIPES["fp32"], "target", shapes) == {}
     drafter = {"head.centroids": (8, 64), "head.clusters": (8, 640), "pre_projection.weight": (64, 128)}
-    assert drafter_widths(RECIPES["int4"], drafter) == {"pre_projection.weight": Width(8)}
+    assert stored_widths(RECIPES["int4"], "drafter", drafter) == {"pre_projection.weight": Width(8)}
     assert FLOAT not in widths.values()

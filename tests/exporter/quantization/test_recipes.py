@@ -90,9 +90,8 @@ def test_a_trained_grid_survives_an_export(pair_dirs: Pairs, tmp_path: Path) -> 
             scales = (torch.randn(numbers.shape[:2], generator=generator) * tensor.shape[1] ** -0.5 / 8).half().float()
             tensors[name] = (numbers * scales.unsqueeze(2)).view(tensor.shape)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    export_bundle(
-        open_pair(source, pair_dirs("e2b")[1]), tmp_path / "b", ExportOptions("onnx", "int4", max_seq_len=MAX_SEQ_LEN)
-    )
+    options = ExportOptions("onnx", RECIPES["int4"], max_seq_len=MAX_SEQ_LEN)
+    export_bundle(open_pair(source, pair_dirs("e2b")[1]), tmp_path / "b", options)
     manifest = read_manifest(tmp_path / "b")
     table = load_engine(tmp_path / "b", manifest, threads=1).tables["embed_tokens"]
     expected = tensors["model.embed_tokens.weight"].numpy()

@@ -1,0 +1,211 @@
+"""Measure what each class of the target's matrices costs in each width, with one pass of texts through its layers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exporter.calibration.divergence import RunningDivergence
+from exporter.calibration.layer_by_layer import PROJECTION, LayerByLayer
+from exporter.checkpoint.pair import Pair
+from exporter.checkpoint.tensors import row_blocks
+from exporter.graphs.backend import Backend
+from exporter.graphs.grids import GRID_BITS
+from exporter.graphs.parts import graph_parts, sample_rows
+from exporter.graphs.tables import EMBEDDING, per_layer_bytes
+from exporter.modeling.target import SUPPRESSED_LOGIT, TargetPass
+from exporter.quantization.numbers import Scales, fitting_width, lies_on_grid, quantize
+from exporter.quantization.recipes import PER_LAYER, RECIPES, dividing
+from exporter.quantization.second_order import Inputs, quantize_for
+from exporter.quantization.widths import BITS_OF_TABLE, FLOAT, Width
+from exporter.texts.token_texts import TokenTexts
+from runtime_ref.manifest import Progress
+
+TABLE, HEAD = "per-layer embeddings", "embedding and head"
+# Patterns of recipes by the class of matrices, for people; the first that matches decides.
+CLASSES = {
+    TABLE: PER_LAYER,
+    HEAD: f"target.{EMBEDDING}",
+    "queries, keys, values": "target.layers.*.self_attn.[qkv]_proj.weight",
+    "attention outputs": "target.layers.*.self_attn.o_proj.weight",
+    "MLP outputs": "target.layers.*.mlp.down_proj.weight",
+    "MLP gates": "target.layers.*.mlp.*_proj.weight",
+    "per-layer inputs": "target.*per_layer_*.weight",
+}
+WIDTHS_OF_MATRICES = (Width(4, 128), Width(4, 32), Width(8))
+WIDTHS_OF_TABLE = tuple(width for width in BITS_OF_TABLE if width != FLOAT)
+MAX_POSITIONS = 512  # that are compared, because each candidate runs over all of them
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it costs to store one class of matrices in a width, all others in float32.
+
+    Attributes:
+        matrices: name of the class, a key of `CLASSES`.
+        width: the width; matrices that it does not divide take groups of 32, or 8 bits.
+        bytes: of the class in a bundle.
+        kl: mean over positions of KL(float32 || rounded) of the next token, in nats.
+        choices_kept: fraction of positions at which both choose the same token.
+    """
+
+    matrices: str
+    width: Width
+    bytes: int
+    kl: float
+    choices_kept: float
+
+
+def candidates() -> list[tuple[str, Width]]:
+    """Return the classes and widths that are measured."""
+    return [(title, w) for title in CLASSES for w in (WIDTHS_OF_TABLE if title == TABLE else WIDTHS_OF_MATRICES)]
+
+
+@torch.no_grad()
+def measure_costs(
+    pair: Pair,
+    backend: Backend,
+    held_out: TokenTexts,
+    texts: TokenTexts | None,
+    progress: Progress = lambda *_: None,
+) -> tuple[list[Cost], int]:
+    """Measure the divergence that each class of matrices causes in each width.
+
+    All candidates run beside the unrounded target, layer by layer, so that each weight is read once.
+
+    Args:
+        pair: the target and its drafter.
+        backend: decides scales and bytes.
+        held_out: texts to compare on; only their beginnings, `MAX_POSITIONS` tokens in all.
+        texts: texts to calibrate matrices of 4 bits on that lie on no grid, by the inputs of the unrounded target; None
+            to round to the nearest.
+        progress: called with what was done and its bytes in float32, in all those of the target's layers.
+
+    Returns:
+        A cost for each of `candidates`, and the number of positions that were compared.
+
+    Raises:
+        InputError: the texts lead to numbers that are not finite.
+    """
+    run = _Candidates(pair, backend, held_out, texts)
+    for i in range(run.model.num_layers):
+        names = run.model.layer_weights(i)
+        run.run_layer(i, names)
+        progress(f"layer {i}", sum(4 * prod(run.part.shapes[name]) for name in names))
+    return run.costs(), sum(map(len, run.held_out))
+
+
+def _class_of(name: str) -> str:
+    """The class of a matrix of the target, by its parameter's name."""
+    return next(title for title, pattern in CLASSES.items() if fnmatchcase(f"target.{name}", pattern))
+
+
+class _Candidates:
+    """The passes of the unrounded target, and those of each candidate."""
+
+    def __init__(self, pair: Pair, backend: Backend, held_out: TokenTexts, texts: TokenTexts | None) -> None:
+        self.pair, self.backend, self.allowed = pair, backend, backend.supported_scales()
+        self.part = graph_parts(pair, RECIPES["fp32"])["target"]
+        self.model = LayerByLayer(pair, self.part)
+        self.fitting: dict[tuple[str, Width], Width] = {}  # how each matrix would be stored
+        size = max(1, MAX_POSITIONS // len(held_out.texts))
+        self.held_out = [text[:size] for text in held_out.texts[:MAX_POSITIONS]]
+        self.texts = () if texts is None else texts.texts
+        self.inputs = self._inputs([PROJECTION], lambda: self._begin(self.texts))
+        self.fitted_on, self.exact = self._begin(self.texts), self._begin(self.held_out)
+        self.rounded = {(title, width): self._begin_rounded(title, width) for title, width in candidates()}
+
+    def run_layer(self, i: int, names: list[str]) -> None:
+        """Run a layer on all passes."""
+        model = self.model
+        model.load(names)
+        matrices = [name for name in names if len(self.part.shapes[name]) == 2]
+        self.inputs = self._inputs(matrices, lambda: model.run_layer(i, self.fitted_on, False))
+        for (title, width), passes in self.rounded.items():
+            changed = {name: model.target.get_parameter(name).data for name in matrices if _class_of(name) == title}
+            for name in changed:
+                model.put(name, torch.cat(list(self._rounded_blocks(name, width))))
+            model.run_layer(i, passes)
+            for name, unrounded in changed.items():
+                model.put(name, unrounded)
+        for passes in (self.exact, self.fitted_on):
+            model.run_layer(i, passes)
+        for passes in (self.exact, self.fitted_on, *self.rounded.values()):
+            model.drop_kv(i, passes)
+        for name in names:
+            model.put(name, None)
+
+    def costs(self) -> list[Cost]:
+        """Compare the logits of all candidates with those of the unrounded target, after the last layer."""
+        self.inputs = self._inputs([EMBEDDING], lambda: self.model.collect_states(self.fitted_on))
+        exact, states = self._states(self.exact), {key: self._states(passes) for key, passes in self.rounded.items()}
+        sums = {key: RunningDivergence(len(exact)) for key in states}
+        heads = {key: self._rounded_blocks(EMBEDDING, key[1]) for key in states if key[0] == HEAD}
+        suppressed, start = torch.tensor(self.pair.tokens.suppressed, dtype=torch.int64), 0
+        for rows in row_blocks(self.part.weights[EMBEDDING]):
+            here = suppressed[(suppressed >= start) & (suppressed < start + len(rows))] - start
+            expected = self._logits(exact, rows, here)
+            for key, running in sums.items():
+                rounded = next(heads[key]) if key in heads else rows
+                running.add(expected, self._logits(states[key], rounded, here))
+            start += len(rows)
+        return [Cost(*key, self._bytes(*key), running.kl, running.choices_kept) for key, running in sums.items()]
+
+    def _begin(
+        self, texts: Sequence[tuple[int, ...]], embedding: Width = FLOAT, table: Width = FLOAT
+    ) -> list[TargetPass]:
+        return self.model.begin(texts, embedding, table, self.allowed)
+
+    def _begin_rounded(self, title: str, width: Width) -> list[TargetPass]:
+        """The passes of a candidate before the first layer."""
+        if title == TABLE:
+            return self._begin(self.held_out, table=width)
+        if title == HEAD:
+            return self._begin(self.held_out, embedding=width)
+        if title != _class_of(PROJECTION):
+            return [replace(text, kv=list(text.kv)) for text in self.exact]
+        self.model.put(PROJECTION, torch.cat(list(self._rounded_blocks(PROJECTION, width))))
+        passes = self._begin(self.held_out)
+        self.model.load([PROJECTION])
+        return passes
+
+    def _inputs(self, names: list[str], run: Callable[[], object]) -> dict[str, Inputs]:
+        """What matrices are multiplied with in the texts to fit on; nothing without them."""
+        return self.model.inputs(dict.fromkeys(names, WIDTHS_OF_MATRICES[0]), run) if self.texts else {}
+
+    def _rounded_blocks(self, name: str, width: Width) -> Iterator[Tensor]:
+        """A matrix in blocks of rows, rounded as an export would."""
+        inputs, fitting, calibrated = self.inputs.get(name), None, False
+        for block in row_blocks(self.part.weights[name]):
+            if fitting is None:
+                rows = sample_rows(block)
+                fitting = self.fitting[name, width] = fitting_width(dividing(width, block.shape[1]), rows)
+                calibrated = inputs is not None and fitting.bits == GRID_BITS and not lies_on_grid(rows, fitting)
+            if calibrated:
+                assert inputs is not None
+                yield quantize_for(block, inputs, fitting, self.allowed).dequantize()
+            else:
+                yield quantize(block, fitting, Scales() if fitting.bits == 8 else self.allowed).dequantize()
+
+    def _states(self, passes: list[TargetPass]) -> Tensor:
+        return torch.cat([self.model.target.norm(text.x) for text in passes])
+
+    def _logits(self, states: Tensor, rows: Tensor, suppressed: Tensor) -> Tensor:
+        cap, logits = self.pair.target.final_logit_softcapping, F.linear(states, rows.float())
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        logits[:, suppressed] = SUPPRESSED_LOGIT
+        return logits
+
+    def _bytes(self, title: str, width: Width) -> int:
+        if title == TABLE:
+            return per_layer_bytes(self.pair.target, width)
+        shapes = {name: self.part.shapes[name] for name, stored in self.fitting if stored == width}
+        return sum(
+            self.backend.matrix_bytes(shape, self.fitting[name, width])
+            for name, shape in shapes.items()
+            if _class_of(name) == title
+        )
