@@ -15,6 +15,7 @@ import torch
 
 from exporter.bundle.chat_format import chat_format
 from exporter.calibration.calibrate import calibrate
+from exporter.checkpoint.folding import FOLDING, folding_bytes
 from exporter.checkpoint.origin import model_origin
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.side_files import chat_template
@@ -51,8 +52,8 @@ class ExportOptions:
         force: whether an existing bundle may be replaced.
         check_room: whether to check first that disk and memory suffice.
         max_file_bytes: largest size of each file of weights; None for as few files as possible.
-        calibration: texts by which matrices of 4 bits that lie on no grid are rounded; None to round each number to
-            the nearest.
+        calibration: texts by which the target is folded, and matrices of 4 bits that lie on no grid are rounded; None
+            to fold nothing and to round each number to the nearest.
     """
 
     backend: str
@@ -105,6 +106,8 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         chat = chat_format(directory, pair.tokens)
         if pair.table and pair.two_stage and pair.clusters_origin != "checkpoint":
             (directory / CLUSTERS).write_bytes(pair.table.to_bytes(pair.two_stage.top_k_clusters))
+        if pair.folding:
+            (directory / FOLDING).write_bytes(folding_bytes(pair.folding))
         manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "requires": [],

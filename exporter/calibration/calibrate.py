@@ -1,5 +1,6 @@
 """Calibrate a target: run texts through it layer by layer, and round each matrix by the inputs that it meets."""
 
+import hashlib
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from exporter.calibration.fold import fold, foldable
 from exporter.calibration.layer_by_layer import PROJECTION, LayerByLayer
 from exporter.calibration.steps import Steps
+from exporter.checkpoint.folding import folding_bytes
 from exporter.checkpoint.pair import Calibrated, Pair
 from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.grids import off_grid
@@ -32,10 +35,11 @@ def calibrate(
     directory: Path,
     progress: Progress = lambda *_: None,
 ) -> Pair:
-    """Round the target's matrices of 4 bits that lie on no grid so that the texts change least.
+    """Fold factors into the target, and round its matrices of 4 bits that lie on no grid so that texts change least.
 
-    Layer by layer: the texts run through the layer in float32 on what the rounded layers before it give, its matrices
-    are rounded, and the texts run through the rounded layer.
+    First `exporter.calibration.fold` evens out what runtimes round to 8 bits. Then, layer by layer: the texts run
+    through the layer in float32 on what the rounded layers before it give, its matrices are rounded, and the texts run
+    through the rounded layer.
 
     Args:
         pair: the target and its drafter.
@@ -46,15 +50,35 @@ def calibrate(
         progress: called with the name of each matrix and its bytes in float32.
 
     Returns:
-        The same pair, with the integers and scales of these matrices in the place of their floats; as it was if there
-        are none.
+        The same pair, folded, with the integers and scales of these matrices in the place of their floats; as it was if
+        there is nothing to do.
 
     Raises:
         InputError: the texts lead to numbers that are not finite.
     """
     part = graph_parts(pair, recipe)["target"]
-    if not (widths := off_grid(part)):
+    widths, sites = off_grid(part), foldable(part)
+    if sites:
+        pair = fold(pair, sites, texts, progress)
+        part = graph_parts(pair, recipe)["target"]
+    elif not widths:
         return pair
+    found = _rounded(pair, recipe, part, widths, allowed, texts, directory, progress) if widths else {}
+    calibrated = Calibrated(texts.source, texts.sha256, texts.num_tokens, torch.get_num_threads(), tuple(sorted(found)))
+    return replace(pair, target_weights={**pair.target_weights, **found}, calibrated=calibrated)
+
+
+def _rounded(
+    pair: Pair,
+    recipe: Recipe,
+    part: GraphParts,
+    widths: dict[str, Width],
+    allowed: Scales,
+    texts: TokenTexts,
+    directory: Path,
+    progress: Progress,
+) -> dict[str, IntegerReader]:
+    """Round the matrices of `widths`; the other arguments are those of `calibrate`."""
     key = {
         "versions": [version("gemma-mtp-export"), torch.__version__],
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
@@ -63,6 +87,7 @@ def calibrate(
         "texts": texts.sha256,
         "target": asdict(pair.target),
         "files": pair.target_checkpoint.stamps,
+        "folding": hashlib.sha256(folding_bytes(pair.folding)).hexdigest(),
     }
     steps = Steps.open(directory, key)
     found: dict[str, IntegerReader] = {}
@@ -70,8 +95,7 @@ def calibrate(
         run = _Run(pair, recipe, part, widths, allowed, steps, progress)
         for step, names in run.steps(texts):
             found |= {name: IntegerReader(partial(steps.blocks, step, name)) for name in names}
-    calibrated = Calibrated(texts.source, texts.sha256, texts.num_tokens, torch.get_num_threads(), tuple(sorted(found)))
-    return replace(pair, target_weights={**pair.target_weights, **found}, calibrated=calibrated)
+    return found
 
 
 class _Run:

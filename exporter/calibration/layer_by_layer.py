@@ -38,6 +38,7 @@ class LayerByLayer:
         with torch.device("meta"):
             self.target = Target(pair.target, Ops(linear=self._linear)).eval()
         self._names: dict[int, str] = {}  # of the module's weights, by id
+        self._largest: dict[str, Tensor] = {}  # magnitudes of inputs, by name, while they are collected
         self._grams: dict[str, list[Tensor]] = {}  # sums of products of inputs, by name, while they are collected
         self.load(n for n in part.weights if not n.startswith("layers.") and n not in (EMBEDDING, "suppressed"))
 
@@ -115,23 +116,46 @@ class LayerByLayer:
         found = {name: self._prepared(name, self._grams.pop(name)) for name in list(self._grams)}
         return {name: found[_collected_for(name)] for name in widths}
 
+    def largest_inputs(self, names: Iterable[str], run: Callable[[], object]) -> dict[str, Tensor]:
+        """Return the largest magnitude [columns] float32 of each input that matrices are multiplied with, by name.
+
+        Args:
+            names: the matrices.
+            run: runs texts through the module.
+
+        Raises:
+            InputError: the inputs are not finite.
+        """
+        self._largest = {name: torch.zeros(self.part.shapes[name][1]) for name in names}
+        run()
+        found, self._largest = self._largest, {}
+        for name, largest in found.items():
+            self._check_finite(name, [largest])
+        return found
+
     def collect_states(self, passes: list[TargetPass]) -> None:
         """Run what `inputs` is to see for the head, `EMBEDDING`, after the last layer."""
         for text in passes:
             add_products(self._grams[EMBEDDING], self.target.norm(text.x))
 
     def _prepared(self, name: str, grams: list[Tensor]) -> Inputs:
-        if not all(gram.isfinite().all() for gram in grams):
+        self._check_finite(name, grams)
+        return Inputs.of(grams)
+
+    def _check_finite(self, name: str, sums: list[Tensor]) -> None:
+        if not all(part.isfinite().all() for part in sums):
             directory = self.pair.target_checkpoint.directory
             raise InputError(
                 f"{directory}: the texts of the calibration give {name} inputs that are not finite; restore the"
                 " checkpoint, or pass --no-calibrate"
             )
-        return Inputs.of(grams)
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        if (grams := self._grams.get(self._names[id(weight)])) is not None:
+        name = self._names[id(weight)]
+        if (grams := self._grams.get(name)) is not None:
             add_products(grams, x)
+        if name in self._largest:
+            self._largest[name] = torch.maximum(self._largest[name], x.abs().amax(0))
         return F.linear(x, weight)
 
 

@@ -1,11 +1,15 @@
 """Open a target and its drafter, and check that they belong together."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
+from torch import Tensor
+
 from clustering.cluster_table import ClusterTable, TwoStageSizes
 from exporter.checkpoint.config_json import check_pair, config_notes, read_drafter_config, read_target_config
+from exporter.checkpoint.folding import folded_weights
 from exporter.checkpoint.generation_config import default_sampling, generation_warnings
 from exporter.checkpoint.names import drafter_weights, read_cluster_table, target_weights
 from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens, suppression
@@ -55,6 +59,7 @@ class Pair:
         two_stage: sizes of the two-stage head; None for a dense head.
         clusters_origin: where the clusters come from, "checkpoint" or "kmeans"; empty for a dense head.
         calibrated: how matrices of the target were rounded, whose readers are `IntegerReader`; None if none were.
+        folding: exponents of two that are folded into `target_weights`, as `exporter.checkpoint.folding` describes.
     """
 
     target: TextConfig
@@ -70,6 +75,7 @@ class Pair:
     two_stage: TwoStageSizes | None = None
     clusters_origin: str = ""
     calibrated: Calibrated | None = None
+    folding: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def shared_kv(self) -> dict[str, int]:
@@ -90,9 +96,13 @@ class Pair:
 
     @property
     def mapped_target_weights(self) -> Weights:
-        """Readers as `target_weights`, but of tensors that are mapped in the dtype they are stored in."""
+        """Readers of the checkpoint's weights, with nothing folded or rounded, mapped in the dtype of their file."""
         mapped = target_weights(self.target_checkpoint, self.target, mapped=True)
         return {**mapped, **suppression(self.tokens, self.target.vocab_size)}
+
+    def with_folding(self, exponents: Mapping[str, Tensor]) -> "Pair":
+        """Return the same pair with factors folded into its target's weights, by the site's name."""
+        return replace(self, target_weights=folded_weights(self.target_weights, exponents), folding=exponents)
 
     def load_drafter(self) -> Drafter:
         """Load the drafter in eager torch, float32."""

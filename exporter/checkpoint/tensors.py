@@ -181,6 +181,37 @@ class TensorReader:
 
 
 @dataclass(frozen=True)
+class ScaledReader:
+    """A reader of a weight times powers of two, as a whole or in blocks of rows.
+
+    Attributes:
+        read: the weight, [rows, columns] or [columns].
+        rows: exponents [rows] int8 of the powers that rows are divided by; None for none.
+        columns: exponents [columns] int8 of the powers that columns are multiplied with; None for none.
+    """
+
+    read: Callable[[], Tensor]
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """Read the weight, in the dtype that `read` gives."""
+        return self._scaled(self.read(), 0)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield the same in blocks of rows."""
+        start = 0
+        for block in row_blocks(self.read):
+            yield self._scaled(block, start)
+            start += len(block)
+
+    def _scaled(self, block: Tensor, start: int) -> Tensor:
+        if self.rows is not None:
+            block = torch.ldexp(block, -self.rows[start : start + len(block), None].int()).to(block.dtype)
+        return block if self.columns is None else torch.ldexp(block, self.columns.int()).to(block.dtype)
+
+
+@dataclass(frozen=True)
 class IntegerReader:
     """A reader of a matrix whose integers and scales are known already; they are stored as they are.
 
@@ -205,7 +236,7 @@ def row_blocks(read: Callable[[], Tensor]) -> Iterator[Tensor]:
     Raises:
         InputError: as `Checkpoint.blocks` does.
     """
-    return read.blocks() if isinstance(read, TensorReader | IntegerReader) else iter((read(),))
+    return read.blocks() if isinstance(read, TensorReader | ScaledReader | IntegerReader) else iter((read(),))
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:

@@ -165,7 +165,7 @@ def run_export(
         pair: target and drafter.
         output: bundle directory to write.
         options: options of the export.
-        calibrate: whether to calibrate; None to do it if the target has matrices of 4 bits that lie on no grid.
+        calibrate: whether to calibrate; None to do it if the target has matrices that are rounded and lie on no grid.
         texts: the user's texts to calibrate on; None for the default.
 
     Returns:
@@ -175,6 +175,7 @@ def run_export(
         InputError: see `exporter.bundle.export.export_bundle`.
     """
     from exporter.bundle.export import export_bundle
+    from exporter.calibration.fold import foldable
     from exporter.graphs.backend import load_backend
     from exporter.graphs.grids import grid_warnings, off_grid
     from exporter.graphs.parts import graph_parts
@@ -182,26 +183,29 @@ def run_export(
 
     load_backend(options.backend)  # a missing package is told before anything else
     parts, total = graph_parts(pair, options.recipe), pair.weight_bytes
-    calibrated = off_grid(parts["target"]) if calibrate is not False else {}
+    calibrated, folded = {}, {}
+    if calibrate is not False:
+        calibrated, folded = off_grid(parts["target"]), foldable(parts["target"])
     warnings = [*pair.warnings, *grid_warnings(parts, options.recipe.name, calibrate is not False)]
     started = time.perf_counter()
-    if calibrated:
+    if calibrated or folded:
         shapes = {name: parts["target"].shapes[name] for name in calibrated}
         if texts is None:
             texts = texts_to_fit(pair)
-        columns = max(part_columns(shape[1], calibrated[name].group_size) for name, shape in shapes.items())
+        columns = max((part_columns(s[1], calibrated[name].group_size) for name, s in shapes.items()), default=0)
         if texts.num_tokens < columns:
             warnings.append(
                 f"{texts.source}: {texts.num_tokens} tokens are few to calibrate matrices with {columns} columns on,"
                 " and rounding to the nearest may be better; give more text than columns"
             )
         options = replace(options, calibration=texts)
-        err.print(f"calibrating {len(calibrated)} matrices on {texts.num_tokens} tokens: {texts.source}")
+        what = f"{len(calibrated)} matrices" if calibrated else f"the inputs of {len(folded)} sites"
+        err.print(f"calibrating {what} on {texts.num_tokens} tokens: {texts.source}")
         total += sum(4 * prod(shape) for shape in shapes.values())
     for warning in warnings:
         err.print(f"warning: {warning}", style="yellow")
-    if calibrate and not calibrated:
-        err.print("nothing to calibrate: no matrix of the target is rounded to 4 bits without lying on their grid")
+    if calibrate and not (calibrated or folded):
+        err.print("nothing to calibrate: no matrix of the target is rounded without lying on the grid of its bits")
     with progress_bar(err, "export", total) as progress:
         digest = export_bundle(pair, output, options, progress)
     size = directory_bytes(output)
@@ -217,5 +221,6 @@ def run_export(
         "seconds": seconds,
         "peak_bytes": peak,
         "calibrated": sorted(calibrated),
+        "folded": sorted(folded),
         "warnings": warnings,
     }

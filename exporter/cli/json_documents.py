@@ -103,6 +103,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             **keys(size, "bytes peak_bytes"),
             "seconds": number,
             "calibrated": [str],
+            "folded": [str],
             "warnings": [str],
             "rules": str,
         },

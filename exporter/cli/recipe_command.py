@@ -96,6 +96,7 @@ def measure_bits(pair: "Pair", backend_name: str, calibrate: bool | None, texts:
     """
     from exporter.calibration.bit_costs import measure_costs
     from exporter.calibration.choice import Bits
+    from exporter.calibration.fold import fold, foldable
     from exporter.graphs.backend import load_backend
     from exporter.graphs.bundle_bytes import bytes_beside_matrices
     from exporter.graphs.grids import off_grid
@@ -107,6 +108,7 @@ def measure_bits(pair: "Pair", backend_name: str, calibrate: bool | None, texts:
         calibrate = bool(off_grid(graph_parts(pair, int4)["target"]))
     if calibrate:
         texts = texts or texts_to_fit(pair)
+        pair = fold(pair, foldable(graph_parts(pair, int4)["target"]), texts)
     with err.status("texts"):
         held_out = held_out_texts(pair)
     shapes = graph_parts(pair, int4)["target"].shapes

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exporter.checkpoint.folding import folded_weights
 from exporter.checkpoint.pair import Pair
 from exporter.graphs.parts import graph_parts
 from exporter.graphs.spec import DrafterGraph, TargetGraph
@@ -104,10 +105,11 @@ class Reference:
 
     def __init__(self, pair: Pair, recipe: Recipe, scales: Scales = Scales()) -> None:
         self.pair, self.recipe, self.scales = pair, recipe, scales
-        mapped = pair.mapped_target_weights
-        self.target_weights: dict[str, Weight] = {name: read() for name, read in mapped.items()}
         parts = graph_parts(pair, recipe)
-        quantized = (name for name in parts["target"].widths if name != PER_LAYER)
+        quantized = [name for name in parts["target"].widths if name != PER_LAYER]
+        # Nothing folded is needed where nothing is rounded: the target computes the same, and mapped weights stay so.
+        floats = folded_weights(pair.mapped_target_weights, {} if recipe.is_exact else pair.folding)
+        self.target_weights: dict[str, Weight] = {n: read() for n, read in floats.items() if n not in quantized}
         self.target_weights |= {name: parts["target"].whole(name, scales) for name in quantized}
         if recipe.per_layer != FLOAT:
             width = Width(recipe.per_layer.bits, pair.target.hidden_size_per_layer_input)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clustering.cluster_table import load_table
 from exporter.bundle.export import CLUSTERS
+from exporter.checkpoint.folding import FOLDING, folded_weights, read_folding
 from exporter.checkpoint.pair import Calibrated, Pair, open_pair
 from exporter.checkpoint.tensors import IntegerReader
 from exporter.graphs.backend import load_backend
@@ -87,8 +88,12 @@ def with_stored_integers(bundle: Path, manifest: Manifest, pair: Pair) -> Pair:
         InputError: the bundle does not hold what its manifest lists, or was made from another pair.
     """
     refuse_other_sizes(bundle, manifest, pair)
-    part = graph_parts(pair, recipe_of(manifest))["target"]
+    recipe = recipe_of(manifest)
+    shapes = graph_parts(pair, recipe)["target"].shapes
     try:
+        if FOLDING in manifest.files:
+            pair = pair.with_folding(read_folding((bundle / FOLDING).read_bytes(), shapes))
+        part = graph_parts(pair, recipe)["target"]
         entry = manifest.raw["calibration"]
         names = [str(name) for name in entry["matrices"]]
         file = bundle / manifest.graphs["target"].file
@@ -111,7 +116,7 @@ def calibration_check(pair: Pair) -> Check:
         pair: what `with_stored_integers` returned.
     """
     assert pair.calibrated is not None
-    floats, worst, error = pair.mapped_target_weights, "", 0.0
+    floats, worst, error = folded_weights(pair.mapped_target_weights, pair.folding), "", 0.0
     for name in pair.calibrated.matrices:
         read, matrix = pair.target_weights[name], floats[name]()
         assert isinstance(read, IntegerReader)

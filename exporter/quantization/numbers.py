@@ -123,6 +123,7 @@ def _round(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
 # Of the largest number of a group. Rounding to bfloat16 moved numbers on a grid of 4 bits, and the scale that fits them
 # best, by at most 0.006 of it together; rounding normally distributed numbers to 4 bits moves some by at least 0.05.
 GRID_ROUNDING = 2**-7
+_EXACT = 2**-18  # likewise, of rounding to float32
 
 _BLOCK_NUMBERS = 1 << 17  # quantized at a time, so that they stay in a core's cache
 
@@ -160,11 +161,13 @@ def lies_on_grid(rows: Tensor, width: Width) -> bool:
 
     Args:
         rows: [rows, columns] float32.
-        width: bits of an integer, 4 or fewer, and a group size that divides the columns.
+        width: bits of an integer, and a group size that divides the columns. Of more than 4 bits only grids in float32
+            are known: rounding to bfloat16 moves others by as much as any matrix is from the nearest grid.
     """
+    allowed = GRID_ROUNDING if width.bits <= 4 else _EXACT
     quantized = quantize(rows, width)
     error, groups = (x.reshape(len(rows), -1, quantized.group_size) for x in (quantized.dequantize() - rows, rows))
-    return bool((error.abs().amax(2) <= GRID_ROUNDING * groups.abs().amax(2)).all())
+    return bool((error.abs().amax(2) <= allowed * groups.abs().amax(2)).all())
 
 
 def pack(numbers: Tensor, bits: int) -> np.ndarray:

@@ -225,7 +225,7 @@ def test_the_same_export_gives_the_same_bytes(pair_dirs: Pairs, tmp_path: Path) 
 
 
 def test_export_calibrates_where_it_matters(run: Run, pair_dirs: Pairs, tmp_path: Path) -> None:
-    """By default on weights that lie on no grid, and not where nothing is rounded to 4 bits."""
+    """By default on weights that lie on no grid, and not where nothing is rounded."""
 
     def export(name: str, *options: str) -> tuple[dict, str]:
         target, drafter = pair_dirs("tiny")
@@ -241,8 +241,12 @@ def test_export_calibrates_where_it_matters(run: Run, pair_dirs: Pairs, tmp_path
     document, _ = export("b", "--no-calibrate")
     assert document["calibrated"] == []
     assert len(document["warnings"]) == 1
-    document, err = export("c", "--recipe", "int8", "--calibrate")
+    document, err = export("c", "--recipe", "int8")
     assert document["calibrated"] == []
+    assert len(document["folded"]) == 6
+    assert "calibrating the inputs of 6 sites" in err
+    document, err = export("f", "--recipe", "fp32", "--calibrate")
+    assert (document["calibrated"], document["folded"]) == ([], [])
     assert "nothing to calibrate" in err
     (tmp_path / "ids.json").write_text(json.dumps([list(range(3, 60))]))
     document, err = export("d", "--calibration", str(tmp_path / "ids.json"))
