@@ -106,7 +106,7 @@ FORM_3: Form = {
 }
 _TABLE_2 = {**_ROWS, "data": _PLACE, "scales?": {**_PLACE, "dtype": str}}
 FORM_2: Form = {
-    **{key: form for key, form in FORM_3.items() if key != "requires"},
+    **{key: form for key, form in FORM_3.items() if key not in ("requires", "widths?", "calibration?")},
     "backend": {"name": str, "executorch?": version},
     "tokens": {**_TOKENS, "thoughts?": (None, two_ids)},
     "kv": {"buffers": [_BUFFER]},

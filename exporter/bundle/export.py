@@ -26,7 +26,8 @@ from exporter.graphs.parts import all_widths, graph_parts
 from exporter.graphs.spec import kv_ports, size_limits
 from exporter.graphs.split_files import too_large
 from exporter.graphs.tables import PER_LAYER, write_per_layer
-from exporter.quantization.recipes import Recipe, check_recipe, matrices
+from exporter.quantization.recipes import CLUSTERS as CLUSTERED_HEAD
+from exporter.quantization.recipes import DENSE_HEAD, Recipe, check_recipe, matrices
 from exporter.quantization.widths import Width
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.chat import CHAT_TEMPLATE
@@ -114,7 +115,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             "tool_version": version("gemma-mtp-export"),
             "backend": {**backend.backend_metadata(), **exported.backend_metadata},
             "recipe": recipe.name,
-            "widths": _by_width(all_widths(parts, recipe)),
+            "widths": by_width(all_widths(parts, recipe)),
             "max_seq_len": max_seq_len,
             "num_draft_tokens": {"default": min(4, options.max_draft_tokens), "max": options.max_draft_tokens},
             "limits": limits,
@@ -142,8 +143,8 @@ def calibration_directory(output: Path) -> Path:
     return output.resolve().with_name(f".{output.resolve().name}.calibration")
 
 
-def _by_width(widths: Mapping[str, Width]) -> list[dict[str, Any]]:
-    """The manifest's `widths`: matrices by how they are stored."""
+def by_width(widths: Mapping[str, Width]) -> list[dict[str, Any]]:
+    """Return the manifest's `widths`: how matrices are stored that are not float32, by their names in recipes."""
     return [
         {**asdict(width), "matrices": sorted(name for name, other in widths.items() if other == width)}
         for width in sorted(set(widths.values()), key=lambda width: (width.bits, width.group_size or 0))
@@ -161,13 +162,14 @@ def _check_file_sizes(files: Mapping[str, Mapping[str, Any]], max_file_bytes: in
             raise too_large(name, file["size"], max_file_bytes)
 
 
-def plan_export(pair: Pair, output: Path, options: ExportOptions) -> int:
+def plan_export(pair: Pair, output: Path, options: ExportOptions, will_cluster: bool = False) -> int:
     """Check that an export is possible, before any work is done.
 
     Args:
         pair: the target and its drafter. Its head may differ from the one that will be exported.
         output: the directory to write.
         options: backend, recipe and limits.
+        will_cluster: whether the pair's dense head will be made one of clusters.
 
     Returns:
         The maximum number of tokens of prompt and answer together.
@@ -178,7 +180,10 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions) -> int:
     """
     max_seq_len, recipe = resolve_max_seq_len(pair, options), options.recipe
     parts = graph_parts(pair, recipe)
-    check_recipe(recipe, [f"{model}.{name}" for model, part in parts.items() for name in matrices(part.shapes)])
+    names = {f"{model}.{name}" for model, part in parts.items() for name in matrices(part.shapes)}
+    if will_cluster:
+        names = names - {DENSE_HEAD} | {CLUSTERED_HEAD}
+    check_recipe(recipe, sorted(names))
     stored_bytes = sum(part.stored_bytes for part in parts.values())
     stored_bytes += prod(parts["target"].shapes[PER_LAYER]) * recipe.per_layer.bits // 8
     if options.calibration is not None:

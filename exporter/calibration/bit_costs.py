@@ -1,6 +1,7 @@
 """Measure what each class of the target's matrices costs in each width, with one pass of texts through its layers."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -17,18 +18,20 @@ from exporter.graphs.backend import Backend
 from exporter.graphs.grids import GRID_BITS
 from exporter.graphs.parts import graph_parts, sample_rows
 from exporter.graphs.tables import EMBEDDING, per_layer_bytes
+from exporter.graphs.tables import PER_LAYER as PER_LAYER_WEIGHT
 from exporter.modeling.target import SUPPRESSED_LOGIT, TargetPass
-from exporter.quantization.numbers import Scales, fitting_width, lies_on_grid, quantize
-from exporter.quantization.recipes import PER_LAYER, RECIPES, dividing
+from exporter.quantization.numbers import Quantized, Scales, fitting_width, lies_on_grid, quantize
+from exporter.quantization.recipes import PER_LAYER_TABLE, RECIPES, dividing
 from exporter.quantization.second_order import Inputs, quantize_for
-from exporter.quantization.widths import BITS_OF_TABLE, FLOAT, Width
+from exporter.quantization.widths import BITS_OF_TABLE, FLOAT, QAT_GROUP_SIZE, Width
 from exporter.texts.token_texts import TokenTexts
+from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 
 TABLE, HEAD = "per-layer embeddings", "embedding and head"
 # Patterns of recipes by the class of matrices, for people; the first that matches decides.
 CLASSES = {
-    TABLE: PER_LAYER,
+    TABLE: PER_LAYER_TABLE,
     HEAD: f"target.{EMBEDDING}",
     "queries, keys, values": "target.layers.*.self_attn.[qkv]_proj.weight",
     "attention outputs": "target.layers.*.self_attn.o_proj.weight",
@@ -65,6 +68,20 @@ def candidates() -> list[tuple[str, Width]]:
     return [(title, w) for title in CLASSES for w in (WIDTHS_OF_TABLE if title == TABLE else WIDTHS_OF_MATRICES)]
 
 
+def smallest_bytes(pair: Pair, backend: Backend) -> int:
+    """Return the bytes of the target's matrices in the fewest bits, as far as their shapes decide."""
+    shapes = {n: s for n, s in graph_parts(pair, RECIPES["fp32"])["target"].shapes.items() if len(s) == 2}
+    del shapes[PER_LAYER_WEIGHT]
+    least = (min(backend.matrix_bytes(s, _dividing(w, s[1])) for w in WIDTHS_OF_MATRICES) for s in shapes.values())
+    return sum(least) + min(per_layer_bytes(pair.target, width) for width in WIDTHS_OF_TABLE)
+
+
+def _dividing(width: Width, columns: int) -> Width:
+    """How a matrix of so many columns is stored that asks for no group size."""
+    width = dividing(width, columns)
+    return Width(width.bits, QAT_GROUP_SIZE) if width.group_size and columns % width.group_size else width
+
+
 @torch.no_grad()
 def measure_costs(
     pair: Pair,
@@ -75,7 +92,8 @@ def measure_costs(
 ) -> tuple[list[Cost], int]:
     """Measure the divergence that each class of matrices causes in each width.
 
-    All candidates run beside the unrounded target, layer by layer, so that each weight is read once.
+    All candidates run beside the unrounded target, layer by layer, so that each weight is read once; those of the
+    embedding in a second pass.
 
     Args:
         pair: the target and its drafter.
@@ -96,12 +114,22 @@ def measure_costs(
         names = run.model.layer_weights(i)
         run.run_layer(i, names)
         progress(f"layer {i}", sum(4 * prod(run.part.shapes[name]) for name in names))
-    return run.costs(), sum(map(len, run.held_out))
+    costs = run.costs()
+    if wrong := [cost for cost in costs if not math.isfinite(cost.kl)]:
+        raise InputError(
+            f"{pair.target_checkpoint.directory}: logits are not finite with {wrong[0].matrices} in {wrong[0].width};"
+            " restore the checkpoint"
+        )
+    return costs, sum(map(len, run.held_out))
 
 
 def _class_of(name: str) -> str:
     """The class of a matrix of the target, by its parameter's name."""
     return next(title for title, pattern in CLASSES.items() if fnmatchcase(f"target.{name}", pattern))
+
+
+def _rows(matrix: Quantized, rows: slice) -> Quantized:
+    return Quantized(matrix.numbers[rows], matrix.scales[rows], matrix.bits)
 
 
 class _Candidates:
@@ -117,7 +145,7 @@ class _Candidates:
         self.texts = () if texts is None else texts.texts
         self.inputs = self._inputs([PROJECTION], lambda: self._begin(self.texts))
         self.fitted_on, self.exact = self._begin(self.texts), self._begin(self.held_out)
-        self.rounded = {(title, width): self._begin_rounded(title, width) for title, width in candidates()}
+        self.rounded = {key: self._begin_rounded(*key) for key in candidates() if key[0] != HEAD}
 
     def run_layer(self, i: int, names: list[str]) -> None:
         """Run a layer on all passes."""
@@ -128,7 +156,7 @@ class _Candidates:
         for (title, width), passes in self.rounded.items():
             changed = {name: model.target.get_parameter(name).data for name in matrices if _class_of(name) == title}
             for name in changed:
-                model.put(name, torch.cat(list(self._rounded_blocks(name, width))))
+                model.put(name, self._rounded(name, width).dequantize())
             model.run_layer(i, passes)
             for name, unrounded in changed.items():
                 model.put(name, unrounded)
@@ -142,21 +170,35 @@ class _Candidates:
     def costs(self) -> list[Cost]:
         """Compare the logits of all candidates with those of the unrounded target, after the last layer."""
         self.inputs = self._inputs([EMBEDDING], lambda: self.model.collect_states(self.fitted_on))
-        exact, states = self._states(self.exact), {key: self._states(passes) for key, passes in self.rounded.items()}
+        heads = {key: self._rounded(EMBEDDING, key[1]) for key in candidates() if key[0] == HEAD}
+        self._run_heads(heads)
+        exact, states = self._states(self.exact), {key: self._states(self.rounded[key]) for key in candidates()}
         sums = {key: RunningDivergence(len(exact)) for key in states}
-        heads = {key: self._rounded_blocks(EMBEDDING, key[1]) for key in states if key[0] == HEAD}
         suppressed, start = torch.tensor(self.pair.tokens.suppressed, dtype=torch.int64), 0
         for rows in row_blocks(self.part.weights[EMBEDDING]):
             here = suppressed[(suppressed >= start) & (suppressed < start + len(rows))] - start
             expected = self._logits(exact, rows, here)
             for key, running in sums.items():
-                rounded = next(heads[key]) if key in heads else rows
-                running.add(expected, self._logits(states[key], rounded, here))
+                head = _rows(heads[key], slice(start, start + len(rows))).dequantize() if key in heads else rows
+                running.add(expected, self._logits(states[key], head, here))
             start += len(rows)
         return [Cost(*key, self._bytes(*key), running.kl, running.choices_kept) for key, running in sums.items()]
 
+    def _run_heads(self, heads: Mapping[tuple[str, Width], Quantized]) -> None:
+        """Run all layers on the passes of rounded embeddings, which are known once the states before the head are."""
+        passes = {key: self._begin(self.held_out, head) for key, head in heads.items()}
+        for i in range(self.model.num_layers):
+            names = self.model.layer_weights(i)
+            self.model.load(names)
+            for run in passes.values():
+                self.model.run_layer(i, run)
+                self.model.drop_kv(i, run)
+            for name in names:
+                self.model.put(name, None)
+        self.rounded |= passes
+
     def _begin(
-        self, texts: Sequence[tuple[int, ...]], embedding: Width = FLOAT, table: Width = FLOAT
+        self, texts: Sequence[tuple[int, ...]], embedding: Width | Quantized = FLOAT, table: Width = FLOAT
     ) -> list[TargetPass]:
         return self.model.begin(texts, embedding, table, self.allowed)
 
@@ -164,11 +206,9 @@ class _Candidates:
         """The passes of a candidate before the first layer."""
         if title == TABLE:
             return self._begin(self.held_out, table=width)
-        if title == HEAD:
-            return self._begin(self.held_out, embedding=width)
         if title != _class_of(PROJECTION):
             return [replace(text, kv=list(text.kv)) for text in self.exact]
-        self.model.put(PROJECTION, torch.cat(list(self._rounded_blocks(PROJECTION, width))))
+        self.model.put(PROJECTION, self._rounded(PROJECTION, width).dequantize())
         passes = self._begin(self.held_out)
         self.model.load([PROJECTION])
         return passes
@@ -177,9 +217,9 @@ class _Candidates:
         """What matrices are multiplied with in the texts to fit on; nothing without them."""
         return self.model.inputs(dict.fromkeys(names, WIDTHS_OF_MATRICES[0]), run) if self.texts else {}
 
-    def _rounded_blocks(self, name: str, width: Width) -> Iterator[Tensor]:
-        """A matrix in blocks of rows, rounded as an export would."""
-        inputs, fitting, calibrated = self.inputs.get(name), None, False
+    def _rounded(self, name: str, width: Width) -> Quantized:
+        """A matrix as an export would round it, by the inputs of the unrounded target."""
+        inputs, fitting, calibrated, blocks = self.inputs.get(name), None, False, []
         for block in row_blocks(self.part.weights[name]):
             if fitting is None:
                 rows = sample_rows(block)
@@ -187,9 +227,10 @@ class _Candidates:
                 calibrated = inputs is not None and fitting.bits == GRID_BITS and not lies_on_grid(rows, fitting)
             if calibrated:
                 assert inputs is not None
-                yield quantize_for(block, inputs, fitting, self.allowed).dequantize()
+                blocks.append(quantize_for(block, inputs, fitting, self.allowed))
             else:
-                yield quantize(block, fitting, Scales() if fitting.bits == 8 else self.allowed).dequantize()
+                blocks.append(quantize(block, fitting, Scales() if fitting.bits == 8 else self.allowed))
+        return Quantized.join(blocks)
 
     def _states(self, passes: list[TargetPass]) -> Tensor:
         return torch.cat([self.model.target.norm(text.x) for text in passes])

@@ -38,7 +38,8 @@ def bits_picture(bits: Bits, chosen: Choice | None, file: Path) -> bytes:
     bundles.set_xlabel("bundle, MB")
     bundles.set_title("Sum of the classes")
     for axes in (classes, bundles):
-        axes.set_yscale("log")
+        if any(cost.kl > 0 for cost in bits.costs):
+            axes.set_yscale("log")
         axes.set_ylabel("KL of the next token against float32, nats")
         axes.grid(color="0.9")
         axes.legend(frameon=False)

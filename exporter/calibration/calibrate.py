@@ -64,6 +64,8 @@ def calibrate(
     elif not widths:
         return pair
     found = _rounded(pair, recipe, part, widths, allowed, texts, directory, progress) if widths else {}
+    if not found and not pair.folding:
+        return pair
     calibrated = Calibrated(texts.source, texts.sha256, texts.num_tokens, torch.get_num_threads(), tuple(sorted(found)))
     return replace(pair, target_weights={**pair.target_weights, **found}, calibrated=calibrated)
 

@@ -70,7 +70,7 @@ class Bits:
         fitting = [choice for choice in best if choice.bytes <= target_bytes]
         if not fitting:
             raise InputError(
-                f"--target-bytes is {target_bytes}, but the smallest choice needs {best[0].bytes}; pass at least that"
+                f"--target-bytes is {target_bytes}, but the smallest choice needs {best[0].bytes}; pass more"
             )
         return fitting[-1]
 

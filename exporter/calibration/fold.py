@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exporter.calibration.layer_by_layer import LayerByLayer
-from exporter.checkpoint.folding import SITES, readers_of
+from exporter.checkpoint.folding import folding_sites, readers_of
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import row_blocks
 from exporter.graphs.parts import GraphParts, fitted_width, graph_parts, sample_rows
@@ -36,11 +36,10 @@ def foldable(part: GraphParts) -> dict[str, float]:
             columns would break.
     """
     sites = {}
-    for name in part.weights:
-        if any(name.endswith(f".{end}") for end in SITES):
-            rounded = [reader for reader in readers_of(name, part.weights) if reader in part.widths]
-            if rounded and not any(_on_grid(part, reader) for reader in rounded):
-                sites[name] = POWERS[min(part.widths[reader].bits for reader in rounded)]
+    for name in folding_sites(part.weights):
+        rounded = [reader for reader in readers_of(name, part.weights) if reader in part.widths]
+        if rounded and not any(_on_grid(part, reader) for reader in rounded):
+            sites[name] = POWERS[min(part.widths[reader].bits for reader in rounded)]
     return sites
 
 
@@ -56,14 +55,14 @@ def fold(pair: Pair, sites: Mapping[str, float], texts: TokenTexts, progress: Pr
     Args:
         pair: the target and its drafter.
         sites: what `foldable` returned.
-        texts: token ids, of which the first `MAX_TOKENS` are run.
+        texts: token ids, of which about `MAX_TOKENS` are run.
         progress: called with the name of each layer.
 
     Raises:
         InputError: the texts lead to numbers that are not finite.
     """
     model = LayerByLayer(pair, graph_parts(pair, RECIPES["fp32"])["target"])
-    passes = model.begin(_first(texts), FLOAT, FLOAT, Scales())
+    passes = model.begin(_some(texts), FLOAT, FLOAT, Scales())
     exponents: dict[str, Tensor] = {}
     for i in range(model.num_layers):
         names = model.layer_weights(i)
@@ -78,10 +77,10 @@ def fold(pair: Pair, sites: Mapping[str, float], texts: TokenTexts, progress: Pr
     return pair.with_folding({site: found for site, found in exponents.items() if found.any()})
 
 
-def _first(texts: TokenTexts) -> list[tuple[int, ...]]:
-    """The first texts, of which the last is cut."""
+def _some(texts: TokenTexts) -> list[tuple[int, ...]]:
+    """Every nth text, so that all kinds are among them; the last that fits is cut."""
     chosen, left = [], MAX_TOKENS
-    for text in texts.texts:
+    for text in texts.texts[:: max(1, texts.num_tokens // MAX_TOKENS)]:
         if left > 0:
             chosen.append(text[:left])
             left -= len(text)

@@ -13,7 +13,7 @@ from exporter.graphs.tables import EMBEDDING, PER_LAYER, PER_LAYER_SCALES
 from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target, TargetPass, empty_kv
 from exporter.modeling.weights import set_parameter
-from exporter.quantization.numbers import Scales, fitting_width, quantize
+from exporter.quantization.numbers import Quantized, Scales, fitting_width, quantize
 from exporter.quantization.second_order import Inputs, add_products, part_columns
 from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.errors import InputError
@@ -64,13 +64,13 @@ class LayerByLayer:
             self._names[id(self.target.get_parameter(name))] = name
 
     def begin(
-        self, texts: Iterable[tuple[int, ...]], embedding: Width, per_layer: Width, allowed: Scales
+        self, texts: Iterable[tuple[int, ...]], embedding: Width | Quantized, per_layer: Width, allowed: Scales
     ) -> list[TargetPass]:
         """Return the passes of texts of token ids before the first layer.
 
         Args:
             texts: token ids.
-            embedding: how the token embedding is stored, whose rows are rounded to the nearest.
+            embedding: how the token embedding is stored, whose rows are rounded to the nearest, or what is stored.
             per_layer: the same of PLE, where only the bits count.
             allowed: which scales the backend can store.
         """
@@ -79,7 +79,10 @@ class LayerByLayer:
         tables = mapped[EMBEDDING](), mapped[PER_LAYER]()
         for text in texts:
             embedded, rows = (table[torch.tensor(text)].float() for table in tables)
-            if embedding != FLOAT:
+            if isinstance(embedding, Quantized):
+                ids = torch.tensor(text)
+                embedded = Quantized(embedding.numbers[ids], embedding.scales[ids], embedding.bits).dequantize()
+            elif embedding != FLOAT:
                 embedded = quantize(embedded, fitting_width(embedding, embedded), allowed).dequantize()
             if per_layer != FLOAT:
                 width = Width(per_layer.bits, self.pair.target.hidden_size_per_layer_input)

@@ -22,6 +22,7 @@ SITES: Mapping[str, tuple[str, ...]] = {
     "pre_feedforward_layernorm.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.up_proj.weight": ("mlp.down_proj.weight",),
 }
+MAX_EXPONENT = 16  # beyond it floats may overflow
 FOLDING = "folding.safetensors"  # of a bundle whose weights are folded
 
 
@@ -34,6 +35,11 @@ def readers_of(site: str, weights: Weights) -> list[str]:
     """
     layer, end = _split(site)
     return [f"{layer}{matrix}" for matrix in SITES[end] if f"{layer}{matrix}" in weights]
+
+
+def folding_sites(weights: Weights) -> list[str]:
+    """Return the names of a target's weights that can take a division."""
+    return [name for name in weights if any(name.endswith(f".{end}") for end in SITES)]
 
 
 def folded_weights(weights: Weights, exponents: Mapping[str, Tensor]) -> Weights:
@@ -74,6 +80,8 @@ def read_folding(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         raise InputError(f"{FOLDING}: cannot be read ({error}); export the bundle again") from error
     for name, exponent in exponents.items():
         known = name in shapes and any(name == _split(name)[0] + end for end in SITES)
+        if known and exponent.dtype == torch.int8 and int(exponent.int().abs().max()) > MAX_EXPONENT:
+            raise InputError(f"{FOLDING}: {name} has exponents beyond {MAX_EXPONENT}; export the bundle again")
         if not known or exponent.dtype != torch.int8 or tuple(exponent.shape) != shapes[name][:1]:
             raise InputError(f"{FOLDING}: {name} is not of this target; export the bundle again")
     return exponents

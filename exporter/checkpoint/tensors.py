@@ -195,7 +195,7 @@ class ScaledReader:
     columns: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        """Read the weight, in the dtype that `read` gives."""
+        """Read the weight in the dtype that `read` gives, but float16 as float32, which holds all products."""
         return self._scaled(self.read(), 0)
 
     def blocks(self) -> Iterator[Tensor]:
@@ -206,6 +206,7 @@ class ScaledReader:
             start += len(block)
 
     def _scaled(self, block: Tensor, start: int) -> Tensor:
+        block = block.float() if block.dtype == torch.float16 else block
         if self.rows is not None:
             block = torch.ldexp(block, -self.rows[start : start + len(block), None].int()).to(block.dtype)
         return block if self.columns is None else torch.ldexp(block, self.columns.int()).to(block.dtype)

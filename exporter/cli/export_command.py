@@ -19,10 +19,11 @@ from exporter.cli.options import (
     json_option,
     top_k_option,
 )
-from exporter.cli.recipe_command import bits_table, measure_bits
+from exporter.cli.recipe_command import bits_table, measure_bits, refuse_too_few
 from exporter.files import directory_bytes, human_bytes
 from exporter.quantization.recipes import AUTO, Recipe, auto_recipe
 from exporter.terminal import err, peak_bytes, print_json, progress_bar
+from runtime_ref.errors import CheckError
 
 if TYPE_CHECKING:
     from exporter.bundle.export import ExportOptions
@@ -123,7 +124,7 @@ def export(
     pair = open_pair(target, drafter, "dense") if head == "kmeans" else open_pair(target, drafter, head, top_k_clusters)
     # What can be refused is refused before minutes of clustering or calibration.
     load_backend(backend)
-    plan_export(pair, output, options)
+    plan_export(pair, output, options, head == "kmeans")
     texts = None if calibration is None else token_texts(pair, calibration)
     if head == "kmeans":
         if cluster_table is not None:
@@ -138,7 +139,8 @@ def export(
         pair = pair.with_clusters(table, top_k if top_k_clusters is None else top_k_clusters, "kmeans")
     calibrate = True if calibration else calibrate
     if target_bytes is not None:
-        bits = measure_bits(pair, backend, calibrate, texts)
+        refuse_too_few(pair, backend, target_bytes)
+        bits, texts = measure_bits(pair, backend, calibrate, texts)
         choice = bits.choose(target_bytes)
         recipe, reason = choice.recipe("chosen"), ""
         options = replace(options, recipe=recipe)
@@ -146,10 +148,24 @@ def export(
         err.print(f"chosen for {target_bytes} bytes, with a KL of {choice.kl:.4f} by the sum of the classes:")
         click.echo(recipe.toml(), nl=False, err=as_json)
     summary = run_export(pair, output, options, calibrate, texts)
+    if target_bytes is not None and summary["bytes"] > target_bytes:
+        raise CheckError(f"{output}: has {summary['bytes']} bytes, expected at most {target_bytes}; give fewer bytes")
     if reason:
         err.print(f"recipe {recipe.name}: {reason}")
     if as_json:
         print_json("export", {**summary, "rules": recipe.toml()})
+
+
+def _folded(bundle: Path) -> list[str]:
+    """The weights of a bundle's target that factors were folded into."""
+    from safetensors import safe_open
+
+    from exporter.checkpoint.folding import FOLDING
+
+    if not (bundle / FOLDING).is_file():
+        return []
+    with safe_open(bundle / FOLDING, "pt") as file:
+        return sorted(file.keys())
 
 
 def run_export(
@@ -221,6 +237,6 @@ def run_export(
         "seconds": seconds,
         "peak_bytes": peak,
         "calibrated": sorted(calibrated),
-        "folded": sorted(folded),
+        "folded": _folded(output),
         "warnings": warnings,
     }

@@ -131,8 +131,9 @@ def calibration_options(command: Callable) -> Callable:
     return click.option(
         "--calibrate/--no-calibrate",
         default=None,
-        help="Round matrices of 4 bits by what they do to texts, or each number to the nearest.",
-        show_default="calibrate where matrices lie on no grid of 4 bits",
+        help="Round matrices of 4 bits by what they do to texts and even out inputs that runtimes round to 8 bits, or "
+        "round each number to the nearest.",
+        show_default="calibrate where rounded matrices lie on no grid",
     )(option)
 
 

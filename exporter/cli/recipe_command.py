@@ -13,6 +13,7 @@ from exporter.files import check_file, human_bytes, write_file
 from exporter.heads.recall_plot import FORMATS, check_picture
 from exporter.quantization.recipes import RECIPES
 from exporter.terminal import err, out, print_json, progress_bar
+from runtime_ref.errors import InputError
 
 if TYPE_CHECKING:
     from exporter.calibration.choice import Bits, Choice
@@ -63,7 +64,8 @@ def recipe(
         check_picture(report)
     pair = open_pair(target, drafter)
     texts = None if calibration is None else token_texts(pair, calibration)
-    bits = measure_bits(pair, backend, True if calibration else calibrate, texts)
+    refuse_too_few(pair, backend, target_bytes)
+    bits, _ = measure_bits(pair, backend, True if calibration else calibrate, texts)
     chosen = None if target_bytes is None else bits.choose(target_bytes)
     rules = None if chosen is None else chosen.recipe("chosen").toml()
     if report is not None:
@@ -82,7 +84,25 @@ def recipe(
         click.echo(rules, nl=False)
 
 
-def measure_bits(pair: "Pair", backend_name: str, calibrate: bool | None, texts: "TokenTexts | None") -> "Bits":
+def refuse_too_few(pair: "Pair", backend_name: str, target_bytes: int | None) -> None:
+    """Check before minutes of measuring that some choice is as small; None is no limit.
+
+    Raises:
+        InputError: none is.
+    """
+    from exporter.calibration.bit_costs import smallest_bytes
+    from exporter.graphs.backend import load_backend
+    from exporter.graphs.bundle_bytes import bytes_beside_matrices
+
+    backend = load_backend(backend_name)
+    smallest = bytes_beside_matrices(pair, backend, RECIPES["int4"]) + smallest_bytes(pair, backend)
+    if target_bytes is not None and target_bytes < smallest:
+        raise InputError(f"--target-bytes is {target_bytes}, but the smallest choice needs {smallest}; pass more")
+
+
+def measure_bits(
+    pair: "Pair", backend_name: str, calibrate: bool | None, texts: "TokenTexts | None"
+) -> "tuple[Bits, TokenTexts | None]":
     """Measure with a progress bar what bits cost a target.
 
     Args:
@@ -90,6 +110,9 @@ def measure_bits(pair: "Pair", backend_name: str, calibrate: bool | None, texts:
         backend_name: a key of `exporter.graphs.backend.BACKENDS`.
         calibrate: whether to calibrate matrices of 4 bits; None to do it if some lie on no grid.
         texts: the user's texts to calibrate on; None for the default.
+
+    Returns:
+        What bits cost, and the texts that were calibrated on.
 
     Raises:
         InputError: see `exporter.calibration.bit_costs.measure_costs`.
@@ -116,7 +139,8 @@ def measure_bits(pair: "Pair", backend_name: str, calibrate: bool | None, texts:
     with progress_bar(err, "bits", total) as progress:
         costs, positions = measure_costs(pair, backend, held_out, texts if calibrate else None, progress)
     other_bytes = bytes_beside_matrices(pair, backend, int4)
-    return Bits(tuple(costs), other_bytes, positions, held_out.source, texts.source if calibrate and texts else None)
+    used = texts if calibrate else None
+    return Bits(tuple(costs), other_bytes, positions, held_out.source, None if used is None else used.source), used
 
 
 def bits_table(bits: "Bits", chosen: "Choice | None") -> Table:

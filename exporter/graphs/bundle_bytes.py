@@ -2,6 +2,7 @@
 
 from math import prod
 
+from exporter.checkpoint.folding import folding_sites
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.side_files import chat_template
 from exporter.graphs.backend import Backend
@@ -12,6 +13,7 @@ from runtime_ref.tokenizer import TOKENIZER
 
 # Of a graph without weights, and of the manifest, for a layer: at most 20,000 were measured.
 LAYER_BYTES = 25_000
+ENTRY_BYTES = 150  # of a tensor in the header of a safetensors file
 
 
 def bytes_beside_matrices(pair: Pair, backend: Backend, recipe: Recipe) -> int:
@@ -32,6 +34,8 @@ def bytes_beside_matrices(pair: Pair, backend: Backend, recipe: Recipe) -> int:
                 total += 4 * prod(shape)
             elif model == "drafter":
                 total += backend.matrix_bytes(shape, width)
+    target = graph_parts(pair, recipe)["target"]
+    total += sum(target.shapes[site][0] + ENTRY_BYTES for site in folding_sites(target.weights))
     if pair.table is not None and pair.clusters_origin != "checkpoint":
         total += pair.table.centroids.nbytes + pair.table.token_ordering.nbytes
     tokenizer, template = pair.target_checkpoint.directory / TOKENIZER, chat_template(pair.target_checkpoint.directory)

@@ -5,6 +5,7 @@ import hashlib
 import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def export_memory_bytes(parts: Mapping[str, GraphParts]) -> int:
     held three times.
     """
     quantized_values = sum(part.num_quantized_values for part in parts.values())
-    float_bytes = sum(part.stored_bytes for part in parts.values() if not part.widths)
+    float_bytes = sum(
+        4 * prod(part.shapes[name]) for part in parts.values() for name in part.weights if name not in part.widths
+    )
     return 700_000_000 + quantized_values * 32 // 10 + 3 * float_bytes
 
 

@@ -14,7 +14,7 @@ from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target
 from exporter.modeling.weights import Weights, parameter_shapes
 from exporter.quantization.numbers import Quantized, Scales, fitting_width, quantize, quantize_clusters
-from exporter.quantization.recipes import CLUSTERS, PER_LAYER, Recipe, stored_widths
+from exporter.quantization.recipes import CLUSTERS, PER_LAYER_TABLE, Recipe, stored_widths
 from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import Progress
 
@@ -148,7 +148,7 @@ def all_widths(parts: Mapping[str, "GraphParts"], recipe: Recipe) -> dict[str, W
         for name in part.widths
         if name in part.weights
     }
-    tables = {PER_LAYER: recipe.per_layer}
+    tables = {PER_LAYER_TABLE: recipe.per_layer}
     if "head.clusters" in parts["drafter"].weights:
         tables[CLUSTERS] = recipe.head
     return widths | {name: width for name, width in tables.items() if width != FLOAT}

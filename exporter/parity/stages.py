@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.bundle.export import describe
+from exporter.bundle.export import by_width, describe
 from exporter.checkpoint.pair import Pair
 from exporter.files import directory_bytes
 from exporter.graphs.backend import load_backend
-from exporter.graphs.parts import graph_parts
+from exporter.graphs.parts import all_widths, graph_parts
 from exporter.graphs.spec import DrafterGraph, size_limits
 from exporter.graphs.tables import PER_LAYER_FILE, differing_rows
 from exporter.modeling.drafter import kv_by_type
@@ -214,6 +214,9 @@ def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
     expected = json.loads(json.dumps(describe(pair, manifest.backend)))
     expected["limits"] = size_limits(manifest.max_seq_len, manifest.max_draft_tokens, pair.target.sliding_window)
     expected |= load_backend(manifest.backend).row_multiples()
+    if "widths" in manifest.raw:
+        recipe = recipe_of(manifest)
+        expected["widths"] = by_width(all_widths(graph_parts(pair, recipe), recipe))
     expected["requires"] = required_features({**manifest.raw, **expected})
     differing = [key for key, value in expected.items() if manifest.raw.get(key) != value]
     if manifest.max_seq_len > pair.target.max_position_embeddings:

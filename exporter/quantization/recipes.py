@@ -1,5 +1,6 @@
 """Recipes: how many bits each matrix of a pair is stored in. The named ones are files of this package."""
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from exporter.quantization.widths import BITS_OF_TABLE, FLOAT, QAT_GROUP_SIZE, W
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, Manifest
 
-PER_LAYER = "target.embed_tokens_per_layer.weight"
-CLUSTERS = "drafter.head.clusters"  # one stored form for all, or a dense head in its place
+PER_LAYER_TABLE = "target.embed_tokens_per_layer.weight"
+DENSE_HEAD = "drafter.head.weight"
+CLUSTERS = "drafter.head.clusters"  # in its place: one stored form for all
 # What else belongs to clusters stays as it is, and the embedding that a drafter reads is stored as the target's.
 _NOT_STORED_BY_RULES = ("head.centroids", "head.scales", "head.token_ids", "target_embed_tokens.weight")
 
@@ -55,7 +57,7 @@ class Recipe:
     @property
     def per_layer(self) -> Width:
         """Width of the per-layer embeddings (PLE), whose scales are one for each token and layer."""
-        return self.width(PER_LAYER)
+        return self.width(PER_LAYER_TABLE)
 
     @property
     def head(self) -> Width:
@@ -70,7 +72,7 @@ class Recipe:
     def toml(self) -> str:
         """Return the text of its file, which `read_recipe` reads."""
         lines = (
-            f'  {{ match = "{rule.match}", bits = {rule.width.bits}'
+            f"  {{ match = {json.dumps(rule.match)}, bits = {rule.width.bits}"
             + (f", group = {rule.width.group_size}" if rule.width.group_size else "")
             + " },"
             for rule in self.rules
@@ -86,7 +88,7 @@ def read_recipe(file: Path) -> Recipe:
     """
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{file}: cannot be read as a recipe ({error}); expected TOML with `rules`") from error
     if unknown := [key for key in content if key != "rules"]:
         raise InputError(f"{file}: has the key {unknown[0]!r}, expected `rules` alone; remove it")
@@ -105,7 +107,11 @@ def _rule(file: Path, number: int, rule: Any) -> Rule:
     if wrong := [key for key, value in rule.items() if type(value) is not form[key]]:
         kind = form[wrong[0]].__name__
         raise InputError(f"{file}: rule {number}: {wrong[0]} is {rule[wrong[0]]!r}, expected {kind}")
-    return Rule(rule["match"], Width(rule["bits"], rule.get("group")))
+    width = Width(rule["bits"], rule.get("group"))
+    if width not in WIDTHS + BITS_OF_TABLE:
+        expected = ", ".join(map(str, dict.fromkeys(BITS_OF_TABLE + WIDTHS)))
+        raise InputError(f"{file}: rule {number} for {rule['match']!r} is {width}, expected one of {expected}")
+    return Rule(rule["match"], width)
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -168,8 +174,8 @@ def check_recipe(recipe: Recipe, names: Iterable[str]) -> None:
         whether = "matches" if not any(fnmatchcase(name, unused[0].match) for name in names) else "comes too late for"
         which = "no matrix" if whether == "matches" else "all that it matches"
         raise InputError(
-            f"recipe {recipe.name}: the rule for {unused[0].match!r} {whether} {which}; `inspect` shows the names in a"
-            " bundle, and the first rule that matches decides"
+            f"recipe {recipe.name}: the rule for {unused[0].match!r} {whether} {which}; the first rule that matches a"
+            f" name decides, and names are such as {', '.join(names[:: max(1, len(names) // 4)][:4])}"
         )
 
 
@@ -177,7 +183,7 @@ def _allowed(name: str) -> tuple[Width, ...]:
     """How a matrix can be stored, by its name."""
     if name == CLUSTERS:
         return tuple(width for width in WIDTHS if width.group_size is None)
-    return BITS_OF_TABLE if name == PER_LAYER else WIDTHS
+    return BITS_OF_TABLE if name == PER_LAYER_TABLE else WIDTHS
 
 
 def stored_widths(recipe: Recipe, model: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Width]:
@@ -193,7 +199,7 @@ def stored_widths(recipe: Recipe, model: str, shapes: Mapping[str, tuple[int, ..
     widths = {}
     for name, shape in matrices(shapes).items():
         width = recipe.width(f"{model}.{name}")
-        if f"{model}.{name}" != PER_LAYER:
+        if f"{model}.{name}" != PER_LAYER_TABLE:
             width = dividing(width, shape[1])
         if width != FLOAT and name != "head.clusters":
             widths[name] = width

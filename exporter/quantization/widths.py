@@ -16,7 +16,7 @@ class Width:
     group_size: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.bits} bits" + (f" in groups of {self.group_size}" if self.group_size else "")
+        return f"{self.bits} bits" + (f" in groups of {self.group_size}" if self.group_size is not None else "")
 
 
 FLOAT = Width(32)

@@ -98,7 +98,7 @@ def held_out_texts(pair: Pair) -> TokenTexts:
     """Return texts to compare on, none of which is fitted on: the package's, else others that the target writes."""
     if has_tokenizer(pair):
         return token_texts(pair, name=HELD_OUT)
-    return TokenTexts(_tuples(write_texts(pair, seed=1)), WRITTEN)
+    return TokenTexts(_tuples(write_texts(pair, seed=1, num_texts=16, text_tokens=32)), WRITTEN)
 
 
 def package_texts(

@@ -14,7 +14,9 @@ _BLOCK_ROWS = 1024  # of a matrix that are widened to float32 at a time; they st
 
 
 @torch.no_grad()
-def write_texts(pair: Pair, seed: int = 0) -> list[list[int]]:
+def write_texts(
+    pair: Pair, seed: int = 0, num_texts: int = NUM_TEXTS, text_tokens: int = TEXT_TOKENS
+) -> list[list[int]]:
     """Sample texts from the beginning-of-text token on, at temperature 1.
 
     Weights stay in the dtype of their file, and all texts grow together, so that each is read once for a token of all.
@@ -22,9 +24,11 @@ def write_texts(pair: Pair, seed: int = 0) -> list[list[int]]:
     Args:
         pair: the pair whose target writes.
         seed: seed of the samples.
+        num_texts: how many texts to write.
+        text_tokens: tokens of each text, the beginning-of-text token among them.
 
     Returns:
-        `NUM_TEXTS` lists of `TEXT_TOKENS` token ids, fewer if the target has fewer positions.
+        Token ids of each text, fewer than `text_tokens` if the target has fewer positions.
 
     Raises:
         InputError: the beginning-of-text token is not in the vocabulary, or the logits are not finite.
@@ -42,7 +46,7 @@ def write_texts(pair: Pair, seed: int = 0) -> list[list[int]]:
         embedding=lambda ids, table: table[ids].float(),
         rms_norm=lambda x, weight, eps: rms_norm(x, None if weight is None else weight.float(), eps),
     )
-    suppresses, length = bool(pair.tokens.suppressed), min(TEXT_TOKENS, pair.target.max_position_embeddings)
+    suppresses, length = bool(pair.tokens.suppressed), min(text_tokens, pair.target.max_position_embeddings)
     target = load_module(lambda: Target(pair.target, ops, suppresses), pair.mapped_target_weights)
 
     def step(token: Tensor, position: Tensor, kv: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -51,8 +55,8 @@ def write_texts(pair: Pair, seed: int = 0) -> list[list[int]]:
 
     # The model definition takes one sequence, so it is mapped over the texts.
     batched = torch.vmap(step, in_dims=(0, None, 0))
-    kv = [part.expand(NUM_TEXTS, *part.shape).clone() for part in empty_kv(pair.target, length)]
-    texts = torch.full((NUM_TEXTS, 1), bos)
+    kv = [part.expand(num_texts, *part.shape).clone() for part in empty_kv(pair.target, length)]
+    texts = torch.full((num_texts, 1), bos)
     for position in range(length - 1):
         logits, kv = batched(texts[:, -1:], torch.tensor([position]), kv)
         if not logits.isfinite().all():

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,19 @@ import torch
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.calibration.bit_costs import CLASSES, Cost, candidates, measure_costs
 from exporter.calibration.bits_plot import bits_picture
+from exporter.calibration.calibrate import calibrate
 from exporter.calibration.choice import Bits
 from exporter.calibration.divergence import RunningDivergence
 from exporter.checkpoint.pair import Pair, open_pair
 from exporter.files import directory_bytes
 from exporter.graphs.backend import load_backend
 from exporter.graphs.bundle_bytes import bytes_beside_matrices
+from exporter.graphs.parts import graph_parts
 from exporter.modeling.target import SUPPRESSED_LOGIT
 from exporter.parity.quality import kl_divergence, logits_after
 from exporter.parity.reference import Reference
-from exporter.quantization.recipes import RECIPES, Recipe, Rule, read_recipe
+from exporter.quantization.numbers import Scales
+from exporter.quantization.recipes import RECIPES, Recipe, Rule, check_recipe, matrices, read_recipe
 from exporter.quantization.widths import FLOAT, Width
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.errors import InputError
@@ -41,7 +45,7 @@ def logits_of(pair: Pair, recipe: Recipe, texts: TokenTexts) -> torch.Tensor:
     return torch.cat([logits_after(target, text, len(text)) for text in texts.texts])
 
 
-@pytest.mark.parametrize("name", ["e2b", "e4b"])
+@pytest.mark.parametrize("name", ["e2b", "e4b", "odd"])
 @torch.no_grad()
 def test_costs_are_those_of_recipes_that_round_one_class(name: str, pair_dirs: Pairs) -> None:
     """The divergence is that of the whole target with the stored weights of such a recipe."""
@@ -61,13 +65,36 @@ def test_costs_are_those_of_recipes_that_round_one_class(name: str, pair_dirs: P
 
 
 def test_classes_cover_each_matrix_of_the_target_once(pair_dirs: Pairs) -> None:
-    """And each has some: a recipe of one rule a class has no rule that decides about nothing."""
+    """And each has some: no rule of a chosen recipe decides about nothing."""
     for name in ("e2b", "e4b", "odd", "tiny"):
         pair = open_pair(*pair_dirs(name))
         costs = [Cost(title, Width(8), 0, 0.0, 1.0) for title in CLASSES]
         recipe = Bits(tuple(costs), 0, 1, "", None).choices()[0].recipe("all")
+        both = graph_parts(pair, recipe).items()
+        check_recipe(recipe, [f"{model}.{n}" for model, part in both for n in matrices(part.shapes)])
         parts = Reference(pair, recipe)
         assert not [name for name, weight in parts.target_weights.items() if getattr(weight, "ndim", 0) == 2]
+
+
+@torch.no_grad()
+def test_the_calibrated_cost_of_the_embedding_is_that_of_its_bundle(pair_dirs: Pairs, tmp_path: Path) -> None:
+    """Rows go in as they are stored, which a calibration decides at its end."""
+    pair, texts, fitted_on = open_pair(*pair_dirs("e2b")), random_texts(0), random_texts(1, 12, 40)
+    costs, _ = measure_costs(pair, load_backend("onnx"), texts, fitted_on)
+    cost = next(c for c in costs if c.matrices == "embedding and head" and c.width == Width(4, 32))
+    recipe = Recipe("one", (Rule("target.embed_tokens.weight", cost.width),))
+    rounded = logits_of(calibrate(pair, recipe, Scales(), fitted_on, tmp_path), recipe, texts)
+    kl = kl_divergence(logits_of(pair, RECIPES["fp32"], texts), rounded).mean()
+    # The calibration's texts went in with rows rounded to the nearest, the unrounded target's without.
+    assert cost.kl == pytest.approx(float(kl), rel=0.1)
+
+
+def test_costs_that_are_not_finite_are_refused(pair_dirs: Pairs) -> None:
+    pair, name = open_pair(*pair_dirs("tiny")), "layers.1.mlp.down_proj.weight"
+    weight = pair.target_weights[name]() * float("inf")
+    spoilt = replace(pair, target_weights={**pair.target_weights, name: lambda: weight})
+    with pytest.raises(InputError, match="logits are not finite with"):
+        measure_costs(spoilt, load_backend("onnx"), random_texts(0, 2, 4), None)
 
 
 def test_calibrated_costs_are_lower(pair_dirs: Pairs) -> None:

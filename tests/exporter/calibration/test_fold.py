@@ -14,7 +14,7 @@ from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.calibration.fold import fold, foldable
 from exporter.checkpoint.folding import FOLDING, SITES, folding_bytes, read_folding
 from exporter.checkpoint.pair import Pair, open_pair
-from exporter.checkpoint.tensors import row_blocks
+from exporter.checkpoint.tensors import ScaledReader, row_blocks
 from exporter.graphs.parts import graph_parts
 from exporter.parity.quality import kl_divergence, logits_after
 from exporter.parity.reference import Reference
@@ -56,7 +56,7 @@ def folded(pair: Pair, recipe: str = "int8") -> Pair:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["e2b", "e4b", "odd"])
 def test_the_target_computes_the_same(name: str, pair_dirs: Pairs, tmp_path: Path) -> None:
-    """To the last bit, from weights in the dtype of their file as well; K and V are those that the drafter reads."""
+    """To the last bit, and no other weights change than those that are said to."""
     pair = open_pair(*with_loud_channels(pair_dirs(name), tmp_path / "t"))
     other = folded(pair)
     assert {site.partition(".")[2].partition(".")[2] for site in other.folding} >= {"input_layernorm.weight"}
@@ -142,6 +142,10 @@ def test_parity_proves_a_folded_bundle(recipe: str, pair_dirs: Pairs, tmp_path: 
         (folding_bytes({"norm.weight": torch.zeros(64, dtype=torch.int8)}), "norm.weight is not of this target"),
         (folding_bytes({"layers.0.input_layernorm.weight": torch.zeros(3, dtype=torch.int8)}), "is not of this target"),
         (folding_bytes({"layers.0.input_layernorm.weight": torch.zeros(64)}), "is not of this target"),
+        (
+            folding_bytes({"layers.0.input_layernorm.weight": torch.full((64,), -128, dtype=torch.int8)}),
+            "has exponents beyond 16",
+        ),
     ],
 )
 def test_what_is_no_folding_is_refused(content: bytes, message: str, pair_dirs: Pairs, tmp_path: Path) -> None:
@@ -150,13 +154,25 @@ def test_what_is_no_folding_is_refused(content: bytes, message: str, pair_dirs: 
         read_folding(content, shapes)
 
 
-def test_the_manifest_tells_of_it(pair_dirs: Pairs, tmp_path: Path) -> None:
-    """A bundle in which nothing was worth folding has no such file."""
-    for name, dirs in (("loud", with_loud_channels(pair_dirs("tiny"), tmp_path / "t")), ("even", pair_dirs("tiny"))):
-        path = tmp_path / name
-        options = ExportOptions("onnx", RECIPES["int8"], MAX_SEQ_LEN, calibration=random_texts())
-        export_bundle(open_pair(*dirs), path, options)
-        manifest = json.loads((path / MANIFEST).read_text())
+@pytest.mark.parametrize("worth_it", [True, False])
+def test_the_bundle_tells_of_it(
+    worth_it: bool, pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all factors are 1 it has neither the file nor a calibration."""
+    if not worth_it:
+        monkeypatch.setattr("exporter.calibration.fold.POWERS", {8: 0.0})
+    options = ExportOptions("onnx", RECIPES["int8"], MAX_SEQ_LEN, calibration=random_texts())
+    export_bundle(open_pair(*with_loud_channels(pair_dirs("tiny"), tmp_path / "t")), tmp_path / "b", options)
+    manifest = json.loads((tmp_path / "b" / MANIFEST).read_text())
+    assert (FOLDING in manifest["files"], "calibration" in manifest) == (worth_it, worth_it)
+    if worth_it:
         assert manifest["calibration"]["matrices"] == []
-        if name == "loud":
-            assert FOLDING in manifest["files"]
+
+
+def test_weights_in_float16_are_folded_without_loss() -> None:
+    """Their products need float32; those of bfloat16 do not."""
+    exponents = torch.tensor([-16, 5, 0], dtype=torch.int8)
+    for dtype in (torch.float16, torch.bfloat16):
+        weight = torch.tensor([[1.2345e-3, 3000.0, 1.0]]).to(dtype)
+        read = ScaledReader(lambda weight=weight: weight, columns=exponents)()
+        assert torch.equal(read.double(), weight.double() * 2.0 ** exponents.double())

@@ -17,7 +17,6 @@ from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, read_manifest
 from tests.conftest import Run
-from tests.exports import MIXED
 
 Pairs = Callable[[str], tuple[Path, Path]]
 
@@ -44,8 +43,12 @@ def test_the_first_rule_that_matches_decides() -> None:
         ('rules = [{ match = "*" }]', "rule 1 is {'match': '*'}, expected the keys"),
         ('rules = [{ match = "*", bits = true }]', "rule 1: bits is True, expected int"),
         ('rules = [{ match = "*", bits = 8, size = 1 }]', "expected the keys match, bits and perhaps group"),
-        ('rules = [{ match = "*", bits = 5 }]', "the rule for '*' stores target.embed_tokens.weight in 5 bits"),
-        ('rules = [{ match = "*", bits = 8, group = 32 }]', "in 8 bits in groups of 32, expected 4 bits"),
+        ('rules = [{ match = "*", bits = 5 }]', "rule 1 for '*' is 5 bits, expected one of 2 bits, 3 bits, 4 bits"),
+        ('rules = [{ match = "*", bits = -1 }]', "rule 1 for '*' is -1 bits, expected one of"),
+        ('rules = [{ match = "*", bits = 4, group = 0 }]', "is 4 bits in groups of 0, expected one of"),
+        ('rules = [{ match = "*", bits = 8, group = 32 }]', "is 8 bits in groups of 32, expected one of"),
+        ('rules = [{ match = "*", bits = 3 }]', "stores drafter.head.clusters in 3 bits, expected 4 bits, 8 bits, 32"),
+        ("rules = " + "[" * 5000 + "]" * 5000, "cannot be read as a recipe"),
         (
             'rules = [{ match = "target.embed_tokens_*", bits = 4, group = 32 }]',
             "expected 2 bits, 3 bits, 4 bits, 8 bits, 32 bits",
@@ -137,6 +140,30 @@ def test_widths_that_are_malformed(entry: dict, bundle: Callable[..., Path]) -> 
         recipe_of(replace(manifest, raw={**manifest.raw, "widths": [entry]}))
 
 
-def test_names_of_the_mixed_recipe_are_found() -> None:
-    """Else the tests above prove less than they say."""
-    assert {rule.width for rule in MIXED.rules} >= {Width(4, 32), Width(4, 64), Width(8), FLOAT}
+def test_patterns_are_written_so_that_they_are_read(tmp_path: Path) -> None:
+    recipe = Recipe("r.toml", (Rule('a"\\b', Width(4, 32)),))
+    (tmp_path / "r.toml").write_text(recipe.toml())
+    assert read_recipe(tmp_path / "r.toml") == recipe
+
+
+def test_rules_are_checked_against_the_head_that_clusters_make(run: Run, pair_dirs: Pairs, tmp_path: Path) -> None:
+    """Before minutes of clustering."""
+    target, drafter = pair_dirs("dense")
+    paths = "--target", target, "--drafter", drafter, "--output", tmp_path / "b", "--recipe", tmp_path / "r.toml"
+    (tmp_path / "r.toml").write_text('rules = [{ match = "drafter.head.weight", bits = 8 }]')
+    code, _, err = run("export", *paths, "--head", "kmeans")
+    assert (code, "'drafter.head.weight' matches no matrix" in err, err.count("\n")) == (2, True, 1)
+    (tmp_path / "r.toml").write_text('rules = [{ match = "drafter.head.clusters", bits = 8 }]')
+    code, _, err = run("export", *paths)
+    assert (code, "'drafter.head.clusters' matches no matrix" in err) == (2, True)
+
+
+def test_parity_fails_if_the_manifest_lists_matrices_that_there_are_not(
+    bundle: Callable[..., Path], pair_dirs: Pairs, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(bundle("e2b", "onnx", "mixed"), tmp_path / "b"))
+    raw = json.loads((path / MANIFEST).read_text())
+    raw["widths"].append({"bits": 8, "group_size": None, "matrices": ["drafter.no_such.weight"]})
+    (path / MANIFEST).write_text(json.dumps(raw))
+    checks = run_parity(path, open_pair(*pair_dirs("e2b")), [[5]], 4)
+    assert [c.detail for c in checks if not c.passed] == ["differs: widths"]
