@@ -148,12 +148,12 @@ def export(
         err.print(f"chosen for {target_bytes} bytes, with a KL of {choice.kl:.4f} by the sum of the classes:")
         click.echo(recipe.toml(), nl=False, err=as_json)
     summary = run_export(pair, output, options, calibrate, texts)
-    if target_bytes is not None and summary["bytes"] > target_bytes:
-        raise CheckError(f"{output}: has {summary['bytes']} bytes, expected at most {target_bytes}; give fewer bytes")
     if reason:
         err.print(f"recipe {recipe.name}: {reason}")
     if as_json:
         print_json("export", {**summary, "rules": recipe.toml()})
+    if target_bytes is not None and summary["bytes"] > target_bytes:
+        raise CheckError(f"{output}: has {summary['bytes']} bytes, expected at most {target_bytes}; give fewer bytes")
 
 
 def _folded(bundle: Path) -> list[str]:

@@ -131,7 +131,8 @@ def measure_bits(
         calibrate = bool(off_grid(graph_parts(pair, int4)["target"]))
     if calibrate:
         texts = texts or texts_to_fit(pair)
-        pair = fold(pair, foldable(graph_parts(pair, int4)["target"]), texts)
+        if sites := foldable(graph_parts(pair, int4)["target"]):
+            pair = fold(pair, sites, texts)
     with err.status("texts"):
         held_out = held_out_texts(pair)
     shapes = graph_parts(pair, int4)["target"].shapes
