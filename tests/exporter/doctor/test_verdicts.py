@@ -10,7 +10,7 @@ from exporter.doctor.diagnosis import Diagnosis, diagnose
 from exporter.doctor.verdicts import Experiment
 from exporter.parity.reference import Reference
 from exporter.parity.source import open_source
-from exporter.quantization.recipes import RECIPES
+from exporter.quantization.recipes import recipe_of
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
 from tests.exporter.doctor.engines import HEAD, KV, NEW_TOKENS, ROWS, STATE, WINDOW, Bundle, Pairs, load_bundle
@@ -34,7 +34,8 @@ def test_nothing_is_found_where_nothing_is_wrong(
 def test_nothing_is_found_with_a_dense_head(bundle: Bundle, pair_dirs: Pairs) -> None:
     """The drafter is in eager torch, which is quicker than a bundle for this test alone."""
     path, pair = bundle("e2b", "onnx", "int4"), open_pair(*pair_dirs("e2b")).dense
-    drafter = Reference(pair, RECIPES["int4"]).engine(read_manifest(path)).graphs["drafter"]
+    manifest = read_manifest(path)
+    drafter = Reference(pair, recipe_of(manifest)).engine(manifest).graphs["drafter"]
     diagnosed = diagnose(load_bundle(path, drafter=drafter), pair, max_new_tokens=NEW_TOKENS)
     assert diagnosed.findings == []
     assert {e.experiment: e.detail for e in diagnosed.experiments}[HEAD].startswith("none, the head is dense")
