@@ -164,8 +164,7 @@ class _Candidates:
             model.run_layer(i, passes)
         for passes in (self.exact, self.fitted_on, *self.rounded.values()):
             model.drop_kv(i, passes)
-        for name in names:
-            model.put(name, None)
+        model.unload(names)
 
     def costs(self) -> list[Cost]:
         """Compare the logits of all candidates with those of the unrounded target, after the last layer."""
@@ -193,8 +192,7 @@ class _Candidates:
             for run in passes.values():
                 self.model.run_layer(i, run)
                 self.model.drop_kv(i, run)
-            for name in names:
-                self.model.put(name, None)
+            self.model.unload(names)
         self.rounded |= passes
 
     def _begin(

@@ -131,8 +131,7 @@ class _Run:
             yield f"layer-{i}", self._step(f"layer-{i}", names, collect)
             model.run_layer(i, passes)
             model.drop_kv(i, passes)
-            for name in names:
-                model.put(name, None)
+            model.unload(names)
         collect = partial(model.inputs, run=partial(model.collect_states, passes))
         yield "embedding", self._step("embedding", [EMBEDDING], collect)
 

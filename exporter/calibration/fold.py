@@ -71,8 +71,7 @@ def fold(pair: Pair, sites: Mapping[str, float], texts: TokenTexts, progress: Pr
         largest = model.largest_inputs(first, partial(model.run_layer, i, passes))
         exponents |= {site: _exponents(largest[name], sites[site]) for name, site in first.items()}
         model.drop_kv(i, passes)
-        for name in names:
-            model.put(name, None)
+        model.unload(names)
         progress(f"layer {i}", 0)
     return pair.with_folding({site: found for site, found in exponents.items() if found.any()})
 

@@ -56,6 +56,11 @@ class LayerByLayer:
         for name in names:
             self.put(name, self.part.weights[name]())
 
+    def unload(self, names: Iterable[str]) -> None:
+        """Take the weights of these names from the module."""
+        for name in names:
+            self.put(name, None)
+
     def put(self, name: str, value: Tensor | None) -> None:
         """Give the module a weight, or take it from it."""
         self._names = {i: other for i, other in self._names.items() if other != name}

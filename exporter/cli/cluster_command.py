@@ -104,13 +104,7 @@ def cluster(
         raise click.UsageError("give either --text or --prompt-ids")
     if top_k_clusters is not None and recall is not None:
         raise click.UsageError("give either --recall or --top-k-clusters: each decides how many clusters to keep")
-    files = [file for file in (output, report) if file is not None]
-    for file in files:
-        check_file(file, force)
-    if len({file.resolve() for file in files}) < len(files):
-        raise click.UsageError("--output and --report name the same file; choose two files")
-    if report is not None:
-        check_picture(report)
+    check_files(output, report, force)
     started = time.perf_counter()
     pair = None if target is None else open_pair(target, drafter, "dense")
     options = ClusterOptions(clusters, top_k_clusters, DEFAULT_RECALL if recall is None else recall, seed)
@@ -131,6 +125,22 @@ def cluster(
     else:
         out.print(recall_table(document))
     err.print(f"clustered in {document['seconds']:.0f} s, peak memory {human_bytes(document['peak_bytes'])}")
+
+
+def check_files(output: Path | None, report: Path | None, force: bool) -> None:
+    """Check before any work is done that a command's files can be written, of which the report is a picture.
+
+    Raises:
+        UsageError: both are the same file.
+        InputError: one cannot be written, or the picture's name has another ending.
+    """
+    files = [file for file in (output, report) if file is not None]
+    for file in files:
+        check_file(file, force)
+    if len({file.resolve() for file in files}) < len(files):
+        raise click.UsageError("--output and --report name the same file; choose two files")
+    if report is not None:
+        check_picture(report)
 
 
 def texts_to_fit(pair: "Pair", file: Path | None = None) -> "TokenTexts":

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from exporter.cli.cluster_command import texts_to_fit
+from exporter.cli.cluster_command import check_files, texts_to_fit
 from exporter.cli.options import BYTES, PATH, backend_option, calibration_options, json_option
-from exporter.files import check_file, human_bytes, write_file
-from exporter.heads.recall_plot import FORMATS, check_picture
+from exporter.files import human_bytes, write_file
+from exporter.heads.recall_plot import FORMATS
 from exporter.quantization.recipes import RECIPES
 from exporter.terminal import err, out, print_json, progress_bar
 from runtime_ref.errors import InputError
@@ -55,13 +55,7 @@ def recipe(
 
     if output is not None and target_bytes is None:
         raise click.UsageError("--output writes the recipe that is chosen for --target-bytes; give both")
-    files = [file for file in (output, report) if file is not None]
-    for file in files:
-        check_file(file, force)
-    if len({file.resolve() for file in files}) < len(files):
-        raise click.UsageError("--output and --report name the same file; choose two files")
-    if report is not None:
-        check_picture(report)
+    check_files(output, report, force)
     pair = open_pair(target, drafter)
     texts = None if calibration is None else token_texts(pair, calibration)
     refuse_too_few(pair, backend, target_bytes)
