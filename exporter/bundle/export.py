@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,19 @@ from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.side_files import chat_template
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.files import check_directory, check_free_space, holds_only, recover, replacing
+from exporter.graphs.auto_recipe import refuse_rounding
 from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import all_widths, graph_parts
 from exporter.graphs.spec import kv_ports, size_limits
 from exporter.graphs.split_files import too_large
-from exporter.graphs.tables import PER_LAYER, write_per_layer
+from exporter.graphs.tables import outside_tables, write_table
 from exporter.quantization.recipes import CLUSTERS as CLUSTERED_HEAD
 from exporter.quantization.recipes import DENSE_HEAD, Recipe, check_recipe, matrices
 from exporter.quantization.widths import Width
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.errors import InputError
-from runtime_ref.manifest import FORMAT_VERSION, MANIFEST, SAMPLING_KEYS, Progress, file_sha256
+from runtime_ref.manifest import EMBEDDING, FORMAT_VERSION, HEAD, MANIFEST, SAMPLING_KEYS, Progress, file_sha256
 from runtime_ref.requirements import FLOAT32, HEADS_FIRST, required_features
 from runtime_ref.tokenizer import TOKENIZER
 
@@ -98,7 +98,10 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         parts = graph_parts(pair, recipe)
         limits = size_limits(max_seq_len, options.max_draft_tokens, pair.target.sliding_window)
         with _one_thread():
-            per_layer = write_per_layer(directory, pair, recipe.per_layer, options.max_file_bytes, progress)
+            outside = {
+                name: write_table(directory, table, options.max_file_bytes, progress)
+                for name, table in outside_tables(pair, recipe).items()
+            }
             exported = backend.export_graphs(directory, pair, parts, limits, options.max_file_bytes, progress)
         if (source := pair.target_checkpoint.directory / TOKENIZER).is_file():
             shutil.copyfile(source, directory / TOKENIZER)
@@ -115,12 +118,12 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             "tool_version": version("gemma-mtp-export"),
             "backend": {**backend.backend_metadata(), **exported.backend_metadata},
             "recipe": recipe.name,
-            "widths": by_width(all_widths(parts, recipe)),
+            "widths": by_width(all_widths(pair, recipe)),
             "max_seq_len": max_seq_len,
             "num_draft_tokens": {"default": min(4, options.max_draft_tokens), "max": options.max_draft_tokens},
             "limits": limits,
             **backend.row_multiples(),
-            "tables": {"embed_tokens": exported.embedding_table, "embed_tokens_per_layer": per_layer},
+            "tables": {HEAD if EMBEDDING in outside else EMBEDDING: exported.head_table, **outside},
             **describe(pair, options.backend),
             **({"chat": asdict(chat)} if chat else {}),
             **({"calibration": asdict(pair.calibrated)} if pair.calibrated else {}),
@@ -184,8 +187,9 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions, will_cluster: 
     if will_cluster:
         names = names - {DENSE_HEAD} | {CLUSTERED_HEAD}
     check_recipe(recipe, sorted(names))
+    refuse_rounding(pair, recipe)
     stored_bytes = sum(part.stored_bytes for part in parts.values())
-    stored_bytes += prod(parts["target"].shapes[PER_LAYER]) * recipe.per_layer.bits // 8
+    stored_bytes += sum(table.num_bytes for table in outside_tables(pair, recipe).values())
     if options.calibration is not None:
         stored_bytes += parts["target"].num_quantized_values  # a byte each, until the bundle is written
     if options.max_file_bytes is not None:

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from exporter.calibration.divergence import RunningDivergence
 from exporter.calibration.layer_by_layer import PROJECTION, LayerByLayer
+from exporter.checkpoint.names import EMBEDDING
+from exporter.checkpoint.names import PER_LAYER as PER_LAYER_WEIGHT
 from exporter.checkpoint.pair import Pair
-from exporter.checkpoint.tensors import row_blocks
+from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.backend import Backend
 from exporter.graphs.grids import GRID_BITS
 from exporter.graphs.parts import graph_parts, sample_rows
-from exporter.graphs.tables import EMBEDDING, per_layer_bytes
-from exporter.graphs.tables import PER_LAYER as PER_LAYER_WEIGHT
+from exporter.graphs.tables import per_layer_bytes
 from exporter.modeling.target import SUPPRESSED_LOGIT, TargetPass
 from exporter.quantization.numbers import Quantized, Scales, fitting_width, lies_on_grid, quantize
-from exporter.quantization.recipes import PER_LAYER_TABLE, RECIPES, dividing
+from exporter.quantization.recipes import PER_LAYER_TABLE, RECIPES, Recipe, Rule, dividing
 from exporter.quantization.second_order import Inputs, quantize_for
 from exporter.quantization.widths import BITS_OF_TABLE, FLOAT, QAT_GROUP_SIZE, Width
 from exporter.texts.token_texts import TokenTexts
@@ -40,7 +41,7 @@ CLASSES = {
     "per-layer inputs": "target.*per_layer_*.weight",
 }
 WIDTHS_OF_MATRICES = (Width(4, 128), Width(4, 32), Width(8))
-WIDTHS_OF_TABLE = tuple(width for width in BITS_OF_TABLE if width != FLOAT)
+WIDTHS_OF_TABLE = tuple(width for width in BITS_OF_TABLE if width != FLOAT and width.group_size is None)
 MAX_POSITIONS = 512  # that are compared, because each candidate runs over all of them
 
 
@@ -63,6 +64,21 @@ class Cost:
     choices_kept: float
 
 
+def check_measurable(pair: Pair) -> None:
+    """Check that bits of a target can be chosen.
+
+    Raises:
+        InputError: its checkpoint has integers of its own, or a head that is not its embedding.
+    """
+    packed = [name for name, read in pair.checkpoint_weights.items() if isinstance(read, IntegerReader)]
+    if packed or pair.head != EMBEDDING:
+        why = f"integers of its own, such as {packed[0]}" if packed else "a head that is not its embedding"
+        raise InputError(
+            f"{pair.target_checkpoint.directory}: has {why}; bits are measured for floats with a tied head alone;"
+            " pass --recipe auto, another name or a file"
+        )
+
+
 def candidates() -> list[tuple[str, Width]]:
     """Return the classes and widths that are measured."""
     return [(title, w) for title in CLASSES for w in (WIDTHS_OF_TABLE if title == TABLE else WIDTHS_OF_MATRICES)]
@@ -73,7 +89,7 @@ def smallest_bytes(pair: Pair, backend: Backend) -> int:
     shapes = {n: s for n, s in graph_parts(pair, RECIPES["fp32"])["target"].shapes.items() if len(s) == 2}
     del shapes[PER_LAYER_WEIGHT]
     least = (min(backend.matrix_bytes(s, _dividing(w, s[1])) for w in WIDTHS_OF_MATRICES) for s in shapes.values())
-    return sum(least) + min(per_layer_bytes(pair.target, width) for width in WIDTHS_OF_TABLE)
+    return sum(least) + min(per_layer_bytes(pair, width) for width in WIDTHS_OF_TABLE)
 
 
 def _dividing(width: Width, columns: int) -> Width:
@@ -196,9 +212,9 @@ class _Candidates:
         self.rounded |= passes
 
     def _begin(
-        self, texts: Sequence[tuple[int, ...]], embedding: Width | Quantized = FLOAT, table: Width = FLOAT
+        self, texts: Sequence[tuple[int, ...]], embedding: Quantized | None = None, table: Width = FLOAT
     ) -> list[TargetPass]:
-        return self.model.begin(texts, embedding, table, self.allowed)
+        return self.model.begin(texts, embedding, Recipe("", (Rule(PER_LAYER_TABLE, table),)), self.allowed)
 
     def _begin_rounded(self, title: str, width: Width) -> list[TargetPass]:
         """The passes of a candidate before the first layer."""
@@ -241,7 +257,7 @@ class _Candidates:
 
     def _bytes(self, title: str, width: Width) -> int:
         if title == TABLE:
-            return per_layer_bytes(self.pair.target, width)
+            return per_layer_bytes(self.pair, width)
         shapes = {name: self.part.shapes[name] for name, stored in self.fitting if stored == width}
         return sum(
             self.backend.matrix_bytes(shape, self.fitting[name, width])

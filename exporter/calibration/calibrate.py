@@ -18,11 +18,10 @@ from exporter.checkpoint.pair import Calibrated, Pair
 from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.grids import off_grid
 from exporter.graphs.parts import GraphParts, graph_parts
-from exporter.graphs.tables import EMBEDDING
 from exporter.quantization.numbers import Quantized, Scales
 from exporter.quantization.recipes import Recipe
 from exporter.quantization.second_order import Inputs, quantize_for
-from exporter.quantization.widths import FLOAT, Width
+from exporter.quantization.widths import Width
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.manifest import Progress
 
@@ -96,7 +95,7 @@ def _rounded(
     with torch.no_grad():
         run = _Run(pair, recipe, part, widths, allowed, steps, progress)
         for step, names in run.steps(texts):
-            found |= {name: IntegerReader(partial(steps.blocks, step, name)) for name in names}
+            found |= {name: IntegerReader(partial(steps.blocks, step, name), widths[name]) for name in names}
     return found
 
 
@@ -120,8 +119,7 @@ class _Run:
     def steps(self, texts: TokenTexts) -> Iterator[tuple[str, list[str]]]:
         """Yield the name of each step and its calibrated matrices, once they are written."""
         model = self.model
-        stored = self.part.widths.get(EMBEDDING, FLOAT), self.recipe.per_layer, self.allowed
-        begin = partial(model.begin, texts.texts, *stored)
+        begin = partial(model.begin, texts.texts, None, self.recipe, self.allowed)
         yield "projection", self._step("projection", [PROJECTION], partial(model.inputs, run=begin))
         passes = begin()
         for i in range(model.num_layers):
@@ -133,7 +131,7 @@ class _Run:
             model.drop_kv(i, passes)
             model.unload(names)
         collect = partial(model.inputs, run=partial(model.collect_states, passes))
-        yield "embedding", self._step("embedding", [EMBEDDING], collect)
+        yield "embedding", self._step("embedding", [model.pair.head], collect)
 
     def _step(self, step: str, names: list[str], collect: Callable[[dict[str, Width]], dict[str, Inputs]]) -> list[str]:
         """Round the matrices of a step, unless an earlier run did, and give the module their rounded values."""

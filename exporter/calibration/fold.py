@@ -13,11 +13,10 @@ from torch import Tensor
 from exporter.calibration.layer_by_layer import LayerByLayer
 from exporter.checkpoint.folding import folding_sites, readers_of
 from exporter.checkpoint.pair import Pair
-from exporter.checkpoint.tensors import row_blocks
+from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.parts import GraphParts, fitted_width, graph_parts, sample_rows
 from exporter.quantization.numbers import Scales, lies_on_grid
 from exporter.quantization.recipes import RECIPES
-from exporter.quantization.widths import FLOAT
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.manifest import Progress
 
@@ -37,7 +36,10 @@ def foldable(part: GraphParts) -> dict[str, float]:
     """
     sites = {}
     for name in folding_sites(part.weights):
-        rounded = [reader for reader in readers_of(name, part.weights) if reader in part.widths]
+        readers = readers_of(name, part.weights)
+        rounded = [reader for reader in readers if reader in part.widths]
+        if any(isinstance(part.weights[weight], IntegerReader) for weight in (name, *readers)):
+            continue  # the checkpoint's integers stay as they are
         if rounded and not any(_on_grid(part, reader) for reader in rounded):
             sites[name] = POWERS[min(part.widths[reader].bits for reader in rounded)]
     return sites
@@ -62,7 +64,7 @@ def fold(pair: Pair, sites: Mapping[str, float], texts: TokenTexts, progress: Pr
         InputError: the texts lead to numbers that are not finite.
     """
     model = LayerByLayer(pair, graph_parts(pair, RECIPES["fp32"])["target"])
-    passes = model.begin(_some(texts), FLOAT, FLOAT, Scales())
+    passes = model.begin(_some(texts), None, RECIPES["fp32"], Scales())
     exponents: dict[str, Tensor] = {}
     for i in range(model.num_layers):
         names = model.layer_weights(i)

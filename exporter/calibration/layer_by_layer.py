@@ -7,13 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exporter.checkpoint.names import EMBEDDING, PER_LAYER
 from exporter.checkpoint.pair import Pair
+from exporter.checkpoint.stored_target import rows_reader
+from exporter.checkpoint.tensors import IntegerReader
 from exporter.graphs.parts import GraphParts
-from exporter.graphs.tables import EMBEDDING, PER_LAYER, PER_LAYER_SCALES
+from exporter.graphs.tables import outside_tables
 from exporter.modeling.layers import Ops
 from exporter.modeling.target import Target, TargetPass, empty_kv
 from exporter.modeling.weights import set_parameter
 from exporter.quantization.numbers import Quantized, Scales, fitting_width, quantize
+from exporter.quantization.recipes import Recipe, dividing
 from exporter.quantization.second_order import Inputs, add_products, part_columns
 from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.errors import InputError
@@ -40,7 +44,7 @@ class LayerByLayer:
         self._names: dict[int, str] = {}  # of the module's weights, by id
         self._largest: dict[str, Tensor] = {}  # magnitudes of inputs, by name, while they are collected
         self._grams: dict[str, list[Tensor]] = {}  # sums of products of inputs, by name, while they are collected
-        self.load(n for n in part.weights if not n.startswith("layers.") and n not in (EMBEDDING, "suppressed"))
+        self.load(n for n in part.weights if not n.startswith("layers.") and n not in (pair.head, "suppressed"))
 
     @property
     def num_layers(self) -> int:
@@ -69,31 +73,34 @@ class LayerByLayer:
             self._names[id(self.target.get_parameter(name))] = name
 
     def begin(
-        self, texts: Iterable[tuple[int, ...]], embedding: Width | Quantized, per_layer: Width, allowed: Scales
+        self, texts: Iterable[tuple[int, ...]], embedding: Quantized | None, recipe: Recipe, allowed: Scales
     ) -> list[TargetPass]:
         """Return the passes of texts of token ids before the first layer.
 
         Args:
             texts: token ids.
-            embedding: how the token embedding is stored, whose rows are rounded to the nearest, or what is stored.
-            per_layer: the same of PLE, where only the bits count.
+            embedding: what is stored of the token embedding; None to round its rows to the nearest.
+            recipe: how tables are stored.
             allowed: which scales the backend can store.
         """
-        first, passes, target = torch.zeros(1, dtype=torch.int64), [], self.target
-        mapped = self.pair.mapped_target_weights
-        tables = mapped[EMBEDDING](), mapped[PER_LAYER]()
+        first, passes, target, pair = torch.zeros(1, dtype=torch.int64), [], self.target, self.pair
+        rows = {name: rows_reader(pair, name) for name in (EMBEDDING, PER_LAYER)}
+        tables = {table.name: table for table in outside_tables(pair, recipe).values()}
+        width = dividing(recipe.width(f"target.{EMBEDDING}"), pair.target.hidden_size)
+        rounds = width != FLOAT and EMBEDDING not in tables
+        rounds = rounds and not isinstance(pair.target_weights[EMBEDDING], IntegerReader)
         for text in texts:
-            embedded, rows = (table[torch.tensor(text)].float() for table in tables)
-            if isinstance(embedding, Quantized):
-                ids = torch.tensor(text)
-                embedded = Quantized(embedding.numbers[ids], embedding.scales[ids], embedding.bits).dequantize()
-            elif embedding != FLOAT:
-                embedded = quantize(embedded, fitting_width(embedding, embedded), allowed).dequantize()
-            if per_layer != FLOAT:
-                width = Width(per_layer.bits, self.pair.target.hidden_size_per_layer_input)
-                rows = quantize(rows, width, PER_LAYER_SCALES).dequantize()
-            scaled = target.embed_tokens.scaled(embedded), target.embed_tokens_per_layer.scaled(rows)
-            passes.append(target.begin(*scaled, first, first, empty_kv(self.pair.target, len(text))))
+            ids = torch.tensor(text)
+            found = {name: read(ids) for name, read in rows.items()}
+            if embedding is not None:
+                found[EMBEDDING] = embedding.rows(ids)
+            elif rounds:
+                fitting = fitting_width(width, found[EMBEDDING])
+                found[EMBEDDING] = quantize(found[EMBEDDING], fitting, allowed).dequantize()
+            found |= {name: table.stored(found[name]) for name, table in tables.items()}
+            per_layer = target.embed_tokens_per_layer.scaled(found[PER_LAYER])
+            scaled = target.embed_tokens.scaled(found[EMBEDDING]), per_layer
+            passes.append(target.begin(*scaled, first, first, empty_kv(pair.target, len(text))))
         return passes
 
     def run_layer(self, i: int, passes: list[TargetPass], move_on: bool = True) -> None:
@@ -142,9 +149,9 @@ class LayerByLayer:
         return found
 
     def collect_states(self, passes: list[TargetPass]) -> None:
-        """Run what `inputs` is to see for the head, `EMBEDDING`, after the last layer."""
+        """Run what `inputs` is to see for the head, after the last layer."""
         for text in passes:
-            add_products(self._grams[EMBEDDING], self.target.norm(text.x))
+            add_products(self._grams[self.pair.head], self.target.norm(text.x))
 
     def _prepared(self, name: str, grams: list[Tensor]) -> Inputs:
         self._check_finite(name, grams)

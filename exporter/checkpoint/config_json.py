@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.checkpoint.generation_keys import IGNORED_KEYS, READ_KEYS, UNSUPPORTED_KEYS
-from exporter.checkpoint.other_forms import refuse_other_forms
+from exporter.checkpoint.other_forms import READABLE_METHODS, refuse_other_forms
 from exporter.checkpoint.reference_keys import DRAFTER_KEYS, TARGET_KEYS, TEXT_KEYS, TEXT_KEYS_OF_CODE
 from exporter.checkpoint.rope import rope_fields
 from exporter.checkpoint.values import boolean, integer, json_object, positive_float, positive_int, read_object
@@ -22,7 +22,8 @@ IGNORED_TEXT_KEYS = frozenset(
 # Keys that transformers' base class takes out of a config, and other programs' bookkeeping.
 BOOKKEEPING_KEYS = frozenset(
     """model_type torch_dtype _name_or_path name_or_path _commit_hash output_attentions attn_implementation
-    _attn_implementation _sliding_window_pattern sliding_window_pattern num_labels expert_intermediate_size""".split()
+    _attn_implementation _sliding_window_pattern sliding_window_pattern num_labels expert_intermediate_size
+    quantization_config""".split()
 )
 
 # Keys that are accepted with these values only; any other value means another architecture.
@@ -54,7 +55,7 @@ def read_target_config(directory: Path) -> TextConfig:
     Raises:
         InputError: no such file, another `model_type`, or a value that is not supported.
     """
-    refuse_other_forms(directory)
+    refuse_other_forms(directory, READABLE_METHODS)
     path = directory / "config.json"
     raw = read_object(path)
     model_type = raw.get("model_type")

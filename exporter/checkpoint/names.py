@@ -1,8 +1,7 @@
 """Tables of tensor names: which tensor of a checkpoint is which parameter of the model, in each dialect."""
 
 import fnmatch
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -10,10 +9,11 @@ from torch import Tensor
 from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING, ClusterTable
 from exporter.checkpoint.config_json import is_tied
 from exporter.checkpoint.other_forms import refuse_other_tensors
-from exporter.checkpoint.tensors import FLOAT_DTYPES, Checkpoint, TensorEntry, TensorReader
+from exporter.checkpoint.packed import Packed, check_settings, find_packed, packed_reader
+from exporter.checkpoint.tensors import FLOAT_DTYPES, Checkpoint, IntegerReader, TensorEntry, TensorReader
 from exporter.modeling.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
-from exporter.modeling.target import Target
+from exporter.modeling.target import OWN_HEAD, Target
 from exporter.modeling.weights import Weights, parameter_shapes
 from runtime_ref.errors import InputError
 
@@ -27,9 +27,12 @@ IGNORED_TARGET = {
     "*embed_vision.*": "vision",
     "*embed_audio.*": "audio",
     "*rotary_emb.*inv_freq": "computed from config.json",
-    "*lm_head.weight": "equal to the embedding, which is checked",
+    "*lm_head.weight": "equal to the embedding, which is checked, or read apart",
 }
 
+# The target's tables, as parameters of `Target`.
+EMBEDDING = "embed_tokens.weight"
+PER_LAYER = "embed_tokens_per_layer.weight"
 HEAD = "lm_head.weight"
 HEAD_BLOCK_ROWS = 4096  # that are compared at a time
 
@@ -46,31 +49,38 @@ DRAFTER_NAMES = {
 
 DRAFTER_EMBEDDING = "model.embed_tokens.weight"
 
+Reader = TensorReader | IntegerReader
 
-def target_weights(checkpoint: Checkpoint, config: TextConfig, mapped: bool = False) -> Weights:
+
+def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
     """Return a reader for each parameter of `Target`; other tensors of the checkpoint are ignored by a rule or refused.
 
     Args:
         checkpoint: the target's tensors.
         config: the target's config.
-        mapped: whether readers map tensors with the dtype they are stored in (`Checkpoint.map`); otherwise they read
-            them as float32.
+
+    Returns:
+        Readers by name, with that of `OWN_HEAD` if the checkpoint has a head that is not its embedding.
 
     Raises:
-        InputError: a tensor is missing, unknown, of the wrong shape or quantized.
+        InputError: a tensor is missing, unknown, of the wrong shape, or quantized in a way that is not supported.
     """
-    names = checkpoint.entries.keys()
+    check_settings(checkpoint.directory)
+    packed, of_packed = find_packed(checkpoint)
+    names = packed.keys() | (checkpoint.entries.keys() - of_packed)
     refuse_other_tensors(checkpoint.directory, names)
-    prefix = next((p for p in TARGET_PREFIXES if f"{p}embed_tokens.weight" in names), TARGET_PREFIXES[0])
+    prefix = next((p for p in TARGET_PREFIXES if p + EMBEDDING in names), TARGET_PREFIXES[0])
     shapes = parameter_shapes(lambda: Target(config))
     ignored = _shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
     ignored |= {name for name in names for pattern in IGNORED_TARGET if fnmatch.fnmatchcase(name, pattern)}
     names_in_file = {name: prefix + name for name in shapes}
-    _refuse_unknown(checkpoint, set(names_in_file.values()) | ignored)
-    readers = _select(checkpoint, names_in_file, shapes)
-    if not mapped:  # which other readers were made before; it reads the whole head
-        _check_head(checkpoint, readers["embed_tokens.weight"])
-    return {n: functools.partial(checkpoint.map, r.name) for n, r in readers.items()} if mapped else readers
+    _refuse_unknown(checkpoint, names, set(names_in_file.values()) | ignored)
+    groups = {PER_LAYER: config.num_hidden_layers}
+    readers = _select(checkpoint, names_in_file, shapes, packed, groups)
+    heads = [name for name in sorted(names) if name.endswith(HEAD)]
+    stored = _select(checkpoint, dict(zip(heads, heads, strict=True)), dict.fromkeys(heads, shapes[EMBEDDING]), packed)
+    own = _own_head(checkpoint, stored, readers[EMBEDDING])
+    return readers if own is None else {**readers, OWN_HEAD: own}
 
 
 def drafter_weights(
@@ -91,11 +101,19 @@ def drafter_weights(
     shapes = parameter_shapes(lambda: Drafter(config, None))
     names_in_file = drafter_names(shapes)
     ignored = _shared_layer_tensors("model.", range(config.text.num_hidden_layers))
-    _refuse_unknown(checkpoint, {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, HEAD} | ignored)
+    known = {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, HEAD} | ignored
+    _refuse_unknown(checkpoint, checkpoint.entries.keys(), known)
     readers = _select(checkpoint, names_in_file, shapes)
-    _check_head(checkpoint, readers["head.weight"])
+    heads = {name: name for name in checkpoint.entries if name.endswith(HEAD)}
+    stored = _select(checkpoint, heads, dict.fromkeys(heads, shapes["head.weight"]))
+    if _own_head(checkpoint, stored, readers["head.weight"]) is not None:
+        name = min(heads)
+        raise InputError(
+            f"{checkpoint.entries[name].file}: tensor {name} differs from {DRAFTER_EMBEDDING}, and a drafter's head of"
+            " its own cannot be exported; tie it to the embedding, or pass a checkpoint in which it is tied"
+        )
     weights: dict[str, Callable[[], Tensor]] = dict(readers)
-    weights["target_embed_tokens.weight"] = target["embed_tokens.weight"]
+    weights["target_embed_tokens.weight"] = target[EMBEDDING]
     if table is not None:
         embedding, members = weights.pop("head.weight"), torch.from_numpy(table.members)
         weights["head.centroids"] = lambda: torch.from_numpy(table.centroids)
@@ -164,37 +182,49 @@ def _select(
     checkpoint: Checkpoint,
     names: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, TensorReader]:
-    """Readers by parameter name, for the names in the checkpoint; raise where a tensor is missing or does not fit."""
+    packed: Mapping[str, Packed] = {},
+    groups: Mapping[str, int] = {},
+) -> dict[str, Reader]:
+    """Readers by parameter name, for the names in the checkpoint; raise where a tensor is missing or does not fit.
+
+    `groups` are the scales that a row of a packed matrix is read with at least, if not one.
+    """
+    readers: dict[str, Reader] = {}
     for name, stored in names.items():
+        if stored in packed:
+            readers[name] = packed_reader(checkpoint, packed[stored], shapes[name], groups.get(name, 1))
+            continue
         entry = checkpoint.entries.get(stored)
         if entry is None:
             raise InputError(f"{checkpoint.directory}: tensor {stored} is missing; restore the checkpoint")
         _check_entry(entry, stored, shapes[name], FLOAT_DTYPES)
-    return {name: TensorReader(checkpoint, stored) for name, stored in names.items()}
+        readers[name] = TensorReader(checkpoint, stored)
+    return readers
 
 
-def _check_head(checkpoint: Checkpoint, embedding: TensorReader) -> None:
-    """Check that a head that is stored beside the embedding equals it: graphs compute logits with the embedding.
+def _own_head(checkpoint: Checkpoint, stored: Mapping[str, Reader], embedding: Reader) -> Reader | None:
+    """Return the reader of a head that is stored beside the embedding and differs from it; None if there is none.
 
     Raises:
-        InputError: it does not, or there is none although config.json says that it is not the embedding.
+        InputError: config.json says the opposite of what is stored.
     """
-    stored, tied = [name for name in checkpoint.entries if name.endswith(HEAD)], is_tied(checkpoint.directory)
+    tied = is_tied(checkpoint.directory)
     if not stored and not tied:
         raise InputError(
             f"{checkpoint.directory}: tie_word_embeddings is false, but tensor {HEAD} is missing; restore it, or"
             " correct config.json"
         )
-    for name in stored:
-        _check_entry(checkpoint.entries[name], name, checkpoint.entries[embedding.name].shape, FLOAT_DTYPES)
+    for name, head in stored.items():
         # Their dtypes may differ, and with them what a block of the same size holds.
-        head, weight = (checkpoint.blocks(tensor, HEAD_BLOCK_ROWS) for tensor in (name, embedding.name))
-        if not all(torch.equal(*blocks) for blocks in zip(head, weight, strict=True)):
+        blocks = (reader.blocks(HEAD_BLOCK_ROWS) for reader in (head, embedding))
+        if not all(torch.equal(*pair) for pair in zip(*blocks, strict=True)):
+            if not tied:
+                return head
             raise InputError(
-                f"{checkpoint.entries[name].file}: tensor {name} differs from {embedding.name}, and a head of its own"
-                " cannot be exported yet; tie it to the embedding, or pass a checkpoint in which it is tied"
+                f"{checkpoint.directory}: tensor {name} differs from the embedding, but tie_word_embeddings is true;"
+                " correct config.json, or restore the checkpoint"
             )
+    return None
 
 
 def _check_entry(entry: TensorEntry, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
@@ -210,11 +240,13 @@ def _check_entry(entry: TensorEntry, name: str, shape: tuple[int, ...], dtypes: 
         )
 
 
-def _refuse_unknown(checkpoint: Checkpoint, known: set[str]) -> None:
-    if unknown := sorted(checkpoint.entries.keys() - known):
+def _refuse_unknown(checkpoint: Checkpoint, names: Collection[str], known: set[str]) -> None:
+    if unknown := sorted(set(names) - known):
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        entry = checkpoint.entries.get(unknown[0])
+        place = checkpoint.directory if entry is None else entry.file
         raise InputError(
-            f"{checkpoint.entries[unknown[0]].file}: unknown tensor {unknown[0]}{more}, which no rule maps or ignores;"
+            f"{place}: unknown tensor {unknown[0]}{more}, which no rule maps or ignores;"
             " pass an unmodified Gemma 4 checkpoint"
         )
 

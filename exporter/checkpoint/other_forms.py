@@ -9,6 +9,9 @@ from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
 from runtime_ref.pointers import is_present
 
+# Methods of quantized targets whose integers are exported as they are, see `exporter.checkpoint.packed`.
+READABLE_METHODS = ("gemma", "compressed-tensors")
+
 ADAPTER_CONFIG = "adapter_config.json"
 
 # What training tools put before the names of tensors: their wrapper, and how to save without it.
@@ -32,11 +35,23 @@ TENSORS_OF_METHODS: Mapping[str, str] = {
 }
 
 
-def refuse_other_forms(directory: Path) -> None:
+def quantization(directory: Path) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the method that config.json names and its settings; None for a checkpoint that is not quantized."""
+    config = read_json(directory / "config.json", "a Hugging Face checkpoint directory with this file")
+    text = config.get("text_config") if isinstance(config, dict) else None
+    for section in (config, text):
+        settings = section.get("quantization_config") if isinstance(section, dict) else None
+        if settings:
+            return (str(settings.get("quant_method")), settings) if isinstance(settings, dict) else (str(settings), {})
+    return None
+
+
+def refuse_other_forms(directory: Path, readable: Collection[str] = ()) -> None:
     """Refuse a directory that holds an adapter, a GGUF file or a quantized checkpoint.
 
     Args:
         directory: the checkpoint's directory.
+        readable: methods of quantized checkpoints that are not refused.
 
     Raises:
         InputError: it does; the message says what it is and what to do.
@@ -54,13 +69,9 @@ def refuse_other_forms(directory: Path) -> None:
         if gguf := sorted(directory.glob("*.gguf")):
             raise InputError(f"{gguf[0]}: a GGUF file; pass the directory of the checkpoint it was converted from")
         return
-    config = read_json(path, "a Hugging Face checkpoint directory with this file")
-    text = config.get("text_config") if isinstance(config, dict) else None
-    for section in (config, text):
-        quantization = section.get("quantization_config") if isinstance(section, dict) else None
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise _quantized(path, str(method))
+    found = quantization(directory)
+    if found is not None and found[0] not in readable:
+        raise _quantized(path, found[0])
 
 
 def refuse_other_tensors(directory: Path, names: Collection[str]) -> None:
@@ -97,11 +108,7 @@ def _is_of_towers(name: str) -> bool:
 
 
 def _quantized(path: Path, method: str) -> InputError:
-    sister: dict[str, Any] = {
-        "gemma": " (of Google's mobile checkpoints, `-qat-q4_0-unquantized`)",
-        "compressed-tensors": " (of Google's `-qat-w4a16-ct`, `-qat-q4_0-unquantized`)",
-    }
     return InputError(
-        f"{path}: the checkpoint is quantized, by {method}; pass its unquantized sister{sister.get(method, '')}, or"
-        " dequantize it (transformers: model.dequantize(), then save_pretrained()), and choose bits with --recipe"
+        f"{path}: the checkpoint is quantized, by {method}; pass its unquantized sister, or dequantize it"
+        " (transformers: model.dequantize(), then save_pretrained()), and choose bits with --recipe"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from clustering.cluster_table import ClusterTable, TwoStageSizes
 from exporter.checkpoint.config_json import check_pair, config_notes, read_drafter_config, read_target_config
 from exporter.checkpoint.folding import folded_weights
 from exporter.checkpoint.generation_config import default_sampling, generation_warnings
-from exporter.checkpoint.names import drafter_weights, read_cluster_table, target_weights
+from exporter.checkpoint.names import EMBEDDING, drafter_weights, read_cluster_table, target_weights
 from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens, suppression
-from exporter.checkpoint.tensors import Checkpoint
+from exporter.checkpoint.tensors import Checkpoint, TensorReader
 from exporter.modeling.config import DrafterConfig, TextConfig, shared_kv
 from exporter.modeling.drafter import Drafter
-from exporter.modeling.target import Target
+from exporter.modeling.layers import Ops
+from exporter.modeling.target import OWN_HEAD, Target
 from exporter.modeling.weights import Weights, load_module, parameter_shapes
 from runtime_ref.errors import InputError
 from runtime_ref.sampling import Sampling
@@ -48,7 +50,8 @@ class Pair:
     Attributes:
         target: config of the target.
         drafter: config of the drafter.
-        target_weights: a reader for each parameter of `Target`, by name.
+        checkpoint_weights: a reader for each parameter of `Target` as the checkpoint has it, by name.
+        target_weights: the same with what was folded and calibrated since.
         drafter_weights: a reader for each parameter of `Drafter` with this pair's head, by name.
         tokens: special tokens.
         sampling: the checkpoint's sampling defaults.
@@ -64,6 +67,7 @@ class Pair:
 
     target: TextConfig
     drafter: DrafterConfig
+    checkpoint_weights: Weights
     target_weights: Weights
     drafter_weights: Weights
     tokens: SpecialTokens
@@ -85,20 +89,34 @@ class Pair:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights that an export stores, if they were float32; the total of a progress bar."""
-        target = parameter_shapes(lambda: Target(self.target, suppresses=bool(self.tokens.suppressed)))
+        target = parameter_shapes(self.new_target)
         drafter = parameter_shapes(lambda: Drafter(self.drafter, None))
         del drafter["target_embed_tokens.weight"]  # stored with the target
         return sum(4 * prod(shape) for shape in (*target.values(), *drafter.values()))
 
+    def new_target(self, ops: Ops = Ops()) -> Target:
+        """Make the target without its weights, with a backend's operations."""
+        return Target(self.target, ops, bool(self.tokens.suppressed), OWN_HEAD in self.checkpoint_weights)
+
+    @property
+    def head(self) -> str:
+        """Name of the target's parameter that logits are computed with, which is its embedding in most checkpoints."""
+        return OWN_HEAD if OWN_HEAD in self.checkpoint_weights else EMBEDDING
+
     def load_target(self) -> Target:
         """Load the target in eager torch, float32."""
-        return load_module(lambda: Target(self.target, suppresses=bool(self.tokens.suppressed)), self.target_weights)
+        return load_module(self.new_target, self.target_weights)
 
     @property
     def mapped_target_weights(self) -> Weights:
-        """Readers of the checkpoint's weights, with nothing folded or rounded, mapped in the dtype of their file."""
-        mapped = target_weights(self.target_checkpoint, self.target, mapped=True)
-        return {**mapped, **suppression(self.tokens, self.target.vocab_size)}
+        """Readers of the checkpoint's weights, with nothing folded or rounded, mapped in the dtype of their file.
+
+        Those of packed integers are `IntegerReader`, as in `checkpoint_weights`.
+        """
+        return {
+            name: partial(self.target_checkpoint.map, read.name) if isinstance(read, TensorReader) else read
+            for name, read in self.checkpoint_weights.items()
+        }
 
     def with_folding(self, exponents: Mapping[str, Tensor]) -> "Pair":
         """Return the same pair with factors folded into its target's weights, by the site's name."""
@@ -160,6 +178,7 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
     pair = Pair(
         target=target,
         drafter=drafter,
+        checkpoint_weights=weights,
         target_weights=weights,
         drafter_weights=drafter_weights(drafter_checkpoint, drafter, None, weights),
         tokens=tokens,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exporter.checkpoint.values import read_object
 from exporter.quantization.numbers import Quantized
+from exporter.quantization.widths import Width, held
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import file_sha256
 from runtime_ref.pointers import is_present, what_stands_for
@@ -25,6 +26,8 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 BLOCK_BYTES = 1 << 26  # read at a time; the conversions of a block need several times as much memory
 
@@ -175,9 +178,9 @@ class TensorReader:
         """Read the tensor as `Checkpoint.load` does."""
         return self.checkpoint.load(self.name)
 
-    def blocks(self) -> Iterator[Tensor]:
+    def blocks(self, block_rows: int | None = None) -> Iterator[Tensor]:
         """Read the tensor as `Checkpoint.blocks` does."""
-        return self.checkpoint.blocks(self.name)
+        return self.checkpoint.blocks(self.name, block_rows)
 
 
 @dataclass(frozen=True)
@@ -218,17 +221,29 @@ class IntegerReader:
 
     Attributes:
         quantized_blocks: reads the matrix in blocks of rows.
+        width: bits of its integers, and how many of a row share a scale.
+        rows: reads the rows of ids [T] int64 as [T, columns] float32; None where only whole blocks can be read.
     """
 
     quantized_blocks: Callable[[], Iterator[Quantized]]
+    width: Width
+    rows: Callable[[Tensor], Tensor] | None = None
+
+    def kept_in(self, asked: Width) -> Width:
+        """Return the width in which a bundle has these integers unchanged where its recipe asks for `asked`."""
+        kept = held(self.width, asked)
+        assert kept is not None  # exports refuse such recipes first
+        return kept
 
     def __call__(self) -> Tensor:
         """Return the matrix [rows, columns] float32, integers times scales."""
         return torch.cat(list(self.blocks()))
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Yield the same in blocks of rows."""
-        return (block.dequantize() for block in self.quantized_blocks())
+    def blocks(self, block_rows: int | None = None) -> Iterator[Tensor]:
+        """Yield the same in blocks of so many rows, or of as many as are read at a time."""
+        for quantized in self.quantized_blocks():
+            block = quantized.dequantize()
+            yield from (block,) if block_rows is None else block.split(block_rows)
 
 
 def row_blocks(read: Callable[[], Tensor]) -> Iterator[Tensor]:

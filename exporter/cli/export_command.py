@@ -21,7 +21,7 @@ from exporter.cli.options import (
 )
 from exporter.cli.recipe_command import bits_table, measure_bits, refuse_too_few
 from exporter.files import directory_bytes, human_bytes
-from exporter.quantization.recipes import AUTO, Recipe, auto_recipe
+from exporter.quantization.recipes import AUTO, Recipe
 from exporter.terminal import err, peak_bytes, print_json, progress_bar
 from runtime_ref.errors import CheckError
 
@@ -108,6 +108,7 @@ def export(
     from clustering.cluster_table import load_table
     from exporter.bundle.export import ExportOptions, check_output, plan_export
     from exporter.checkpoint.pair import open_pair
+    from exporter.graphs.auto_recipe import auto_recipe
     from exporter.graphs.backend import load_backend
     from exporter.heads.clusters import ClusterOptions, num_clusters
     from exporter.texts.token_texts import token_texts
@@ -119,11 +120,11 @@ def export(
     if target_bytes is not None and recipe is not None:
         raise click.UsageError("--target-bytes chooses a recipe; leave out --recipe")
     check_output(output, force)
-    recipe, reason = auto_recipe() if recipe is None else (recipe, "")
-    options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check, max_file_size)
     pair = open_pair(target, drafter, "dense") if head == "kmeans" else open_pair(target, drafter, head, top_k_clusters)
     # What can be refused is refused before minutes of clustering or calibration.
     load_backend(backend)
+    recipe, reason = auto_recipe(pair) if recipe is None else (recipe, "")
+    options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check, max_file_size)
     plan_export(pair, output, options, head == "kmeans")
     texts = None if calibration is None else token_texts(pair, calibration)
     if head == "kmeans":

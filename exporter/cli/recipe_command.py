@@ -82,12 +82,13 @@ def refuse_too_few(pair: "Pair", backend_name: str, target_bytes: int | None) ->
     """Check before minutes of measuring that some choice is as small; None is no limit.
 
     Raises:
-        InputError: none is.
+        InputError: none is, or the target's bits cannot be chosen.
     """
-    from exporter.calibration.bit_costs import smallest_bytes
+    from exporter.calibration.bit_costs import check_measurable, smallest_bytes
     from exporter.graphs.backend import load_backend
     from exporter.graphs.bundle_bytes import bytes_beside_matrices
 
+    check_measurable(pair)
     backend = load_backend(backend_name)
     smallest = bytes_beside_matrices(pair, backend, RECIPES["int4"]) + smallest_bytes(pair, backend)
     if target_bytes is not None and target_bytes < smallest:

@@ -28,12 +28,12 @@ class ExportedGraphs:
 
     Attributes:
         backend_metadata: further entries of the manifest's `backend`.
-        embedding_table: the manifest's entry `tables.embed_tokens`, as `exporter.graphs.tables.table_metadata` makes
-            it: where in the written files the token embedding lies.
+        head_table: an entry of the manifest's `tables`, as `exporter.graphs.tables.table_metadata` makes it: where in
+            the written files the rows of the target's head lie, which is the token embedding in most pairs.
     """
 
     backend_metadata: dict[str, Any]
-    embedding_table: dict[str, Any]
+    head_table: dict[str, Any]
 
 
 class Backend(Protocol):

@@ -5,6 +5,7 @@ import hashlib
 import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,18 @@ from exporter.graphs.executorch_ops import Constants
 from exporter.graphs.parts import GraphParts
 from exporter.graphs.spec import GraphSpec, drafter_graph, target_graph, trace_arguments, without_cache_outputs
 from exporter.graphs.split_files import too_large
-from exporter.graphs.tables import EMBEDDING, Part, table_metadata
+from exporter.graphs.tables import Part, table_metadata
 from exporter.modeling.layers import Ops
 from exporter.modeling.weights import load_module
 from exporter.quantization.numbers import Quantized, Scales, pack
 from exporter.quantization.widths import FLOAT, Width
+from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 from runtime_ref.tables import unpack
 
 PROGRAM = "model.pte"
+MIN_BITS = 4  # of a number: XNNPACK has kernels for fewer, but ExecuTorch does not serialize them
 
 
 def backend_metadata() -> dict[str, Any]:
@@ -75,7 +78,7 @@ def matrix_bytes(shape: tuple[int, ...], width: Width) -> int:
     if width == FLOAT:
         return 4 * rows * columns
     groups = columns // (width.group_size or columns)
-    return rows * (-(-columns * width.bits // 8) + groups * (4 if width.bits == 8 else 2))
+    return rows * (-(-columns * max(width.bits, MIN_BITS) // 8) + groups * (4 if width.bits == 8 else 2))
 
 
 def export_memory_bytes(parts: Mapping[str, GraphParts]) -> int:
@@ -129,22 +132,65 @@ def export_graphs(
             emit(edge).write_to_file(stream)
     metadata: dict[str, Any] = {"delegation": delegation}
     if pair.calibrated is not None:
-        target, scales = parts["target"], supported_scales()
-        stored = {name: _stored(target.whole(name, scales)) for name in pair.calibrated.matrices}
+        stored = {name: _stored(_weight(parts["target"], name)) for name in pair.calibrated.matrices}
         metadata["calibrated"] = {name: [_digest(a.tobytes()).hex() for a in arrays] for name, arrays in stored.items()}
-    return ExportedGraphs(metadata, _embedding(directory / PROGRAM, parts["target"]))
+    return ExportedGraphs(metadata, _head(directory / PROGRAM, parts["target"], pair.head))
 
 
 def _module(part: GraphParts, progress: Progress, ops: Ops) -> nn.Module:
     """Return a graph with its weights; quantized ones are torchao's tensors, which XNNPACK's partitioner recognizes."""
-    weights = {name: functools.partial(_weight, part, name, progress) for name in part.weights}
-    return part.graph(load_module(lambda: part.model(ops), weights), False)
+    factors: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        weight = _weight(part, name, progress)
+        if isinstance(weight, Tensor):
+            return weight
+        if weight.factors is not None:
+            factors[name.rpartition(".")[0]] = weight.factors
+        return _int_tensor(weight.integers)
+
+    module = load_module(lambda: part.model(ops), {name: functools.partial(read, name) for name in part.weights})
+    for owner, values in factors.items():
+        module.get_submodule(owner).register_parameter("factors", nn.Parameter(values, requires_grad=False))
+    return part.graph(module, False)
 
 
-def _weight(part: GraphParts, name: str, progress: Progress) -> Tensor:
+@dataclass(frozen=True)
+class _Integers:
+    """A quantized weight as XNNPACK can hold it.
+
+    Attributes:
+        integers: of 4 or 8 bits, with scales that it takes.
+        factors: [rows] float32, scales of rows that it does not take, which are applied after the product; the scales
+            above are then 1. None if it takes them.
+    """
+
+    integers: Quantized
+    factors: Tensor | None
+
+
+def _weight(part: GraphParts, name: str, progress: Progress = lambda *_: None) -> Tensor | _Integers:
+    """Read a weight as the program holds it; integers of 2 bits are widened, and no value changes.
+
+    Only a checkpoint's own integers can have scales that XNNPACK does not take.
+    """
     weight = part.whole(name, supported_scales(), progress)
     if isinstance(weight, Tensor):
         return weight
+    weight = replace(weight, bits=max(weight.bits, MIN_BITS))
+    scales = weight.scales
+    taken = scales > 0 if weight.bits == 8 else (scales > 0) & (scales == scales.bfloat16().float())
+    if taken.all():
+        return _Integers(weight, None)
+    if scales.shape[1] > 1:
+        raise InputError(
+            f"target.{name}: groups of the checkpoint have scales that are negative, zero or no bfloat16, which XNNPACK"
+            " does not take; export with --backend onnx"
+        )
+    return _Integers(replace(weight, scales=torch.ones_like(scales)), scales[:, 0].contiguous())
+
+
+def _int_tensor(weight: Quantized) -> Tensor:
     return IntxUnpackedToInt8Tensor(
         weight.numbers,
         weight.scales,
@@ -156,22 +202,23 @@ def _weight(part: GraphParts, name: str, progress: Progress) -> Tensor:
     )
 
 
-def _embedding(file: Path, part: GraphParts) -> dict[str, Any]:
-    """Return the manifest entry of the token embedding.
+def _head(file: Path, part: GraphParts, name: str) -> dict[str, Any]:
+    """Return the manifest entry of the rows of the target's head.
 
-    It is stored once, as the weight of the target's head: a program holds that row by row, so rows can be read from it.
+    A token embedding that it is, is stored once: a program holds the head's weight row by row, so rows can be read.
     """
-    weight = part.whole(EMBEDDING, supported_scales())
+    weight = _weight(part, name)
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as program:
         offsets = [_offset(program, array) for array in _stored(weight)]
-    rows, columns = part.shapes[EMBEDDING]
+    rows, columns = part.shapes[name]
     places: list[list[Part]] = [[{"file": file.name, "offset": offset, "rows": rows}] for offset in offsets]
     if isinstance(weight, Tensor):
         return table_metadata((rows, columns), "float32", places[0], 4 * columns)
-    scales = places[1], "float32" if weight.bits == 8 else "bfloat16"
-    encoding = "int8" if weight.bits == 8 else f"uint{weight.bits}"
-    row_bytes = -(-columns * weight.bits // 8)
-    return table_metadata((rows, columns), encoding, places[0], row_bytes, weight.group_size, scales)
+    bits, is_bfloat16 = weight.integers.bits, weight.integers.bits < 8 and weight.factors is None
+    scales = places[-1], "bfloat16" if is_bfloat16 else "float32"
+    encoding = "int8" if bits == 8 else f"uint{bits}"
+    row_bytes = -(-columns * bits // 8)
+    return table_metadata((rows, columns), encoding, places[0], row_bytes, weight.integers.group_size, scales)
 
 
 def _offset(program: mmap.mmap, array: np.ndarray) -> int:
@@ -189,14 +236,15 @@ def _offset(program: mmap.mmap, array: np.ndarray) -> int:
     raise AssertionError("the program does not hold the token embedding's bytes")
 
 
-def _stored(weight: Tensor | Quantized) -> list[np.ndarray]:
-    """Return a weight as XNNPACK's part of a program holds it: floats, or integers and their scales."""
+def _stored(weight: Tensor | _Integers) -> list[np.ndarray]:
+    """Return a weight as XNNPACK's part of a program holds it: floats, or integers, their scales and factors."""
     if isinstance(weight, Tensor):
         return [weight.contiguous().numpy()]
-    numbers = weight.numbers.numpy() if weight.bits == 8 else pack(weight.numbers, weight.bits)
-    if weight.bits == 8:
-        return [numbers, weight.scales.numpy()]
-    return [numbers, weight.scales.to(torch.bfloat16).view(torch.int16).numpy()]
+    integers, factors = weight.integers, [] if weight.factors is None else [weight.factors.numpy()]
+    if integers.bits == 8:
+        return [integers.numbers.numpy(), integers.scales.numpy(), *factors]
+    scales = integers.scales.to(torch.bfloat16).view(torch.int16).numpy()
+    return [pack(integers.numbers, integers.bits), scales, *factors]
 
 
 def trace_graph(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[Ops], nn.Module]) -> ExportedProgram:
@@ -243,10 +291,7 @@ def differing_weights(parts: Mapping[str, GraphParts], files: Mapping[str, Path]
         name: [
             weight
             for weight in part.weights
-            if any(
-                _digest(array.tobytes()) not in stored[files[name]]
-                for array in _stored(part.whole(weight, supported_scales()))
-            )
+            if any(_digest(array.tobytes()) not in stored[files[name]] for array in _stored(_weight(part, weight)))
         ]
         for name, part in parts.items()
     }
@@ -269,7 +314,8 @@ def stored_integers(
         width = part.widths[name].group_size
         groups = 1 if width is None else len(scales) // (2 * rows)
         values = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16)[: rows * groups].float().view(rows, groups)
-        found[name] = IntegerReader(functools.partial(_one_block, Quantized(integers, values, bits)))
+        blocks = functools.partial(_one_block, Quantized(integers, values, bits))
+        found[name] = IntegerReader(blocks, Width(bits, width and columns // groups))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from exporter.checkpoint.tensors import row_blocks
+from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.parts import GraphParts, sample_rows
 from exporter.quantization.numbers import fitting_width, lies_on_grid
 from exporter.quantization.widths import Width
@@ -14,12 +14,13 @@ def off_grid(part: GraphParts) -> dict[str, Width]:
     """Return the matrices of a graph that are stored in 4 bits and lie on no such grid, with the width of each.
 
     Args:
-        part: the graph's module and weights. Integers that are stored as they are lie on a grid.
+        part: the graph's module and weights. Integers of the checkpoint stay as they are.
     """
     found = {}
     for name, width in part.widths.items():
-        if width.bits == GRID_BITS and name in part.weights:
-            rows = sample_rows(next(row_blocks(part.weights[name])))
+        read = part.weights.get(name)
+        if width.bits == GRID_BITS and read is not None and not isinstance(read, IntegerReader):
+            rows = sample_rows(next(row_blocks(read)))
             fitting = fitting_width(width, rows)
             if not lies_on_grid(rows, fitting):
                 found[name] = fitting

@@ -22,7 +22,7 @@ from exporter.graphs.backend import ExportedGraphs
 from exporter.graphs.parts import GraphParts
 from exporter.graphs.spec import GraphSpec, drafter_graph, target_graph, trace_arguments
 from exporter.graphs.split_files import SplitFile, too_large
-from exporter.graphs.tables import EMBEDDING, Part, table_metadata
+from exporter.graphs.tables import Part, table_metadata
 from exporter.modeling.layers import Ops
 from exporter.quantization.numbers import Quantized, Scales, pack
 from exporter.quantization.widths import FLOAT, Width
@@ -96,7 +96,7 @@ def matrix_bytes(shape: tuple[int, ...], width: Width) -> int:
     rows, columns = shape
     if width == FLOAT:
         return 4 * rows * columns
-    size = _block_size(columns, width.group_size or columns)
+    size = _block_size(columns, width)
     parts = [rows * -(-columns // size) * block_bytes for block_bytes in (size * width.bits // 8, 4)]
     page = PAGE_BYTES if rows * columns >= MIN_PAGE_ALIGNED_VALUES else 1
     return sum(-(-part_bytes // page) * page for part_bytes in parts)
@@ -132,7 +132,7 @@ def export_graphs(
         name: export_graph(directory, pair, name, parts[name], limits, max_file_bytes, progress)
         for name in graph_specs(pair)
     }
-    return ExportedGraphs({}, _embedding(stored["target"], parts["target"]))
+    return ExportedGraphs({}, _head(stored["target"], parts["target"], pair.head))
 
 
 def export_graph(
@@ -171,13 +171,13 @@ def _module(part: GraphParts) -> nn.Module:
     return part.graph(part.model(OPS), True)
 
 
-def _embedding(stored: Mapping[str, ir.ExternalTensor], part: GraphParts) -> dict[str, Any]:
-    """Return the manifest entry of the token embedding, which is stored once, as the weight of the target's head."""
-    data, scales, (rows, columns) = stored[EMBEDDING], stored.get(EMBEDDING + SCALES_SUFFIX), part.shapes[EMBEDDING]
+def _head(stored: Mapping[str, ir.ExternalTensor], part: GraphParts, name: str) -> dict[str, Any]:
+    """Return the manifest entry of the rows of the target's head; a token embedding that it is, is stored once."""
+    data, scales, (rows, columns) = stored[name], stored.get(name + SCALES_SUFFIX), part.shapes[name]
     row_bytes = (data.length or 0) // rows
     if scales is None:
         return table_metadata((rows, columns), "float32", [_place(data, rows)], row_bytes)
-    bits, block_bytes = part.widths[EMBEDDING].bits, data.shape.numpy()[2]
+    bits, block_bytes = part.widths[name].bits, data.shape.numpy()[2]
     group_size = block_bytes * 8 // bits
     scales_at = [_place(scales, rows)], "float32"
     return table_metadata((rows, columns), f"uint{bits}", [_place(data, rows)], row_bytes, group_size, scales_at)
@@ -221,7 +221,9 @@ def stored_integers(
     found = {}
     for name in names:
         numbers, scales = stored[name].numpy(), stored[name + SCALES_SUFFIX].numpy()
-        found[name] = IntegerReader(partial(_integer_blocks, numbers, scales, part.shapes[name][1], part.widths[name]))
+        columns, width = part.shapes[name][1], part.widths[name]
+        blocks = partial(_integer_blocks, numbers, scales, columns, width)
+        found[name] = IntegerReader(blocks, Width(width.bits, width.group_size and columns // scales.shape[1]))
     return found
 
 
@@ -281,7 +283,7 @@ def _encoded(
             yield parameter, block.contiguous().numpy()
             continue
         rows, columns = block.numbers.shape
-        size = _block_size(columns, block.group_size)
+        size = _block_size(columns, Width(block.bits, block.group_size))
         padded = F.pad(block.numbers, (0, -columns % size))
         yield parameter, pack(padded, block.bits).reshape(rows, -1, size * block.bits // 8)
         # Where a whole row shares one scale, the scale is repeated for each of its blocks.
@@ -290,14 +292,15 @@ def _encoded(
         yield parameter + SCALES_SUFFIX, np.concatenate(scales)
 
 
-def _block_size(columns: int, group_size: int) -> int:
+def _block_size(columns: int, width: Width) -> int:
     """Return the number of integers in a block of MatMulNBits.
 
-    It is the group, or, if a row has one scale, the largest size up to 256 that divides the row, else 128.
+    It is the group, or, if a row has one scale, the largest size up to 256 that divides the row, else 128. Blocks of
+    256 have no kernel for integers of 2 bits.
     """
-    if group_size < columns:
-        return group_size
-    return next((size for size in (256, 128, 64, 32) if columns % size == 0), 128)
+    if (width.group_size or columns) < columns:
+        return width.group_size or columns
+    return next((size for size in (256, 128, 64, 32)[width.bits == 2 :] if columns % size == 0), 128)
 
 
 def _write_weights(

@@ -6,22 +6,25 @@ from math import prod
 
 from torch import Tensor, nn
 
+from exporter.checkpoint.names import EMBEDDING, PER_LAYER
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.spec import DrafterGraph, TargetGraph
+from exporter.graphs.tables import outside_tables
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops
-from exporter.modeling.target import Target
 from exporter.modeling.weights import Weights, parameter_shapes
 from exporter.quantization.numbers import Quantized, Scales, fitting_width, quantize, quantize_clusters
-from exporter.quantization.recipes import CLUSTERS, PER_LAYER_TABLE, Recipe, stored_widths
+from exporter.quantization.recipes import CLUSTERS, Recipe, stored_widths
 from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import Progress
 
 SAMPLE_ROWS = 64  # about so many rows of a matrix's first block decide its group size
 
-# Tables whose rows the runtime reads from files. The target's `embed_tokens` stays in its graph as the head's weight.
-TABLES_OUTSIDE_GRAPHS = ("embed_tokens_per_layer.weight", "target_embed_tokens.weight")
+
+def tables_outside_graphs(pair: Pair) -> set[str]:
+    """Return the parameters whose rows the runtime reads from files; in most targets the embedding is the head too."""
+    return {PER_LAYER, "target_embed_tokens.weight"} | ({EMBEDDING} - {pair.head})
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def quantized_blocks(
     """
     if isinstance(read, IntegerReader):
         for stored in read.quantized_blocks():
-            yield stored
+            yield stored.dequantize() if width is None else stored.held_as(read.kept_in(width))
             progress(4 * stored.numbers.numel())
         return
     fitting = None
@@ -130,40 +133,32 @@ def fitted_width(part: GraphParts, name: str) -> Width:
     """
     read, width = part.weights[name], part.widths[name]
     if isinstance(read, IntegerReader):
-        stored = next(read.quantized_blocks())
-        return Width(stored.bits, stored.group_size if stored.scales.shape[1] > 1 else width.group_size)
+        return read.kept_in(width)
     return fitting_width(width, sample_rows(next(row_blocks(read)))) if width.bits <= 4 else width
 
 
-def all_widths(parts: Mapping[str, "GraphParts"], recipe: Recipe) -> dict[str, Width]:
-    """Return how each matrix of a pair is stored that is not float32, by its name in recipes.
-
-    Args:
-        parts: what the graphs consist of.
-        recipe: the same that they were made with.
-    """
+def all_widths(pair: Pair, recipe: Recipe) -> dict[str, Width]:
+    """Return how each matrix of a pair is stored under a recipe that is not float32, by its name in recipes."""
+    parts = graph_parts(pair, recipe)
     widths = {
         f"{model}.{name}": fitted_width(part, name)
         for model, part in parts.items()
         for name in part.widths
         if name in part.weights
     }
-    tables = {PER_LAYER_TABLE: recipe.per_layer}
+    widths |= {f"target.{table.name}": table.width for table in outside_tables(pair, recipe).values()}
     if "head.clusters" in parts["drafter"].weights:
-        tables[CLUSTERS] = recipe.head
-    return widths | {name: width for name, width in tables.items() if width != FLOAT}
+        widths[CLUSTERS] = recipe.head
+    return {name: width for name, width in widths.items() if width != FLOAT}
 
 
 def graph_parts(pair: Pair, recipe: Recipe) -> dict[str, GraphParts]:
     """Return what the graphs `target` and `drafter` of a pair consist of, by graph name."""
 
-    def target(ops: Ops) -> nn.Module:
-        return Target(pair.target, ops, bool(pair.tokens.suppressed))
-
     def drafter(ops: Ops) -> nn.Module:
         return Drafter(pair.drafter, pair.two_stage, ops, recipe.head.bits)
 
-    drafter_weights = dict(pair.drafter_weights)
+    drafter_weights, outside = dict(pair.drafter_weights), tables_outside_graphs(pair)
     if pair.two_stage is not None and recipe.head != FLOAT:
         drafter_weights |= _quantized_clusters(pair.drafter_weights["head.clusters"], pair, recipe.head.bits)
 
@@ -174,11 +169,11 @@ def graph_parts(pair: Pair, recipe: Recipe) -> dict[str, GraphParts]:
         model_name: str,
     ) -> GraphParts:
         shapes = parameter_shapes(lambda: model(Ops()))
-        stored = {name: read for name, read in weights.items() if name not in TABLES_OUTSIDE_GRAPHS}
+        stored = {name: read for name, read in weights.items() if name not in outside}
         return GraphParts(model, graph, stored, stored_widths(recipe, model_name, shapes), shapes)
 
     return {
-        "target": parts(target, TargetGraph, pair.target_weights, "target"),
+        "target": parts(pair.new_target, TargetGraph, pair.target_weights, "target"),
         "drafter": parts(drafter, lambda m, _: DrafterGraph(m, pair.shared_kv), drafter_weights, "drafter"),
     }
 

@@ -7,18 +7,18 @@ from torch import Tensor
 
 from exporter.checkpoint.names import drafter_weights
 from exporter.checkpoint.pair import Pair
+from exporter.checkpoint.stored_target import Weight, load_stored, open_target, stored_ops
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.graphs.spec import PREFILL_CHUNK_TOKENS
 from exporter.modeling.config import DrafterConfig
 from exporter.modeling.drafter import Drafter, kv_by_type
-from exporter.modeling.target import Target, empty_kv
+from exporter.modeling.target import empty_kv
 from exporter.modeling.weights import load_module
 from exporter.parity.drafting import FIRST_ROW, draft_rounds
-from exporter.parity.reference import reference_ops
 from runtime_ref.graph_engine import chunks
 
 NUM_STATES = 8192  # without a target
-STORED_WEIGHT_OPS = reference_ops(torch.float32)  # weights stay in the dtype of their file until they are used
+TARGET_ROWS = "target_embed_tokens.weight"  # of the drafter
 
 
 def prompt_passes(prompts: Sequence[Sequence[int]]) -> int:
@@ -41,10 +41,11 @@ def drafting_states(pair: Pair, prompts: Sequence[Sequence[int]], progress: Call
     Returns:
         [tokens * DRAFT_STEPS, E] float32, in the order of the tokens, then of the steps of a round.
     """
-    suppresses = bool(pair.tokens.suppressed)
-    target = load_module(lambda: Target(pair.target, STORED_WEIGHT_OPS, suppresses), pair.mapped_target_weights)
-    readers = {**pair.drafter_weights, "target_embed_tokens.weight": lambda: target.embed_tokens.weight}
-    drafter = load_module(lambda: Drafter(pair.drafter, None, STORED_WEIGHT_OPS), readers)
+    # Weights stay in the dtype of their file until they are used.
+    target = open_target(pair, ops := stored_ops())
+    weights: dict[str, Weight] = {name: read() for name, read in pair.drafter_weights.items() if name != TARGET_ROWS}
+    weights[TARGET_ROWS] = target.embed_tokens.weight
+    drafter = load_stored(lambda: Drafter(pair.drafter, None, ops), weights)
     states = []
     for prompt in prompts:
         kv = empty_kv(pair.target, len(prompt))

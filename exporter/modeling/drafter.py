@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clustering.cluster_table import TwoStageSizes
 from exporter.modeling.config import DrafterConfig
-from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
+from exporter.modeling.layers import DecoderLayer, Linear, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
 from exporter.modeling.two_stage import DenseHead, TwoStageHead
 
 # K and V, each [N, S, D] float32, by layer type.
@@ -47,10 +47,10 @@ class Drafter(nn.Module):
         text, backbone = config.text, config.backbone_hidden_size
         self.config, self.ops = config, ops
         self.target_embed_tokens = ScaledEmbedding(text.vocab_size, backbone, backbone**0.5, ops)
-        self.pre_projection = nn.Linear(2 * backbone, text.hidden_size, bias=False)
+        self.pre_projection = Linear(2 * backbone, text.hidden_size, ops)
         self.layers = nn.ModuleList(DecoderLayer(text, i, False, ops) for i in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, ops)
-        self.post_projection = nn.Linear(text.hidden_size, backbone, bias=False)
+        self.post_projection = Linear(text.hidden_size, backbone, ops)
         self.head: DenseHead | TwoStageHead
         if two_stage is None:
             self.head = DenseHead(text.vocab_size, text.hidden_size, ops)
@@ -99,7 +99,7 @@ class Drafter(nn.Module):
         """
         text = self.config.text
         x = torch.cat((embedded, states), dim=-1)
-        x = self.ops.linear(x, self.pre_projection.weight)
+        x = self.pre_projection(x)
         rotary = {layer_type: rotary_tables(text.attention(layer_type), positions) for layer_type in kv}
         masks = {
             layer_type: self._mask(layer_type, positions, window_start, key.shape[1])
@@ -108,7 +108,7 @@ class Drafter(nn.Module):
         for layer, layer_type in zip(cast(list[DecoderLayer], self.layers), text.layer_types, strict=True):
             x = layer(x, layer.input_layernorm(x), rotary[layer_type], masks[layer_type], *kv[layer_type])
         hidden = self.norm(x)
-        return hidden, self.ops.linear(hidden, self.post_projection.weight)
+        return hidden, self.post_projection(hidden)
 
     def _mask(self, layer_type: str, positions: Tensor, window_start: Tensor, rows: int) -> Tensor:
         """Mask that shows the rows before `last`; its own K/V and those of rejected drafts are never visible.

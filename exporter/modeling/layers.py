@@ -89,13 +89,48 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
-class ScaledEmbedding(nn.Module):
-    """An embedding table whose rows are multiplied by a constant; Gemma uses the square root of the row size."""
+class Matrix(nn.Module):
+    """A matrix that tokens are multiplied with.
+
+    Attributes:
+        weight: [rows, columns].
+        factors: [rows], of its products; None unless a backend stores the weight without a part of its scales.
+    """
+
+    factors: Tensor | None
+
+    def __init__(self, rows: int, columns: int, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+        self.register_parameter("factors", None)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Map x [T, columns] to [T, rows]."""
+        products = self.ops.linear(x, self.weight)
+        return products if self.factors is None else products * self.factors
+
+
+class Linear(Matrix):
+    """A linear layer without bias."""
+
+    def __init__(self, inputs: int, outputs: int, ops: Ops) -> None:
+        super().__init__(outputs, inputs, ops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [T, inputs] to [T, outputs]."""
+        return self.multiply(x)
+
+
+class ScaledEmbedding(Matrix):
+    """An embedding table whose rows are multiplied by a constant; Gemma uses the square root of the row size.
+
+    Where it is the head as well, `multiply` gives logits.
+    """
 
     def __init__(self, rows: int, size: int, scale: float, ops: Ops) -> None:
-        super().__init__()
-        self.scale, self.ops = scale, ops
-        self.weight = nn.Parameter(torch.empty(rows, size))
+        super().__init__(rows, size, ops)
+        self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the scaled embedding rows [T, size] of token ids [T] int64."""
@@ -174,12 +209,12 @@ class Attention(nn.Module):
         sizes = config.attention(config.layer_types[layer])
         self.heads, self.kv_heads, self.dim = config.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
         self.ops = ops
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.dim, bias=False)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.dim, ops)
         self.q_norm = RMSNorm(self.dim, config.rms_norm_eps, ops)
-        self.o_proj = nn.Linear(self.heads * self.dim, config.hidden_size, bias=False)
+        self.o_proj = Linear(self.heads * self.dim, config.hidden_size, ops)
         if stores_kv:
-            self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.dim, bias=False)
-            self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.dim, bias=False)
+            self.k_proj = Linear(config.hidden_size, self.kv_heads * self.dim, ops)
+            self.v_proj = Linear(config.hidden_size, self.kv_heads * self.dim, ops)
             self.k_norm = RMSNorm(self.dim, config.rms_norm_eps, ops)
             self.v_norm = RMSNorm(self.dim, config.rms_norm_eps, ops, with_scale=False)
 
@@ -193,8 +228,8 @@ class Attention(nn.Module):
         Returns:
             K and V, each [N, T, D].
         """
-        key = self.ops.linear(x, self.k_proj.weight).reshape(-1, self.kv_heads, self.dim)
-        value = self.ops.linear(x, self.v_proj.weight).reshape(-1, self.kv_heads, self.dim)
+        key = self.k_proj(x).reshape(-1, self.kv_heads, self.dim)
+        value = self.v_proj(x).reshape(-1, self.kv_heads, self.dim)
         return self.rotate(self.k_norm(key), rotary).transpose(0, 1), self.v_norm(value).transpose(0, 1)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -210,9 +245,9 @@ class Attention(nn.Module):
         Returns:
             [T, E].
         """
-        query = self.ops.linear(x, self.q_proj.weight).reshape(-1, self.heads, self.dim)
+        query = self.q_proj(x).reshape(-1, self.heads, self.dim)
         query = self.rotate(self.q_norm(query), rotary)
-        return self.ops.linear(attend(query, key, value, mask), self.o_proj.weight)
+        return self.o_proj(attend(query, key, value, mask))
 
     def rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Rotate x [T, heads, D] by cosines and sines, each [T, 1, D]; the shape stays."""
@@ -226,14 +261,14 @@ class MLP(nn.Module):
     def __init__(self, hidden: int, inner: int, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = Linear(hidden, inner, ops)
+        self.up_proj = Linear(hidden, inner, ops)
+        self.down_proj = Linear(inner, hidden, ops)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [T, E] to [T, E]."""
-        gate = self.ops.gelu(self.ops.linear(x, self.gate_proj.weight))
-        return self.ops.linear(gate * self.ops.linear(x, self.up_proj.weight), self.down_proj.weight)
+        gate = self.ops.gelu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
@@ -251,8 +286,8 @@ class DecoderLayer(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(hidden, eps, ops)
         self.layer_scalar = nn.Parameter(torch.ones(1))
         if ple:
-            self.per_layer_input_gate = nn.Linear(hidden, ple, bias=False)
-            self.per_layer_projection = nn.Linear(ple, hidden, bias=False)
+            self.per_layer_input_gate = Linear(hidden, ple, ops)
+            self.per_layer_projection = Linear(ple, hidden, ops)
             self.post_per_layer_input_norm = RMSNorm(hidden, eps, ops)
 
     def forward(
@@ -283,7 +318,7 @@ class DecoderLayer(nn.Module):
         x = x + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         if per_layer_input is not None:
-            gate = self.ops.gelu(self.ops.linear(x, self.per_layer_input_gate.weight))
-            projected = self.ops.linear(gate * per_layer_input, self.per_layer_projection.weight)
+            gate = self.ops.gelu(self.per_layer_input_gate(x))
+            projected = self.per_layer_projection(gate * per_layer_input)
             x = x + self.post_per_layer_input_norm(projected)
         return x * self.layer_scalar

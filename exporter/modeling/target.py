@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from exporter.modeling.config import TextConfig
-from exporter.modeling.layers import DecoderLayer, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
+from exporter.modeling.layers import DecoderLayer, Linear, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
+
+OWN_HEAD = "lm_head.weight"  # the parameter of a head that is not the embedding
 
 # The lowest float stands for minus infinity, with which some kernels compute NaN.
 SUPPRESSED_LOGIT = torch.finfo(torch.float32).min
@@ -55,7 +57,7 @@ class Target(nn.Module):
     Parameter names are the checkpoint's without their prefix. Follows transformers 5.24.0, `Gemma4ForCausalLM`.
     """
 
-    def __init__(self, config: TextConfig, ops: Ops = Ops(), suppresses: bool = False) -> None:
+    def __init__(self, config: TextConfig, ops: Ops = Ops(), suppresses: bool = False, own_head: bool = False) -> None:
         """Make the module.
 
         Args:
@@ -63,16 +65,18 @@ class Target(nn.Module):
             ops: operations that a backend spells in its own way.
             suppresses: whether there is a parameter `suppressed` [V] float32, which is added to logits:
                 `SUPPRESSED_LOGIT` for tokens that are never generated, else 0.
+            own_head: whether logits are computed with a matrix of its own, not with the embedding.
         """
         super().__init__()
         self.config, self.ops = config, ops
         hidden, ple, layers = config.hidden_size, config.hidden_size_per_layer_input, config.num_hidden_layers
         self.embed_tokens = ScaledEmbedding(config.vocab_size, hidden, hidden**0.5, ops)
         self.embed_tokens_per_layer = ScaledEmbedding(config.vocab_size_per_layer_input, layers * ple, ple**0.5, ops)
-        self.per_layer_model_projection = nn.Linear(hidden, layers * ple, bias=False)
+        self.per_layer_model_projection = Linear(hidden, layers * ple, ops)
         self.per_layer_projection_norm = RMSNorm(ple, config.rms_norm_eps, ops)
         self.layers = nn.ModuleList(DecoderLayer(config, i, i < config.num_kv_layers, ops) for i in range(layers))
         self.norm = RMSNorm(hidden, config.rms_norm_eps, ops)
+        self.lm_head = Linear(hidden, config.vocab_size, ops) if own_head else None
         self.suppressed = nn.Parameter(torch.empty(config.vocab_size)) if suppresses else None
 
     def forward(self, tokens: Tensor, position: Tensor, output_rows: Tensor, kv: list[Tensor]) -> TargetOutput:
@@ -118,7 +122,7 @@ class Target(nn.Module):
         if config.num_kv_layers == config.num_hidden_layers:
             x = x.index_select(0, output_rows)
         state = self.norm(x)
-        logits = self.ops.linear(state, self.embed_tokens.weight)
+        logits = (self.lm_head or self.embed_tokens).multiply(state)
         if (cap := config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         if self.suppressed is not None:
@@ -155,7 +159,7 @@ class Target(nn.Module):
         """
         config = self.config
         shape = (-1, config.num_hidden_layers, config.hidden_size_per_layer_input)
-        context = self.ops.linear(embedded, self.per_layer_model_projection.weight) * config.hidden_size**-0.5
+        context = self.per_layer_model_projection(embedded) * config.hidden_size**-0.5
         context = self.per_layer_projection_norm(context.reshape(shape))
         return (context + per_layer.reshape(shape)) * 2.0**-0.5
 

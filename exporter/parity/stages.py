@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from exporter.bundle.export import by_width, describe
+from exporter.checkpoint.names import PER_LAYER
 from exporter.checkpoint.pair import Pair
 from exporter.files import directory_bytes
 from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import all_widths, graph_parts
 from exporter.graphs.spec import DrafterGraph, size_limits
-from exporter.graphs.tables import PER_LAYER_FILE, differing_rows
+from exporter.graphs.tables import differing_rows, outside_tables
 from exporter.modeling.drafter import kv_by_type
 from exporter.modeling.target import empty_kv, is_suppressed
 from exporter.parity.checks import Check
@@ -36,7 +37,7 @@ from runtime_ref.requirements import required_features
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
-COMPARABLE_FEATURES = {"split-tables", "channels"}  # others change what graphs take
+COMPARABLE_FEATURES = {"split-tables", "channels", "untied-head"}  # others change what graphs take
 LOGITS = "logits at top ids"  # the output whose tolerance also bounds ties between tokens
 
 Note = Callable[[str], None]
@@ -216,7 +217,7 @@ def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
     expected |= load_backend(manifest.backend).row_multiples()
     if "widths" in manifest.raw:
         recipe = recipe_of(manifest)
-        expected["widths"] = by_width(all_widths(graph_parts(pair, recipe), recipe))
+        expected["widths"] = by_width(all_widths(pair, recipe))
     expected["requires"] = required_features({**manifest.raw, **expected})
     differing = [key for key, value in expected.items() if manifest.raw.get(key) != value]
     if manifest.max_seq_len > pair.target.max_position_embeddings:
@@ -231,8 +232,9 @@ def _check_weights(bundle: Path, manifest: Manifest, pair: Pair) -> Iterator[Che
     parts, files = graph_parts(pair, recipe), {name: bundle / graph.file for name, graph in manifest.graphs.items()}
     differing_by_graph = load_backend(manifest.backend).differing_weights(parts, files)
     counts = {name: len(part.weights) for name, part in parts.items()}
-    differing_by_graph["per-layer"] = differing_rows(bundle / PER_LAYER_FILE, pair, recipe.per_layer)
-    counts["per-layer"] = 1
+    for table in outside_tables(pair, recipe).values():
+        title = "per-layer" if table.name == PER_LAYER else "embedding"
+        differing_by_graph[title], counts[title] = differing_rows(bundle / table.file, table), 1
     for graph, differing in differing_by_graph.items():
         listed = f"{len(differing)} differ: {', '.join(differing[:3])}"
         detail = listed if differing else f"{counts[graph]} tensor{'s' * (counts[graph] > 1)} equal"

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from exporter.quantization.widths import BITS_OF_TABLE, FLOAT, QAT_GROUP_SIZE, WIDTHS, Width
+from exporter.quantization.widths import BITS_OF_TABLE, FLOAT, QAT_GROUP_SIZE, WIDTHS, WIDTHS_OF_CLUSTERS, Width
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, Manifest
 
@@ -120,11 +120,6 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-def auto_recipe() -> tuple[Recipe, str]:
-    """Return the recipe that `auto` stands for, and the reason, for people. It is `int4` for every pair."""
-    return RECIPES["int4"], "its 4-bit weights fit a phone; --recipe fp32 rounds nothing, at nine times the size"
-
-
 def recipe_of(manifest: Manifest) -> Recipe:
     """Return the recipe by which a bundle's matrices were stored: a rule for each, as its manifest lists them.
 
@@ -182,7 +177,7 @@ def check_recipe(recipe: Recipe, names: Iterable[str]) -> None:
 def _allowed(name: str) -> tuple[Width, ...]:
     """How a matrix can be stored, by its name."""
     if name == CLUSTERS:
-        return tuple(width for width in WIDTHS if width.group_size is None)
+        return WIDTHS_OF_CLUSTERS
     return BITS_OF_TABLE if name == PER_LAYER_TABLE else WIDTHS
 
 

@@ -22,6 +22,24 @@ class Width:
 FLOAT = Width(32)
 QAT_GROUP_SIZE = 32  # of checkpoints that were trained for llama.cpp's Q4_0
 
-# What both runtimes multiply with, and what a table of rows can hold.
-WIDTHS = (Width(4), Width(4, 32), Width(4, 64), Width(4, 128), Width(8), FLOAT)
-BITS_OF_TABLE = (Width(2), Width(3), Width(4), Width(8), FLOAT)
+# What both runtimes multiply with, what clusters of a drafter's head have, and what a table of rows can hold.
+WIDTHS = (Width(2), Width(4), Width(4, 32), Width(4, 64), Width(4, 128), Width(8), FLOAT)
+WIDTHS_OF_CLUSTERS = (Width(4), Width(8), FLOAT)
+BITS_OF_TABLE = (Width(2), Width(3), Width(4), Width(4, 32), Width(8), FLOAT)
+
+
+def held(stored: Width, asked: Width) -> Width | None:
+    """Return the width in which integers are stored without a change where a recipe asks for another width.
+
+    Args:
+        stored: the integers' own.
+        asked: the recipe's.
+
+    Returns:
+        The recipe's, with smaller groups if the integers have them; None if it has too few bits for them.
+    """
+    if stored.bits > asked.bits:
+        return None
+    if asked == FLOAT or stored.group_size is None:
+        return asked
+    return Width(asked.bits, min(stored.group_size, asked.group_size or stored.group_size))

@@ -4,13 +4,11 @@ import torch
 from torch import Tensor
 
 from exporter.checkpoint.pair import Pair
-from exporter.modeling.layers import Ops, rms_norm
-from exporter.modeling.target import Target, empty_kv
-from exporter.modeling.weights import load_module
+from exporter.checkpoint.stored_target import open_target, stored_ops
+from exporter.modeling.target import empty_kv
 from runtime_ref.errors import InputError
 
 NUM_TEXTS, TEXT_TOKENS = 64, 64
-_BLOCK_ROWS = 1024  # of a matrix that are widened to float32 at a time; they stay in the processor's cache
 
 
 @torch.no_grad()
@@ -41,13 +39,7 @@ def write_texts(
             " or pass texts as JSON with --calibration (`export`) or --text (`cluster`)"
         )
     generator = torch.Generator().manual_seed(seed)
-    ops = Ops(
-        linear=lambda x, weight: torch.cat([x @ rows.float().T for rows in weight.split(_BLOCK_ROWS)], -1),
-        embedding=lambda ids, table: table[ids].float(),
-        rms_norm=lambda x, weight, eps: rms_norm(x, None if weight is None else weight.float(), eps),
-    )
-    suppresses, length = bool(pair.tokens.suppressed), min(text_tokens, pair.target.max_position_embeddings)
-    target = load_module(lambda: Target(pair.target, ops, suppresses), pair.mapped_target_weights)
+    length, target = min(text_tokens, pair.target.max_position_embeddings), open_target(pair, stored_ops())
 
     def step(token: Tensor, position: Tensor, kv: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         out = target(token, position, torch.zeros(1, dtype=torch.int64), kv)

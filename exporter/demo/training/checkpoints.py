@@ -17,7 +17,7 @@ from exporter.demo.held_out import measure_acceptance
 from exporter.demo.training.learning import dense_head, initialise, train_centroids
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops
-from exporter.modeling.target import Target
+from exporter.modeling.target import OWN_HEAD, Target
 
 
 def round_to_bfloat16(model: nn.Module) -> None:
@@ -34,8 +34,8 @@ def load_target(directory: Path, ops: Ops) -> Target:
         ops: operations that the target will run with, such as linear layers in bfloat16.
     """
     config = read_target_config(directory)
-    target = Target(config, ops)
     readers = target_weights(Checkpoint(directory), config)
+    target = Target(config, ops, own_head=OWN_HEAD in readers)
     target.load_state_dict({name: read() for name, read in readers.items()})
     return target
 

@@ -10,7 +10,7 @@ import pytest
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import open_pair
 from exporter.graphs.split_files import split_path
-from exporter.graphs.tables import differing_rows, write_per_layer
+from exporter.graphs.tables import differing_rows, outside_tables, write_table
 from exporter.parity.stages import run_parity
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.decoder import Options, generate
@@ -48,8 +48,8 @@ def test_rows_of_a_split_table(
     recipe: str, bundle: Callable[..., Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
 ) -> None:
     """And a change in any of its files is seen."""
-    pair, width = open_pair(*pair_dirs("e2b")), RECIPES[recipe].per_layer
-    entry = write_per_layer(tmp_path, pair, width, 3000, lambda *_: None)
+    table = outside_tables(open_pair(*pair_dirs("e2b")), RECIPES[recipe])[PER_LAYER]
+    entry = write_table(tmp_path, table, 3000, lambda *_: None)
     files = {part["file"] for name in entry.keys() & {"data", "scales"} for part in entry[name]["parts"]}
     assert len(files) > 3
     assert files == {file.name for file in tmp_path.iterdir()}
@@ -58,13 +58,13 @@ def test_rows_of_a_split_table(
     np.testing.assert_array_equal(Table(tmp_path, entry)[range(256)], whole[range(256)])
 
     first, last = tmp_path / "per_layer.table", tmp_path / f"per_layer.{len(files) - 1}.table"
-    assert differing_rows(first, pair, width) == []
+    assert differing_rows(first, table) == []
     content = last.read_bytes()
     for changed in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1], content + b"\0"):
         last.write_bytes(changed)
-        assert len(differing_rows(first, pair, width)) == 1
+        assert len(differing_rows(first, table)) == 1
     last.unlink()
-    assert len(differing_rows(first, pair, width)) == 1
+    assert len(differing_rows(first, table)) == 1
 
 
 @pytest.mark.parametrize("backend", ["onnx", pytest.param("executorch", id="for executorch")])

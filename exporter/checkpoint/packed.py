@@ -1,0 +1,204 @@
+"""Read matrices that a checkpoint stores as packed integers, with their scales, as they are.
+
+Two forms are read: Google's mobile checkpoints, as transformers 5.24.0 does (`integrations/gemma_quant.py`), and
+`pack-quantized` of compressed-tensors 0.20. How many bits a number has follows from the sizes of the tensors.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporter.checkpoint.other_forms import quantization
+from exporter.checkpoint.tensors import BLOCK_BYTES, FLOAT_DTYPES, Checkpoint, IntegerReader
+from exporter.quantization.numbers import Quantized, unpack
+from exporter.quantization.widths import Width
+from runtime_ref.errors import InputError
+
+
+@dataclass(frozen=True)
+class PackedForm:
+    """How a quantizing tool names what it stores in the place of `X.weight`.
+
+    Attributes:
+        ends: ends of the names of the packed numbers, and of their scales, after `X`.
+        dtypes: of packed numbers, by their names in safetensors.
+        companions: ends of the names of what else belongs to such a matrix.
+        unused: of those, what changes nothing that a bundle computes.
+    """
+
+    ends: Mapping[str, str]
+    dtypes: tuple[str, ...]
+    companions: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+FORMS: Mapping[str, PackedForm] = {
+    "gemma": PackedForm(
+        {".weight": ".weight_scale", ".embedding_quantized": ".embedding_scale"},
+        ("U8", "I8"),
+        (".input_activation_scale", ".output_activation_scale", ".k_cache_scale", ".v_cache_scale"),
+        (".k_cache_scale", ".v_cache_scale"),
+    ),
+    "compressed-tensors": PackedForm(
+        {".weight_packed": ".weight_scale"}, ("I32",), (".weight_shape",), (".weight_shape",)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a checkpoint stores in the place of one matrix.
+
+    Attributes:
+        numbers: name of the tensor of packed integers: a row of bytes or of int32, the first number in the lowest bits,
+            each number with half of its range added; int8 as they are.
+        scales: name of the tensor of scales [rows, groups].
+    """
+
+    numbers: str
+    scales: str
+
+
+def find_packed(checkpoint: Checkpoint) -> tuple[dict[str, Packed], set[str]]:
+    """Return the packed matrices of a checkpoint, and the names of all tensors that belong to them.
+
+    Args:
+        checkpoint: its tensors; config.json beside them says how they are packed.
+
+    Returns:
+        The matrices by the name that each would have unpacked, such as `model.layers.0.mlp.up_proj.weight`.
+
+    Raises:
+        InputError: a packed matrix has no scales, or there is none.
+    """
+    found = quantization(checkpoint.directory)
+    form = FORMS.get(found[0]) if found else None
+    if form is None:
+        return {}, set()
+    packed, names = {}, {name for name in checkpoint.entries if name.endswith(form.companions)}
+    for name, entry in checkpoint.entries.items():
+        for end, scales_end in form.ends.items():
+            if not name.endswith(end) or entry.dtype not in form.dtypes:
+                continue
+            stem = name.removesuffix(end)
+            if stem + scales_end not in checkpoint.entries:
+                raise InputError(
+                    f"{entry.file}: tensor {name} is packed, but {stem + scales_end} is missing; restore the checkpoint"
+                )
+            packed[f"{stem}.weight"] = Packed(name, stem + scales_end)
+            names |= {name, stem + scales_end}
+    if not packed:
+        raise InputError(
+            f"{checkpoint.directory}: config.json says that the checkpoint is quantized, by {found and found[0]}, but"
+            " no tensor is packed; remove quantization_config, or restore the checkpoint"
+        )
+    return packed, names
+
+
+def packed_reader(checkpoint: Checkpoint, packed: Packed, shape: tuple[int, ...], min_groups: int = 1) -> IntegerReader:
+    """Return a reader of a packed matrix.
+
+    Args:
+        checkpoint: its tensors.
+        packed: the tensors of the matrix.
+        shape: [rows, columns] of the matrix, by config.json.
+        min_groups: scales of a row that the reader gives at least; fewer are repeated.
+
+    Raises:
+        InputError: the tensors do not fit the shape.
+    """
+    numbers, scales = checkpoint.entries[packed.numbers], checkpoint.entries[packed.scales]
+    rows, columns = shape
+    by_size: dict[tuple[int, ...], int] = {
+        (rows, _stored_columns(numbers.dtype, columns, bits)): bits for bits in (2, 4, 8)
+    }
+    if (bits := by_size.get(numbers.shape)) is None:
+        expected = " or ".join(f"{list(size)}, packed in {bits} bits" for size, bits in by_size.items())
+        raise InputError(
+            f"{numbers.file}: tensor {packed.numbers} has shape {list(numbers.shape)}, expected {expected}; pass"
+            " weights and a config.json of the same model"
+        )
+    groups = scales.shape[1] if len(scales.shape) == 2 and scales.shape[0] == rows else 0
+    if not groups or columns % groups or (min_groups % groups and groups % min_groups):
+        raise InputError(
+            f"{scales.file}: tensor {packed.scales} has shape {list(scales.shape)}, expected {rows} rows of scales for"
+            f" {columns} numbers; restore the checkpoint"
+        )
+    if scales.dtype not in FLOAT_DTYPES:
+        raise InputError(f"{scales.file}: tensor {packed.scales} is {scales.dtype}, expected floats")
+
+    def quantized(stored: Tensor, scale: Tensor) -> Quantized:
+        scale = scale.repeat_interleave(max(1, min_groups // groups), 1)
+        if stored.dtype == torch.int8:
+            return Quantized(stored, scale, 8)
+        return Quantized(unpack(stored.contiguous().view(torch.uint8), bits, columns), scale, bits)
+
+    def blocks() -> Iterator[Quantized]:
+        step = max(1, BLOCK_BYTES // (4 * columns))
+        for stored, scale in zip(
+            checkpoint.blocks(packed.numbers, step), checkpoint.blocks(packed.scales, step), strict=True
+        ):
+            yield quantized(stored, scale)
+
+    def some(ids: Tensor) -> Tensor:
+        stored, scale = (checkpoint.map(name)[ids] for name in (packed.numbers, packed.scales))
+        return quantized(stored, scale.float()).dequantize()
+
+    return IntegerReader(blocks, Width(bits, None if groups <= min_groups else columns // groups), some)
+
+
+def _stored_columns(dtype: str, columns: int, bits: int) -> int:
+    """Numbers that a row of packed integers has, of its own type."""
+    return {"I8": columns if bits == 8 else 0, "U8": -(-columns * bits // 8), "I32": -(-columns * bits // 32)}.get(
+        dtype, 0
+    )
+
+
+def activation_scales(checkpoint: Checkpoint) -> dict[str, float]:
+    """Return the scales by which a mobile checkpoint rounds inputs and outputs of its matrices, but those of 0.
+
+    Args:
+        checkpoint: its tensors.
+
+    Returns:
+        The scales, by the tensors' names.
+    """
+    ends = tuple(end for end in FORMS["gemma"].companions if end not in FORMS["gemma"].unused)
+    scales = {name: float(checkpoint.load(name)) for name in checkpoint.entries if name.endswith(ends)}
+    return {name: scale for name, scale in scales.items() if scale}
+
+
+def check_settings(directory: Path) -> None:
+    """Check that the packed numbers of a checkpoint mean what this module takes them for.
+
+    Args:
+        directory: the checkpoint's directory.
+
+    Raises:
+        InputError: its config.json names another format, or numbers with zero points.
+    """
+    found, path = quantization(directory), directory / "config.json"
+    if found is None or found[0] != "compressed-tensors":
+        return
+    settings = found[1]
+    groups = settings.get("config_groups")
+    schemes = list(groups.values()) if isinstance(groups, dict) else []
+    fixed = {"type": ("int",), "symmetric": (True,), "actorder": (None, False, "static", "weight")}
+    for scheme in schemes:
+        weights = scheme.get("weights") if isinstance(scheme, dict) else None
+        if not isinstance(weights, dict):
+            continue
+        form = scheme.get("format") or settings.get("format")
+        wrong = [f"{key} {weights.get(key)!r}" for key, allowed in fixed.items() if weights.get(key) not in allowed]
+        if form != "pack-quantized":
+            wrong.append(f"format {form!r}")
+        if scheme.get("input_activations") is not None:
+            wrong.append("quantized input_activations")
+        if wrong:
+            raise InputError(
+                f"{path}: quantization_config has {wrong[0]}, expected pack-quantized symmetric integers of weights"
+                " alone, as in Google's `-qat-w4a16-ct`; pass its unquantized sister"
+            )

@@ -1,0 +1,135 @@
+"""A target in eager torch whose weights stay as they are stored, and are widened while they are used.
+
+Floats stay in their file's dtype and are mapped from it, integers stay integers. A target of any size then needs
+little more memory than its checkpoint or its recipe takes.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exporter.checkpoint.names import EMBEDDING, PER_LAYER
+from exporter.checkpoint.pair import Pair
+from exporter.checkpoint.tensors import IntegerReader
+from exporter.modeling.layers import Ops, rms_norm
+from exporter.modeling.target import OWN_HEAD, Target
+from exporter.modeling.weights import AnyModule, load_module
+from exporter.quantization.numbers import Quantized
+
+_BLOCK_ROWS = 1 << 10  # rows of a matrix that are widened at once; they stay in a core's cache
+
+
+@dataclass(frozen=True)
+class RowsOnRead:
+    """A table whose rows are converted to float32 when they are read.
+
+    Attributes:
+        read: reads the rows of ids [T] int64 as [T, columns] float32.
+    """
+
+    read: Callable[[Tensor], Tensor]
+
+
+Weight = Tensor | Quantized | RowsOnRead
+
+
+def stored_ops(dtype: torch.dtype = torch.float32, int8_activations: bool = False) -> Ops:
+    """Return operations that accept weights in their stored form.
+
+    Args:
+        dtype: float dtype that weights are widened to, and that the operations compute in.
+        int8_activations: round the inputs of quantized layers to 8 bits with one scale a row, as XNNPACK does; ONNX
+            Runtime has one scale a block. Without it the weights of the recipe are the only source of error.
+    """
+
+    def linear(x: Tensor, weight: Weight) -> Tensor:
+        assert not isinstance(weight, RowsOnRead)
+        if isinstance(weight, Tensor):
+            return torch.cat([F.linear(x, rows.to(dtype)) for rows in weight.split(_BLOCK_ROWS)], dim=-1)
+        x = _rounded_to_8_bits(x) if int8_activations else x
+        parts = zip(weight.numbers.split(_BLOCK_ROWS), weight.scales.split(_BLOCK_ROWS), strict=True)
+        return torch.cat([F.linear(x, Quantized(*p, weight.bits).dequantize().to(dtype)) for p in parts], dim=-1)
+
+    def embedding(ids: Tensor, weight: Weight) -> Tensor:
+        if isinstance(weight, RowsOnRead):
+            return weight.read(ids).to(dtype)
+        if isinstance(weight, Quantized):
+            return weight.rows(ids).to(dtype)
+        return weight[ids].to(dtype)
+
+    def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        return rms_norm(x, None if weight is None else weight.to(dtype), eps)
+
+    return Ops(linear=linear, embedding=embedding, rms_norm=norm)
+
+
+def _rounded_to_8_bits(x: Tensor) -> Tensor:
+    """Round activations [.., columns] to 8-bit integers and scale them back, with one scale a row; zero stays zero."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x / scale).round() * scale
+
+
+def stored_weights(pair: Pair, left_out: Collection[str] = ()) -> dict[str, Weight]:
+    """Return the weights of a target's checkpoint, with nothing folded or rounded, as its files store them.
+
+    Args:
+        pair: the target and its drafter.
+        left_out: names of weights that are not wanted.
+    """
+    tables = {PER_LAYER} | ({EMBEDDING} if OWN_HEAD in pair.checkpoint_weights else set())
+    weights: dict[str, Weight] = {}
+    for name, read in pair.mapped_target_weights.items():
+        if name in left_out:
+            continue
+        if not isinstance(read, IntegerReader):
+            weights[name] = read()
+        elif name in tables and read.rows is not None:
+            weights[name] = RowsOnRead(read.rows)
+        else:
+            weights[name] = Quantized.join(read.quantized_blocks())
+    return weights
+
+
+def rows_reader(pair: Pair, name: str) -> Callable[[Tensor], Tensor]:
+    """Return a function that reads rows of a table of the target's checkpoint: ids [T] int64 to [T, columns] float32.
+
+    Args:
+        pair: the target and its drafter.
+        name: `EMBEDDING` or `PER_LAYER`.
+    """
+    read = pair.mapped_target_weights[name]
+    if isinstance(read, IntegerReader):
+        assert read.rows is not None
+        return read.rows
+    table = read()
+    return lambda ids: table[ids].float()
+
+
+def open_target(pair: Pair, ops: Ops) -> Target:
+    """Return the target of a pair with `stored_weights`.
+
+    Args:
+        pair: the target and its drafter.
+        ops: what `stored_ops` returns, or other operations that accept such weights.
+    """
+    return load_stored(lambda: pair.new_target(ops), stored_weights(pair))
+
+
+def load_stored(build: Callable[[], AnyModule], weights: Mapping[str, Weight]) -> AnyModule:
+    """Do what `load_module` does, for weights that need not be tensors."""
+    module = load_module(build, {n: partial(_identity, w) for n, w in weights.items() if isinstance(w, Tensor)})
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            owner, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(owner), leaf)
+            setattr(module.get_submodule(owner), leaf, weight)
+    return module
+
+
+def _identity(weight: Tensor) -> Tensor:
+    return weight
