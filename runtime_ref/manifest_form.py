@@ -94,6 +94,7 @@ FORM_3: Form = {
     "source": {"target": _SOURCE, "drafter": _SOURCE},
     "files": {"*": {"size": size, "sha256": str}},
     "widths?": [{"bits": size, "group_size": (None, size), "matrices": [str]}],
+    "activations?": str,
     "calibration?": {"texts": str, "sha256": str, "tokens": size, "threads": size, "matrices": [str]},
     "chat?": {
         "begin": str,
@@ -106,7 +107,7 @@ FORM_3: Form = {
 }
 _TABLE_2 = {**_ROWS, "data": _PLACE, "scales?": {**_PLACE, "dtype": str}}
 FORM_2: Form = {
-    **{key: form for key, form in FORM_3.items() if key not in ("requires", "widths?", "calibration?")},
+    **{key: form for key, form in FORM_3.items() if key not in ("requires", "widths?", "activations?", "calibration?")},
     "backend": {"name": str, "executorch?": version},
     "tokens": {**_TOKENS, "thoughts?": (None, two_ids)},
     "kv": {"buffers": [_BUFFER]},

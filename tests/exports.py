@@ -23,6 +23,7 @@ MIXED = Recipe(
         Rule("target.*.down_proj.weight", Width(8)),
         Rule("target.*.mlp.*", Width(4, 32)),
         Rule("target.*.q_proj.weight", Width(4, 64)),
+        Rule("target.*.per_layer_input_gate.weight", Width(2)),
         Rule("drafter.*", Width(4)),
         Rule("*", Width(8)),
     ),

@@ -39,7 +39,7 @@ Change = Callable[[dict[str, Tensor]], None]
 def rounded(weight: Tensor, bits: int, groups: int = 1) -> tuple[Tensor, Tensor]:
     """Round [rows, columns] to integers [rows, columns] int8 with scales [rows, groups] float32."""
     parts = weight.view(len(weight), groups, -1)
-    scales = parts.abs().amax(2, keepdim=True).clamp(min=1e-8) / 2 ** (bits - 1)
+    scales = parts.abs().amax(2, keepdim=True).clamp(min=1e-8) / (2 ** (bits - 1) - 0.3)  # no bfloat16
     numbers = (parts / scales).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return numbers.view(weight.shape).to(torch.int8), scales.squeeze(2)
 
@@ -117,7 +117,9 @@ def to_compressed_tensors(source: Path, output: Path, change: Change = lambda _:
     """
     to_published(source, output)
     tensors = {name: t for file in output.glob("*.safetensors") for name, t in load_file(file).items()}
-    for name in [name for name in tensors if re.search(rf"{re.escape(PREFIX)}layers\..*proj.weight|gate.weight$", name)]:
+    for name in [
+        name for name in tensors if re.search(rf"{re.escape(PREFIX)}layers\..*proj.weight|gate.weight$", name)
+    ]:
         weight, stem = tensors.pop(name).float(), name.removesuffix(".weight")
         if weight.shape[1] % group_size:
             tensors[name] = weight.bfloat16()

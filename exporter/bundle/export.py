@@ -36,6 +36,8 @@ from runtime_ref.manifest import EMBEDDING, FORMAT_VERSION, HEAD, MANIFEST, SAMP
 from runtime_ref.requirements import FLOAT32, HEADS_FIRST, required_features
 from runtime_ref.tokenizer import TOKENIZER
 
+CHECKPOINT = "checkpoint"  # the manifest's `activations`
+
 # Clusters that no checkpoint has. With this file, a bundle can still be checked against its checkpoints.
 CLUSTERS = "clusters.safetensors"
 
@@ -125,6 +127,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             **backend.row_multiples(),
             "tables": {HEAD if EMBEDDING in outside else EMBEDDING: exported.head_table, **outside},
             **describe(pair, options.backend),
+            **({"activations": CHECKPOINT} if pair.rounds_activations else {}),
             **({"chat": asdict(chat)} if chat else {}),
             **({"calibration": asdict(pair.calibrated)} if pair.calibrated else {}),
             "source": {"target": _source(pair.target_checkpoint), "drafter": _source(pair.drafter_checkpoint)},
@@ -188,6 +191,11 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions, will_cluster: 
         names = names - {DENSE_HEAD} | {CLUSTERED_HEAD}
     check_recipe(recipe, sorted(names))
     refuse_rounding(pair, recipe)
+    if pair.rounds_activations and options.backend != "onnx":
+        raise InputError(
+            f"--activations {CHECKPOINT} needs --backend onnx: XNNPACK multiplies integers with inputs that it has"
+            " rounded itself; leave it out"
+        )
     stored_bytes = sum(part.stored_bytes for part in parts.values())
     stored_bytes += sum(table.num_bytes for table in outside_tables(pair, recipe).values())
     if options.calibration is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING, ClusterTable
 from exporter.checkpoint.config_json import is_tied
 from exporter.checkpoint.other_forms import refuse_other_tensors
-from exporter.checkpoint.packed import Packed, check_settings, find_packed, packed_reader
+from exporter.checkpoint.packed import Packed, activation_scales, check_settings, find_packed, packed_reader
 from exporter.checkpoint.tensors import FLOAT_DTYPES, Checkpoint, IntegerReader, TensorEntry, TensorReader
 from exporter.modeling.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
@@ -69,7 +69,7 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
     packed, of_packed = find_packed(checkpoint)
     names = packed.keys() | (checkpoint.entries.keys() - of_packed)
     refuse_other_tensors(checkpoint.directory, names)
-    prefix = next((p for p in TARGET_PREFIXES if p + EMBEDDING in names), TARGET_PREFIXES[0])
+    prefix = _prefix(names)
     shapes = parameter_shapes(lambda: Target(config))
     ignored = _shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
     ignored |= {name for name in names for pattern in IGNORED_TARGET if fnmatch.fnmatchcase(name, pattern)}
@@ -81,6 +81,26 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
     stored = _select(checkpoint, dict(zip(heads, heads, strict=True)), dict.fromkeys(heads, shapes[EMBEDDING]), packed)
     own = _own_head(checkpoint, stored, readers[EMBEDDING])
     return readers if own is None else {**readers, OWN_HEAD: own}
+
+
+def target_activation_scales(checkpoint: Checkpoint, weights: Weights) -> dict[str, Tensor]:
+    """Return what `exporter.checkpoint.packed.activation_scales` reads of a target's checkpoint.
+
+    Args:
+        checkpoint: the target's tensors.
+        weights: what `target_weights` returned.
+    """
+    packed, _ = find_packed(checkpoint)
+    prefix = _prefix(packed.keys() | checkpoint.entries.keys())
+    modules = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+    owners = {prefix + module: module for module in modules}
+    head = "lm_head" if OWN_HEAD in weights else "embed_tokens"
+    owners |= {name.removesuffix(".weight"): head for name in packed if name.endswith(HEAD)}
+    return activation_scales(checkpoint, owners)
+
+
+def _prefix(names: Collection[str]) -> str:
+    return next((p for p in TARGET_PREFIXES if p + EMBEDDING in names), TARGET_PREFIXES[0])
 
 
 def drafter_weights(

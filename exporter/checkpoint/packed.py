@@ -26,25 +26,23 @@ class PackedForm:
         ends: ends of the names of the packed numbers, and of their scales, after `X`.
         dtypes: of packed numbers, by their names in safetensors.
         companions: ends of the names of what else belongs to such a matrix.
-        unused: of those, what changes nothing that a bundle computes.
     """
 
     ends: Mapping[str, str]
     dtypes: tuple[str, ...]
     companions: tuple[str, ...]
-    unused: tuple[str, ...]
 
+
+# Of the mobile form: ends of names, and the parameters of `exporter.modeling.layers.Matrix`.
+ACTIVATION_SCALES = {".input_activation_scale": "input_scale", ".output_activation_scale": "output_scale"}
 
 FORMS: Mapping[str, PackedForm] = {
     "gemma": PackedForm(
         {".weight": ".weight_scale", ".embedding_quantized": ".embedding_scale"},
         ("U8", "I8"),
-        (".input_activation_scale", ".output_activation_scale", ".k_cache_scale", ".v_cache_scale"),
-        (".k_cache_scale", ".v_cache_scale"),
+        (*ACTIVATION_SCALES, ".k_cache_scale", ".v_cache_scale"),  # the reference does not read the last two either
     ),
-    "compressed-tensors": PackedForm(
-        {".weight_packed": ".weight_scale"}, ("I32",), (".weight_shape",), (".weight_shape",)
-    ),
+    "compressed-tensors": PackedForm({".weight_packed": ".weight_scale"}, ("I32",), (".weight_shape",)),
 }
 
 
@@ -116,7 +114,7 @@ def packed_reader(checkpoint: Checkpoint, packed: Packed, shape: tuple[int, ...]
         (rows, _stored_columns(numbers.dtype, columns, bits)): bits for bits in (2, 4, 8)
     }
     if (bits := by_size.get(numbers.shape)) is None:
-        expected = " or ".join(f"{list(size)}, packed in {bits} bits" for size, bits in by_size.items())
+        expected = " or ".join(f"{list(size)}, packed in {bits} bits" for size, bits in by_size.items() if size[1])
         raise InputError(
             f"{numbers.file}: tensor {packed.numbers} has shape {list(numbers.shape)}, expected {expected}; pass"
             " weights and a config.json of the same model"
@@ -151,24 +149,40 @@ def packed_reader(checkpoint: Checkpoint, packed: Packed, shape: tuple[int, ...]
 
 
 def _stored_columns(dtype: str, columns: int, bits: int) -> int:
-    """Numbers that a row of packed integers has, of its own type."""
-    return {"I8": columns if bits == 8 else 0, "U8": -(-columns * bits // 8), "I32": -(-columns * bits // 32)}.get(
-        dtype, 0
-    )
+    """Numbers of its own type that a row of packed integers has; 0 if integers of so many bits are not stored so."""
+    type_bits, allowed = {"I8": (8, (8,)), "U8": (8, (2, 4))}.get(dtype, (32, (2, 4, 8)))
+    return -(-columns * bits // type_bits) if bits in allowed else 0
 
 
-def activation_scales(checkpoint: Checkpoint) -> dict[str, float]:
-    """Return the scales by which a mobile checkpoint rounds inputs and outputs of its matrices, but those of 0.
+def activation_scales(checkpoint: Checkpoint, owners: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the scales of the grids that a mobile checkpoint rounds inputs and outputs of its matrices to.
 
     Args:
         checkpoint: its tensors.
+        owners: modules of `Target` by their names in the checkpoint.
 
     Returns:
-        The scales, by the tensors' names.
+        Scales [1] float32 by the names of parameters, such as `layers.0.mlp.up_proj.input_scale`; one of 0 means that
+        nothing is rounded, and is left out.
+
+    Raises:
+        InputError: a scale is negative, or no single number.
     """
-    ends = tuple(end for end in FORMS["gemma"].companions if end not in FORMS["gemma"].unused)
-    scales = {name: float(checkpoint.load(name)) for name in checkpoint.entries if name.endswith(ends)}
-    return {name: scale for name, scale in scales.items() if scale}
+    scales = {}
+    for stored, owner in owners.items():
+        for end, parameter in ACTIVATION_SCALES.items():
+            entry = checkpoint.entries.get(stored + end)
+            if entry is None:
+                continue
+            scale = checkpoint.load(stored + end).float().reshape(-1)
+            if scale.shape != (1,) or scale < 0:
+                raise InputError(
+                    f"{entry.file}: tensor {stored}{end} is {scale.tolist()[:2]}, expected one number of at least 0;"
+                    " restore the checkpoint"
+                )
+            if scale:
+                scales[f"{owner}.{parameter}"] = scale
+    return scales
 
 
 def check_settings(directory: Path) -> None:

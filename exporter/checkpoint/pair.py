@@ -6,13 +6,20 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from clustering.cluster_table import ClusterTable, TwoStageSizes
 from exporter.checkpoint.config_json import check_pair, config_notes, read_drafter_config, read_target_config
 from exporter.checkpoint.folding import folded_weights
 from exporter.checkpoint.generation_config import default_sampling, generation_warnings
-from exporter.checkpoint.names import EMBEDDING, drafter_weights, read_cluster_table, target_weights
+from exporter.checkpoint.names import (
+    EMBEDDING,
+    drafter_weights,
+    read_cluster_table,
+    target_activation_scales,
+    target_weights,
+)
 from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens, suppression
 from exporter.checkpoint.tensors import Checkpoint, TensorReader
 from exporter.modeling.config import DrafterConfig, TextConfig, shared_kv
@@ -62,6 +69,8 @@ class Pair:
         two_stage: sizes of the two-stage head; None for a dense head.
         clusters_origin: where the clusters come from, "checkpoint" or "kmeans"; empty for a dense head.
         calibrated: how matrices of the target were rounded, whose readers are `IntegerReader`; None if none were.
+        activation_scales: scales of the grids of 8 bits that the target was trained to round inputs and outputs of
+            matrices to, by the names of their parameters; `with_activations` makes them weights.
         folding: exponents of two that are folded into `target_weights`, as `exporter.checkpoint.folding` describes.
     """
 
@@ -79,6 +88,7 @@ class Pair:
     two_stage: TwoStageSizes | None = None
     clusters_origin: str = ""
     calibrated: Calibrated | None = None
+    activation_scales: Mapping[str, Tensor] = field(default_factory=dict)
     folding: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -96,7 +106,25 @@ class Pair:
 
     def new_target(self, ops: Ops = Ops()) -> Target:
         """Make the target without its weights, with a backend's operations."""
-        return Target(self.target, ops, bool(self.tokens.suppressed), OWN_HEAD in self.checkpoint_weights)
+        target = Target(self.target, ops, bool(self.tokens.suppressed), OWN_HEAD in self.checkpoint_weights)
+        for name in self.activation_scales if self.rounds_activations else ():
+            owner, _, leaf = name.rpartition(".")
+            target.get_submodule(owner).register_parameter(leaf, nn.Parameter(torch.empty(1), requires_grad=False))
+        return target
+
+    def with_activations(self) -> "Pair":
+        """Return the same pair with a target that rounds inputs and outputs of matrices as its checkpoint says."""
+        scales: Weights = {name: partial(_identity, scale) for name, scale in self.activation_scales.items()}
+        return replace(
+            self,
+            checkpoint_weights={**self.checkpoint_weights, **scales},
+            target_weights={**self.target_weights, **scales},
+        )
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether the target rounds inputs and outputs of matrices by `activation_scales`."""
+        return bool(self.activation_scales) and self.activation_scales.keys() <= self.checkpoint_weights.keys()
 
     @property
     def head(self) -> str:
@@ -147,6 +175,10 @@ class Pair:
         return replace(self, table=table, two_stage=table.sizes(top_k), clusters_origin=origin, drafter_weights=weights)
 
 
+def _identity(value: Tensor) -> Tensor:
+    return value
+
+
 def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: int | None = None) -> Pair:
     """Open both checkpoints; of their tensors, only names, shapes, the cluster table and a head of its own are read.
 
@@ -191,6 +223,7 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
         ),
         target_checkpoint=target_checkpoint,
         drafter_checkpoint=drafter_checkpoint,
+        activation_scales=target_activation_scales(target_checkpoint, weights),
     )
     if head != "dense" and table is not None:
         return pair.with_clusters(table, drafter.centroid_intermediate_top_k if top_k is None else top_k, "checkpoint")

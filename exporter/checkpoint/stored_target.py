@@ -35,22 +35,23 @@ class RowsOnRead:
 
 
 Weight = Tensor | Quantized | RowsOnRead
+RoundInputs = Callable[[Tensor, Quantized], Tensor]
 
 
-def stored_ops(dtype: torch.dtype = torch.float32, int8_activations: bool = False) -> Ops:
+def stored_ops(dtype: torch.dtype = torch.float32, round_inputs: RoundInputs | None = None) -> Ops:
     """Return operations that accept weights in their stored form.
 
     Args:
         dtype: float dtype that weights are widened to, and that the operations compute in.
-        int8_activations: round the inputs of quantized layers to 8 bits with one scale a row, as XNNPACK does; ONNX
-            Runtime has one scale a block. Without it the weights of the recipe are the only source of error.
+        round_inputs: rounds the inputs of a quantized matrix as a backend's kernels do; None to leave them as they are,
+            so that the weights of the recipe are the only source of error.
     """
 
     def linear(x: Tensor, weight: Weight) -> Tensor:
         assert not isinstance(weight, RowsOnRead)
         if isinstance(weight, Tensor):
             return torch.cat([F.linear(x, rows.to(dtype)) for rows in weight.split(_BLOCK_ROWS)], dim=-1)
-        x = _rounded_to_8_bits(x) if int8_activations else x
+        x = x if round_inputs is None else round_inputs(x, weight)
         parts = zip(weight.numbers.split(_BLOCK_ROWS), weight.scales.split(_BLOCK_ROWS), strict=True)
         return torch.cat([F.linear(x, Quantized(*p, weight.bits).dequantize().to(dtype)) for p in parts], dim=-1)
 
@@ -65,13 +66,6 @@ def stored_ops(dtype: torch.dtype = torch.float32, int8_activations: bool = Fals
         return rms_norm(x, None if weight is None else weight.to(dtype), eps)
 
     return Ops(linear=linear, embedding=embedding, rms_norm=norm)
-
-
-def _rounded_to_8_bits(x: Tensor) -> Tensor:
-    """Round activations [.., columns] to 8-bit integers and scale them back, with one scale a row; zero stays zero."""
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x / scale).round() * scale
 
 
 def stored_weights(pair: Pair, left_out: Collection[str] = ()) -> dict[str, Weight]:

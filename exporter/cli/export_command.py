@@ -23,7 +23,7 @@ from exporter.cli.recipe_command import bits_table, measure_bits, refuse_too_few
 from exporter.files import directory_bytes, human_bytes
 from exporter.quantization.recipes import AUTO, Recipe
 from exporter.terminal import err, peak_bytes, print_json, progress_bar
-from runtime_ref.errors import CheckError
+from runtime_ref.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from exporter.bundle.export import ExportOptions
@@ -75,6 +75,13 @@ if TYPE_CHECKING:
     help="Maximum size of the bundle, such as `2.2e9`: choose a recipe for it by what bits cost, as `recipe` does, and "
     "print it.",
 )
+@click.option(
+    "--activations",
+    type=click.Choice(["runtime", "checkpoint"]),
+    default="runtime",
+    help="How inputs of matrices are rounded to 8 bits: by their own range, as the `runtime` does, or as a mobile QAT "
+    "`checkpoint` says, outputs too, which is exact and slow, and for ONNX alone.",
+)
 @calibration_options
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--skip-room-check", is_flag=True, help="Do not check first that disk and memory suffice.")
@@ -93,6 +100,7 @@ def export(
     cluster_table: Path | None,
     max_file_size: int | None,
     target_bytes: int | None,
+    activations: str,
     calibrate: bool | None,
     calibration: Path | None,
     force: bool,
@@ -123,6 +131,10 @@ def export(
     pair = open_pair(target, drafter, "dense") if head == "kmeans" else open_pair(target, drafter, head, top_k_clusters)
     # What can be refused is refused before minutes of clustering or calibration.
     load_backend(backend)
+    if activations == "checkpoint":
+        if not pair.activation_scales:
+            raise InputError(f"--activations checkpoint: {target} has no scales of activations; leave it out")
+        pair = pair.with_activations()
     recipe, reason = auto_recipe(pair) if recipe is None else (recipe, "")
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check, max_file_size)
     plan_export(pair, output, options, head == "kmeans")
@@ -204,6 +216,11 @@ def run_export(
     if calibrate is not False:
         calibrated, folded = off_grid(parts["target"]), foldable(parts["target"])
     warnings = [*pair.warnings, *grid_warnings(parts, options.recipe.name, calibrate is not False)]
+    if pair.activation_scales and not pair.rounds_activations:
+        warnings.append(
+            f"{pair.target_checkpoint.directory}: was trained with {len(pair.activation_scales)} scales of activations;"
+            " the runtime rounds inputs by their own range instead; --activations checkpoint does what was trained"
+        )
     started = time.perf_counter()
     if calibrated or folded:
         shapes = {name: parts["target"].shapes[name] for name in calibrated}

@@ -11,7 +11,7 @@ import numpy as np
 from runtime_ref.manifest import Progress
 
 SHARD_BYTES = 10**9
-_ITEM_BYTES = {"BF16": 2, "I64": 8}
+_ITEM_BYTES = {"BF16": 2, "F32": 4, "I64": 8, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class TensorToWrite:
     """A tensor whose numbers are made while it is written.
 
     Attributes:
-        dtype: "BF16" or "I64", the names of safetensors.
+        dtype: a key of `_ITEM_BYTES`, the names of safetensors.
         shape: the tensor's shape.
         pieces: returns contiguous arrays that hold the tensor's numbers, flattened and in order, in the bytes of
             `dtype`.

@@ -1,35 +1,31 @@
 """Write pairs of full size with random weights: `python -m exporter.demo.synthetic --size e2b --output DIR`.
 
-They are for measuring size, memory and speed; their text means nothing. One sequence of random values is drawn, and
-each tensor repeats and scales it from a random place on. The length of the sequence is a prime number larger than the
-number of rows of any table, so no two rows of a table begin at the same value, and all rows differ.
+They are for measuring size, memory and speed; their text means nothing. `exporter.demo.synthetic_forms` makes them.
 """
 
-import functools
 import json
 import time
-from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
 from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING
 from exporter.checkpoint.names import TARGET_PREFIXES, drafter_names
 from exporter.demo.shards import SHARD_BYTES, TensorToWrite, write_shards
 from exporter.demo.sizes import SIZES, drafter_json, target_json
+from exporter.demo.synthetic_forms import FORMS, Values, mobile_config, mobile_tensors
 from exporter.files import check_directory, check_free_space, holds_only, human_bytes, recover, replacing
 from exporter.modeling.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import Target
 from exporter.modeling.weights import parameter_shapes
+from exporter.quantization.recipes import matrices
+from exporter.quantization.widths import QAT_GROUP_SIZE
 from exporter.terminal import err, peak_bytes, print_json, progress_bar, run_command, traceback_option
 from runtime_ref.manifest import Progress
 
-PERIOD_VALUES = 2**24 - 3  # a prime number
 PEAK_MEMORY_BYTES = 600 * 10**6  # 0.4 GB were measured
 MARKER = "synthetic.json"  # lists the files of a pair, so that they may be replaced; written last
 GENERATION = {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}
@@ -42,14 +38,26 @@ class SyntheticPair:
 
     Attributes:
         seed: the seed.
+        form: the form of the weights.
         configs: the contents of config.json, under "target" and "drafter".
         tensors: the tensors of each checkpoint by name, under "target" and "drafter".
     """
 
-    def __init__(self, target: TextConfig, drafter: DrafterConfig, seed: int = 0) -> None:
-        self.seed, self._generator = seed, torch.Generator().manual_seed(seed)
-        self._values = torch.randn(PERIOD_VALUES, generator=self._generator).bfloat16()
+    def __init__(self, target: TextConfig, drafter: DrafterConfig, seed: int = 0, form: str = FORMS[0]) -> None:
+        """Draw random numbers.
+
+        Args:
+            target: sizes of the target.
+            drafter: sizes of its drafter.
+            seed: the seed.
+            form: one of `FORMS`, in which weights are; those of a drafter are bfloat16 with `qat-mobile`.
+        """
+        self.seed, self.form = seed, form
+        self._generator = torch.Generator().manual_seed(seed)
+        self._values = Values(self._generator)
         self.configs = {"target": target_json(target), "drafter": drafter_json(drafter)}
+        if form == "qat-mobile":
+            self.configs["target"] |= mobile_config(target)
         self.tensors = {"target": self._target(target), "drafter": self._drafter(drafter)}
 
     @property
@@ -98,7 +106,12 @@ class SyntheticPair:
 
     def _target(self, config: TextConfig) -> dict[str, TensorToWrite]:
         shapes, ple = parameter_shapes(lambda: Target(config)), config.hidden_size_per_layer_input
-        return {TARGET_PREFIXES[0] + name: self._normal(name, shape, ple) for name, shape in shapes.items()}
+        packed = matrices(shapes) if self.form == "qat-mobile" else {}
+        tensors = {
+            TARGET_PREFIXES[0] + n: self._tensor(n, shape, ple) for n, shape in shapes.items() if n not in packed
+        }
+        stds = {name: _std(name, shape, ple) for name, shape in packed.items()}
+        return tensors | mobile_tensors(self._values, config, packed, stds) if packed else tensors
 
     def _drafter(self, config: DrafterConfig) -> dict[str, TensorToWrite]:
         shapes = parameter_shapes(lambda: Drafter(config, None))
@@ -107,25 +120,21 @@ class SyntheticPair:
         ordering = torch.randperm(config.text.vocab_size, generator=self._generator).numpy()
         # First in the file: int64 must be aligned to 8 bytes.
         first = {TOKEN_ORDERING: TensorToWrite("I64", ordering.shape, lambda: [ordering])}
-        return first | {name: self._normal(name, shape) for name, shape in stored.items()}
+        return first | {name: self._tensor(name, shape) for name, shape in stored.items()}
 
-    def _normal(self, name: str, shape: tuple[int, ...], ple: int = 0) -> TensorToWrite:
-        """A bfloat16 tensor of normally distributed values.
-
-        Their scale keeps hidden states and attention scores near 1. With larger scores softmax would become argmax.
-        """
-        mean, std = 0.0, (ple if "embed_tokens_per_layer" in name else shape[-1]) ** -0.5
+    def _tensor(self, name: str, shape: tuple[int, ...], ple: int = 0) -> TensorToWrite:
+        """A bfloat16 tensor, whose matrices lie on a grid of Q4_0 if that is the form."""
         if len(shape) == 1:
             mean = shape[0] ** -0.25 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
-            std = mean / 8
-        start = int(torch.randint(PERIOD_VALUES, (), generator=self._generator))
-        return TensorToWrite("BF16", shape, functools.partial(self._pieces, start, prod(shape), mean, std))
+            return self._values.normal(shape, mean, mean / 8)
+        if self.form == "qat-q4_0" and name != CENTROIDS and shape[1] % QAT_GROUP_SIZE == 0:
+            return self._values.q4_0(shape, _std(name, shape, ple))
+        return self._values.normal(shape, 0.0, _std(name, shape, ple))
 
-    def _pieces(self, start: int, count: int, mean: float, std: float) -> Iterator[np.ndarray]:
-        while count:
-            piece = self._values[start : start + count] * std
-            start, count = 0, count - len(piece)
-            yield (piece + mean if mean else piece).view(torch.int16).numpy()  # numpy has no bfloat16
+
+def _std(name: str, shape: tuple[int, ...], ple: int) -> float:
+    """Standard deviation that keeps hidden states and attention scores near 1; with larger ones softmax is argmax."""
+    return float((ple if "embed_tokens_per_layer" in name else shape[-1]) ** -0.5)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -140,16 +149,23 @@ def _files(directory: Path) -> list[str]:
 @click.option(
     "--size", type=click.Choice(list(SIZES)), required=True, help="Model size: e2b writes 9.4 GB, e4b 15.1 GB."
 )
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMS),
+    default=FORMS[0],
+    help="Form of the weights: bfloat16, on the grid of Q4_0, or packed in 2, 4 and 8 bits.",
+)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to write the pair to.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the random weights.")
 @click.option("--force", is_flag=True, help="Replace a pair that this command wrote before.")
 @click.option("--skip-room-check", is_flag=True, help="Do not check first that disk and memory suffice.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 @traceback_option
-def synthetic(size: str, output: Path, seed: int, force: bool, skip_room_check: bool, as_json: bool) -> None:
+def synthetic(size: str, form: str, output: Path, seed: int, force: bool, skip_room_check: bool, as_json: bool) -> None:
     """Write checkpoints of a target and its drafter, in their published shapes, with random weights."""
     started = time.perf_counter()
-    pair = SyntheticPair(*SIZES[size], seed)
+    pair = SyntheticPair(*SIZES[size], seed, form)
     with progress_bar(err, "writing", pair.size) as progress:
         pair.write(output, force, progress, check_room=not skip_room_check)
     seconds, peak = time.perf_counter() - started, peak_bytes()

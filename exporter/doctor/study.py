@@ -19,7 +19,6 @@ from exporter.doctor.evidence import (
 )
 from exporter.doctor.faults import Change, Fault, changed_step, with_softcap
 from exporter.doctor.verdicts import MIN_TOLERANCE, acceptance_gain, error_tolerance, narrower_dtype
-from exporter.graphs.backend import load_backend
 from exporter.graphs.spec import PREFILL_CHUNK_TOKENS
 from exporter.modeling.drafter import KV, Drafter
 from exporter.modeling.target import is_suppressed
@@ -65,16 +64,16 @@ class Study:
     def __init__(self, engine: GraphEngine, pair: Pair, faults: Sequence[Fault]) -> None:
         manifest, recipe = engine.manifest, recipe_of(engine.manifest)
         self.engine, self.pair, self.faults, self.in_fp32 = engine, pair, faults, recipe.is_exact
-        reference = Reference(pair, recipe, load_backend(manifest.backend).supported_scales())
+        reference = Reference(pair, recipe, manifest.backend)
         drafter = reference.drafter(int8_activations=True)
         self._targets, self._drafters = {CORRECT: reference.target(int8_activations=True)}, {CORRECT: drafter}
         self.softcap = pair.drafter.text.final_logit_softcapping or pair.target.final_logit_softcapping
         if self.softcap is not None:
             self._drafters[SOFTCAP] = with_softcap(drafter, self.softcap)
         if pair.two_stage is not None:
-            self._drafters[DENSE] = Reference(pair.dense, RECIPES["fp32"]).drafter()
+            self._drafters[DENSE] = Reference(pair.dense, RECIPES["fp32"], manifest.backend).drafter()
         if not self.in_fp32:
-            fp32 = Reference(pair, RECIPES["fp32"])
+            fp32 = Reference(pair, RECIPES["fp32"], manifest.backend)
             self._targets |= {UNROUNDED: reference.target(), FP32_TARGET: fp32.target()}
             self._drafters |= {UNROUNDED: reference.drafter(), FP32_DRAFTER: fp32.drafter()}
         self.rounds: dict[str, list[Tensor]] = defaultdict(list)

@@ -61,6 +61,8 @@ def _packed_widths(pair: Pair) -> dict[str, Width]:
         return {}
     part = graph_parts(pair, RECIPES["fp32"])["target"]
     floats = matrices(part.shapes).keys() - {EMBEDDING, PER_LAYER, pair.head}
+    if pair.rounds_activations:  # those kernels multiply floats, and are fast for 4 bits alone
+        packed = {n: Width(4) if width == Width(2) and n in part.weights else width for n, width in packed.items()}
     return {f"target.{name}": width for name, width in {**dict.fromkeys(sorted(floats), FLOAT), **packed}.items()}
 
 

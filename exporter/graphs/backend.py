@@ -10,11 +10,13 @@ from runtime_ref.errors import InputError
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 
 if TYPE_CHECKING:  # these import torch, and the command line needs the names of backends alone
+    from torch import Tensor
+
     from exporter.checkpoint.pair import Pair
     from exporter.checkpoint.tensors import IntegerReader
     from exporter.graphs.parts import GraphParts
     from exporter.graphs.spec import GraphSpec
-    from exporter.quantization.numbers import Scales
+    from exporter.quantization.numbers import Quantized, Scales
     from exporter.quantization.widths import Width
     from runtime_ref.manifest import Progress
 
@@ -56,6 +58,10 @@ class Backend(Protocol):
 
     def supported_scales(self) -> "Scales":
         """Return the dtype and the signs that scales of 4-bit weights can have."""
+        ...
+
+    def rounded_inputs(self, x: "Tensor", weight: "Quantized") -> "Tensor":
+        """Return inputs x [T, columns] of a quantized matrix as its kernel rounds them."""
         ...
 
     def matrix_bytes(self, shape: tuple[int, ...], width: "Width") -> int:

@@ -1,11 +1,8 @@
 """The ExecuTorch backend: both graphs as methods of one program, lowered to XNNPACK, with the KV cache as inputs."""
 
 import functools
-import hashlib
-import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,34 +18,40 @@ from executorch.exir import (
     ExecutorchProgramManager,
     to_edge_transform_and_lower,
 )
-from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.version import __version__
 from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 from torch.export.graph_signature import OutputKind
-from torchao.quantization.quantize_.workflows import IntxUnpackedToInt8Tensor
 
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import IntegerReader
 from exporter.graphs.backend import ExportedGraphs
 from exporter.graphs.executorch_ops import Constants
+from exporter.graphs.executorch_weights import (
+    MIN_BITS,
+    SCALES,
+    digest,
+    head_table,
+    held_arrays,
+    held_blobs,
+    held_digests,
+    held_weight,
+    module_with_weights,
+)
 from exporter.graphs.parts import GraphParts
 from exporter.graphs.spec import GraphSpec, drafter_graph, target_graph, trace_arguments, without_cache_outputs
 from exporter.graphs.split_files import too_large
-from exporter.graphs.tables import Part, table_metadata
 from exporter.modeling.layers import Ops
-from exporter.modeling.weights import load_module
-from exporter.quantization.numbers import Quantized, Scales, pack
+from exporter.quantization.activations import rounded_rows
+from exporter.quantization.numbers import Quantized, Scales
 from exporter.quantization.widths import FLOAT, Width
-from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 from runtime_ref.tables import unpack
 
 PROGRAM = "model.pte"
-MIN_BITS = 4  # of a number: XNNPACK has kernels for fewer, but ExecuTorch does not serialize them
 
 
 def backend_metadata() -> dict[str, Any]:
@@ -69,7 +72,12 @@ def row_multiples() -> dict[str, int]:
 
 def supported_scales() -> Scales:
     """Return what XNNPACK takes for scales of groups: bfloat16, never negative."""
-    return Scales(torch.bfloat16, negative=False)
+    return SCALES
+
+
+def rounded_inputs(x: Tensor, weight: Quantized) -> Tensor:
+    """Return inputs as XNNPACK rounds them: with a scale for each row."""
+    return rounded_rows(x)
 
 
 def matrix_bytes(shape: tuple[int, ...], width: Width) -> int:
@@ -122,7 +130,7 @@ def export_graphs(
         programs = {}
         for name, (_, spec) in graph_specs(pair).items():
             progress(f"tracing {name}", 0)
-            programs[name] = trace_graph(spec, limits, functools.partial(_module, parts[name], progress))
+            programs[name] = trace_graph(spec, limits, functools.partial(module_with_weights, parts[name], progress))
         progress("lowering", 0)
         edge = delegate(programs)
         delegation = {name: _delegation(edge.exported_program(name)) for name in parts}
@@ -132,119 +140,9 @@ def export_graphs(
             emit(edge).write_to_file(stream)
     metadata: dict[str, Any] = {"delegation": delegation}
     if pair.calibrated is not None:
-        stored = {name: _stored(_weight(parts["target"], name)) for name in pair.calibrated.matrices}
-        metadata["calibrated"] = {name: [_digest(a.tobytes()).hex() for a in arrays] for name, arrays in stored.items()}
-    return ExportedGraphs(metadata, _head(directory / PROGRAM, parts["target"], pair.head))
-
-
-def _module(part: GraphParts, progress: Progress, ops: Ops) -> nn.Module:
-    """Return a graph with its weights; quantized ones are torchao's tensors, which XNNPACK's partitioner recognizes."""
-    factors: dict[str, Tensor] = {}
-
-    def read(name: str) -> Tensor:
-        weight = _weight(part, name, progress)
-        if isinstance(weight, Tensor):
-            return weight
-        if weight.factors is not None:
-            factors[name.rpartition(".")[0]] = weight.factors
-        return _int_tensor(weight.integers)
-
-    module = load_module(lambda: part.model(ops), {name: functools.partial(read, name) for name in part.weights})
-    for owner, values in factors.items():
-        module.get_submodule(owner).register_parameter("factors", nn.Parameter(values, requires_grad=False))
-    return part.graph(module, False)
-
-
-@dataclass(frozen=True)
-class _Integers:
-    """A quantized weight as XNNPACK can hold it.
-
-    Attributes:
-        integers: of 4 or 8 bits, with scales that it takes.
-        factors: [rows] float32, scales of rows that it does not take, which are applied after the product; the scales
-            above are then 1. None if it takes them.
-    """
-
-    integers: Quantized
-    factors: Tensor | None
-
-
-def _weight(part: GraphParts, name: str, progress: Progress = lambda *_: None) -> Tensor | _Integers:
-    """Read a weight as the program holds it; integers of 2 bits are widened, and no value changes.
-
-    Only a checkpoint's own integers can have scales that XNNPACK does not take.
-    """
-    weight = part.whole(name, supported_scales(), progress)
-    if isinstance(weight, Tensor):
-        return weight
-    weight = replace(weight, bits=max(weight.bits, MIN_BITS))
-    scales = weight.scales
-    taken = scales > 0 if weight.bits == 8 else (scales > 0) & (scales == scales.bfloat16().float())
-    if taken.all():
-        return _Integers(weight, None)
-    if scales.shape[1] > 1:
-        raise InputError(
-            f"target.{name}: groups of the checkpoint have scales that are negative, zero or no bfloat16, which XNNPACK"
-            " does not take; export with --backend onnx"
-        )
-    return _Integers(replace(weight, scales=torch.ones_like(scales)), scales[:, 0].contiguous())
-
-
-def _int_tensor(weight: Quantized) -> Tensor:
-    return IntxUnpackedToInt8Tensor(
-        weight.numbers,
-        weight.scales,
-        torch.zeros_like(weight.scales, dtype=torch.int8),
-        getattr(torch, f"int{weight.bits}"),
-        (1, weight.group_size),
-        torch.float32,
-        "int8_asym_per_token",
-    )
-
-
-def _head(file: Path, part: GraphParts, name: str) -> dict[str, Any]:
-    """Return the manifest entry of the rows of the target's head.
-
-    A token embedding that it is, is stored once: a program holds the head's weight row by row, so rows can be read.
-    """
-    weight = _weight(part, name)
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as program:
-        offsets = [_offset(program, array) for array in _stored(weight)]
-    rows, columns = part.shapes[name]
-    places: list[list[Part]] = [[{"file": file.name, "offset": offset, "rows": rows}] for offset in offsets]
-    if isinstance(weight, Tensor):
-        return table_metadata((rows, columns), "float32", places[0], 4 * columns)
-    bits, is_bfloat16 = weight.integers.bits, weight.integers.bits < 8 and weight.factors is None
-    scales = places[-1], "bfloat16" if is_bfloat16 else "float32"
-    encoding = "int8" if bits == 8 else f"uint{bits}"
-    row_bytes = -(-columns * bits // 8)
-    return table_metadata((rows, columns), encoding, places[0], row_bytes, weight.integers.group_size, scales)
-
-
-def _offset(program: mmap.mmap, array: np.ndarray) -> int:
-    """Return the byte offset at which a program holds an array."""
-    content = array.tobytes()
-    # Search for the piece of 64 bytes with the most distinct bytes: pieces of zeros would match in many places.
-    starts = range(0, max(1, len(content) - 64), max(1, len(content) // 256))
-    piece = max(starts, key=lambda start: len(set(content[start : start + 64])))
-    at = program.find(content[piece : piece + 64])
-    while at >= 0:
-        with memoryview(program) as view, view[max(0, at - piece) : max(0, at - piece) + len(content)] as candidate:
-            if candidate == content:
-                return at - piece
-        at = program.find(content[piece : piece + 64], at + 1)
-    raise AssertionError("the program does not hold the token embedding's bytes")
-
-
-def _stored(weight: Tensor | _Integers) -> list[np.ndarray]:
-    """Return a weight as XNNPACK's part of a program holds it: floats, or integers, their scales and factors."""
-    if isinstance(weight, Tensor):
-        return [weight.contiguous().numpy()]
-    integers, factors = weight.integers, [] if weight.factors is None else [weight.factors.numpy()]
-    if integers.bits == 8:
-        return [integers.numbers.numpy(), integers.scales.numpy(), *factors]
-    scales = integers.scales.to(torch.bfloat16).view(torch.int16).numpy()
-    return [pack(integers.numbers, integers.bits), scales, *factors]
+        stored = {name: held_arrays(held_weight(parts["target"], name)) for name in pair.calibrated.matrices}
+        metadata["calibrated"] = {name: [digest(a.tobytes()).hex() for a in arrays] for name, arrays in stored.items()}
+    return ExportedGraphs(metadata, head_table(directory / PROGRAM, parts["target"], pair.head))
 
 
 def trace_graph(spec: GraphSpec, limits: Mapping[str, int], build: Callable[[Ops], nn.Module]) -> ExportedProgram:
@@ -286,12 +184,14 @@ def differing_weights(parts: Mapping[str, GraphParts], files: Mapping[str, Path]
 
     A program has no names for its weights, so they are compared by digests of their content.
     """
-    stored = {file: _stored_digests(file) for file in set(files.values())}
+    stored = {file: held_digests(file) for file in set(files.values())}
     return {
         name: [
             weight
             for weight in part.weights
-            if any(_digest(array.tobytes()) not in stored[files[name]] for array in _stored(_weight(part, weight)))
+            if any(
+                digest(array.tobytes()) not in stored[files[name]] for array in held_arrays(held_weight(part, weight))
+            )
         ]
         for name, part in parts.items()
     }
@@ -304,7 +204,7 @@ def stored_integers(
 
     A program has no names for its weights; the metadata has digests of these under `calibrated`.
     """
-    blobs, found = {_digest(blob): blob for blob in _stored_blobs(file)}, {}
+    blobs, found = {digest(blob): blob for blob in held_blobs(file)}, {}
     for name in names:
         numbers, scales = (blobs[bytes.fromhex(digest)] for digest in metadata["calibrated"][name])
         (rows, columns), bits = part.shapes[name], part.widths[name].bits
@@ -321,22 +221,6 @@ def stored_integers(
 
 def _one_block(matrix: Quantized) -> Iterator[Quantized]:
     yield matrix
-
-
-def _stored_digests(file: Path) -> set[bytes]:
-    return {_digest(blob) for blob in _stored_blobs(file)}
-
-
-def _stored_blobs(file: Path) -> list[bytes]:
-    with quiet(*EXECUTORCH_LOGGERS):
-        program = deserialize_pte_binary(file.read_bytes())
-    blobs = [buffer.storage for buffer in program.program.constant_buffer]
-    return blobs + (program.named_data.buffers if program.named_data else [])
-
-
-def _digest(blob: bytes) -> bytes:
-    """Return the digest of bytes padded with zeros to the alignment of constants; a program may hold them unpadded."""
-    return hashlib.sha256(blob + bytes(-len(blob) % 16)).digest()
 
 
 class _ViewCopy(ViewCopyConfig):

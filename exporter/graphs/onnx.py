@@ -24,6 +24,7 @@ from exporter.graphs.spec import GraphSpec, drafter_graph, target_graph, trace_a
 from exporter.graphs.split_files import SplitFile, too_large
 from exporter.graphs.tables import Part, table_metadata
 from exporter.modeling.layers import Ops
+from exporter.quantization.activations import rounded_blocks
 from exporter.quantization.numbers import Quantized, Scales, pack
 from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import Progress
@@ -91,13 +92,19 @@ def supported_scales() -> Scales:
     return Scales()
 
 
+def rounded_inputs(x: Tensor, weight: Quantized) -> Tensor:
+    """Return inputs as MatMulNBits rounds them at level 4: with a scale for each block of the weight."""
+    return rounded_blocks(x, _block_size(weight.numbers.shape[1], Width(weight.bits, weight.group_size)))
+
+
 def matrix_bytes(shape: tuple[int, ...], width: Width) -> int:
-    """Return the bytes of a matrix in a graph's file, with its scales in float32, one for each block."""
+    """Return the bytes of a matrix in a graph's file, with its scales in float32, for each block or row."""
     rows, columns = shape
     if width == FLOAT:
         return 4 * rows * columns
     size = _block_size(columns, width)
-    parts = [rows * -(-columns // size) * block_bytes for block_bytes in (size * width.bits // 8, 4)]
+    blocks = -(-columns // size)
+    parts = rows * blocks * size * width.bits // 8, 4 * rows * (1 if width.group_size is None else blocks)
     page = PAGE_BYTES if rows * columns >= MIN_PAGE_ALIGNED_VALUES else 1
     return sum(-(-part_bytes // page) * page for part_bytes in parts)
 
@@ -177,8 +184,7 @@ def _head(stored: Mapping[str, ir.ExternalTensor], part: GraphParts, name: str) 
     row_bytes = (data.length or 0) // rows
     if scales is None:
         return table_metadata((rows, columns), "float32", [_place(data, rows)], row_bytes)
-    bits, block_bytes = part.widths[name].bits, data.shape.numpy()[2]
-    group_size = block_bytes * 8 // bits
+    bits, group_size = part.widths[name].bits, columns // scales.shape.numpy()[1]
     scales_at = [_place(scales, rows)], "float32"
     return table_metadata((rows, columns), f"uint{bits}", [_place(data, rows)], row_bytes, group_size, scales_at)
 
@@ -207,6 +213,8 @@ def _differing(file: Path, part: GraphParts) -> list[str]:
             start = rows.setdefault(name, 0)
             rows[name] += len(array)
             actual = stored[name].numpy()[start : rows[name]] if name in stored else None
+            if actual is not None and array.shape[1:] == (1,):  # scales of rows, which older versions repeated
+                array = np.broadcast_to(array, actual.shape)
             # Bytes are compared because 0 equals -0.
             if actual is None or (array.dtype, array.tobytes()) != (actual.dtype, actual.tobytes()):
                 differing.add(name)
@@ -275,7 +283,7 @@ def _encoded(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield a weight as its file holds it: blocks of rows, floats or integers packed for MatMulNBits, then the scales.
 
-    Integers are uint8 [rows, blocks, bytes of a block], scales float32 [rows, blocks].
+    Integers are uint8 [rows, blocks, bytes of a block], scales float32 [rows, blocks], or [rows, 1] for whole rows.
     """
     scales = []
     for block in part.blocks(parameter, progress=progress):
@@ -286,8 +294,7 @@ def _encoded(
         size = _block_size(columns, Width(block.bits, block.group_size))
         padded = F.pad(block.numbers, (0, -columns % size))
         yield parameter, pack(padded, block.bits).reshape(rows, -1, size * block.bits // 8)
-        # Where a whole row shares one scale, the scale is repeated for each of its blocks.
-        scales.append(block.scales.expand(-1, padded.shape[1] // size).contiguous().numpy())
+        scales.append(block.scales.contiguous().numpy())
     if scales:
         yield parameter + SCALES_SUFFIX, np.concatenate(scales)
 
@@ -331,6 +338,18 @@ def _write_weights(
     return stored
 
 
+def _expanded(model: ir.Model, scales: ir.Value, blocks: int) -> ir.Value:
+    """Repeat scales of rows [rows, 1] for the blocks of each, which ONNX Runtime does once, when it loads the graph."""
+    assert scales.shape is not None
+    sizes = ir.tensor(np.array([scales.shape.numpy()[0], blocks], np.int64), name=f"{scales.name}.sizes")
+    shape = ir.Value(name=sizes.name, shape=ir.Shape([2]), type=ir.TensorType(sizes.dtype), const_value=sizes)
+    model.graph.initializers.add(shape)
+    node = ir.Node("", "Expand", [scales, shape], name=f"{scales.name}.expand")
+    node.outputs[0].name = f"{scales.name}.expanded"
+    model.graph.insert_before(model.graph[0], node)
+    return node.outputs[0]
+
+
 def _attach(model: ir.Model, stored: Mapping[str, ir.ExternalTensor], part: GraphParts) -> None:
     """Give a traced graph its weights, and turn each Gemm whose weight has scales into a MatMulNBits."""
     initializers = model.graph.initializers
@@ -345,15 +364,19 @@ def _attach(model: ir.Model, stored: Mapping[str, ir.ExternalTensor], part: Grap
         added = ir.Value(name=scales.name, shape=scales.shape, type=ir.TensorType(scales.dtype), const_value=scales)
         initializers.add(added)
         rows, columns = part.shapes[name]
-        _, _, block_bytes = tensor.shape.numpy()
+        _, blocks, block_bytes = tensor.shape.numpy()
+        if scales.shape.numpy()[1] < blocks:
+            added = _expanded(model, added, blocks)
         bits = part.widths[name].bits
         sizes = {"K": columns, "N": rows, "bits": bits, "block_size": block_bytes * 8 // bits}
         for node, _ in value.uses():
             assert node.op_type == "Gemm"
             node.op_type, node.domain = "MatMulNBits", "com.microsoft"
             node.attributes.clear()
-            # Level 4 multiplies integers. The kernels of the other levels are many times slower.
-            for key, number in {**sizes, "accuracy_level": 4}.items():
+            # Level 4 rounds inputs to 8 bits and multiplies integers; other levels are many times slower. They are for
+            # inputs that the graph has rounded by itself, which another rounding would move.
+            level = 1 if f"{name.removesuffix('weight')}input_scale" in part.weights else 4
+            for key, number in {**sizes, "accuracy_level": level}.items():
                 node.attributes.add(ir.AttrInt64(key, number))
             node.resize_inputs(3)
             node.replace_input_with(2, added)

@@ -89,26 +89,43 @@ class RMSNorm(nn.Module):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
 
+def round_to_grid(x: Tensor, scale: Tensor) -> Tensor:
+    """Round x to 8-bit integers times a scale, as `apply_srq` of transformers 5.24.0 does.
+
+    Args:
+        x: any shape.
+        scale: [1], not 0.
+    """
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
 class Matrix(nn.Module):
     """A matrix that tokens are multiplied with.
 
     Attributes:
         weight: [rows, columns].
         factors: [rows], of its products; None unless a backend stores the weight without a part of its scales.
+        input_scale: [1], of the grid of 8 bits that inputs are rounded to; None if a checkpoint has none.
+        output_scale: [1], the same of products.
     """
 
     factors: Tensor | None
+    input_scale: Tensor | None
+    output_scale: Tensor | None
 
     def __init__(self, rows: int, columns: int, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
         self.weight = nn.Parameter(torch.empty(rows, columns))
-        self.register_parameter("factors", None)
+        for name in ("factors", "input_scale", "output_scale"):
+            self.register_parameter(name, None)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Map x [T, columns] to [T, rows]."""
+        x = x if self.input_scale is None else round_to_grid(x, self.input_scale)
         products = self.ops.linear(x, self.weight)
-        return products if self.factors is None else products * self.factors
+        products = products if self.factors is None else products * self.factors
+        return products if self.output_scale is None else round_to_grid(products, self.output_scale)
 
 
 class Linear(Matrix):

@@ -123,7 +123,7 @@ def measure_quality(
         held_out: texts to compare on, of which the bundle's context must hold the longest; None for the prompts and
             the answers.
     """
-    manifest, reference = engine.manifest, Reference(pair, RECIPES["fp32"])
+    manifest, reference = engine.manifest, Reference(pair.with_activations(), RECIPES["fp32"], engine.manifest.backend)
     eager, target, stats = reference.engine(manifest), reference.target(), Stats()
     signal = noise = 0.0
     options = Options(max_new_tokens, manifest.default_draft_tokens)

@@ -17,13 +17,13 @@ from exporter.checkpoint.names import EMBEDDING
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.stored_target import RowsOnRead, Weight, load_stored, rows_reader, stored_ops, stored_weights
 from exporter.checkpoint.tensors import IntegerReader, ScaledReader
+from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import graph_parts
 from exporter.graphs.spec import DrafterGraph, TargetGraph
 from exporter.graphs.tables import OutsideTable, outside_tables
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Matrix, Ops
 from exporter.modeling.target import Target
-from exporter.quantization.numbers import Scales
 from exporter.quantization.recipes import Recipe
 from exporter.quantization.widths import Width
 from runtime_ref.graph_engine import GraphEngine
@@ -53,20 +53,20 @@ class Reference:
     Attributes:
         pair: the checkpoints.
         recipe: how their weights are stored.
-        scales: dtype and sign that the backend allows for scales of 4-bit weights.
+        backend: its module, which decides scales and how inputs are rounded.
         target_weights: the target's weights in their stored form, by parameter name.
         drafter_weights: the drafter's weights in their stored form, by parameter name.
     """
 
-    def __init__(self, pair: Pair, recipe: Recipe, scales: Scales = Scales()) -> None:
-        self.pair, self.recipe, self.scales = pair, recipe, scales
-        parts = graph_parts(pair, recipe)
+    def __init__(self, pair: Pair, recipe: Recipe, backend: str = "onnx") -> None:
+        """Read the weights that a bundle of a backend, a key of `BACKENDS`, stores by a recipe."""
+        self.pair, self.recipe, self.backend = pair, recipe, load_backend(backend)
+        parts, scales = graph_parts(pair, recipe), self.backend.supported_scales()
         # Where nothing is rounded, nothing need be folded: the target computes the same, and its weights stay mapped.
-        rounded = (
-            set() if recipe.is_exact else _differing(pair, parts["target"].widths) & parts["target"].weights.keys()
-        )
-        self.target_weights = stored_weights(pair, rounded)
-        self.target_weights |= {name: parts["target"].whole(name, scales) for name in rounded}
+        target = parts["target"]
+        changed = set() if recipe.is_exact else _differing(pair, target.widths) & target.weights.keys()
+        self.target_weights = stored_weights(pair, changed)
+        self.target_weights |= {name: target.whole(name, scales) for name in changed}
         for table in outside_tables(pair, recipe).values():
             if not table.is_kept:
                 self.target_weights[table.name] = RowsOnRead(
@@ -78,11 +78,11 @@ class Reference:
         self.drafter_weights["target_embed_tokens.weight"] = self.target_weights[EMBEDDING]
 
     def target(self, dtype: torch.dtype = torch.float32, int8_activations: bool = False) -> Target:
-        """Return the target; the arguments are those of `stored_ops`."""
+        """Return the target, computing in a dtype, perhaps with inputs rounded to 8 bits as the backend does."""
         return load_stored(lambda: self.pair.new_target(self._ops(dtype, int8_activations)), self.target_weights)
 
     def drafter(self, dtype: torch.dtype = torch.float32, int8_activations: bool = False) -> Drafter:
-        """Return the drafter; the arguments are those of `stored_ops`."""
+        """Return the drafter; the arguments are those of `target`."""
         pair, ops = self.pair, self._ops(dtype, int8_activations)
         return load_stored(
             lambda: Drafter(pair.drafter, pair.two_stage, ops, self.recipe.head.bits), self.drafter_weights
@@ -90,7 +90,8 @@ class Reference:
 
     def _ops(self, dtype: torch.dtype, int8_activations: bool) -> Ops:
         # Integers of the checkpoint stay integers here also where the bundle has floats, and rounds no inputs.
-        return replace(stored_ops(dtype, int8_activations and not self.recipe.is_exact), write_rows=_write_rows)
+        rounds = int8_activations and not self.recipe.is_exact
+        return replace(stored_ops(dtype, self.backend.rounded_inputs if rounds else None), write_rows=_write_rows)
 
     def engine(self, manifest: Manifest) -> GraphEngine:
         """Return an engine for a bundle's manifest that runs this pair instead of the bundle's graphs and tables."""

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from clustering.cluster_table import load_table
-from exporter.bundle.export import CLUSTERS
+from exporter.bundle.export import CHECKPOINT, CLUSTERS
 from exporter.checkpoint.folding import FOLDING, folded_weights, read_folding
 from exporter.checkpoint.pair import Calibrated, Pair, open_pair
 from exporter.checkpoint.tensors import IntegerReader
@@ -34,6 +34,8 @@ def open_source(bundle: Path, target_dir: Path, drafter_dir: Path) -> Pair:
     """
     manifest = read_manifest(bundle)
     pair = _with_head(bundle, manifest, target_dir, drafter_dir)
+    if manifest.raw.get("activations") == CHECKPOINT:
+        pair = pair.with_activations()
     return pair if "calibration" not in manifest.raw else with_stored_integers(bundle, manifest, pair)
 
 

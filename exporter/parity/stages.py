@@ -20,6 +20,7 @@ from exporter.modeling.drafter import kv_by_type
 from exporter.modeling.target import empty_kv, is_suppressed
 from exporter.parity.checks import Check
 from exporter.parity.gate import Figures, Gate, gate_checks
+from exporter.parity.grids_kept import grids_check
 from exporter.parity.quality import logits_after, measure_quality, quality_checks
 from exporter.parity.reference import EagerGraph, Reference
 from exporter.parity.source import calibration_check, refuse_other_sizes
@@ -133,7 +134,7 @@ def _check_stages(
     dense_detail, quality = "", None
     if pair is not None:
         note("eager")
-        reference = Reference(pair, recipe_of(manifest), load_backend(manifest.backend).supported_scales())
+        reference = Reference(pair, recipe_of(manifest), manifest.backend)
         with torch.no_grad():
             yield _check_tables(engine, reference)
             checks, tolerance = _check_graphs(engine, reference, prompts, plain)
@@ -166,7 +167,7 @@ def _dense_acceptance(
 ) -> str:
     """Return how many drafts a dense head in the place of the bundle's gets accepted, as text for a detail."""
     manifest, pair = engine.manifest, reference.pair.dense
-    drafter = Reference(pair, reference.recipe, reference.scales).drafter()
+    drafter = Reference(pair, reference.recipe, manifest.backend).drafter()
     graph = EagerGraph(DrafterGraph(drafter, pair.shared_kv), manifest.graphs["drafter"])
     with_dense = GraphEngine(manifest, {**engine.graphs, "drafter": graph}, engine.tables)
     runs = [_tokens(with_dense, p, max_new_tokens, manifest.default_draft_tokens) for p in prompts]
@@ -239,6 +240,8 @@ def _check_weights(bundle: Path, manifest: Manifest, pair: Pair) -> Iterator[Che
         listed = f"{len(differing)} differ: {', '.join(differing[:3])}"
         detail = listed if differing else f"{counts[graph]} tensor{'s' * (counts[graph] > 1)} equal"
         yield Check("weights", f"{graph} weights", not differing, detail=detail)
+    if (kept := grids_check(pair, recipe, load_backend(manifest.backend).supported_scales())) is not None:
+        yield kept
     if pair.calibrated is not None:
         yield calibration_check(pair)
 

@@ -83,6 +83,8 @@ def quantize(weight: Tensor, width: Width, allowed: Scales = Scales()) -> Quanti
     for start in range(0, len(weight), step):
         groups = weight[start : start + step].reshape(-1, group_size)
         scale = best_scales(groups, width.bits, allowed)
+        if width.bits <= 4:
+            scale = _giving_bfloat16(groups, scale, width.bits, allowed)
         numbers[start : start + step] = _round(groups, scale, width.bits).view(-1, weight.shape[1])
         scales[start : start + step] = scale.view(-1, weight.shape[1] // group_size)
     return Quantized(numbers, scales, width.bits)
@@ -123,6 +125,32 @@ def best_scales(groups: Tensor, bits: int, allowed: Scales, importance: Tensor |
         for integer in range(1, 2 ** (bits - 1) - 1):
             attempt(integer)
     return best
+
+
+def _giving_bfloat16(groups: Tensor, scale: Tensor, bits: int, allowed: Scales) -> Tensor:
+    """Replace the scales of groups on a grid by ones whose products, rounded to bfloat16, are the groups' numbers.
+
+    So are those of the scale that training used, from which rounding has moved the best one. A group whose numbers are
+    no bfloat16, or for which no such scale is found, keeps its own.
+    """
+    numbers = _round(groups, scale, bits)
+    near = (numbers * scale - groups).abs().amax(1, keepdim=True) <= GRID_ROUNDING * groups.abs().amax(1, keepdim=True)
+    chosen = near & (groups.bfloat16() == groups).all(1, keepdim=True) & (groups != 0).any(1, keepdim=True)
+    if not (rows := chosen.squeeze(1).nonzero().squeeze(1)).numel():
+        return scale
+    groups, numbers, old = groups[rows], numbers[rows], scale[rows]
+    magnitudes, integers = groups.abs(), numbers.abs()
+    # Half the distance between neighbours: bfloat16 has 8 bits, and below a power of two one more.
+    fraction, exponent = torch.frexp(magnitudes)
+    above = torch.ldexp(torch.ones_like(magnitudes), exponent - 9)
+    below = torch.where(fraction == 0.5, above / 2, above)
+    low = ((magnitudes - below) / integers).nan_to_num(0, 0, 0).amax(1, keepdim=True)
+    high = ((magnitudes + above) / integers).nan_to_num(torch.inf, torch.inf).amin(1, keepdim=True)
+    new = ((low + high) / 2 * old.sign()).to(allowed.dtype).float()
+    exact = ((numbers * new).bfloat16() == groups).all(1, keepdim=True)
+    scale = scale.clone()
+    scale[rows] = torch.where(exact, new, old)
+    return scale
 
 
 def _round(groups: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import open_pair
 from exporter.cli.schemas import document_schema
-from exporter.demo import synthetic
+from exporter.demo import synthetic, synthetic_forms
 from exporter.demo.sizes import E2B, E4B, FULL, SLIDING, drafter_of
 from exporter.demo.synthetic import MARKER, SyntheticPair
 from exporter.modeling.config import DrafterConfig
@@ -102,7 +102,7 @@ def test_values(pair: Path) -> None:
 
 
 def test_a_table_longer_than_the_values_repeats_no_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(synthetic, "PERIOD_VALUES", 1009)
+    monkeypatch.setattr(synthetic_forms, "PERIOD_VALUES", 1009)
     write(tmp_path / "pair")
     rows = load(tmp_path / "pair" / "drafter")["model.embed_tokens.weight"]
     assert rows.numel() > 8 * 1009

@@ -129,6 +129,7 @@ internal val FORM_3 = both(
         "kv" to obj("buffers" to list(obj("dtype" to text, "layout" to list(text)))),
         "tables" to obj("embed_tokens" to table, "embed_tokens_per_layer?" to table, "head?" to table),
         "widths?" to list(obj("bits" to size, "group_size" to nullable(size), "matrices" to list(text))),
+        "activations?" to text,
         "calibration?" to obj(
             "texts" to text, "sha256" to text, "tokens" to size, "threads" to size, "matrices" to list(text),
         ),
