@@ -1,7 +1,7 @@
 """The recipe that keeps what a target's checkpoint stores: its integers, and the grids that its floats lie on."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.parts import graph_parts, sample_rows
 from exporter.graphs.tables import per_layer_bytes
 from exporter.quantization.numbers import lies_on_grid
-from exporter.quantization.recipes import AUTO, CLUSTERS, PER_LAYER_TABLE, RECIPES, Recipe, Rule, matrices
+from exporter.quantization.recipes import AUTO, CLUSTERS, DENSE_HEAD, PER_LAYER_TABLE, RECIPES, Recipe, Rule, matrices
 from exporter.quantization.widths import FLOAT, QAT_GROUP_SIZE, Width, held
 from runtime_ref.errors import InputError
 
@@ -30,26 +30,18 @@ def auto_recipe(pair: Pair) -> tuple[Recipe, str]:
     Args:
         pair: the target and its drafter.
     """
-    base, reason = (
-        RECIPES["int4"],
-        "its 4-bit weights fit a phone; --recipe fp32 rounds nothing, at nine times the size",
-    )
-    widths = _packed_widths(pair)
-    if widths:
-        reason = "it keeps the integers of the checkpoint"
-    found = {
-        name: width for name, read, shape in _floats(pair) if (width := _grid(pair, name, read, shape)) is not None
-    }
-    widths |= {name: width for name, width in found.items() if name not in widths and width != base.width(name)}
+    base, packed = RECIPES["int4"], _packed_widths(pair)
+    widths = {**_grid_widths(pair, base), **packed}
     if not widths:
-        return base, reason
-    if not _packed_widths(pair):
-        extra = per_layer_bytes(pair, widths.get(PER_LAYER_TABLE, base.per_layer)) - per_layer_bytes(
-            pair, base.per_layer
-        )
-        reason = f"it keeps the grids that weights of the checkpoint lie on; --recipe int4 is {extra} bytes smaller"
-    rules = (*_rules(widths), *base.rules)
+        return base, "its 4-bit weights fit a phone; --recipe fp32 rounds nothing, at nine times the size"
+    reason = "it keeps the integers of the checkpoint"
+    if not packed:
+        reason, table = "it keeps the grids that weights of the checkpoint lie on", widths.get(PER_LAYER_TABLE)
+        if table is not None:
+            extra = per_layer_bytes(pair, table) - per_layer_bytes(pair, base.per_layer)
+            reason += f"; --recipe int4 rounds the per-layer embeddings to {base.per_layer}, {extra} bytes less"
     names = [f"{model}.{name}" for model, part in graph_parts(pair, base).items() for name in matrices(part.shapes)]
+    rules = (*_rules(widths, names), *base.rules)
     used = {id(next(rule for rule in rules if fnmatchcase(name, rule.match))) for name in names}
     return Recipe(AUTO, tuple(rule for rule in rules if id(rule) in used)), reason
 
@@ -66,38 +58,42 @@ def _packed_widths(pair: Pair) -> dict[str, Width]:
     return {f"target.{name}": width for name, width in {**dict.fromkeys(sorted(floats), FLOAT), **packed}.items()}
 
 
-def _floats(pair: Pair) -> Iterator[tuple[str, Callable[[], Tensor], int]]:
-    """Names in recipes, readers and columns of the matrices that a checkpoint has in floats."""
+def _grid_widths(pair: Pair, base: Recipe) -> dict[str, Width]:
+    """Widths of matrices in floats on a grid that `base` would not keep, by the names in recipes."""
+    widths = {}
     for model, part in graph_parts(pair, RECIPES["fp32"]).items():
         for name, (_, columns) in matrices(part.shapes).items():
-            read = part.weights.get(name)
-            if read is not None and not isinstance(read, IntegerReader) and f"{model}.{name}" != CLUSTERS:
-                yield f"{model}.{name}", read, columns
-    read = pair.checkpoint_weights[PER_LAYER]
-    if not isinstance(read, IntegerReader):
-        yield PER_LAYER_TABLE, read, pair.target.hidden_size_per_layer_input
+            named, read = f"{model}.{name}", part.weights.get(name)
+            if read is None or named in (CLUSTERS, DENSE_HEAD):  # a dense head may still become one of clusters
+                continue
+            width = _grid(read, columns, GRIDS)
+            # Groups of 32 are kept wherever a recipe asks for 4 bits.
+            if width is not None and (width.bits != 4 or base.width(named).bits != 4):
+                widths[named] = width
+    width = _grid(pair.checkpoint_weights[PER_LAYER], pair.target.hidden_size_per_layer_input, GRIDS_OF_TABLE)
+    return widths if width is None or width == base.per_layer else {**widths, PER_LAYER_TABLE: width}
 
 
-def _grid(pair: Pair, name: str, read: Callable[[], Tensor], columns: int) -> Width | None:
-    """The smallest width whose grid a matrix lies on, as far as some of its rows tell; None if there is none."""
-    rows = sample_rows(next(row_blocks(read)))
-    rows = rows.reshape(-1, columns)  # of the table, one for each token and layer
-    for width in GRIDS_OF_TABLE if name == PER_LAYER_TABLE else GRIDS:
-        if columns % (width.group_size or columns) == 0 and lies_on_grid(rows, width):
-            return width
-    return None
+def _grid(read: Callable[[], Tensor], columns: int, candidates: tuple[Width, ...]) -> Width | None:
+    """The first width whose grid floats lie on, in pieces of so many columns, as far as some of the rows tell."""
+    if isinstance(read, IntegerReader):
+        return None
+    rows = sample_rows(next(row_blocks(read))).reshape(-1, columns)
+    fitting = (width for width in candidates if columns % (width.group_size or columns) == 0)
+    return next((width for width in fitting if lies_on_grid(rows, width)), None)
 
 
-def _rules(widths: Mapping[str, Width]) -> Iterator[Rule]:
-    """A rule for each matrix, or one for those of all layers where they agree."""
-    by_pattern: dict[str, dict[str, Width]] = {}
-    for name, width in widths.items():
-        by_pattern.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", name), {})[name] = width
-    for pattern, found in by_pattern.items():
-        same = len(set(found.values())) == 1
-        yield from (
-            [Rule(pattern, *set(found.values()))] if same else [Rule(name, width) for name, width in found.items()]
-        )
+def _rules(widths: Mapping[str, Width], names: Iterable[str]) -> Iterator[Rule]:
+    """A rule for each matrix, or one for those of all layers where they agree; `names` are all there are."""
+    by_pattern: dict[str, list[str]] = {}
+    for name in names:
+        by_pattern.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", name), []).append(name)
+    for pattern, alike in by_pattern.items():
+        found = {name: widths[name] for name in alike if name in widths}
+        if len(found) == len(alike) and len(set(found.values())) == 1:
+            yield Rule(pattern, found[alike[0]])
+        else:
+            yield from (Rule(name, width) for name, width in found.items())
 
 
 def refuse_rounding(pair: Pair, recipe: Recipe) -> None:

@@ -134,8 +134,9 @@ def _giving_bfloat16(groups: Tensor, scale: Tensor, bits: int, allowed: Scales) 
     no bfloat16, or for which no such scale is found, keeps its own.
     """
     numbers = _round(groups, scale, bits)
-    near = (numbers * scale - groups).abs().amax(1, keepdim=True) <= GRID_ROUNDING * groups.abs().amax(1, keepdim=True)
-    chosen = near & (groups.bfloat16() == groups).all(1, keepdim=True) & (groups != 0).any(1, keepdim=True)
+    error = (numbers * scale - groups).abs().amax(1, keepdim=True)
+    near = (error > 0) & (error <= GRID_ROUNDING * groups.abs().amax(1, keepdim=True))
+    chosen = near & (groups.bfloat16() == groups).all(1, keepdim=True)
     if not (rows := chosen.squeeze(1).nonzero().squeeze(1)).numel():
         return scale
     groups, numbers, old = groups[rows], numbers[rows], scale[rows]

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from exporter.quantization.numbers import Scales, fitting_width, pack, quantize
+from exporter.quantization.numbers import unpack as unpack_torch
 from exporter.quantization.recipes import RECIPES, stored_widths
-from exporter.quantization.widths import FLOAT, Width
+from exporter.quantization.widths import FLOAT, Width, held
 from runtime_ref.tables import unpack
 
 XNNPACK = Scales(torch.bfloat16, negative=False)
@@ -99,3 +100,33 @@ def test_recipes_say_the_width_of_each_part() -> None:
     drafter = {"head.centroids": (8, 64), "head.clusters": (8, 640), "pre_projection.weight": (64, 128)}
     assert stored_widths(RECIPES["int4"], "drafter", drafter) == {"pre_projection.weight": Width(8)}
     assert FLOAT not in widths.values()
+
+
+@pytest.mark.parametrize("scales", [Scales(), Scales(torch.float16)])
+def test_numbers_that_bfloat16_rounded_come_out_to_the_last_bit(scales: Scales) -> None:
+    """Checkpoints of Q4_0 have the products of integers and float16 scales in bfloat16."""
+    numbers = torch.randint(-7, 8, (48, 8, 32), generator=torch.Generator().manual_seed(5))
+    numbers[:, :, 3] = -8  # as Q4_0 has it in each group
+    factors = torch.randn(48, 8, 1, generator=torch.Generator().manual_seed(6)).div(50).half().float()
+    weight = (numbers * factors).bfloat16().view(48, 256)
+    quantized = quantize(weight.float(), Width(4, 32), scales)
+    assert torch.equal(quantized.numbers.view(48, 8, 32), numbers.to(torch.int8))
+    assert torch.equal(quantized.dequantize().bfloat16(), weight)
+    assert torch.equal(quantized.scales.to(scales.dtype).float(), quantized.scales)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_unpacking_undoes_packing(bits: int) -> None:
+    numbers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 13), dtype=torch.int8)
+    assert torch.equal(unpack_torch(torch.from_numpy(pack(numbers, bits)), bits, 13), numbers)
+
+
+def test_integers_are_held_in_more_bits_and_smaller_groups() -> None:
+    quantized = quantize(grid(2, 64), Width(2, 64))
+    wider = quantized.held_as(Width(4, 32))
+    assert (wider.bits, wider.group_size) == (4, 32)
+    assert torch.equal(wider.dequantize(), quantized.dequantize())
+    assert held(Width(2, 64), Width(4, 32)) == Width(4, 32)
+    assert held(Width(2, 64), Width(4)) == Width(4, 64)
+    assert held(Width(4), Width(3)) is None
+    assert held(Width(2, 64), FLOAT) == FLOAT

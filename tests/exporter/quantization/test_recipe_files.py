@@ -50,8 +50,8 @@ def test_the_first_rule_that_matches_decides() -> None:
         ('rules = [{ match = "*", bits = 3 }]', "stores drafter.head.clusters in 3 bits, expected 4 bits, 8 bits, 32"),
         ("rules = " + "[" * 5000 + "]" * 5000, "cannot be read as a recipe"),
         (
-            'rules = [{ match = "target.embed_tokens_*", bits = 4, group = 32 }]',
-            "expected 2 bits, 3 bits, 4 bits, 8 bits, 32 bits",
+            'rules = [{ match = "target.embed_tokens_*", bits = 4, group = 64 }]',
+            "expected 2 bits, 3 bits, 4 bits, 4 bits in groups of 32, 8 bits, 32 bits",
         ),
         (
             'rules = [{ match = "drafter.head.*", bits = 4, group = 32 }]',
