@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exporter.bundle.export import by_width, describe
-from exporter.checkpoint.names import PER_LAYER
+from exporter.checkpoint.names import EMBEDDING, PER_LAYER
 from exporter.checkpoint.pair import Pair
 from exporter.files import directory_bytes
 from exporter.graphs.backend import load_backend
@@ -38,7 +38,7 @@ from runtime_ref.requirements import required_features
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
-COMPARABLE_FEATURES = {"split-tables", "channels", "untied-head"}  # others change what graphs take
+COMPARABLE_FEATURES = {"split-tables", "channels"}  # others change what graphs take
 LOGITS = "logits at top ids"  # the output whose tolerance also bounds ties between tokens
 
 Note = Callable[[str], None]
@@ -199,7 +199,8 @@ def read_comparable(bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[
         check_prompt(manifest, prompt)
     if pair is not None:
         refuse_other_sizes(bundle, manifest, pair)
-        if others := {feature["name"] for feature in manifest.raw["requires"]} - COMPARABLE_FEATURES:
+        comparable = COMPARABLE_FEATURES | (set() if pair.head == EMBEDDING else {"untied-head"})
+        if others := {feature["name"] for feature in manifest.raw["requires"]} - comparable:
             raise InputError(
                 f"{bundle}: has the feature {min(others)}, with which it cannot be compared with checkpoints; leave out"
                 " --target and --drafter"

@@ -78,7 +78,7 @@ def test_rounded_inputs_lose_less(recipe: str, ratio: float, pair_dirs: Pairs, t
     expected = torch.cat([logits_after(exact, text, len(text)) for text in others.texts])
     divergences = []
     for rounded in (pair, folded(pair, recipe)):
-        target = Reference(rounded, RECIPES[recipe]).target(int8_activations=True)
+        target = Reference(rounded, RECIPES[recipe], "executorch").target(int8_activations=True)
         actual = torch.cat([logits_after(target, text, len(text)) for text in others.texts])
         divergences.append(float(kl_divergence(expected, actual).mean()))
     assert divergences[1] < ratio * divergences[0]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.packed import to_compressed_tensors, to_mobile
 from tests.pairs import to_published
 
 Change = Callable[[Path, Path], object]
@@ -108,6 +109,20 @@ def _gptq(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name.replace(".weight", ".qweight")] = torch.zeros(columns // 8, rows, dtype=torch.int32)
 
 
+def _float32_scales(tensors: dict[str, torch.Tensor]) -> None:
+    """The reference multiplies integers with scales in the dtype of the scales."""
+    tensors |= {name: t.float() for name, t in tensors.items() if name.endswith("weight_scale")}
+
+
+def _packed(write: Callable[..., Path], change: Callable[[dict[str, torch.Tensor]], None] = lambda _: None) -> Change:
+    def apply(target: Path, _: Path) -> None:
+        packed = write(target, target.with_name("packed"), change=change)
+        shutil.rmtree(target)
+        packed.rename(target)
+
+    return apply
+
+
 def _adapter_only(target: Path, _: Path) -> None:
     shutil.rmtree(target)
     target.mkdir()
@@ -165,13 +180,16 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
     "The head": {
         "`lm_head.weight` stored, equal to the embedding": Form(_untied(torch.clone)),
         "the same, `tie_word_embeddings` false": Form(_untied(torch.clone, tie_word_embeddings=False)),
-        "`lm_head.weight` differs from the embedding": Form(
-            _untied(lambda x: x * 1.5),
-            r"tensor lm_head.weight differs from model.embed_tokens.weight",
-            advice="tie it; exporting it is planned",
+        "`lm_head.weight` differs from the embedding, `tie_word_embeddings` false": Form(
+            _untied(lambda x: x * 1.5, tie_word_embeddings=False)
         ),
-        "one number of `lm_head.weight` differs": Form(
-            _untied(lambda x: x.index_put((torch.tensor(7), torch.tensor(3)), x[7, 3] + 1)), r"lm_head.weight differs"
+        "one number of it differs": Form(
+            _untied(lambda x: x.index_put((torch.tensor(7), torch.tensor(3)), x[7, 3] + 1), tie_word_embeddings=False)
+        ),
+        "`lm_head.weight` differs, `tie_word_embeddings` true": Form(
+            _untied(lambda x: x * 1.5),
+            r"tensor lm_head.weight differs from the embedding, but tie_word_embeddings is true",
+            advice="correct config.json",
         ),
         "`tie_word_embeddings` false in text_config alone, which transformers does not read": Form(
             lambda t, d: (_published(t, d), edit_json(t / "config.json", "text_config", tie_word_embeddings=False))
@@ -186,7 +204,7 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
         ),
         "the drafter's `lm_head.weight` differs": Form(
             lambda t, d: edit_tensors(d, lambda x: x.update({"lm_head.weight": x[EMBEDDING] * 1.5})),
-            r"drafter/model.safetensors: tensor lm_head.weight differs",
+            r"drafter: tensor lm_head.weight differs",
         ),
     },
     "Keys of config.json": {
@@ -266,13 +284,24 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
         "saved from FSDP": Form(_renamed("", "_fsdp_wrapped_module."), r"wrapped by FSDP"),
     },
     "Quantized checkpoints": {
+        # transformers declares one scale a row for per-layer embeddings, which have one for each layer.
+        "packed for mobile QAT (`quant_method` gemma)": Form(_packed(to_mobile), by_transformers=False),
+        "packed by compressed-tensors, 4 bits in groups of 32": Form(_packed(to_compressed_tensors, _float32_scales)),
+        **{
+            f"`quant_method` {method} without packed tensors": Form(
+                _config(quantization_config={"quant_method": method}),
+                rf"the checkpoint is quantized, by {method}, but no tensor is packed",
+                advice="restore the checkpoint",
+            )
+            for method in ("gemma", "compressed-tensors")
+        },
         **{
             f"`quant_method` {method}": Form(
                 _config(quantization_config={"quant_method": method}),
                 rf"the checkpoint is quantized, by {method}; pass its unquantized sister",
                 advice=DEQUANTIZE,
             )
-            for method in ("gemma", "compressed-tensors", "bitsandbytes", "gptq", "awq", "fp8", "torchao", "hqq")
+            for method in ("bitsandbytes", "gptq", "awq", "fp8", "torchao", "hqq")
         },
         "the tensors of GPTQ without `quantization_config`": Form(
             _tensors(_gptq), r"quantized, by GPTQ or AWQ \(tensor .*qweight\)", advice=DEQUANTIZE

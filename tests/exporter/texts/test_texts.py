@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from exporter.checkpoint.pair import open_pair
+from exporter.checkpoint.special_tokens import suppression
 from exporter.texts.documents import CALIBRATION, HELD_OUT, documents
 from exporter.texts.token_texts import MAX_TEXT_TOKENS, MAX_TOKENS, token_texts
 from exporter.texts.writing import NUM_TEXTS, TEXT_TOKENS, write_texts
@@ -67,7 +68,9 @@ def test_a_target_without_tokenizer_writes_its_texts(pair_dirs: Pairs) -> None:
     assert texts != write_texts(pair, seed=1)
     assert token_texts(pair).texts == tuple(map(tuple, texts))
     suppressed = tuple(range(3, 200))
-    few = write_texts(replace(pair, tokens=replace(pair.tokens, suppressed=suppressed)))
+    tokens = replace(pair.tokens, suppressed=suppressed)
+    weights = {**pair.checkpoint_weights, **suppression(tokens, pair.target.vocab_size)}
+    few = write_texts(replace(pair, tokens=tokens, checkpoint_weights=weights))
     assert not set(suppressed) & {token for text in few for token in text[1:]}
     logits = pair.load_target()(
         torch.tensor([pair.tokens.bos]), torch.tensor([0]), torch.tensor([0]), _kv(pair.target)
