@@ -32,6 +32,7 @@ BITS = {
     r"self_attn\.": 4,
 }
 NOT_CONVERTED = ("per_layer_model_projection",)
+TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
 
 Change = Callable[[dict[str, Tensor]], None]
 
@@ -98,7 +99,7 @@ def to_mobile(
         "num_bits": 4,
         "quantize_embeddings": True,
         "module_quant_configs": {pattern: {"num_bits": bits} for pattern, bits in BITS.items()},
-        "modules_to_not_convert": [*NOT_CONVERTED, "vision_tower", "audio_tower", "embed_vision", "embed_audio"],
+        "modules_to_not_convert": [*NOT_CONVERTED, *TOWERS],
     }
     return _rewritten(output, tensors, change, quantization_config=settings, tie_word_embeddings=False)
 
@@ -117,12 +118,14 @@ def to_compressed_tensors(source: Path, output: Path, change: Change = lambda _:
     """
     to_published(source, output)
     tensors = {name: t for file in output.glob("*.safetensors") for name, t in load_file(file).items()}
+    indivisible: set[str] = set()
     for name in [
-        name for name in tensors if re.search(rf"{re.escape(PREFIX)}layers\..*proj.weight|gate.weight$", name)
+        name for name in tensors if re.search(rf"{re.escape(PREFIX)}layers\..*(proj|projection|gate).weight$", name)
     ]:
         weight, stem = tensors.pop(name).float(), name.removesuffix(".weight")
         if weight.shape[1] % group_size:
             tensors[name] = weight.bfloat16()
+            indivisible.add(stem.rpartition(".")[2])
             continue
         # In bfloat16 as published, before rounding, so that the integers are those of the stored scales.
         groups = weight.view(len(weight), -1, group_size)
@@ -136,7 +139,7 @@ def to_compressed_tensors(source: Path, output: Path, change: Change = lambda _:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(f"re:.*{module}.*" for module in (*NOT_CONVERTED, *TOWERS, *indivisible))],
     }
     return _rewritten(output, tensors, change, quantization_config=settings)
 
