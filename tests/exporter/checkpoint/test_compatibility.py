@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma4AssistantConfig, Gemma4Config, Gemma4TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    Gemma4AssistantConfig,
+    Gemma4Config,
+    Gemma4TextConfig,
+)
 from transformers.models.gemma4 import modeling_gemma4
 
 from exporter.checkpoint.config_json import config_notes
+from exporter.checkpoint.other_forms import quantization
 from exporter.checkpoint.pair import open_pair
 from exporter.checkpoint.reference_keys import DRAFTER_KEYS, TARGET_KEYS, TEXT_KEYS, TEXT_KEYS_OF_CODE
 from exporter.modeling.target import empty_kv
@@ -43,7 +50,10 @@ def test_forms(form: Form, copies: Directories) -> None:
     logits = pair.load_target()(tokens, torch.tensor([0]), torch.arange(4), empty_kv(pair.target, 8)).logits
     if form.by_transformers:
         # Sizes of the published form's towers, which are no part of this, are made up.
-        model = AutoModelForCausalLM.from_pretrained(copies[0], dtype=torch.float32, ignore_mismatched_sizes=True)
+        options: dict = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        if (found := quantization(copies[0])) is not None and found[0] == "compressed-tensors":
+            options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(copies[0], **options)
         expected = model(tokens[None]).logits[0]
         assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
