@@ -142,11 +142,10 @@ def _giving_bfloat16(groups: Tensor, scale: Tensor, bits: int, allowed: Scales) 
     groups, numbers, old = groups[rows], numbers[rows], scale[rows]
     magnitudes, integers = groups.abs(), numbers.abs()
     # Half the distance between neighbours: bfloat16 has 8 bits, and below a power of two one more.
-    fraction, exponent = torch.frexp(magnitudes)
-    above = torch.ldexp(torch.ones_like(magnitudes), exponent - 9)
-    below = torch.where(fraction == 0.5, above / 2, above)
-    low = ((magnitudes - below) / integers).nan_to_num(0, 0, 0).amax(1, keepdim=True)
-    high = ((magnitudes + above) / integers).nan_to_num(torch.inf, torch.inf).amin(1, keepdim=True)
+    power = magnitudes.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    below, above = torch.where(magnitudes == power, 2**-9, 2**-8) * power, 2**-8 * power
+    low = ((magnitudes - below) / integers.clamp(min=1)).amax(1, keepdim=True)
+    high = 1 / (integers / (magnitudes + above).clamp(min=torch.finfo(torch.float32).tiny)).amax(1, keepdim=True)
     new = ((low + high) / 2 * old.sign()).to(allowed.dtype).float()
     exact = ((numbers * new).bfloat16() == groups).all(1, keepdim=True)
     scale = scale.clone()
