@@ -189,8 +189,8 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions, will_cluster: 
     names = {f"{model}.{name}" for model, part in parts.items() for name in matrices(part.shapes)}
     if will_cluster:
         names = names - {DENSE_HEAD} | {CLUSTERED_HEAD}
-    check_recipe(recipe, sorted(names))
     refuse_rounding(pair, recipe)
+    check_recipe(recipe, sorted(names))
     if pair.rounds_activations and options.backend != "onnx":
         raise InputError(
             f"--activations {CHECKPOINT} needs --backend onnx: XNNPACK multiplies integers with inputs that it has"

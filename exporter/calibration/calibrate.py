@@ -86,6 +86,7 @@ def _rounded(
         "recipe": [recipe.name, recipe.toml()],
         "scales": str(allowed),
         "texts": texts.sha256,
+        "activations": pair.rounds_activations,
         "target": asdict(pair.target),
         "files": pair.target_checkpoint.stamps,
         "folding": hashlib.sha256(folding_bytes(pair.folding)).hexdigest(),
@@ -95,7 +96,10 @@ def _rounded(
     with torch.no_grad():
         run = _Run(pair, recipe, part, widths, allowed, steps, progress)
         for step, names in run.steps(texts):
-            found |= {name: IntegerReader(partial(steps.blocks, step, name), widths[name]) for name in names}
+            found |= {
+                name: IntegerReader(partial(steps.blocks, step, name), widths[name], part.shapes[name][1])
+                for name in names
+            }
     return found
 
 

@@ -14,7 +14,7 @@ from exporter.checkpoint.tensors import IntegerReader
 from exporter.graphs.parts import GraphParts
 from exporter.graphs.tables import outside_tables
 from exporter.modeling.layers import Ops
-from exporter.modeling.target import Target, TargetPass, empty_kv
+from exporter.modeling.target import TargetPass, empty_kv
 from exporter.modeling.weights import set_parameter
 from exporter.quantization.numbers import Quantized, Scales, fitting_width, quantize
 from exporter.quantization.recipes import Recipe, dividing
@@ -40,7 +40,7 @@ class LayerByLayer:
     def __init__(self, pair: Pair, part: GraphParts) -> None:
         self.pair, self.part = pair, part
         with torch.device("meta"):
-            self.target = Target(pair.target, Ops(linear=self._linear)).eval()
+            self.target = pair.new_target(Ops(linear=self._linear)).eval()
         self._names: dict[int, str] = {}  # of the module's weights, by id
         self._largest: dict[str, Tensor] = {}  # magnitudes of inputs, by name, while they are collected
         self._grams: dict[str, list[Tensor]] = {}  # sums of products of inputs, by name, while they are collected

@@ -92,7 +92,7 @@ def target_activation_scales(checkpoint: Checkpoint, weights: Weights) -> dict[s
     """
     packed, _ = find_packed(checkpoint)
     prefix = _prefix(packed.keys() | checkpoint.entries.keys())
-    modules = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+    modules = [name.removesuffix(".weight") for name in weights if prefix + name in packed]
     owners = {prefix + module: module for module in modules}
     head = "lm_head" if OWN_HEAD in weights else "embed_tokens"
     owners |= {name.removesuffix(".weight"): head for name in packed if name.endswith(HEAD)}

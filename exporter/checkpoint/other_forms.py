@@ -91,7 +91,7 @@ def refuse_other_tensors(directory: Path, names: Collection[str]) -> None:
                 f" {remedy}"
             )
     for pattern, method in TENSORS_OF_METHODS.items():
-        decoders = (name for name in sorted(names) if not _is_of_towers(name))
+        decoders = (name for name in sorted(names) if not is_of_towers(name))
         found = next((name for name in decoders if re.search(rf"(?:{pattern})$", name)), None)
         if found is None:
             continue
@@ -103,7 +103,8 @@ def refuse_other_tensors(directory: Path, names: Collection[str]) -> None:
         raise _quantized(directory, f"{method} (tensor {found})")
 
 
-def _is_of_towers(name: str) -> bool:
+def is_of_towers(name: str) -> bool:
+    """Return whether a tensor belongs to the parts for images or sound."""
     return "vision_tower." in name or "audio_tower." in name
 
 

@@ -7,11 +7,12 @@ Two forms are read: Google's mobile checkpoints, as transformers 5.24.0 does (`i
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.other_forms import quantization
+from exporter.checkpoint.other_forms import is_of_towers, quantization
 from exporter.checkpoint.tensors import BLOCK_BYTES, FLOAT_DTYPES, Checkpoint, IntegerReader
 from exporter.quantization.numbers import Quantized, unpack
 from exporter.quantization.widths import Width
@@ -76,8 +77,11 @@ def find_packed(checkpoint: Checkpoint) -> tuple[dict[str, Packed], set[str]]:
     form = FORMS.get(found[0]) if found else None
     if form is None:
         return {}, set()
-    packed, names = {}, {name for name in checkpoint.entries if name.endswith(form.companions)}
+    packed: dict[str, Packed] = {}
+    names: set[str] = set()
     for name, entry in checkpoint.entries.items():
+        if is_of_towers(name):
+            continue  # which are not exported
         for end, scales_end in form.ends.items():
             if not name.endswith(end) or entry.dtype not in form.dtypes:
                 continue
@@ -88,6 +92,11 @@ def find_packed(checkpoint: Checkpoint) -> tuple[dict[str, Packed], set[str]]:
                 )
             packed[f"{stem}.weight"] = Packed(name, stem + scales_end)
             names |= {name, stem + scales_end}
+    for name in checkpoint.entries:
+        for stem in (name.removesuffix(end) for end in form.companions if name.endswith(end)):
+            # The cache's scales belong to attention; modules in floats may have scales that nothing reads.
+            if stem.endswith("self_attn") or f"{stem}.weight" in packed or f"{stem}.weight" in checkpoint.entries:
+                names.add(name)
     if not packed:
         raise InputError(
             f"{checkpoint.directory}: config.json says that the checkpoint is quantized, by {found and found[0]}, but"
@@ -110,11 +119,10 @@ def packed_reader(checkpoint: Checkpoint, packed: Packed, shape: tuple[int, ...]
     """
     numbers, scales = checkpoint.entries[packed.numbers], checkpoint.entries[packed.scales]
     rows, columns = shape
-    by_size: dict[tuple[int, ...], int] = {
-        (rows, _stored_columns(numbers.dtype, columns, bits)): bits for bits in (2, 4, 8)
-    }
+    sizes = {bits: _stored_columns(numbers.dtype, columns, bits) for bits in (2, 4, 8)}
+    by_size: dict[tuple[int, ...], int] = {(rows, size): bits for bits, size in sizes.items() if size}
     if (bits := by_size.get(numbers.shape)) is None:
-        expected = " or ".join(f"{list(size)}, packed in {bits} bits" for size, bits in by_size.items() if size[1])
+        expected = " or ".join(f"{list(size)}, packed in {bits} bits" for size, bits in by_size.items())
         raise InputError(
             f"{numbers.file}: tensor {packed.numbers} has shape {list(numbers.shape)}, expected {expected}; pass"
             " weights and a config.json of the same model"
@@ -145,7 +153,8 @@ def packed_reader(checkpoint: Checkpoint, packed: Packed, shape: tuple[int, ...]
         stored, scale = (checkpoint.map(name)[ids] for name in (packed.numbers, packed.scales))
         return quantized(stored, scale.float()).dequantize()
 
-    return IntegerReader(blocks, Width(bits, None if groups <= min_groups else columns // groups), some)
+    width = Width(bits, None if groups <= min_groups else columns // groups)
+    return IntegerReader(blocks, width, columns // min_groups, some)
 
 
 def _stored_columns(dtype: str, columns: int, bits: int) -> int:
@@ -174,7 +183,8 @@ def activation_scales(checkpoint: Checkpoint, owners: Mapping[str, str]) -> dict
             entry = checkpoint.entries.get(stored + end)
             if entry is None:
                 continue
-            scale = checkpoint.load(stored + end).float().reshape(-1)
+            is_float = entry.dtype in FLOAT_DTYPES
+            scale = checkpoint.load(stored + end).reshape(-1) if is_float else torch.empty(0)
             if scale.shape != (1,) or scale < 0:
                 raise InputError(
                     f"{entry.file}: tensor {stored}{end} is {scale.tolist()[:2]}, expected one number of at least 0;"
@@ -199,8 +209,19 @@ def check_settings(directory: Path) -> None:
         return
     settings = found[1]
     groups = settings.get("config_groups")
-    schemes = list(groups.values()) if isinstance(groups, dict) else []
-    fixed = {"type": ("int",), "symmetric": (True,), "actorder": (None, False, "static", "weight")}
+    if not isinstance(groups, dict) or settings.get("transform_config"):
+        what = "no config_groups" if not isinstance(groups, dict) else "a transform_config"
+        raise InputError(
+            f"{path}: quantization_config has {what}, expected groups of packed weights that are not transformed; pass"
+            " the unquantized sister"
+        )
+    schemes = list(groups.values())
+    fixed: dict[str, tuple[Any, ...]] = {
+        "type": ("int",),
+        "num_bits": (2, 4, 8),
+        "symmetric": (True,),
+        "actorder": (None, False, "static", "weight"),
+    }
     for scheme in schemes:
         weights = scheme.get("weights") if isinstance(scheme, dict) else None
         if not isinstance(weights, dict):

@@ -222,16 +222,19 @@ class IntegerReader:
     Attributes:
         quantized_blocks: reads the matrix in blocks of rows.
         width: bits of its integers, and how many of a row share a scale.
+        columns: how many share one if `width` has no group size: those of a row, of the per-layer embeddings those of a
+            token and layer.
         rows: reads the rows of ids [T] int64 as [T, columns] float32; None where only whole blocks can be read.
     """
 
     quantized_blocks: Callable[[], Iterator[Quantized]]
     width: Width
+    columns: int
     rows: Callable[[Tensor], Tensor] | None = None
 
     def kept_in(self, asked: Width) -> Width:
         """Return the width in which a bundle has these integers unchanged where its recipe asks for `asked`."""
-        kept = held(self.width, asked)
+        kept = held(self.width, asked, self.columns)
         assert kept is not None  # exports refuse such recipes first
         return kept
 

@@ -9,10 +9,21 @@ from torch import Tensor
 from exporter.checkpoint.names import EMBEDDING, PER_LAYER
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import IntegerReader, row_blocks
-from exporter.graphs.parts import graph_parts, sample_rows
+from exporter.graphs.parts import graph_parts, sample_rows, tables_outside_graphs
 from exporter.graphs.tables import per_layer_bytes
 from exporter.quantization.numbers import lies_on_grid
-from exporter.quantization.recipes import AUTO, CLUSTERS, DENSE_HEAD, PER_LAYER_TABLE, RECIPES, Recipe, Rule, matrices
+from exporter.quantization.recipes import (
+    AUTO,
+    CLUSTERS,
+    DENSE_HEAD,
+    PER_LAYER_TABLE,
+    RECIPES,
+    Recipe,
+    Rule,
+    allowed_widths,
+    dividing,
+    matrices,
+)
 from exporter.quantization.widths import FLOAT, QAT_GROUP_SIZE, Width, held
 from runtime_ref.errors import InputError
 
@@ -100,12 +111,17 @@ def refuse_rounding(pair: Pair, recipe: Recipe) -> None:
     """Check that a recipe leaves the integers of a checkpoint as they are.
 
     Raises:
-        InputError: it asks for fewer bits than some have.
+        InputError: it asks for fewer bits than some have, or for a width that no runtime has in their groups.
     """
     for name, read in pair.checkpoint_weights.items():
-        asked = recipe.width(f"target.{name}")
-        if isinstance(read, IntegerReader) and held(read.width, asked) is None:
+        if not isinstance(read, IntegerReader):
+            continue
+        named, asked = f"target.{name}", recipe.width(f"target.{name}")
+        asked = asked if name in tables_outside_graphs(pair) else dividing(asked, read.columns)
+        kept = held(read.width, asked, read.columns)
+        if kept is None or kept not in allowed_widths(named):
             raise InputError(
-                f"recipe {recipe.name}: stores target.{name} in {asked}, but the checkpoint has it in {read.width},"
-                " which are not rounded again; pass --recipe auto, which keeps them"
+                f"recipe {recipe.name}: stores {named} in {asked}, but {pair.target_checkpoint.directory} has it in"
+                f" {read.width}, and packed integers are not rounded again; pass --recipe"
+                f" {'auto, which keeps them' if recipe.name != AUTO else 'fp32'}"
             )

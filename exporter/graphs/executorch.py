@@ -215,7 +215,7 @@ def stored_integers(
         groups = 1 if width is None else len(scales) // (2 * rows)
         values = torch.frombuffer(bytearray(scales), dtype=torch.bfloat16)[: rows * groups].float().view(rows, groups)
         blocks = functools.partial(_one_block, Quantized(integers, values, bits))
-        found[name] = IntegerReader(blocks, Width(bits, width and columns // groups))
+        found[name] = IntegerReader(blocks, Width(bits, width and columns // groups), columns)
     return found
 
 

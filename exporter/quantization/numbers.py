@@ -51,7 +51,8 @@ class Quantized:
 
     def held_as(self, width: Width) -> "Quantized":
         """Return the same numbers in as many bits or more, and groups as small or smaller; no value changes."""
-        repeats = self.group_size // (width.group_size or self.group_size)
+        repeats, rest = divmod(self.group_size, width.group_size or self.group_size)
+        assert repeats and not rest, (self.group_size, width)
         return Quantized(self.numbers, self.scales.repeat_interleave(repeats, 1), width.bits)
 
     def rows(self, ids: Tensor) -> Tensor:

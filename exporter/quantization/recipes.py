@@ -136,7 +136,7 @@ def recipe_of(manifest: Manifest) -> Recipe:
         return RECIPES[manifest.recipe]
     try:
         rules = [Rule(str(n), Width(e["bits"], e["group_size"])) for e in entries for n in e["matrices"]]
-        wrong = [rule.match for rule in rules if rule.width not in _allowed(rule.match)]
+        wrong = [rule.match for rule in rules if rule.width not in allowed_widths(rule.match)]
     except (KeyError, TypeError) as error:
         wrong = [f"{type(error).__name__}: {error}"]
     if wrong:
@@ -160,10 +160,10 @@ def check_recipe(recipe: Recipe, names: Iterable[str]) -> None:
         if rule is None:
             continue
         unused = [other for other in unused if other is not rule]
-        if rule.width not in _allowed(name):
+        if rule.width not in allowed_widths(name):
             raise InputError(
                 f"recipe {recipe.name}: the rule for {rule.match!r} stores {name} in {rule.width}, expected"
-                f" {', '.join(map(str, _allowed(name)))}"
+                f" {', '.join(map(str, allowed_widths(name)))}"
             )
     if unused:
         whether = "matches" if not any(fnmatchcase(name, unused[0].match) for name in names) else "comes too late for"
@@ -174,8 +174,8 @@ def check_recipe(recipe: Recipe, names: Iterable[str]) -> None:
         )
 
 
-def _allowed(name: str) -> tuple[Width, ...]:
-    """How a matrix can be stored, by its name."""
+def allowed_widths(name: str) -> tuple[Width, ...]:
+    """Return how a matrix can be stored, by its name in recipes."""
     if name == CLUSTERS:
         return WIDTHS_OF_CLUSTERS
     return BITS_OF_TABLE if name == PER_LAYER_TABLE else WIDTHS

@@ -1,6 +1,7 @@
 """How many bits a matrix is stored in; without torch, for what only names recipes."""
 
 from dataclasses import dataclass
+from math import gcd
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,20 @@ WIDTHS_OF_CLUSTERS = (Width(4), Width(8), FLOAT)
 BITS_OF_TABLE = (Width(2), Width(3), Width(4), Width(4, 32), Width(8), FLOAT)
 
 
-def held(stored: Width, asked: Width) -> Width | None:
+def held(stored: Width, asked: Width, columns: int) -> Width | None:
     """Return the width in which integers are stored without a change where a recipe asks for another width.
 
     Args:
         stored: the integers' own.
         asked: the recipe's.
+        columns: how many numbers share a scale where a width has no group size.
 
     Returns:
-        The recipe's, with smaller groups if the integers have them; None if it has too few bits for them.
+        The recipe's bits, in groups that divide those of both; None if these are too few bits.
     """
     if stored.bits > asked.bits:
         return None
-    if asked == FLOAT or stored.group_size is None:
+    if asked == FLOAT:
         return asked
-    return Width(asked.bits, min(stored.group_size, asked.group_size or stored.group_size))
+    size = gcd(stored.group_size or columns, asked.group_size or columns)
+    return Width(asked.bits, None if size == columns else size)

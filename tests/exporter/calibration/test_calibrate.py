@@ -214,7 +214,8 @@ def test_parity_proves_a_calibrated_bundle(backend: str, recipe: str, pair_dirs:
     assert isinstance(read, IntegerReader)
     blocks = [replace(b, numbers=b.numbers.flip(0), scales=b.scales.flip(0)) for b in read.quantized_blocks()]
     spoilt = replace(
-        source, target_weights={**source.target_weights, name: IntegerReader(lambda: iter(blocks), read.width)}
+        source,
+        target_weights={**source.target_weights, name: IntegerReader(lambda: iter(blocks), read.width, read.columns)},
     )
     check = calibration_check(spoilt)
     assert (check.passed, name in check.detail) == (False, True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from exporter.bundle.export import ExportOptions, export_bundle
+from exporter.calibration.calibrate import calibrate
 from exporter.checkpoint.pair import Pair, open_pair
 from exporter.checkpoint.tensors import IntegerReader
 from exporter.graphs.auto_recipe import auto_recipe
@@ -22,8 +23,10 @@ from exporter.modeling.target import empty_kv
 from exporter.parity.quality import bundle_logits
 from exporter.parity.source import open_source
 from exporter.parity.stages import run_parity
-from exporter.quantization.numbers import Quantized
-from exporter.quantization.recipes import RECIPES
+from exporter.quantization.numbers import Quantized, Scales
+from exporter.quantization.recipes import RECIPES, Recipe, Rule
+from exporter.quantization.widths import Width
+from exporter.texts.token_texts import TokenTexts
 from runtime_ref.engine import open_engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
@@ -168,13 +171,74 @@ def test_other_recipes_hold_the_integers_or_are_refused(recipe: str, pair_dirs: 
     options = ExportOptions("onnx", RECIPES[recipe], MAX_SEQ_LEN)
     if recipe != "int8":
         with pytest.raises(
-            InputError, match=r"stores target\.embed_tokens_per_layer\.weight in [23] bits, but the check"
+            InputError,
+            match=r"stores target\.embed_tokens_per_layer\.weight in [23] bits, but .* has it in 4 bits, and packed",
         ):
             export_bundle(pair, tmp_path / "bundle", options)
         return
     export_bundle(pair, tmp_path / "bundle", options)
     rows = Table(tmp_path / "bundle", read_manifest(tmp_path / "bundle").tables["embed_tokens"])[range(256)]
     assert torch.equal(torch.from_numpy(rows), packed_matrices(pair)["embed_tokens.weight"].dequantize())
+
+
+@pytest.mark.parametrize("recipe", ["auto", "int4", "int8", "fp32"])
+@pytest.mark.parametrize("group_size", [32, 16])
+def test_groups_of_compressed_tensors_in_other_recipes(
+    recipe: str, group_size: int, pair_dirs: Pairs, tmp_path: Path, run: Run
+) -> None:
+    """What is exported is proven; what no runtime has in such groups is one line."""
+    target, drafter = pair_dirs("e2b")
+    to_compressed_tensors(target, tmp_path / "ct", group_size=group_size)
+    source = ["--target", tmp_path / "ct", "--drafter", drafter]
+    code, _, err = run("export", *source, "--output", tmp_path / "b", "--recipe", recipe, "--no-calibrate")
+    if recipe == "int8" or (group_size == 16 and recipe != "fp32"):
+        other = "fp32" if recipe == "auto" else "auto, which keeps them"
+        assert code == 2 and f"in 4 bits in groups of {group_size}, and packed integers are not rounded again" in err
+        assert f"pass --recipe {other}" in err and not (tmp_path / "b").exists()
+        return
+    assert code == 0
+    assert run("parity", tmp_path / "b", *source, "--max-new-tokens", 4)[0] == 0
+
+
+def test_a_file_of_rules_on_a_packed_target(pair_dirs: Pairs, tmp_path: Path, run: Run) -> None:
+    """Its groups of 128 divide neither rows of 64 nor rows of 96."""
+    target, drafter = pair_dirs("e2b")
+    to_mobile(target, tmp_path / "mobile", own_head=True)
+    (tmp_path / "my.toml").write_text(
+        'rules = [{ match = "target.embed_tokens_per_layer.weight", bits = 4 },'
+        ' { match = "target.*per_layer_*", bits = 8 }, { match = "target.*", bits = 4, group = 128 }]'
+    )
+    source = ["--target", tmp_path / "mobile", "--drafter", drafter]
+    assert (
+        run("export", *source, "--output", tmp_path / "b", "--recipe", tmp_path / "my.toml", "--no-calibrate")[0] == 0
+    )
+    assert run("parity", tmp_path / "b", *source, "--max-new-tokens", 4)[0] == 0
+
+
+def test_a_calibration_of_what_is_left_in_floats(pair_dirs: Pairs, tmp_path: Path) -> None:
+    """With a head of its own, whose scales of activations belong to the target's module."""
+
+    def with_head_scale(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.input_activation_scale"] = torch.tensor(0.05)
+
+    pair = mobile_pair(pair_dirs, tmp_path, own_head=True, activations=True, change=with_head_scale).with_activations()
+    recipe = auto_recipe(pair)[0]
+    rule = Rule("target.per_layer_model_projection.weight", Width(4, 32))
+    texts = TokenTexts(((2, 7, 40, 3, 99) * 8,), "a text")
+    rounded = calibrate(pair, Recipe("r", (rule, *recipe.rules)), Scales(), texts, tmp_path / "steps")
+    assert rounded.calibrated is not None
+    assert rounded.calibrated.matrices == ("per_layer_model_projection.weight",)
+
+
+def test_scales_of_modules_in_floats_round_nothing(pair_dirs: Pairs, tmp_path: Path) -> None:
+    """As in the reference, which does not convert them."""
+
+    def stray(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{PREFIX}per_layer_model_projection.input_activation_scale"] = torch.tensor(0.5)
+
+    pair = mobile_pair(pair_dirs, tmp_path, activations=True, change=stray).with_activations()
+    expected = mobile_reference(tmp_path / "mobile")(TOKENS[None]).logits[0]
+    assert (logits_of(pair) - expected).abs().max() < 1e-5
 
 
 def _without(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -202,6 +266,9 @@ UP = f"{PREFIX}layers.0.mlp.up_proj"
         (_set(f"{UP}.weight_scale", lambda x: x[:-1]), r"weight_scale has shape \[95, 1\], expected 96 rows of scales"),
         (_set(f"{UP}.weight_scale", lambda x: x.int()), r"weight_scale is I32, expected floats"),
         (_set(f"{UP}.weight_scale", lambda x: x * torch.nan), r"weight_scale holds NaN or infinity"),
+        (_set(f"{UP}.weight", lambda x: x[:, :0]), r"up_proj\.weight has shape \[96, 0\], expected \[96, 16\], packed"),
+        (_set(f"{UP}.input_activation_scale", lambda x: x > 0), r"scale is \[\], expected one number of at least 0"),
+        (lambda tensors: tensors.update({"x.k_cache_scale": torch.zeros(1)}), r"unknown tensor x\.k_cache_scale"),
         (
             _set(f"{UP}.input_activation_scale", lambda x: x - 1),
             r"scale is \[-1\.0\], expected one number of at least 0",
@@ -227,6 +294,7 @@ def test_broken_tensors_are_refused(
     [
         ({"symmetric": False}, "has symmetric False, expected pack-quantized symmetric integers"),
         ({"type": "float"}, "has type 'float'"),
+        ({"num_bits": 7}, "has num_bits 7"),
         ({"actorder": "group"}, "has actorder 'group'"),
     ],
 )

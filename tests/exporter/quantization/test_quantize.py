@@ -126,7 +126,9 @@ def test_integers_are_held_in_more_bits_and_smaller_groups() -> None:
     wider = quantized.held_as(Width(4, 32))
     assert (wider.bits, wider.group_size) == (4, 32)
     assert torch.equal(wider.dequantize(), quantized.dequantize())
-    assert held(Width(2, 64), Width(4, 32)) == Width(4, 32)
-    assert held(Width(2, 64), Width(4)) == Width(4, 64)
-    assert held(Width(4), Width(3)) is None
-    assert held(Width(2, 64), FLOAT) == FLOAT
+    assert held(Width(2, 64), Width(4, 32), 256) == Width(4, 32)
+    assert held(Width(2, 64), Width(4), 256) == Width(4, 64)
+    assert held(Width(4), Width(3), 256) is None
+    assert held(Width(2, 64), FLOAT, 256) == FLOAT
+    assert held(Width(4), Width(4, 128), 96) == Width(4, 32)  # which divides both
+    assert held(Width(4), Width(4, 128), 64) == Width(4)
