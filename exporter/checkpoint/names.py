@@ -65,8 +65,8 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
     Raises:
         InputError: a tensor is missing, unknown, of the wrong shape, or quantized in a way that is not supported.
     """
-    check_settings(checkpoint.directory)
     packed, of_packed = find_packed(checkpoint)
+    check_settings(checkpoint.directory)
     names = packed.keys() | (checkpoint.entries.keys() - of_packed)
     refuse_other_tensors(checkpoint.directory, names)
     prefix = _prefix(names)
