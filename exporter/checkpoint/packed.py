@@ -215,14 +215,13 @@ def check_settings(directory: Path) -> None:
             f"{path}: quantization_config has {what}, expected groups of packed weights that are not transformed; pass"
             " the unquantized sister"
         )
-    schemes = list(groups.values())
     fixed: dict[str, tuple[Any, ...]] = {
         "type": ("int",),
         "num_bits": (2, 4, 8),
         "symmetric": (True,),
         "actorder": (None, False, "static", "weight"),
     }
-    for scheme in schemes:
+    for scheme in groups.values():
         weights = scheme.get("weights") if isinstance(scheme, dict) else None
         if not isinstance(weights, dict):
             continue

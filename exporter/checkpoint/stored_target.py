@@ -16,7 +16,7 @@ from exporter.checkpoint.names import EMBEDDING, PER_LAYER
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import IntegerReader
 from exporter.modeling.layers import Ops, rms_norm
-from exporter.modeling.target import OWN_HEAD, Target
+from exporter.modeling.target import Target
 from exporter.modeling.weights import AnyModule, load_module
 from exporter.quantization.numbers import Quantized
 
@@ -75,7 +75,7 @@ def stored_weights(pair: Pair, left_out: Collection[str] = ()) -> dict[str, Weig
         pair: the target and its drafter.
         left_out: names of weights that are not wanted.
     """
-    tables = {PER_LAYER} | ({EMBEDDING} if OWN_HEAD in pair.checkpoint_weights else set())
+    tables = {PER_LAYER, EMBEDDING} - {pair.head}
     weights: dict[str, Weight] = {}
     for name, read in pair.mapped_target_weights.items():
         if name in left_out:

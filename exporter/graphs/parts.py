@@ -24,7 +24,7 @@ SAMPLE_ROWS = 64  # about so many rows of a matrix's first block decide its grou
 
 def tables_outside_graphs(pair: Pair) -> set[str]:
     """Return the parameters whose rows the runtime reads from files; in most targets the embedding is the head too."""
-    return {PER_LAYER, "target_embed_tokens.weight"} | ({EMBEDDING} - {pair.head})
+    return {PER_LAYER, EMBEDDING, "target_embed_tokens.weight"} - {pair.head}
 
 
 @dataclass(frozen=True)
