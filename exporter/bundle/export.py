@@ -28,7 +28,7 @@ from exporter.graphs.split_files import too_large
 from exporter.graphs.tables import outside_tables, write_table
 from exporter.quantization.recipes import CLUSTERS as CLUSTERED_HEAD
 from exporter.quantization.recipes import DENSE_HEAD, Recipe, check_recipe, matrices
-from exporter.quantization.widths import Width
+from exporter.quantization.widths import by_width
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.errors import InputError
@@ -149,14 +149,6 @@ def calibration_directory(output: Path) -> Path:
     return output.resolve().with_name(f".{output.resolve().name}.calibration")
 
 
-def by_width(widths: Mapping[str, Width]) -> list[dict[str, Any]]:
-    """Return the manifest's `widths`: how matrices are stored that are not float32, by their names in recipes."""
-    return [
-        {**asdict(width), "matrices": sorted(name for name, other in widths.items() if other == width)}
-        for width in sorted(set(widths.values()), key=lambda width: (width.bits, width.group_size or 0))
-    ]
-
-
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"files": checkpoint.sha256(), **model_origin(checkpoint.directory)}
 
@@ -189,7 +181,7 @@ def plan_export(pair: Pair, output: Path, options: ExportOptions, will_cluster: 
     names = {f"{model}.{name}" for model, part in parts.items() for name in matrices(part.shapes)}
     if will_cluster:
         names = names - {DENSE_HEAD} | {CLUSTERED_HEAD}
-    refuse_rounding(pair, recipe)
+    refuse_rounding(pair, recipe, options.backend)
     check_recipe(recipe, sorted(names))
     if pair.rounds_activations and options.backend != "onnx":
         raise InputError(

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from exporter.checkpoint.config_json import read_drafter_config, read_target_config
 from exporter.checkpoint.values import read_object
+from exporter.quantization.widths import by_width
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifest
 
@@ -69,14 +71,14 @@ def _calibration(manifest: Manifest) -> dict[str, Any]:
 
 def _widths(manifest: Manifest) -> dict[str, Any]:
     """Return how matrices are stored, with those of the same name in all layers as one, such as `target.layers.*.x`."""
-    if "widths" not in manifest.raw:
-        return {}
-    return {
-        "widths": [
-            {**entry, "matrices": dict(Counter(re.sub(r"\.layers\.\d+\.", ".layers.*.", n) for n in entry["matrices"]))}
-            for entry in manifest.raw["widths"]
-        ]
-    }
+    return {"widths": _by_layer(manifest.raw["widths"])} if "widths" in manifest.raw else {}
+
+
+def _by_layer(widths: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**entry, "matrices": dict(Counter(re.sub(r"\blayers\.\d+\.", "layers.*.", n) for n in entry["matrices"]))}
+        for entry in widths
+    ]
 
 
 def _row_bytes(manifest: Manifest, layer_type: str) -> int:
@@ -111,11 +113,24 @@ def _with_delegated_fractions(path: Path, backend: dict[str, Any]) -> dict[str, 
 
 def _inspect_target(path: Path) -> dict[str, Any]:
     from exporter.checkpoint.names import target_weights
-    from exporter.checkpoint.tensors import Checkpoint
+    from exporter.checkpoint.packed import find_packed
+    from exporter.checkpoint.tensors import Checkpoint, IntegerReader
+    from exporter.modeling.target import Target
+    from exporter.modeling.weights import parameter_shapes
 
     config, checkpoint = read_target_config(path), Checkpoint(path)
     used = target_weights(checkpoint, config)
-    return {"kind": "target", "target": _sizes(asdict(config)), **_tensors(checkpoint, len(used))}
+    packed, of_packed = find_packed(checkpoint)
+    widths = {name: read.width for name, read in used.items() if isinstance(read, IntegerReader)}
+    shapes = parameter_shapes(lambda: Target(config, own_head=True))
+    numbers = sum(prod(shapes[name]) for name in widths)
+    return {
+        "kind": "target",
+        "target": _sizes(asdict(config)),
+        **({"widths": _by_layer(by_width(widths))} if packed else {}),
+        # A packed matrix is stored as two tensors: its numbers and its scales.
+        **_tensors(checkpoint, len(used) + len(widths), numbers, of_packed),
+    }
 
 
 def _inspect_drafter(path: Path) -> dict[str, Any]:
@@ -137,12 +152,16 @@ def _inspect_drafter(path: Path) -> dict[str, Any]:
     }
 
 
-def _tensors(checkpoint: "Checkpoint", tensors_used: int) -> dict[str, Any]:
+def _tensors(
+    checkpoint: "Checkpoint", tensors_used: int, packed_numbers: int = 0, of_packed: Collection[str] = ()
+) -> dict[str, Any]:
+    """Describe tensors; those of packed matrices are not counted as parameters, but the numbers packed in them are."""
     entries = checkpoint.entries.values()
+    plain = (entry for name, entry in checkpoint.entries.items() if name not in of_packed)
     return {
         "tensors": len(entries),
         "tensors_used": tensors_used,
-        "parameters": sum(prod(entry.shape) for entry in entries),
+        "parameters": packed_numbers + sum(prod(entry.shape) for entry in plain),
         "dtypes": dict(sorted(Counter(entry.dtype for entry in entries).items())),
         "files": {file.name: file.stat().st_size for file in checkpoint.files},
         "total_bytes": sum(file.stat().st_size for file in checkpoint.files),

@@ -6,6 +6,7 @@ Two forms are read: Google's mobile checkpoints, as transformers 5.24.0 does (`i
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def packed_reader(checkpoint: Checkpoint, packed: Packed, shape: tuple[int, ...]
         return quantized(stored, scale.float()).dequantize()
 
     width = Width(bits, None if groups <= min_groups else columns // groups)
-    return IntegerReader(blocks, width, columns // min_groups, some)
+    return IntegerReader(blocks, width, columns // min_groups, some, partial(checkpoint.blocks, packed.scales))
 
 
 def _stored_columns(dtype: str, columns: int, bits: int) -> int:

@@ -26,7 +26,7 @@ from exporter.modeling.config import DrafterConfig, TextConfig, shared_kv
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.layers import Ops
 from exporter.modeling.target import OWN_HEAD, Target
-from exporter.modeling.weights import Weights, load_module, parameter_shapes
+from exporter.modeling.weights import Weights, constant, load_module, parameter_shapes
 from runtime_ref.errors import InputError
 from runtime_ref.sampling import Sampling
 
@@ -114,7 +114,7 @@ class Pair:
 
     def with_activations(self) -> "Pair":
         """Return the same pair with a target that rounds inputs and outputs of matrices as its checkpoint says."""
-        scales: Weights = {name: partial(_identity, scale) for name, scale in self.activation_scales.items()}
+        scales = {name: constant(scale) for name, scale in self.activation_scales.items()}
         return replace(
             self,
             checkpoint_weights={**self.checkpoint_weights, **scales},
@@ -173,10 +173,6 @@ class Pair:
         """
         weights = drafter_weights(self.drafter_checkpoint, self.drafter, table, self.target_weights)
         return replace(self, table=table, two_stage=table.sizes(top_k), clusters_origin=origin, drafter_weights=weights)
-
-
-def _identity(value: Tensor) -> Tensor:
-    return value
 
 
 def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: int | None = None) -> Pair:

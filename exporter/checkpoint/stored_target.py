@@ -6,7 +6,6 @@ little more memory than its checkpoint or its recipe takes.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import IntegerReader
 from exporter.modeling.layers import Ops, rms_norm
 from exporter.modeling.target import Target
-from exporter.modeling.weights import AnyModule, load_module
+from exporter.modeling.weights import AnyModule, constant, load_module
 from exporter.quantization.numbers import Quantized
 
 _BLOCK_ROWS = 1 << 10  # rows of a matrix that are widened at once; they stay in a core's cache
@@ -116,14 +115,10 @@ def open_target(pair: Pair, ops: Ops) -> Target:
 
 def load_stored(build: Callable[[], AnyModule], weights: Mapping[str, Weight]) -> AnyModule:
     """Do what `load_module` does, for weights that need not be tensors."""
-    module = load_module(build, {n: partial(_identity, w) for n, w in weights.items() if isinstance(w, Tensor)})
+    module = load_module(build, {n: constant(w) for n, w in weights.items() if isinstance(w, Tensor)})
     for name, weight in weights.items():
         if not isinstance(weight, Tensor):
             owner, _, leaf = name.rpartition(".")
             delattr(module.get_submodule(owner), leaf)
             setattr(module.get_submodule(owner), leaf, weight)
     return module
-
-
-def _identity(weight: Tensor) -> Tensor:
-    return weight

@@ -225,12 +225,14 @@ class IntegerReader:
         columns: how many share one if `width` has no group size: those of a row, of the per-layer embeddings those of a
             token and layer.
         rows: reads the rows of ids [T] int64 as [T, columns] float32; None where only whole blocks can be read.
+        scales: reads the scales alone, in blocks; None where they are what a backend asked for.
     """
 
     quantized_blocks: Callable[[], Iterator[Quantized]]
     width: Width
     columns: int
     rows: Callable[[Tensor], Tensor] | None = None
+    scales: Callable[[], Iterator[Tensor]] | None = None
 
     def kept_in(self, asked: Width) -> Width:
         """Return the width in which a bundle has these integers unchanged where its recipe asks for `asked`."""
@@ -244,9 +246,13 @@ class IntegerReader:
 
     def blocks(self, block_rows: int | None = None) -> Iterator[Tensor]:
         """Yield the same in blocks of so many rows, or of as many as are read at a time."""
+        rest: tuple[Tensor, ...] = ()
         for quantized in self.quantized_blocks():
-            block = quantized.dequantize()
-            yield from (block,) if block_rows is None else block.split(block_rows)
+            block = torch.cat([*rest, quantized.dequantize()])
+            *whole, last = (block,) if block_rows is None else block.split(block_rows)
+            yield from whole
+            rest = (last,)
+        yield from rest
 
 
 def row_blocks(read: Callable[[], Tensor]) -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ _SIZES = {
     "final_logit_softcapping?": NULLABLE,
 }
 _TWO_STAGE = keys(size, "num_clusters cluster_size top_k_clusters")
+_WIDTHS = [{"bits": size, "group_size": (None, size), "matrices": {"*": size}}]
 _HEAD = (None, {"origin": str, **_TWO_STAGE})
 _FILES = {"files": {"*": size}, "total_bytes": size}
 _ORIGIN = {"files": {"*": str}, **keys(str, "id? revision? license?")}
@@ -142,13 +143,13 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             "tokens": {"eos": [size], **keys(size, "bos pad?")},
             **keys(_SIZES, "target drafter"),
             "two_stage": _HEAD,
-            "widths?": [{"bits": size, "group_size": (None, size), "matrices": {"*": size}}],
+            "widths?": _WIDTHS,
             "calibration?": {**keys(str, "texts sha256"), **keys(size, "tokens threads matrices")},
             "tables": {"*": TABLE},
             "source": keys(_ORIGIN, "target drafter"),
             **_FILES,
         },
-        {"kind": str, "target": _SIZES, **_CHECKPOINT},
+        {"kind": str, "target": _SIZES, "widths?": _WIDTHS, **_CHECKPOINT},
         {
             "kind": str,
             "drafter": _SIZES,

@@ -9,6 +9,7 @@ from torch import Tensor
 from exporter.checkpoint.names import EMBEDDING, PER_LAYER
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import IntegerReader, row_blocks
+from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import graph_parts, sample_rows, tables_outside_graphs
 from exporter.graphs.tables import per_layer_bytes
 from exporter.quantization.numbers import lies_on_grid
@@ -107,21 +108,35 @@ def _rules(widths: Mapping[str, Width], names: Iterable[str]) -> Iterator[Rule]:
             yield from (Rule(name, width) for name, width in found.items())
 
 
-def refuse_rounding(pair: Pair, recipe: Recipe) -> None:
-    """Check that a recipe leaves the integers of a checkpoint as they are.
+def refuse_rounding(pair: Pair, recipe: Recipe, backend: str) -> None:
+    """Check that a recipe and a backend leave the integers and scales of a checkpoint as they are.
+
+    Args:
+        pair: the target and its drafter.
+        recipe: how many bits each matrix is stored in.
+        backend: a key of `exporter.graphs.backend.BACKENDS`.
 
     Raises:
-        InputError: it asks for fewer bits than some have, or for a width that no runtime has in their groups.
+        InputError: the recipe asks for fewer bits than some have, or for a width that no runtime has in their groups,
+            or the backend has no such scales of groups.
     """
+    outside, allowed = tables_outside_graphs(pair), load_backend(backend).supported_scales()
     for name, read in pair.checkpoint_weights.items():
         if not isinstance(read, IntegerReader):
             continue
         named, asked = f"target.{name}", recipe.width(f"target.{name}")
-        asked = asked if name in tables_outside_graphs(pair) else dividing(asked, read.columns)
+        asked = asked if name in outside else dividing(asked, read.columns)
         kept = held(read.width, asked, read.columns)
         if kept is None or kept not in allowed_widths(named):
             raise InputError(
                 f"recipe {recipe.name}: stores {named} in {asked}, but {pair.target_checkpoint.directory} has it in"
                 f" {read.width}, and packed integers are not rounded again; pass --recipe"
                 f" {'auto, which keeps them' if recipe.name != AUTO else 'fp32'}"
+            )
+        in_groups = name not in outside and kept.bits < 8 and kept.group_size is not None
+        if in_groups and read.scales is not None and not all(allowed.holds(block).all() for block in read.scales()):
+            raise InputError(
+                f"--backend {backend}: {pair.target_checkpoint.directory} has scales of {named} that are negative, zero"
+                f" or no {str(allowed.dtype).removeprefix('torch.')}, which it does not take for groups of numbers;"
+                " export with --backend onnx"
             )

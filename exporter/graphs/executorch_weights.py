@@ -18,7 +18,6 @@ from exporter.graphs.tables import Part, table_metadata
 from exporter.modeling.layers import Ops
 from exporter.modeling.weights import load_module
 from exporter.quantization.numbers import Quantized, Scales, pack
-from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 
@@ -68,14 +67,9 @@ def held_weight(part: GraphParts, name: str, progress: Progress = lambda *_: Non
         return weight
     weight = replace(weight, bits=max(weight.bits, MIN_BITS))
     scales = weight.scales
-    taken = scales > 0 if weight.bits == 8 else (scales > 0) & (scales == scales.bfloat16().float())
-    if taken.all():
+    if (scales > 0 if weight.bits == 8 else SCALES.holds(scales)).all():
         return HeldIntegers(weight, None)
-    if scales.shape[1] > 1:
-        raise InputError(
-            f"target.{name}: groups of the checkpoint have scales that are negative, zero or no bfloat16, which XNNPACK"
-            " does not take; export with --backend onnx"
-        )
+    assert scales.shape[1] == 1, name  # exports refuse other groups first
     return HeldIntegers(replace(weight, scales=torch.ones_like(scales)), scales[:, 0].contiguous())
 
 

@@ -26,6 +26,11 @@ def load_module(build: Callable[[], AnyModule], weights: Weights) -> AnyModule:
     return module.eval()
 
 
+def constant(value: Tensor) -> Callable[[], Tensor]:
+    """Return a reader of a value that is in memory already."""
+    return lambda: value
+
+
 def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
     """Set one parameter of a module, which may be on the meta device, in inference mode; None takes its memory back."""
     owner, _, leaf = name.rpartition(".")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.bundle.export import by_width, describe
+from exporter.bundle.export import describe
 from exporter.checkpoint.names import EMBEDDING, PER_LAYER
 from exporter.checkpoint.pair import Pair
 from exporter.files import directory_bytes
@@ -26,6 +26,7 @@ from exporter.parity.reference import EagerGraph, Reference
 from exporter.parity.source import calibration_check, refuse_other_sizes
 from exporter.parity.tolerance import relative_error, tolerance_for
 from exporter.quantization.recipes import recipe_of
+from exporter.quantization.widths import by_width
 from exporter.texts.documents import HELD_OUT
 from exporter.texts.token_texts import TokenTexts, has_tokenizer, token_texts
 from runtime_ref.acceptance import common_prefix

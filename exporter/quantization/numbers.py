@@ -23,6 +23,10 @@ class Scales:
     dtype: torch.dtype = torch.float32
     negative: bool = True
 
+    def holds(self, scales: Tensor) -> Tensor:
+        """Return which scales of less than 8 bits are stored without a change, as bool of the same shape."""
+        return (scales == scales.to(self.dtype).float()) & ((scales > 0) | self.negative)
+
 
 @dataclass(frozen=True)
 class Quantized:

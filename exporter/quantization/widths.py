@@ -1,7 +1,9 @@
 """How many bits a matrix is stored in; without torch, for what only names recipes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from math import gcd
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,14 @@ QAT_GROUP_SIZE = 32  # of checkpoints that were trained for llama.cpp's Q4_0
 WIDTHS = (Width(2), Width(4), Width(4, 32), Width(4, 64), Width(4, 128), Width(8), FLOAT)
 WIDTHS_OF_CLUSTERS = (Width(4), Width(8), FLOAT)
 BITS_OF_TABLE = (Width(2), Width(3), Width(4), Width(4, 32), Width(8), FLOAT)
+
+
+def by_width(widths: Mapping[str, Width]) -> list[dict[str, Any]]:
+    """Return the manifest's `widths`: how matrices are stored that are not float32, by their names in recipes."""
+    return [
+        {**asdict(width), "matrices": sorted(name for name, other in widths.items() if other == width)}
+        for width in sorted(set(widths.values()), key=lambda width: (width.bits, width.group_size or 0))
+    ]
 
 
 def held(stored: Width, asked: Width, columns: int) -> Width | None:

@@ -34,6 +34,7 @@ from runtime_ref.tables import Table
 from tests.conftest import Directories, Run
 from tests.exports import MAX_SEQ_LEN
 from tests.packed import PREFIX, mobile_reference, packed, stored_integers, to_compressed_tensors, to_mobile
+from tests.pairs import to_published
 
 Pairs = Callable[[str], Directories]
 TOKENS = torch.tensor([2, 77, 130, 9])
@@ -308,6 +309,52 @@ def test_other_schemes_of_compressed_tensors(
     path.write_text(json.dumps(raw))
     with pytest.raises(InputError, match=message):
         open_pair(path.parent, drafter)
+
+
+def test_inspect_counts_the_numbers_that_are_packed(pair_dirs: Pairs, tmp_path: Path, run: Run) -> None:
+    """As the plain checkpoint has them, but for the head, which only the packed one stores."""
+    target, _ = pair_dirs("e2b")
+    to_mobile(target, tmp_path / "mobile", own_head=True, activations=True)
+    plain, mobile = (json.loads(run("inspect", path, "--json")[1]) for path in (target, tmp_path / "mobile"))
+    published = json.loads(run("inspect", to_published(target, tmp_path / "published"), "--json")[1])
+    head = plain["target"]["vocab_size"] * plain["target"]["hidden_size"]
+    assert mobile["parameters"] == published["parameters"] + head
+    packed_matrices = sum(count for entry in mobile["widths"] for count in entry["matrices"].values())
+    assert mobile["tensors_used"] == plain["tensors_used"] + 1 + packed_matrices
+    two_bits = next(entry["matrices"] for entry in mobile["widths"] if entry["bits"] == 2)
+    assert two_bits["lm_head.weight"] == 1 and two_bits["layers.*.mlp.up_proj.weight"] > 1
+    assert "widths" not in plain
+
+
+@pytest.mark.parametrize("spoil", [lambda scales: -scales, lambda scales: 0 * scales])
+def test_scales_of_groups_that_xnnpack_does_not_take_are_refused_first(
+    spoil: Callable[[Tensor], Tensor], pair_dirs: Pairs, tmp_path: Path, run: Run
+) -> None:
+    """ONNX Runtime takes them."""
+    target, drafter = pair_dirs("e2b")
+    compressed = to_compressed_tensors(target, tmp_path / "ct", change=_set(f"{UP}.weight_scale", spoil))
+    source = ["--target", compressed, "--drafter", drafter, "--output", tmp_path / "bundle"]
+    code, _, err = run("export", *source, "--backend", "executorch")
+    assert code == 2 and "scales of target.layers.0.mlp.up_proj.weight that are negative, zero or no bfloat16" in err
+    assert not (tmp_path / "bundle").exists()
+    assert run("export", *source)[0] == 0
+
+
+def test_a_packed_head_is_compared_with_the_embedding_whatever_a_block_holds(
+    pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here blocks of 100 rows of the packed one with 30 of the other; the embedding is in floats."""
+
+    def floats(tensors: dict[str, Tensor]) -> None:
+        stem = f"{PREFIX}embed_tokens"
+        numbers, scales = stored_integers(tensors, stem, 2)
+        del tensors[f"{stem}.embedding_quantized"], tensors[f"{stem}.embedding_scale"]
+        tensors[f"{stem}.weight"] = numbers * scales
+
+    monkeypatch.setattr("exporter.checkpoint.names.HEAD_BLOCK_ROWS", 30)
+    monkeypatch.setattr("exporter.checkpoint.packed.BLOCK_BYTES", 100 * 4 * 64)
+    pair = mobile_pair(pair_dirs, tmp_path, change=floats)
+    assert pair.target.hidden_size == 64 and pair.head == "embed_tokens.weight"
 
 
 def test_what_export_says_and_other_commands_refuse(pair_dirs: Pairs, tmp_path: Path, run: Run) -> None:
