@@ -25,6 +25,7 @@ bench: .venv/installed
 	$(BIN)/python -m exporter.studies.kmeans_comparison
 	$(BIN)/python -m exporter.studies.recipe_speed
 	$(BIN)/python -m exporter.studies.draft_planning
+	$(BIN)/python -m exporter.studies.kernel_bytes
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
