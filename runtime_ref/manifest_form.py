@@ -70,7 +70,7 @@ _TEXT_CONFIG = {
 _TOKENS = {"bos": count, "eos": [count], "pad?": count, "suppressed?": [count], "names?": {"*": str}}
 _BUFFER = {"name": str, "layer": count, "layer_type": str, "num_key_value_heads": count, "head_dim": count}
 _FILES = {"*": str}  # sha256 by file name
-_SOURCE = {"files": _FILES, "id?": str, "revision?": str, "license?": str}
+_ORIGIN = {"files": _FILES, "id?": str, "revision?": str, "license?": str}
 
 FORM_3: Form = {
     "format_version": size,
@@ -91,7 +91,7 @@ FORM_3: Form = {
     "kv": {"buffers": [{**_BUFFER, "dtype": str, "layout": [str]}]},
     "graphs": {"target": _GRAPH, "drafter": _GRAPH},
     "tables": {"embed_tokens": TABLE, "embed_tokens_per_layer?": TABLE, "head?": TABLE},
-    "source": {"target": _SOURCE, "drafter": _SOURCE},
+    "source": {"target": {**_ORIGIN, "adapters?": [_ORIGIN]}, "drafter": _ORIGIN},
     "files": {"*": {"size": size, "sha256": str}},
     "widths?": [{"bits": size, "group_size": (None, size), "matrices": [str]}],
     "activations?": str,

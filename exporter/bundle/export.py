@@ -16,6 +16,7 @@ from exporter.bundle.chat_format import chat_format
 from exporter.calibration.calibrate import calibrate
 from exporter.checkpoint.folding import FOLDING, folding_bytes
 from exporter.checkpoint.origin import model_origin
+from exporter.checkpoint.other_forms import ADAPTER_CONFIG
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.side_files import chat_template
 from exporter.checkpoint.tensors import Checkpoint
@@ -130,7 +131,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
             **({"activations": CHECKPOINT} if pair.rounds_activations else {}),
             **({"chat": asdict(chat)} if chat else {}),
             **({"calibration": asdict(pair.calibrated)} if pair.calibrated else {}),
-            "source": {"target": _source(pair.target_checkpoint), "drafter": _source(pair.drafter_checkpoint)},
+            "source": source_of(pair),
             "files": {
                 file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
                 for file in sorted(directory.iterdir())
@@ -149,8 +150,18 @@ def calibration_directory(output: Path) -> Path:
     return output.resolve().with_name(f".{output.resolve().name}.calibration")
 
 
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {"files": checkpoint.sha256(), **model_origin(checkpoint.directory)}
+def source_of(pair: Pair) -> dict[str, Any]:
+    """Return the manifest's `source`: digests of the files that were exported, and where they come from."""
+
+    def source(checkpoint: Checkpoint, **others: str) -> dict[str, Any]:
+        return {"files": {**checkpoint.sha256(), **others}, **model_origin(checkpoint.directory)}
+
+    target, adapters = source(pair.target_checkpoint), []
+    for adapter in pair.adapters:  # whose config scales what its tensors add
+        adapters.append(source(adapter, **{ADAPTER_CONFIG: file_sha256(adapter.directory / ADAPTER_CONFIG)}))
+    if adapters:
+        target["adapters"] = adapters
+    return {"target": target, "drafter": source(pair.drafter_checkpoint)}
 
 
 def _check_file_sizes(files: Mapping[str, Mapping[str, Any]], max_file_bytes: int | None) -> None:

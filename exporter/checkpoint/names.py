@@ -10,7 +10,7 @@ from clustering.cluster_table import CENTROIDS, TOKEN_ORDERING, ClusterTable
 from exporter.checkpoint.config_json import is_tied
 from exporter.checkpoint.other_forms import refuse_other_tensors
 from exporter.checkpoint.packed import Packed, activation_scales, check_settings, find_packed, packed_reader
-from exporter.checkpoint.tensors import FLOAT_DTYPES, Checkpoint, IntegerReader, TensorEntry, TensorReader
+from exporter.checkpoint.tensors import FLOAT_DTYPES, BlockReader, Checkpoint, IntegerReader, TensorEntry, TensorReader
 from exporter.modeling.config import DrafterConfig, TextConfig
 from exporter.modeling.drafter import Drafter
 from exporter.modeling.target import OWN_HEAD, Target
@@ -71,7 +71,7 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
     refuse_other_tensors(checkpoint.directory, names)
     prefix = _prefix(names)
     shapes = parameter_shapes(lambda: Target(config))
-    ignored = _shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
+    ignored = shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
     ignored |= {name for name in names for pattern in IGNORED_TARGET if fnmatch.fnmatchcase(name, pattern)}
     names_in_file = {name: prefix + name for name in shapes}
     _refuse_unknown(checkpoint, names, set(names_in_file.values()) | ignored)
@@ -120,7 +120,7 @@ def drafter_weights(
     refuse_other_tensors(checkpoint.directory, checkpoint.entries)
     shapes = parameter_shapes(lambda: Drafter(config, None))
     names_in_file = drafter_names(shapes)
-    ignored = _shared_layer_tensors("model.", range(config.text.num_hidden_layers))
+    ignored = shared_layer_tensors("model.", range(config.text.num_hidden_layers))
     known = {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, HEAD} | ignored
     _refuse_unknown(checkpoint, checkpoint.entries.keys(), known)
     readers = _select(checkpoint, names_in_file, shapes)
@@ -235,9 +235,7 @@ def _own_head(checkpoint: Checkpoint, stored: Mapping[str, Reader], embedding: R
             " correct config.json"
         )
     for name, head in stored.items():
-        # Their dtypes may differ, and with them what a block of the same size holds.
-        blocks = (reader.blocks(HEAD_BLOCK_ROWS) for reader in (head, embedding))
-        if not all(torch.equal(*pair) for pair in zip(*blocks, strict=True)):
+        if not same_blocks(head, embedding):
             if not tied:
                 return head
             raise InputError(
@@ -245,6 +243,13 @@ def _own_head(checkpoint: Checkpoint, stored: Mapping[str, Reader], embedding: R
                 " correct config.json, or restore the checkpoint"
             )
     return None
+
+
+def same_blocks(one: BlockReader, other: BlockReader) -> bool:
+    """Return whether two readers give the same matrix, without holding either as a whole."""
+    # Their dtypes may differ, and with them what a block of the same size holds.
+    blocks = (reader.blocks(HEAD_BLOCK_ROWS) for reader in (one, other))
+    return all(torch.equal(*pair) for pair in zip(*blocks, strict=True))
 
 
 def _check_entry(entry: TensorEntry, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
@@ -271,5 +276,6 @@ def _refuse_unknown(checkpoint: Checkpoint, names: Collection[str], known: set[s
         )
 
 
-def _shared_layer_tensors(prefix: str, layers: range) -> set[str]:
+def shared_layer_tensors(prefix: str, layers: range) -> set[str]:
+    """Return the names of tensors of KV-shared layers that nothing reads, after a prefix."""
     return {f"{prefix}layers.{i}.self_attn.{name}" for i in layers for name in IGNORED_ON_SHARED_LAYERS}

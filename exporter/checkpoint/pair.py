@@ -1,6 +1,6 @@
 """Open a target and its drafter, and check that they belong together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clustering.cluster_table import ClusterTable, TwoStageSizes
+from exporter.checkpoint.adapters import adapter_notes, merged_weights, open_adapter
 from exporter.checkpoint.config_json import check_pair, config_notes, read_drafter_config, read_target_config
 from exporter.checkpoint.folding import folded_weights
 from exporter.checkpoint.generation_config import default_sampling, generation_warnings
@@ -17,6 +18,7 @@ from exporter.checkpoint.names import (
     EMBEDDING,
     drafter_weights,
     read_cluster_table,
+    shared_layer_tensors,
     target_activation_scales,
     target_weights,
 )
@@ -65,6 +67,7 @@ class Pair:
         warnings: what the target's checkpoint asks for and a bundle does not do, in a line each.
         target_checkpoint: tensors of the target's checkpoint.
         drafter_checkpoint: tensors of the drafter's checkpoint.
+        adapters: tensors of the adapters that are merged into the target, in this order.
         table: clusters of the two-stage head; None for a dense head.
         two_stage: sizes of the two-stage head; None for a dense head.
         clusters_origin: where the clusters come from, "checkpoint" or "kmeans"; empty for a dense head.
@@ -84,6 +87,7 @@ class Pair:
     warnings: tuple[str, ...]
     target_checkpoint: Checkpoint
     drafter_checkpoint: Checkpoint
+    adapters: tuple[Checkpoint, ...] = ()
     table: ClusterTable | None = None
     two_stage: TwoStageSizes | None = None
     clusters_origin: str = ""
@@ -139,10 +143,11 @@ class Pair:
     def mapped_target_weights(self) -> Weights:
         """Readers of the checkpoint's weights, with nothing folded or rounded, mapped in the dtype of their file.
 
-        Those of packed integers are `IntegerReader`, as in `checkpoint_weights`.
+        Those of packed integers are `IntegerReader`, as in `checkpoint_weights`, and those with what adapters add are
+        `MergedReader`.
         """
         return {
-            name: partial(self.target_checkpoint.map, read.name) if isinstance(read, TensorReader) else read
+            name: partial(read.checkpoint.map, read.name) if isinstance(read, TensorReader) else read
             for name, read in self.checkpoint_weights.items()
         }
 
@@ -175,7 +180,13 @@ class Pair:
         return replace(self, table=table, two_stage=table.sizes(top_k), clusters_origin=origin, drafter_weights=weights)
 
 
-def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: int | None = None) -> Pair:
+def open_pair(
+    target_dir: Path,
+    drafter_dir: Path,
+    head: str = "auto",
+    top_k: int | None = None,
+    adapter_dirs: Sequence[Path] = (),
+) -> Pair:
     """Open both checkpoints; of their tensors, only names, shapes, the cluster table and a head of its own are read.
 
     Args:
@@ -183,10 +194,11 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
         drafter_dir: the drafter's checkpoint directory.
         head: "auto" takes the drafter's clusters if it has any, "checkpoint" requires them, "dense" ignores them.
         top_k: number of those clusters that the first stage keeps; None for the number in config.json.
+        adapter_dirs: directories of LoRA adapters that are merged into the target, in this order.
 
     Raises:
-        InputError: either checkpoint is unusable, the drafter was made for another target, the drafter has no clusters
-            that "checkpoint" requires, or `top_k` does not fit the head.
+        InputError: either checkpoint or an adapter is unusable, the drafter was made for another target, the drafter
+            has no clusters that "checkpoint" requires, or `top_k` does not fit the head.
     """
     target, drafter = read_target_config(target_dir), read_drafter_config(drafter_dir)
     check_pair(target, drafter, drafter_dir)
@@ -198,7 +210,13 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
             " with clusters, or export with --head kmeans"
         )
     tokens, token_warnings = special_tokens(target_dir)
-    weights = {**target_weights(target_checkpoint, target), **suppression(tokens, target.vocab_size)}
+    weights = target_weights(target_checkpoint, target)
+    shapes = parameter_shapes(lambda: Target(target, own_head=True))
+    unread = shared_layer_tensors("", range(target.num_kv_layers, target.num_hidden_layers))
+    adapters = [open_adapter(directory, shapes, unread) for directory in adapter_dirs]
+    for adapter in adapters:
+        weights = merged_weights(weights, adapter, target_dir)
+    weights = {**weights, **suppression(tokens, target.vocab_size)}
     if len([token for token in tokens.suppressed if token < target.vocab_size]) == target.vocab_size:
         raise InputError(
             f"{target_dir}: suppress_tokens names every token; correct generation_config.json or config.json"
@@ -216,9 +234,11 @@ def open_pair(target_dir: Path, drafter_dir: Path, head: str = "auto", top_k: in
             *config_notes(drafter_dir),
             *generation_warnings(target_dir),
             *token_warnings,
+            *(note for adapter in adapters for note in adapter_notes(adapter, target_dir)),
         ),
         target_checkpoint=target_checkpoint,
         drafter_checkpoint=drafter_checkpoint,
+        adapters=tuple(adapter.checkpoint for adapter in adapters),
         activation_scales=target_activation_scales(target_checkpoint, weights),
     )
     if head != "dense" and table is not None:

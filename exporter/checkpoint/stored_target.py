@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from exporter.checkpoint.adapters import Factors, MergedReader
 from exporter.checkpoint.names import EMBEDDING, PER_LAYER
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import IntegerReader
@@ -33,7 +34,22 @@ class RowsOnRead:
     read: Callable[[Tensor], Tensor]
 
 
-Weight = Tensor | Quantized | RowsOnRead
+@dataclass(frozen=True)
+class Adapted:
+    """A matrix and what adapters add to it, which is added to the product; a table's rows are merged when read.
+
+    Attributes:
+        weight: [rows, columns], mapped in the dtype of its file.
+        changes: what is added.
+        read: reads the merged rows of ids [T] int64 as [T, columns] float32.
+    """
+
+    weight: Tensor
+    changes: tuple[Factors, ...]
+    read: Callable[[Tensor], Tensor]
+
+
+Weight = Tensor | Quantized | RowsOnRead | Adapted
 RoundInputs = Callable[[Tensor, Quantized], Tensor]
 
 
@@ -48,6 +64,9 @@ def stored_ops(dtype: torch.dtype = torch.float32, round_inputs: RoundInputs | N
 
     def linear(x: Tensor, weight: Weight) -> Tensor:
         assert not isinstance(weight, RowsOnRead)
+        if isinstance(weight, Adapted):
+            added = (linear(linear(x, part.columns), part.rows) * part.scale for part in weight.changes)
+            return sum(added, linear(x, weight.weight))
         if isinstance(weight, Tensor):
             return torch.cat([F.linear(x, rows.to(dtype)) for rows in weight.split(_BLOCK_ROWS)], dim=-1)
         x = x if round_inputs is None else round_inputs(x, weight)
@@ -55,7 +74,7 @@ def stored_ops(dtype: torch.dtype = torch.float32, round_inputs: RoundInputs | N
         return torch.cat([F.linear(x, Quantized(*p, weight.bits).dequantize().to(dtype)) for p in parts], dim=-1)
 
     def embedding(ids: Tensor, weight: Weight) -> Tensor:
-        if isinstance(weight, RowsOnRead):
+        if isinstance(weight, RowsOnRead | Adapted):
             return weight.read(ids).to(dtype)
         if isinstance(weight, Quantized):
             return weight.rows(ids).to(dtype)
@@ -79,7 +98,10 @@ def stored_weights(pair: Pair, left_out: Collection[str] = ()) -> dict[str, Weig
     for name, read in pair.mapped_target_weights.items():
         if name in left_out:
             continue
-        if not isinstance(read, IntegerReader):
+        if isinstance(read, MergedReader):
+            changes = tuple(change.factors() for change in read.changes)
+            weights[name] = Adapted(read.read.checkpoint.map(read.read.name), changes, read.rows)
+        elif not isinstance(read, IntegerReader):
             weights[name] = read()
         elif name in tables and read.rows is not None:
             weights[name] = RowsOnRead(read.rows)
@@ -96,7 +118,7 @@ def rows_reader(pair: Pair, name: str) -> Callable[[Tensor], Tensor]:
         name: `EMBEDDING` or `PER_LAYER`.
     """
     read = pair.mapped_target_weights[name]
-    if isinstance(read, IntegerReader):
+    if isinstance(read, IntegerReader | MergedReader):
         assert read.rows is not None
         return read.rows
     table = read()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,15 +58,19 @@ class Checkpoint:
         entries: file, dtype, shape and offset of each tensor, by name.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, stem: str = "model") -> None:
         """Read the headers of all files.
+
+        Args:
+            directory: the checkpoint's directory.
+            stem: name of its one file without `.safetensors`, or of the index without `.safetensors.index.json`.
 
         Raises:
             InputError: weights are missing, pickled or truncated, or the index does not fit the files.
         """
         self.directory = directory
-        weight_map = _weight_map(directory)
-        self.files = [directory / name for name in sorted(set(weight_map.values())) or ["model.safetensors"]]
+        weight_map = _weight_map(directory, stem)
+        self.files = [directory / name for name in sorted(set(weight_map.values())) or [f"{stem}.safetensors"]]
         self.entries: dict[str, TensorEntry] = {}
         for file in self.files:
             try:
@@ -201,10 +205,10 @@ class ScaledReader:
         """Read the weight in the dtype that `read` gives, but float16 as float32, which holds all products."""
         return self._scaled(self.read(), 0)
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Yield the same in blocks of rows."""
+    def blocks(self, block_rows: int | None = None) -> Iterator[Tensor]:
+        """Yield the same in blocks of so many rows, or of as many as are read at a time."""
         start = 0
-        for block in row_blocks(self.read):
+        for block in self.read.blocks(block_rows) if isinstance(self.read, BlockReader) else (self.read(),):
             yield self._scaled(block, start)
             start += len(block)
 
@@ -255,13 +259,26 @@ class IntegerReader:
         yield from rest
 
 
+@runtime_checkable
+class BlockReader(Protocol):
+    """A reader of a matrix that can read it in blocks of rows."""
+
+    def __call__(self) -> Tensor:
+        """Read it as a whole."""
+        ...
+
+    def blocks(self, block_rows: int | None = None) -> Iterator[Tensor]:
+        """Read it in blocks of so many rows; None for as many as fit the memory."""
+        ...
+
+
 def row_blocks(read: Callable[[], Tensor]) -> Iterator[Tensor]:
     """Read a tensor in blocks of rows if the reader can, else as one block.
 
     Raises:
         InputError: as `Checkpoint.blocks` does.
     """
-    return read.blocks() if isinstance(read, TensorReader | ScaledReader | IntegerReader) else iter((read(),))
+    return read.blocks() if isinstance(read, BlockReader) else iter((read(),))
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -279,9 +296,9 @@ def _stamp(file: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
+def _weight_map(directory: Path, stem: str) -> dict[str, str]:
     """The name of each tensor's file, from the index; empty for a checkpoint of one file."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if is_present(single):
         return {}
     if not is_present(index):
@@ -290,7 +307,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
             raise InputError(
                 f"{pickled[0]}: pickled weights are refused, because loading them runs code; convert to safetensors"
             )
-        raise InputError(f"{directory}: has neither model.safetensors nor {index.name}; download the weights")
+        raise InputError(f"{directory}: has neither {single.name} nor {index.name}; download the weights")
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(

@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 
 from clustering.recall import DEFAULT_RECALL
-from exporter.cli.options import PATH, clusters_option, json_option, prompt_ids_option, top_k_option
+from exporter.cli.options import PATH, adapter_option, clusters_option, json_option, prompt_ids_option, top_k_option
 from exporter.files import check_file, human_bytes, write_file
 from exporter.heads.recall_plot import FORMATS, check_picture, recall_picture
 from exporter.terminal import err, out, peak_bytes, print_json, progress_bar
@@ -52,6 +52,7 @@ def recall_table(document: dict[str, Any]) -> Table:
     type=PATH,
     help="Checkpoint directory of its target. Recall is then measured on hidden states of real draft steps.",
 )
+@adapter_option
 @prompt_ids_option()
 @click.option(
     "--text",
@@ -78,6 +79,7 @@ def recall_table(document: dict[str, Any]) -> Table:
 def cluster(
     drafter: Path,
     target: Path | None,
+    adapters: tuple[Path, ...],
     prompt_ids: Path | None,
     text: Path | None,
     clusters: int | None,
@@ -98,15 +100,15 @@ def cluster(
     from exporter.heads.clusters import ClusterOptions, num_clusters
     from exporter.texts.token_texts import TokenTexts
 
-    if (prompt_ids or text) and target is None:
-        raise click.UsageError("--text and --prompt-ids need --target, which runs them")
+    if (prompt_ids or text or adapters) and target is None:
+        raise click.UsageError("--text, --prompt-ids and --adapter need --target, which runs them")
     if prompt_ids and text:
         raise click.UsageError("give either --text or --prompt-ids")
     if top_k_clusters is not None and recall is not None:
         raise click.UsageError("give either --recall or --top-k-clusters: each decides how many clusters to keep")
     check_files(output, report, force)
     started = time.perf_counter()
-    pair = None if target is None else open_pair(target, drafter, "dense")
+    pair = None if target is None else open_pair(target, drafter, "dense", adapter_dirs=adapters)
     options = ClusterOptions(clusters, top_k_clusters, DEFAULT_RECALL if recall is None else recall, seed)
     num_clusters(read_drafter_config(drafter), options)  # raises before minutes in which the target writes texts
     texts: TokenTexts | None = None

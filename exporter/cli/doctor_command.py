@@ -36,7 +36,13 @@ def doctor_table(diagnosis: "Diagnosis") -> Table:
 @click.option("--max-new-tokens", type=click.IntRange(8), default=64, help="Maximum number of new tokens in each text.")
 @json_option
 def doctor(
-    bundle: Path, target: Path, drafter: Path, prompt_ids: Path | None, max_new_tokens: int, as_json: bool
+    bundle: Path,
+    target: Path,
+    drafter: Path,
+    adapters: tuple[Path, ...],
+    prompt_ids: Path | None,
+    max_new_tokens: int,
+    as_json: bool,
 ) -> None:
     """Find out why few drafts are accepted, with an experiment for each known cause.
 
@@ -46,7 +52,7 @@ def doctor(
     from exporter.doctor.diagnosis import run_doctor
     from exporter.parity.source import open_source
 
-    pair = open_source(bundle, target, drafter)
+    pair = open_source(bundle, target, drafter, adapters)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     with err.status("doctor") as status:
         diagnosis = run_doctor(bundle, pair, prompts, max_new_tokens, lambda step: status.update(f"doctor: {step}"))

@@ -13,6 +13,7 @@ from exporter.cli.options import (
     BYTES,
     PATH,
     RECIPE,
+    adapter_option,
     backend_option,
     calibration_options,
     clusters_option,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--target", type=PATH, required=True, help="Checkpoint directory of Gemma 4 E2B or E4B.")
 @click.option("--drafter", type=PATH, required=True, help="Checkpoint directory of its MTP drafter.")
+@adapter_option
 @click.option("--output", type=PATH, required=True, help="Bundle directory to write.")
 @backend_option
 @click.option(
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
 def export(
     target: Path,
     drafter: Path,
+    adapters: tuple[Path, ...],
     output: Path,
     backend: str,
     recipe: "Recipe | None",
@@ -128,7 +131,8 @@ def export(
     if target_bytes is not None and recipe is not None:
         raise click.UsageError("--target-bytes chooses a recipe; leave out --recipe")
     check_output(output, force)
-    pair = open_pair(target, drafter, "dense") if head == "kmeans" else open_pair(target, drafter, head, top_k_clusters)
+    opened = ("dense", None) if head == "kmeans" else (head, top_k_clusters)
+    pair = open_pair(target, drafter, *opened, adapters)
     # What can be refused is refused before minutes of clustering or calibration.
     load_backend(backend)
     if activations == "checkpoint":

@@ -146,7 +146,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             "widths?": _WIDTHS,
             "calibration?": {**keys(str, "texts sha256"), **keys(size, "tokens threads matrices")},
             "tables": {"*": TABLE},
-            "source": keys(_ORIGIN, "target drafter"),
+            "source": {"target": {**_ORIGIN, "adapters?": [_ORIGIN]}, "drafter": _ORIGIN},
             **_FILES,
         },
         {"kind": str, "target": _SIZES, "widths?": _WIDTHS, **_CHECKPOINT},

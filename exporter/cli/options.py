@@ -91,8 +91,17 @@ top_k_option = click.option(
 )
 
 
+adapter_option = click.option(
+    "--adapter",
+    "adapters",
+    type=PATH,
+    multiple=True,
+    help="Directory of a LoRA adapter (PEFT) that is merged into the target; several are merged in the order given.",
+)
+
+
 def source_options(required: bool) -> Decorator:
-    """Return a decorator that adds `--target` and `--drafter`: the checkpoints that a bundle was exported from.
+    """Return a decorator that adds `--target`, `--drafter` and `--adapter`: what a bundle was exported from.
 
     Args:
         required: whether the options are required.
@@ -100,6 +109,7 @@ def source_options(required: bool) -> Decorator:
     target, drafter = ("", "") if required else ("; needs --drafter", "; needs --target")
 
     def decorate(command: Callable) -> Callable:
+        command = adapter_option(command)
         command = click.option(
             "--drafter",
             type=PATH,

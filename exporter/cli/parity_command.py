@@ -53,6 +53,7 @@ def parity(
     bundle: Path,
     target: Path | None,
     drafter: Path | None,
+    adapters: tuple[Path, ...],
     prompt_ids: Path | None,
     max_new_tokens: int,
     min_choices: float | None,
@@ -77,7 +78,7 @@ def parity(
         raise click.UsageError("--min-choices and --max-kl compare with the checkpoints; give --target and --drafter")
     if junit is not None:
         check_junit(junit)
-    pair = source_if_given(bundle, target, drafter)
+    pair = source_if_given(bundle, target, drafter, adapters)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     checks, figures = check_parity(bundle, pair, prompts, max_new_tokens, gate)
     if junit is not None:
@@ -92,28 +93,33 @@ def parity(
     require_passed(checks)
 
 
-def source_if_given(bundle: Path, target: Path | None, drafter: Path | None) -> "Pair | None":
+def source_if_given(
+    bundle: Path, target: Path | None, drafter: Path | None, adapters: tuple[Path, ...] = ()
+) -> "Pair | None":
     """Open the checkpoints that a bundle was exported from, for commands where they are optional.
 
     Args:
         bundle: bundle directory.
         target: the target's checkpoint directory, or None.
         drafter: the drafter's checkpoint directory, or None.
+        adapters: directories of adapters that were merged into the target.
 
     Returns:
         The pair, or None if neither checkpoint is given.
 
     Raises:
-        UsageError: only one of the two is given.
+        UsageError: only one of the two is given, or adapters without them.
         InputError: bundle or checkpoints cannot be read.
     """
     if (target is None) != (drafter is None):
         raise click.UsageError("give both --target and --drafter, or neither")
+    if adapters and target is None:
+        raise click.UsageError("--adapter belongs to a target; give --target and --drafter")
     if target is None or drafter is None:
         return None
     from exporter.parity.source import open_source
 
-    return open_source(bundle, target, drafter)
+    return open_source(bundle, target, drafter, adapters)
 
 
 def check_parity(

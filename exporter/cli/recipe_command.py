@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 
 from exporter.cli.cluster_command import check_files, texts_to_fit
-from exporter.cli.options import BYTES, PATH, backend_option, calibration_options, json_option
+from exporter.cli.options import BYTES, PATH, adapter_option, backend_option, calibration_options, json_option
 from exporter.files import human_bytes, write_file
 from exporter.heads.recall_plot import FORMATS
 from exporter.quantization.recipes import RECIPES
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--target", type=PATH, required=True, help="Checkpoint directory of Gemma 4 E2B or E4B.")
 @click.option("--drafter", type=PATH, required=True, help="Checkpoint directory of its MTP drafter.")
+@adapter_option
 @backend_option
 @click.option("--target-bytes", type=BYTES, help="Maximum size of a bundle, such as `2.2e9`: choose widths for it.")
 @calibration_options
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 def recipe(
     target: Path,
     drafter: Path,
+    adapters: tuple[Path, ...],
     backend: str,
     target_bytes: int | None,
     calibrate: bool | None,
@@ -56,7 +58,7 @@ def recipe(
     if output is not None and target_bytes is None:
         raise click.UsageError("--output writes the recipe that is chosen for --target-bytes; give both")
     check_files(output, report, force)
-    pair = open_pair(target, drafter)
+    pair = open_pair(target, drafter, adapter_dirs=adapters)
     texts = None if calibration is None else token_texts(pair, calibration)
     refuse_too_few(pair, backend, target_bytes)
     bits, _ = measure_bits(pair, backend, True if calibration else calibrate, texts)

@@ -30,6 +30,7 @@ def report(
     output: Path,
     target: Path | None,
     drafter: Path | None,
+    adapters: tuple[Path, ...],
     prompt_ids: Path | None,
     max_new_tokens: int,
     threads: int | None,
@@ -45,7 +46,7 @@ def report(
     from exporter.report.page import render
 
     check_file(output, force)
-    pair = source_if_given(bundle, target, drafter)
+    pair = source_if_given(bundle, target, drafter, adapters)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     options = ReportOptions(threads, max_new_tokens)
     with err.status("report") as status:

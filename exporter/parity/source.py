@@ -1,7 +1,9 @@
 """Open the checkpoints that a bundle was made from, with what the bundle alone determines: clusters and calibration."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from clustering.cluster_table import load_table
@@ -21,36 +23,37 @@ from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifes
 MAX_CALIBRATED_ERROR = 1.0
 
 
-def open_source(bundle: Path, target_dir: Path, drafter_dir: Path) -> Pair:
+def open_source(bundle: Path, target_dir: Path, drafter_dir: Path, adapter_dirs: Sequence[Path] = ()) -> Pair:
     """Open the checkpoints that a bundle was made from, with the bundle's head.
 
     Args:
         bundle: a directory that `export` wrote.
         target_dir: the target's checkpoint.
         drafter_dir: the drafter's checkpoint.
+        adapter_dirs: the adapters that were merged into the target.
 
     Raises:
         InputError: the bundle or a checkpoint cannot be read, or they do not fit each other.
     """
     manifest = read_manifest(bundle)
-    pair = _with_head(bundle, manifest, target_dir, drafter_dir)
+    pair = _with_head(bundle, manifest, partial(open_pair, target_dir, drafter_dir, adapter_dirs=adapter_dirs))
     if manifest.raw.get("activations") == CHECKPOINT:
         pair = pair.with_activations()
     return pair if "calibration" not in manifest.raw else with_stored_integers(bundle, manifest, pair)
 
 
-def _with_head(bundle: Path, manifest: Manifest, target_dir: Path, drafter_dir: Path) -> Pair:
+def _with_head(bundle: Path, manifest: Manifest, opened: Callable[..., Pair]) -> Pair:
     two_stage = manifest.raw["two_stage"]
     if two_stage is None:
-        return open_pair(target_dir, drafter_dir, "dense")
+        return opened("dense")
     try:
         origin, top_k = two_stage["origin"], int(two_stage["top_k_clusters"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{bundle / MANIFEST}: two_stage is malformed ({reason}); export the bundle again") from error
     if origin == "checkpoint":
-        return open_pair(target_dir, drafter_dir, "checkpoint", top_k)
-    pair = open_pair(target_dir, drafter_dir, "dense")
+        return opened("checkpoint", top_k)
+    pair = opened("dense")
     text = pair.drafter.text
     table, _ = load_table(bundle / CLUSTERS, text.vocab_size, text.hidden_size)
     return pair.with_clusters(table, top_k, origin)

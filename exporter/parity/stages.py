@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.bundle.export import describe
+from exporter.bundle.export import describe, source_of
 from exporter.checkpoint.names import EMBEDDING, PER_LAYER
 from exporter.checkpoint.pair import Pair
 from exporter.files import directory_bytes
@@ -211,10 +211,15 @@ def read_comparable(bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[
 
 def _check_source(manifest: Manifest, pair: Pair) -> Iterator[Check]:
     """Check that these checkpoints were exported, and that the manifest describes them correctly."""
+    found, exported = source_of(pair), manifest.raw["source"]
     for model, checkpoint in (("target", pair.target_checkpoint), ("drafter", pair.drafter_checkpoint)):
-        same = checkpoint.sha256() == manifest.raw["source"][model]["files"]
+        same = found[model]["files"] == exported[model]["files"]
         detail = "the one that was exported" if same else f"{checkpoint.directory} is not the one that was exported"
         yield Check("source", f"{model} checkpoint", same, detail=detail)
+    own, others = ([entry["files"] for entry in source["target"].get("adapters", ())] for source in (found, exported))
+    if own or others:
+        detail = f"{len(own)} given, {len(others)} exported" + ("" if own == others else ", not the same in this order")
+        yield Check("source", "adapters", own == others, detail=detail)
     expected = json.loads(json.dumps(describe(pair, manifest.backend)))
     expected["limits"] = size_limits(manifest.max_seq_len, manifest.max_draft_tokens, pair.target.sliding_window)
     expected |= load_backend(manifest.backend).row_multiples()

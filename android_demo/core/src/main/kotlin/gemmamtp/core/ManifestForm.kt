@@ -90,7 +90,10 @@ private val tokens = obj(
 private val buffer = obj(
     "name" to text, "layer" to count, "layer_type" to text, "num_key_value_heads" to count, "head_dim" to count,
 )
-private val source = obj("files" to map(text), "id?" to text, "revision?" to text, "license?" to text)
+private val origin = obj("files" to map(text), "id?" to text, "revision?" to text, "license?" to text)
+private val exported = obj(
+    "files" to map(text), "id?" to text, "revision?" to text, "license?" to text, "adapters?" to list(origin),
+)
 
 /** What both formats have in common. */
 private val common = obj(
@@ -133,7 +136,7 @@ internal val FORM_3 = both(
         "calibration?" to obj(
             "texts" to text, "sha256" to text, "tokens" to size, "threads" to size, "matrices" to list(text),
         ),
-        "source" to obj("target" to source, "drafter" to source),
+        "source" to obj("target" to exported, "drafter" to origin),
     ),
 )
 
