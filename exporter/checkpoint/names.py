@@ -17,7 +17,7 @@ from exporter.modeling.target import OWN_HEAD, Target
 from exporter.modeling.weights import Weights, parameter_shapes
 from runtime_ref.errors import InputError
 
-# Prefixes of the target's text decoder in a checkpoint, by dialect; the first with an embedding applies.
+# Prefixes of the target's text decoder in a checkpoint, by dialect; the first with a first layer applies.
 TARGET_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.", "")
 
 # Target tensors that are not exported: patterns of names in the checkpoint, and the reason.
@@ -34,6 +34,7 @@ IGNORED_TARGET = {
 EMBEDDING = "embed_tokens.weight"
 PER_LAYER = "embed_tokens_per_layer.weight"
 HEAD = "lm_head.weight"
+FIRST_NORM = "layers.0.input_layernorm.weight"
 HEAD_BLOCK_ROWS = 4096  # that are compared at a time
 
 # Tensors that a checkpoint may hold for KV-shared layers, and that nothing reads.
@@ -74,10 +75,12 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
     ignored = shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
     ignored |= {name for name in names for pattern in IGNORED_TARGET if fnmatch.fnmatchcase(name, pattern)}
     names_in_file = {name: prefix + name for name in shapes}
+    heads = [name for name in sorted(names) if name.endswith(HEAD)]
+    if names_in_file[EMBEDDING] not in names and heads and is_tied(checkpoint.directory):
+        names_in_file[EMBEDDING] = heads[0]  # one matrix, of whose two names a tool has kept this one
     _refuse_unknown(checkpoint, names, set(names_in_file.values()) | ignored)
     groups = {PER_LAYER: config.num_hidden_layers}
     readers = _select(checkpoint, names_in_file, shapes, packed, groups)
-    heads = [name for name in sorted(names) if name.endswith(HEAD)]
     stored = _select(checkpoint, dict(zip(heads, heads, strict=True)), dict.fromkeys(heads, shapes[EMBEDDING]), packed)
     own = _own_head(checkpoint, stored, readers[EMBEDDING])
     return readers if own is None else {**readers, OWN_HEAD: own}
@@ -100,7 +103,7 @@ def target_activation_scales(checkpoint: Checkpoint, weights: Weights) -> dict[s
 
 
 def _prefix(names: Collection[str]) -> str:
-    return next((p for p in TARGET_PREFIXES if p + EMBEDDING in names), TARGET_PREFIXES[0])
+    return next((p for p in TARGET_PREFIXES if p + FIRST_NORM in names), TARGET_PREFIXES[0])
 
 
 def drafter_weights(
@@ -120,6 +123,8 @@ def drafter_weights(
     refuse_other_tensors(checkpoint.directory, checkpoint.entries)
     shapes = parameter_shapes(lambda: Drafter(config, None))
     names_in_file = drafter_names(shapes)
+    if DRAFTER_EMBEDDING not in checkpoint.entries and HEAD in checkpoint.entries:
+        names_in_file["head.weight"] = HEAD  # see `target_weights`
     ignored = shared_layer_tensors("model.", range(config.text.num_hidden_layers))
     known = {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, HEAD} | ignored
     _refuse_unknown(checkpoint, checkpoint.entries.keys(), known)

@@ -1,4 +1,4 @@
-"""Recognise checkpoints that are no plain weights of a model, and say what they are and what to do."""
+"""Names that training tools give to tensors, and checkpoints that are no plain weights of a model."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -14,19 +14,20 @@ READABLE_METHODS = ("gemma", "compressed-tensors")
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-# What training tools put before the names of tensors: their wrapper, and how to save without it.
-WRAPPERS: Mapping[str, tuple[str, str]] = {
-    "base_model.model.": ("a PEFT model that was not merged", "save what merge_and_unload() returns"),
-    "_orig_mod.": ("a module wrapped by torch.compile", "save the module that was compiled (`_orig_mod`)"),
-    "module.": ("a module wrapped by DistributedDataParallel or DeepSpeed", "save the module inside (`.module`)"),
-    "_fsdp_wrapped_module.": ("a module wrapped by FSDP", "save a full state dict"),
-    "_forward_module.": ("a module wrapped by Lightning Fabric", "save the module inside"),
-    "student.": ("a module of a distillation", "save the student alone"),
-}
+# What training tools put into the names of tensors for modules that they wrap, at any place.
+WRAPPERS = (
+    "_orig_mod.",  # torch.compile
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",  # torch's activation checkpointing
+    "_forward_module.",  # Lightning Fabric
+)
+# And before the names of all tensors: PEFT, DistributedDataParallel and DeepSpeed, distillation.
+OUTER_WRAPPERS = ("base_model.model.", "module.", "student.")
 
 # Ends of the names of tensors, and the method that writes them.
 TENSORS_OF_METHODS: Mapping[str, str] = {
     r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b.*|\.base_layer\.weight": "adapter",
+    r"\.(modules_to_save|original_module)\..*": "adapter",
     r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|quant_state\..*)": "bitsandbytes",
     r"\.(qweight|qzeros|g_idx)": "GPTQ or AWQ",
     r"_packed|\.weight_shape|\.weight_zero_point": "compressed-tensors",
@@ -61,8 +62,8 @@ def refuse_other_forms(directory: Path, readable: Collection[str] = ()) -> None:
         config = config if isinstance(config, dict) else {}
         kind, base = config.get("peft_type") or "PEFT", config.get("base_model_name_or_path") or "its base model"
         raise InputError(
-            f"{directory}: holds an adapter ({kind}) for {base}, not a whole model; merge it into its base"
-            " (PEFT: merge_and_unload(), then save_pretrained()), and pass the merged checkpoint"
+            f"{directory}: holds an adapter ({kind}) for {base}, not a whole model; pass the base as --target, and"
+            " this directory as --adapter"
         )
     path = directory / "config.json"
     if not is_present(path):
@@ -75,7 +76,7 @@ def refuse_other_forms(directory: Path, readable: Collection[str] = ()) -> None:
 
 
 def refuse_other_tensors(directory: Path, names: Collection[str]) -> None:
-    """Refuse tensors that a training's wrapper, an adapter or a quantizing tool named.
+    """Refuse tensors that an adapter or a quantizing tool named.
 
     Args:
         directory: the checkpoint's directory.
@@ -84,12 +85,6 @@ def refuse_other_tensors(directory: Path, names: Collection[str]) -> None:
     Raises:
         InputError: there are such names; the message says what they are and what to do.
     """
-    for prefix, (what, remedy) in WRAPPERS.items():
-        if names and all(name.startswith(prefix) for name in names):
-            raise InputError(
-                f"{directory}: all tensors are named {prefix}*, as in {what}; save it unwrapped, adapters merged:"
-                f" {remedy}"
-            )
     for pattern, method in TENSORS_OF_METHODS.items():
         decoders = (name for name in sorted(names) if not is_of_towers(name))
         found = next((name for name in decoders if re.search(rf"(?:{pattern})$", name)), None)
@@ -101,6 +96,15 @@ def refuse_other_tensors(directory: Path, names: Collection[str]) -> None:
                 " then save_pretrained()), and pass the merged checkpoint"
             )
         raise _quantized(directory, f"{method} (tensor {found})")
+
+
+def unwrapped(names: Collection[str]) -> dict[str, str]:
+    """Return the names of tensors without what `WRAPPERS` and `OUTER_WRAPPERS` put into them, by their own names."""
+    pattern = "|".join(re.escape(wrapper) for wrapper in WRAPPERS)
+    plain = {name: re.sub(rf"(?:(?<=\.)|^)(?:{pattern})", "", name) for name in names}
+    while outer := next((w for w in OUTER_WRAPPERS if plain and all(n.startswith(w) for n in plain.values())), None):
+        plain = {name: short.removeprefix(outer) for name, short in plain.items()}
+    return plain
 
 
 def is_of_towers(name: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from exporter.checkpoint.other_forms import unwrapped
 from exporter.checkpoint.values import read_object
 from exporter.quantization.numbers import Quantized
 from exporter.quantization.widths import Width, held
@@ -41,12 +42,14 @@ class TensorEntry:
         dtype: type by its name in safetensors, such as "BF16".
         shape: sizes of its dimensions.
         offset: bytes from the start of the file to its data.
+        name: its name in the file.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    name: str
 
 
 class Checkpoint:
@@ -55,7 +58,8 @@ class Checkpoint:
     Attributes:
         directory: the checkpoint's directory.
         files: its safetensors files.
-        entries: file, dtype, shape and offset of each tensor, by name.
+        entries: file, dtype, shape and offset of each tensor, by name; the names are those of the model that a training
+            tool has wrapped, if one has.
     """
 
     def __init__(self, directory: Path, stem: str = "model") -> None:
@@ -66,12 +70,13 @@ class Checkpoint:
             stem: name of its one file without `.safetensors`, or of the index without `.safetensors.index.json`.
 
         Raises:
-            InputError: weights are missing, pickled or truncated, or the index does not fit the files.
+            InputError: weights are missing, pickled or truncated, the index does not fit the files, or two tensors have
+                one name.
         """
         self.directory = directory
         weight_map = _weight_map(directory, stem)
         self.files = [directory / name for name in sorted(set(weight_map.values())) or [f"{stem}.safetensors"]]
-        self.entries: dict[str, TensorEntry] = {}
+        entries: dict[str, TensorEntry] = {}
         for file in self.files:
             try:
                 with safe_open(file, "pt"):  # checks the header, which _header takes as valid
@@ -81,14 +86,22 @@ class Checkpoint:
                 raise InputError(f"{file}: is {instead}") from error
             for name, fields in header.items():
                 start, _ = fields["data_offsets"]
-                self.entries[name] = TensorEntry(file, fields["dtype"], tuple(fields["shape"]), data + start)
+                entries[name] = TensorEntry(file, fields["dtype"], tuple(fields["shape"]), data + start, name)
         self._stamps = {file: _stamp(file) for file in self.files}
         for name, file_name in weight_map.items():
-            if name not in self.entries or self.entries[name].file.name != file_name:
+            if name not in entries or entries[name].file.name != file_name:
                 raise InputError(
                     f"{directory / file_name}: tensor {name} is not in this file, where the index says it is;"
                     " download both again"
                 )
+        self.entries: dict[str, TensorEntry] = {}
+        for name, plain in unwrapped(entries).items():
+            if plain in self.entries:
+                raise InputError(
+                    f"{entries[name].file}: tensors {self.entries[plain].name} and {name} are both {plain} of the"
+                    " model; remove one"
+                )
+            self.entries[plain] = entries[name]
 
     @property
     def stamps(self) -> dict[str, list[int]]:
@@ -103,7 +116,7 @@ class Checkpoint:
         """
         self._check_unchanged(self.entries[name].file)
         with safe_open(self.entries[name].file, "pt") as opened:
-            return opened.get_tensor(name)
+            return opened.get_tensor(self.entries[name].name)
 
     def blocks(self, name: str, block_rows: int | None = None) -> Iterator[Tensor]:
         """Read one tensor in blocks of whole rows, floats as float32.

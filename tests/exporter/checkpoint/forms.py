@@ -1,6 +1,7 @@
 """Forms in which checkpoints come, and what comes of each; as a program it prints docs/compatibility.md."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -159,6 +160,7 @@ def _rope(**changes: Any) -> Change:
 
 
 MERGE = "merge it into its base, pass the merged checkpoint"
+ADAPTER = "pass its base as `--target`, and it as `--adapter`"
 DEQUANTIZE = "pass the unquantized sister, or dequantize it with transformers"
 
 FORMS: Mapping[str, Mapping[str, Form]] = {
@@ -170,6 +172,21 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
         "a text-only save of the decoder alone (`Gemma4TextModel`)": Form(_renamed("model.", "")),
         "float16": Form(_as_dtype(torch.float16)),
         "float64": Form(_as_dtype(torch.float64)),
+        "a mixture of dtypes": Form(
+            _tensors(lambda x: x.update({n: t.to(torch.float16) for n, t in x.items() if "mlp" in n}))
+        ),
+        "other formats beside it (consolidated.safetensors, pytorch_model.bin, a GGUF file)": Form(
+            lambda t, d: [
+                (t / name).write_bytes(b"another format")
+                for name in ("consolidated.safetensors", "pytorch_model.bin", "model.gguf", "tf_model.h5")
+            ]
+        ),
+        "shards of an earlier save beside it": Form(
+            lambda t, d: (
+                (t / "model-00001-of-00002.safetensors").write_bytes(b"an earlier save"),
+                edit_json(t / "model.safetensors.index.json", weight_map={"x": "model-00001-of-00002.safetensors"}),
+            )
+        ),
         "a buffer of rotary frequencies among the tensors": Form(
             _add("model.rotary_emb.full_attention_inv_freq", lambda _: torch.ones(4))
         ),
@@ -193,6 +210,19 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
         ),
         "`tie_word_embeddings` false in text_config alone, which transformers does not read": Form(
             lambda t, d: (_published(t, d), edit_json(t / "config.json", "text_config", tie_word_embeddings=False))
+        ),
+        "`lm_head.weight` alone, as safetensors' `save_model` keeps the first of two names": Form(
+            _tensors(lambda x: x.update({"lm_head.weight": x.pop(EMBEDDING)}))
+        ),
+        "the drafter's `lm_head.weight` alone": Form(
+            lambda t, d: edit_tensors(d, lambda x: x.update({"lm_head.weight": x.pop(EMBEDDING)}))
+        ),
+        "`lm_head.weight` alone, `tie_word_embeddings` false": Form(
+            lambda t, d: (
+                edit_tensors(t, lambda x: x.update({"lm_head.weight": x.pop(EMBEDDING)})),
+                edit_json(t / "config.json", tie_word_embeddings=False),
+            ),
+            r"tensor model.embed_tokens.weight is missing; restore",
         ),
         "`lm_head.weight` in another dtype, equal to the embedding": Form(
             lambda t, d: (_as_dtype(torch.bfloat16)(t, d), _untied(torch.Tensor.float)(t, d))
@@ -265,23 +295,46 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
         ),
     },
     "Adapters and wrappers": {
-        "an adapter alone (PEFT)": Form(_adapter_only, r"an adapter \(LORA\) for acme/mini", advice=MERGE),
+        "an adapter alone (PEFT)": Form(_adapter_only, r"an adapter \(LORA\) for acme/mini", advice=ADAPTER),
         "an adapter beside the weights": Form(
-            lambda t, d: edit_json(t / "adapter_config.json", peft_type="LORA"), r"holds an adapter", advice=MERGE
+            lambda t, d: edit_json(t / "adapter_config.json", peft_type="LORA"), r"holds an adapter", advice=ADAPTER
         ),
-        "a PEFT model that was not merged": Form(
-            _renamed("", "base_model.model."), r"named base_model.model.\*, as in a PEFT model", advice=MERGE
+        "a PEFT model whose adapters were merged, with PEFT's names": Form(
+            _renamed("", "base_model.model."), by_transformers=False
         ),
         "LoRA tensors among the weights": Form(
             _add("model.layers.0.self_attn.q_proj.lora_A.default.weight", lambda _: torch.zeros(8, 64)),
             r"lora_A.default.weight is an adapter's that was not merged",
             advice=MERGE,
         ),
-        "saved from `torch.compile`": Form(
-            _renamed("", "_orig_mod."), r"named _orig_mod.\*, as in a module wrapped by torch.compile"
+        "modules that PEFT trains as a whole, not merged": Form(
+            _add("model.norm.modules_to_save.default.weight", lambda _: torch.zeros(64)),
+            r"modules_to_save.default.weight is an adapter's that was not merged",
+            advice=MERGE,
         ),
-        "saved from DistributedDataParallel": Form(_renamed("", "module."), r"wrapped by DistributedDataParallel"),
-        "saved from FSDP": Form(_renamed("", "_fsdp_wrapped_module."), r"wrapped by FSDP"),
+        "saved from `torch.compile`": Form(_renamed("", "_orig_mod."), by_transformers=False),
+        "layers compiled one by one": Form(
+            _tensors(lambda x: [x.update({re.sub(r"(layers.\d+.)", r"\1_orig_mod.", n): x.pop(n)}) for n in list(x)]),
+            by_transformers=False,
+        ),
+        "saved from DistributedDataParallel, or by DeepSpeed": Form(_renamed("", "module."), by_transformers=False),
+        "saved from FSDP, with checkpointed layers": Form(
+            lambda t, d: (
+                _renamed("model.", "model._fsdp_wrapped_module._checkpoint_wrapped_module.")(t, d),
+                _renamed("", "_fsdp_wrapped_module.")(t, d),
+            ),
+            by_transformers=False,
+        ),
+        "the student of a distillation, compiled": Form(_renamed("", "student._orig_mod."), by_transformers=False),
+        "the drafter, saved from DistributedDataParallel": Form(lambda t, d: _renamed("", "module.")(d, t)),
+        "two tensors that become one": Form(
+            _add("model.norm._orig_mod.weight", lambda _: torch.zeros(64)),
+            r"tensors model.norm(._orig_mod)?.weight and model.norm(._orig_mod)?.weight are both model.norm.weight of",
+        ),
+        "a teacher beside the student": Form(
+            _tensors(lambda x: x.update({f"teacher.{n}": t.clone() for n, t in x.items()})),
+            r"unknown tensor teacher.model",
+        ),
     },
     "Quantized checkpoints": {
         # transformers declares one scale a row for per-layer embeddings, which have one for each layer.
