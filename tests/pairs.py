@@ -130,6 +130,27 @@ def save_pair(shape: Shape, directory: Path) -> tuple[Path, Path]:
     return target, drafter
 
 
+def grown(source: Path, output: Path, added: int) -> Path:
+    """Add tokens to the end of a target's vocabulary, as transformers does, and make them likely.
+
+    Args:
+        source: directory of a target that `save_pair` wrote.
+        output: directory to write.
+        added: number of tokens.
+
+    Returns:
+        `output`.
+    """
+    torch.manual_seed(0)
+    model = Gemma4ForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.resize_token_embeddings(model.config.vocab_size + added)
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows[-added:] = 3 * rows.std() * torch.randn(added, rows.shape[1])
+    model.save_pretrained(output)
+    return output
+
+
 def to_published(source: Path, output: Path) -> Path:
     """Rewrite a text-only target as Google publishes it: nested config and names, bfloat16 shards, other modalities.
 

@@ -132,13 +132,13 @@ def check_pair(target: TextConfig, drafter: DrafterConfig, drafter_dir: Path) ->
         drafter_dir: the drafter's directory, which messages name.
 
     Raises:
-        InputError: hidden sizes, vocabularies, layer types, numbers of KV heads or head sizes differ.
+        InputError: hidden sizes, layer types, numbers of KV heads or head sizes differ, or the drafter's vocabulary is
+            the larger one. That of a target may have grown at its end: the drafter never drafts what it lacks.
     """
     text = drafter.text
-    sizes = [
-        ("backbone_hidden_size", drafter.backbone_hidden_size, target.hidden_size),
-        ("vocab_size", text.vocab_size, target.vocab_size),
-    ]
+    sizes = [("backbone_hidden_size", drafter.backbone_hidden_size, target.hidden_size)]
+    if text.vocab_size > target.vocab_size:
+        sizes.append(("vocab_size", text.vocab_size, target.vocab_size))
     for layer_type in sorted(set(text.layer_types)):
         if layer_type not in target.layer_types:
             raise InputError(
@@ -154,6 +154,17 @@ def check_pair(target: TextConfig, drafter: DrafterConfig, drafter_dir: Path) ->
                 f"{drafter_dir}: made for another target: {name} is {drafter_size}, the target needs {target_size};"
                 " pass the drafter that belongs to this target"
             )
+
+
+def vocabulary_notes(target: TextConfig, drafter: DrafterConfig, drafter_dir: Path) -> list[str]:
+    """Return a line if the target has tokens that its drafter lacks; the arguments are those of `check_pair`."""
+    added = target.vocab_size - drafter.text.vocab_size
+    if not added:
+        return []
+    return [
+        f"{drafter_dir}: has no rows for the last {added} tokens of the target, so they are never drafted, only"
+        " verified; `doctor` says how often that ends a round"
+    ]
 
 
 def parse_text_config(text: Mapping[str, Any], path: Path) -> TextConfig:

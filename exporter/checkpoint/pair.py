@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from clustering.cluster_table import ClusterTable, TwoStageSizes
 from exporter.checkpoint.adapters import adapter_notes, merged_weights, open_adapter
-from exporter.checkpoint.config_json import check_pair, config_notes, read_drafter_config, read_target_config
+from exporter.checkpoint.config_json import (
+    check_pair,
+    config_notes,
+    read_drafter_config,
+    read_target_config,
+    vocabulary_notes,
+)
 from exporter.checkpoint.folding import folded_weights
 from exporter.checkpoint.generation_config import default_sampling, generation_warnings
 from exporter.checkpoint.names import (
@@ -234,6 +240,7 @@ def open_pair(
             *config_notes(drafter_dir),
             *generation_warnings(target_dir),
             *token_warnings,
+            *vocabulary_notes(target, drafter, drafter_dir),
             *(note for adapter in adapters for note in adapter_notes(adapter, target_dir)),
         ),
         target_checkpoint=target_checkpoint,

@@ -1,5 +1,6 @@
 """The command `doctor`, which finds out why few drafts are accepted."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ import click
 from rich.table import Column, Table
 from rich.text import Text
 
-from exporter.cli.options import bundle_argument, json_option, prompt_ids_option, source_options
+from exporter.cli.options import PATH, bundle_argument, json_option, prompt_ids_option, source_options
 from exporter.terminal import err, out, print_json
 from runtime_ref.errors import CheckError
 from runtime_ref.prompts import read_prompt_ids
@@ -32,6 +33,11 @@ def doctor_table(diagnosis: "Diagnosis") -> Table:
 @click.command()
 @bundle_argument
 @source_options(required=True)
+@click.option(
+    "--base",
+    type=PATH,
+    help="Checkpoint directory of the target before it was trained further: is the drafter accepted less since?",
+)
 @prompt_ids_option("texts that the target generates")
 @click.option("--max-new-tokens", type=click.IntRange(8), default=64, help="Maximum number of new tokens in each text.")
 @json_option
@@ -40,6 +46,7 @@ def doctor(
     target: Path,
     drafter: Path,
     adapters: tuple[Path, ...],
+    base: Path | None,
     prompt_ids: Path | None,
     max_new_tokens: int,
     as_json: bool,
@@ -50,12 +57,14 @@ def doctor(
     the result with the bundle. The exit code is 1 if there is a finding.
     """
     from exporter.doctor.diagnosis import run_doctor
+    from exporter.doctor.drafter_fit import base_pair
     from exporter.parity.source import open_source
 
     pair = open_source(bundle, target, drafter, adapters)
+    before = None if base is None else base_pair(pair, base)
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     with err.status("doctor") as status:
-        diagnosis = run_doctor(bundle, pair, prompts, max_new_tokens, lambda step: status.update(f"doctor: {step}"))
+        diagnosis = run_doctor(bundle, pair, prompts, max_new_tokens, lambda s: status.update(f"doctor: {s}"), before)
     findings = diagnosis.findings
     if as_json:
         experiments = [
@@ -65,11 +74,14 @@ def doctor(
         document = {
             "findings": len(findings),
             "acceptance_rate": diagnosis.acceptance_rate,
+            "gain": diagnosis.gain and asdict(diagnosis.gain),
             "experiments": experiments,
         }
         print_json("doctor", document)
     else:
         out.print(doctor_table(diagnosis))
+    if diagnosis.gain is not None:
+        err.print(f"doctor: {diagnosis.gain}")
     if findings:
         number = "1 finding" if len(findings) == 1 else f"{len(findings)} findings"
         raise CheckError(f"doctor: {number}, most likely {findings[0].experiment}: {findings[0].detail}")

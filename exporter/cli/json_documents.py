@@ -182,6 +182,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
         {
             "findings": size,
             "acceptance_rate": NULLABLE,
+            "gain": (None, {"num_draft_tokens": size, "times_faster": number}),
             "experiments": [keys(str, "experiment verdict detail")],  # and the figures of each, by name
         },
     ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from exporter.checkpoint.pair import Pair
+from exporter.doctor.drafter_fit import Gain, against_base, drafting_gain, measured_costs, new_tokens
 from exporter.doctor.faults import FAULTS, ROWS, STATE, WINDOW
 from exporter.doctor.study import (
     ACTUAL,
@@ -49,7 +50,9 @@ from exporter.doctor.verdicts import (
     root_mean_square,
 )
 from exporter.parity.drafting import DRAFT_STEPS
+from exporter.parity.reference import Reference
 from exporter.parity.stages import Note, default_prompts, read_comparable
+from exporter.quantization.recipes import RECIPES
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
@@ -75,10 +78,12 @@ class Diagnosis:
         experiments: one for each known cause.
         acceptance_rate: the bundle's accepted drafts over its proposed drafts, in rounds of up to four drafts; None if
             it proposed none.
+        gain: what drafting gains on this machine; None if no text was long enough for a round.
     """
 
     experiments: list[Experiment]
     acceptance_rate: float | None
+    gain: Gain | None = None
 
     @property
     def findings(self) -> list[Experiment]:
@@ -88,7 +93,12 @@ class Diagnosis:
 
 
 def run_doctor(
-    bundle: Path, pair: Pair, prompts: Sequence[Sequence[int]], max_new_tokens: int, note: Note = lambda _: None
+    bundle: Path,
+    pair: Pair,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    note: Note = lambda _: None,
+    base: Pair | None = None,
 ) -> Diagnosis:
     """Open a bundle and run every experiment on it.
 
@@ -99,6 +109,7 @@ def run_doctor(
             prompts are used where only values count.
         max_new_tokens: length limit of each answer, in tokens.
         note: called with a description of each step that begins.
+        base: the target before it was trained further, with the same drafter; None to compare with none.
 
     Raises:
         InputError: the bundle cannot be read or run, was exported without drafts, or is of other shapes than the pair;
@@ -107,9 +118,9 @@ def run_doctor(
     manifest = read_comparable(bundle, pair, prompts)
     if not manifest.max_draft_tokens:
         raise InputError(f"{bundle}: was exported without drafts; export it with --max-draft-tokens 4 or more")
-    diagnosis = diagnose(load_engine(bundle, manifest, threads=1), pair, prompts, max_new_tokens, note)
+    diagnosis = diagnose(load_engine(bundle, manifest, threads=1), pair, prompts, max_new_tokens, note, base)
     template = check_template(bundle, pair.target_checkpoint.directory, prompts)
-    return Diagnosis([*diagnosis.experiments, template], diagnosis.acceptance_rate)
+    return replace(diagnosis, experiments=[*diagnosis.experiments, template])
 
 
 @torch.no_grad()
@@ -119,6 +130,7 @@ def diagnose(
     prompts: Sequence[Sequence[int]] = (),
     max_new_tokens: int = 64,
     note: Note = lambda _: None,
+    base: Pair | None = None,
 ) -> Diagnosis:
     """Run every experiment that needs only an engine: all but the chat template's.
 
@@ -128,6 +140,7 @@ def diagnose(
         prompts: see `run_doctor`.
         max_new_tokens: see `run_doctor`.
         note: see `run_doctor`.
+        base: see `run_doctor`.
 
     Raises:
         InputError: the answers are too short to draft in.
@@ -136,17 +149,31 @@ def diagnose(
     random = [] if prompts else default_prompts(manifest)
     starts = prompts or [[min(manifest.bos, manifest.vocab_size - 1)]]
     total = len(prompts) + len(random) + SAMPLED_TEXTS
+    beginnings = []
     for number in range(total):
         note(f"text {number + 1} of {total}")
         seed = number - len(prompts) - len(random)
-        if seed < 0:
-            study.add([*prompts, *random][number], max_new_tokens, is_text=bool(prompts))
-        else:
-            study.add(_sampled_text(engine, starts[seed % len(starts)], seed), max_new_tokens, is_text=True)
+        is_text = bool(prompts) or seed >= 0
+        sampled = seed >= 0
+        text = _sampled_text(engine, starts[seed % len(starts)], seed) if sampled else [*prompts, *random][number]
+        study.add(text, max_new_tokens, is_text)
+        beginnings += [text] if is_text else []
     if not (study.values(ROUND_STATES) and study.values(NEXT_STATES)):
         missing = f"no text had {min(DRAFT_STEPS, manifest.max_draft_tokens) + 1} tokens after its prompt"
         raise InputError(f"{missing}; pass shorter or other --prompt-ids, or export with a larger --max-seq-len")
-    return Diagnosis(list(_experiments(study)), study.accepted / study.drafted if study.drafted else None)
+    experiments = [*_experiments(study), new_tokens(study)]
+    if base is not None:
+        fp32 = RECIPES["fp32"]
+        before = Study(Reference(base, fp32, manifest.backend).engine(manifest), base, recipe=fp32)
+        known = [text for text in beginnings if max(text) < base.target.vocab_size]
+        for number, beginning in enumerate(known, 1):
+            note(f"text {number} of {len(known)} with the target before its training")
+            before.add(beginning, max_new_tokens, is_text=True)
+        experiments.append(against_base(study, before))
+    gain = None
+    if study.num_texts:
+        gain = drafting_gain(study.rounds[CORRECT], measured_costs(engine, beginnings), manifest.max_draft_tokens)
+    return Diagnosis(experiments, study.accepted / study.drafted if study.drafted else None, gain)
 
 
 def _sampled_text(engine: GraphEngine, start: Sequence[int], seed: int) -> list[int]:

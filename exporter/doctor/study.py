@@ -25,7 +25,7 @@ from exporter.modeling.target import is_suppressed
 from exporter.parity.drafting import DRAFT_STEPS, draft_rounds
 from exporter.parity.quality import bundle_logits
 from exporter.parity.reference import Reference
-from exporter.quantization.recipes import RECIPES, recipe_of
+from exporter.quantization.recipes import RECIPES, Recipe, recipe_of
 from runtime_ref.graph_engine import GraphEngine
 
 # Variants in eager torch besides the faults: the correct one, and those with one part replaced.
@@ -52,6 +52,7 @@ class Study:
         faults: the faults that are tried.
         in_fp32: whether the bundle's recipe is fp32.
         softcap: `final_logit_softcapping` of the drafter's config, else of the target's; None if neither has one.
+        answers: for each text, the tokens [..] int64 that the bundle chose.
         rounds: by variant, for each text, accepted drafts [rounds] int64 of rounds that start at every position of it.
         drafted: draft tokens in the bundle's own rounds.
         accepted: how many of them were accepted.
@@ -61,8 +62,19 @@ class Study:
         cache_error: error of the cache's worst row, relative to that row, and its tolerance.
     """
 
-    def __init__(self, engine: GraphEngine, pair: Pair, faults: Sequence[Fault]) -> None:
-        manifest, recipe = engine.manifest, recipe_of(engine.manifest)
+    def __init__(
+        self, engine: GraphEngine, pair: Pair, faults: Sequence[Fault] = (), recipe: Recipe | None = None
+    ) -> None:
+        """Load what texts are compared with.
+
+        Args:
+            engine: runs the bundle, or the pair in eager torch.
+            pair: the checkpoints.
+            faults: the faults that are tried.
+            recipe: how weights are stored; None for the bundle's.
+        """
+        manifest = engine.manifest
+        recipe = recipe_of(manifest) if recipe is None else recipe
         self.engine, self.pair, self.faults, self.in_fp32 = engine, pair, faults, recipe.is_exact
         reference = Reference(pair, recipe, manifest.backend)
         drafter = reference.drafter(int8_activations=True)
@@ -76,6 +88,7 @@ class Study:
             fp32 = Reference(pair, RECIPES["fp32"], manifest.backend)
             self._targets |= {UNROUNDED: reference.target(), FP32_TARGET: fp32.target()}
             self._drafters |= {UNROUNDED: reference.drafter(), FP32_DRAFTER: fp32.drafter()}
+        self.answers: list[Tensor] = []
         self.rounds: dict[str, list[Tensor]] = defaultdict(list)
         self.drafted = self.accepted = 0
         self.dense_matches = (0, 0)
@@ -121,6 +134,7 @@ class Study:
         for probe in probes(self.engine, self.pair, continuation):
             self._add_probe(probe)
         if is_text:
+            self.answers.append(torch.tensor(continuation.text[continuation.start :]))
             self.drafted, self.accepted = self.drafted + continuation.drafted, self.accepted + continuation.accepted
         if is_text and len(continuation.text) > continuation.start + DRAFT_STEPS:
             self._add_rounds(continuation, correct, fp32)

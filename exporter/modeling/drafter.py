@@ -35,7 +35,7 @@ class Drafter(nn.Module):
     def __init__(
         self, config: DrafterConfig, two_stage: TwoStageSizes | None, ops: Ops = Ops(), cluster_bits: int = 32
     ) -> None:
-        """Build a drafter; its parameter `target_embed_tokens` is the target's embedding table.
+        """Build a drafter; its parameter `target_embed_tokens` is the target's embedding, which may have more rows.
 
         Args:
             config: sizes of the drafter.

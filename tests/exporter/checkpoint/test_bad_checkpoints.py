@@ -100,8 +100,8 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         r"made for another target: \w+ num_key_value_heads is 2, the target needs 1",
     ),
     "other vocabulary": (
-        lambda t, d: edit_config(d, "text_config", vocab_size=255),
-        r"made for another target: vocab_size is 255, the target needs 256",
+        lambda t, d: edit_config(d, "text_config", vocab_size=257),
+        r"made for another target: vocab_size is 257, the target needs 256",
     ),
     "end token": (
         lambda t, d: (t / "generation_config.json").write_text('{"eos_token_id": [1, "</s>"]}'),

@@ -52,7 +52,7 @@ def test_doctor_command(run: Run, bundle: Bundle, pair_dirs: Pairs, tmp_path: Pa
     assert (code, document["findings"]) == (0, 0)
     assert 0 <= document["acceptance_rate"] <= 1
     assert {"experiment", "verdict", "detail", "error", "least_change"} <= document["experiments"][0].keys()
-    assert "none of 12 experiments found a cause" in err
+    assert "none of 13 experiments found a cause" in err
     (changed / "chat_template.jinja").write_text("{{ '<|turn>user' }}")
     code, out, err = run("doctor", bundle("odd"), "--target", changed, *common)
     assert code == 1

@@ -1,0 +1,105 @@
+"""Whether a drafter fits a target that was trained further: its tokens, its base, what drafting gains."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter.checkpoint.pair import open_pair
+from exporter.doctor import diagnosis
+from exporter.doctor.diagnosis import diagnose
+from exporter.doctor.drafter_fit import Gain, base_pair, drafting_gain
+from exporter.parity.reference import Reference
+from exporter.quantization.recipes import RECIPES
+from runtime_ref.costs import Costs
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import read_manifest
+from tests.conftest import Run
+from tests.exporter.checkpoint.forms import edit_json, edit_tensors
+from tests.exporter.doctor.engines import NEW_TOKENS, Bundle, Pairs, load_bundle
+from tests.pairs import grown
+
+LACKED, BEFORE = "tokens that the drafter lacks", "the target before its training"
+
+
+def costs_of(verify: dict[int, float], step: float) -> Costs:
+    costs = Costs(4)
+    for drafts, seconds in verify.items():
+        costs.record(drafts, seconds, drafts * step if drafts else None)
+    return costs
+
+
+def test_what_drafting_gains() -> None:
+    costs = costs_of({0: 1.0, 1: 1.1, 2: 1.2, 4: 1.6}, 0.1)
+    rounds = [torch.tensor([4, 2]), torch.tensor([1, 0])]
+    # With K = 2: 1 + 3/4 + 2/4 tokens in 1.2 + 0.2.
+    assert drafting_gain(rounds, costs, 4) == Gain(2, pytest.approx(2.25 / 1.4))
+    assert drafting_gain(rounds, costs, 1) == Gain(1, pytest.approx(1.75 / 1.2))
+    assert drafting_gain([torch.zeros(5)], costs, 4) == Gain(0, 1.0)
+    assert "gains nothing on these texts" in str(Gain(0, 1.0))
+    assert "1.50 times as fast as plain decoding here, with K = 3" in str(Gain(3, 1.5))
+
+
+def test_a_target_that_was_led_away_from_its_drafter(
+    bundle: Bundle, pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was not is judged the same on both sides."""
+    monkeypatch.setattr(diagnosis, "SAMPLED_TEXTS", 8)
+    target, drafter = pair_dirs("demo")
+    tuned = shutil.copytree(target, tmp_path / "tuned")
+    torch.manual_seed(0)
+
+    def train(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("down_proj.weight"):
+                weight = tensors[name].float()
+                tensors[name] = (weight + 3 * weight.std() * torch.randn(weight.shape)).bfloat16()
+
+    edit_tensors(tuned, train)
+    manifest = read_manifest(bundle("demo"))
+    pair = open_pair(tuned, drafter)
+    engine = Reference(pair, RECIPES["fp32"]).engine(manifest)
+    before = base_pair(pair, target)
+    experiments = {e.experiment: e for e in diagnose(engine, pair, (), 24, base=before).experiments}
+    assert experiments[BEFORE].verdict == "finding", experiments[BEFORE].detail
+    assert experiments[BEFORE].figures["gain"] > 0.05
+    assert "its training led it away from the drafter" in experiments[BEFORE].detail
+    same = {e.experiment: e for e in diagnose(load_bundle(bundle("demo")), before, (), 24, base=before).experiments}
+    assert same[BEFORE].verdict == "pass"
+    assert same[BEFORE].figures["acceptance"] == same[BEFORE].figures["acceptance_before"] > 0.3
+
+
+def test_a_base_of_other_sizes_is_refused(pair_dirs: Pairs, tmp_path: Path) -> None:
+    target, drafter = pair_dirs("odd")
+    other = shutil.copytree(target, tmp_path / "other")
+    edit_json(other / "config.json", rms_norm_eps=1e-5)
+    with pytest.raises(InputError, match=r"--base .*other: has other sizes than .*; pass the checkpoint that"):
+        base_pair(open_pair(target, drafter), other)
+
+
+@pytest.mark.usefixtures("few_texts")
+def test_a_vocabulary_that_has_grown(pair_dirs: Pairs, tmp_path: Path, run: Run) -> None:
+    """Its tokens are chosen and verified, and never drafted; the doctor says how often they end a round."""
+    target, drafter = pair_dirs("odd")
+    larger = grown(target, tmp_path / "target", 5)
+    source = ["--target", larger, "--drafter", drafter]
+    code, _, err = run("export", *source, "--output", tmp_path / "b", "--recipe", "fp32", "--max-seq-len", 128)
+    assert code == 0 and "has no rows for the last 5 tokens of the target" in " ".join(err.split())
+    vocab = read_manifest(tmp_path / "b").raw["drafter"]["text"]["vocab_size"]
+    (ids := tmp_path / "ids.json").write_text(json.dumps([[5, 6], [7, vocab + 1], [vocab + 4]]))
+    assert run("parity", tmp_path / "b", *source, "--prompt-ids", ids, "--max-new-tokens", 8)[0] == 0
+    texts = [
+        json.loads(run("generate", tmp_path / "b", "--prompt-ids", ids, "--json", *mode)[1])
+        for mode in (["--mode", "plain"], ["--num-draft-tokens", 4])
+    ]
+    assert [text["tokens"] for text in texts[0]] == [text["tokens"] for text in texts[1]]
+    assert max(token for text in texts[0] for token in text["tokens"]) >= vocab
+    engine = load_bundle(tmp_path / "b")
+    engine.prefill([5, 6], diagnosis.Sampling())
+    assert max(engine.draft(vocab + 2, 4)) < vocab
+    diagnosed = diagnose(engine, open_pair(larger, drafter), [[5, 6]], NEW_TOKENS, base=open_pair(target, drafter))
+    lacked = {e.experiment: e for e in diagnosed.experiments}[LACKED]
+    assert lacked.figures["added_tokens"] == 5
+    assert lacked.verdict == ("finding" if lacked.figures["chosen"] > 0.05 else "pass")
