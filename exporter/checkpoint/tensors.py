@@ -1,6 +1,7 @@
 """Read the safetensors files of a checkpoint directory: all names and shapes first, values in blocks on request."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -30,6 +31,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+SHA256 = re.compile(r"[0-9a-f]{64}")
 BLOCK_BYTES = 1 << 26  # read at a time; the conversions of a block need several times as much memory
 
 
@@ -167,11 +169,14 @@ class Checkpoint:
         """Compute the SHA-256 digest of each safetensors file, by file name.
 
         Raises:
-            InputError: a file changed since the checkpoint was opened.
+            InputError: a file changed since the checkpoint was opened, or differs from what a hub's cache is to hold.
         """
         digests = {file.name: file_sha256(file) for file in self.files}
         for file in self.files:
             self._check_unchanged(file)
+            blob = file.resolve().name  # in a hub's cache, the digest that the hub lists
+            if SHA256.fullmatch(blob) and blob != digests[file.name]:
+                raise InputError(f"{file}: is not what the hub lists, {blob}; remove that file and fetch it again")
         return digests
 
     def _check_unchanged(self, file: Path) -> None:

@@ -8,7 +8,15 @@ import click
 from rich.table import Table
 
 from clustering.recall import DEFAULT_RECALL
-from exporter.cli.options import PATH, adapter_option, clusters_option, json_option, prompt_ids_option, top_k_option
+from exporter.cli.options import (
+    OR_ID,
+    PATH,
+    adapter_option,
+    clusters_option,
+    json_option,
+    prompt_ids_option,
+    top_k_option,
+)
 from exporter.files import check_file, human_bytes, write_file
 from exporter.heads.recall_plot import FORMATS, check_picture, recall_picture
 from exporter.terminal import err, out, peak_bytes, print_json, progress_bar
@@ -46,11 +54,11 @@ def recall_table(document: dict[str, Any]) -> Table:
 
 
 @click.command()
-@click.option("--drafter", type=PATH, required=True, help="Checkpoint directory of the MTP drafter.")
+@click.option("--drafter", type=PATH, required=True, help=f"Checkpoint directory of the MTP drafter, {OR_ID}.")
 @click.option(
     "--target",
     type=PATH,
-    help="Checkpoint directory of its target. Recall is then measured on hidden states of real draft steps.",
+    help="Checkpoint directory of its target, or its id. Recall is then measured on hidden states of real draft steps.",
 )
 @adapter_option
 @prompt_ids_option()
@@ -96,6 +104,7 @@ def cluster(
     Recall is the fraction of hidden states whose best token is in a cluster that the first stage keeps.
     """
     from exporter.checkpoint.config_json import read_drafter_config
+    from exporter.checkpoint.hub import local_checkpoint
     from exporter.checkpoint.pair import open_pair
     from exporter.heads.clusters import ClusterOptions, num_clusters
     from exporter.texts.token_texts import TokenTexts
@@ -108,7 +117,8 @@ def cluster(
         raise click.UsageError("give either --recall or --top-k-clusters: each decides how many clusters to keep")
     check_files(output, report, force)
     started = time.perf_counter()
-    pair = None if target is None else open_pair(target, drafter, "dense", adapter_dirs=adapters)
+    drafter, *merged = map(local_checkpoint, (drafter, *adapters))
+    pair = None if target is None else open_pair(local_checkpoint(target), drafter, "dense", adapter_dirs=merged)
     options = ClusterOptions(clusters, top_k_clusters, DEFAULT_RECALL if recall is None else recall, seed)
     num_clusters(read_drafter_config(drafter), options)  # raises before minutes in which the target writes texts
     texts: TokenTexts | None = None

@@ -36,7 +36,7 @@ def doctor_table(diagnosis: "Diagnosis") -> Table:
 @click.option(
     "--base",
     type=PATH,
-    help="Checkpoint directory of the target before it was trained further: is the drafter accepted less since?",
+    help="Checkpoint directory of the target before it was trained further, or its id: is less accepted since then?",
 )
 @prompt_ids_option("texts that the target generates")
 @click.option("--max-new-tokens", type=click.IntRange(8), default=64, help="Maximum number of new tokens in each text.")
@@ -56,12 +56,14 @@ def doctor(
     Each experiment runs the checkpoints in eager torch with one known fault, such as an outdated KV cache, and compares
     the result with the bundle. The exit code is 1 if there is a finding.
     """
+    from exporter.checkpoint.hub import local_checkpoint
     from exporter.doctor.diagnosis import run_doctor
     from exporter.doctor.drafter_fit import base_pair
     from exporter.parity.source import open_source
 
-    pair = open_source(bundle, target, drafter, adapters)
-    before = None if base is None else base_pair(pair, base)
+    target, drafter, *merged = map(local_checkpoint, (target, drafter, *adapters))
+    pair = open_source(bundle, target, drafter, merged)
+    before = None if base is None else base_pair(pair, local_checkpoint(base))
     prompts = read_prompt_ids(prompt_ids) if prompt_ids else []
     with err.status("doctor") as status:
         diagnosis = run_doctor(bundle, pair, prompts, max_new_tokens, lambda s: status.update(f"doctor: {s}"), before)

@@ -11,6 +11,7 @@ import click
 from exporter.cli.cluster_command import run_clustering, texts_to_fit
 from exporter.cli.options import (
     BYTES,
+    OR_ID,
     PATH,
     RECIPE,
     adapter_option,
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--target", type=PATH, required=True, help="Checkpoint directory of Gemma 4 E2B or E4B.")
-@click.option("--drafter", type=PATH, required=True, help="Checkpoint directory of its MTP drafter.")
+@click.option("--target", type=PATH, required=True, help=f"Checkpoint directory of Gemma 4 E2B or E4B, {OR_ID}.")
+@click.option("--drafter", type=PATH, required=True, help="Checkpoint directory of its MTP drafter, or its id.")
 @adapter_option
 @click.option("--output", type=PATH, required=True, help="Bundle directory to write.")
 @backend_option
@@ -118,6 +119,7 @@ def export(
     """
     from clustering.cluster_table import load_table
     from exporter.bundle.export import ExportOptions, check_output, plan_export
+    from exporter.checkpoint.hub import local_checkpoint
     from exporter.checkpoint.pair import open_pair
     from exporter.graphs.auto_recipe import auto_recipe
     from exporter.graphs.backend import load_backend
@@ -131,8 +133,9 @@ def export(
     if target_bytes is not None and recipe is not None:
         raise click.UsageError("--target-bytes chooses a recipe; leave out --recipe")
     check_output(output, force)
+    target, drafter, *merged = map(local_checkpoint, (target, drafter, *adapters))
     opened = ("dense", None) if head == "kmeans" else (head, top_k_clusters)
-    pair = open_pair(target, drafter, *opened, adapters)
+    pair = open_pair(target, drafter, *opened, merged)
     # What can be refused is refused before minutes of clustering or calibration.
     load_backend(backend)
     if activations == "checkpoint":

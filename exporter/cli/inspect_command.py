@@ -8,6 +8,7 @@ import click
 from rich.table import Column, Table
 
 from exporter.bundle.inspection import inspect as inspect_path
+from exporter.checkpoint.hub import local_checkpoint
 from exporter.cli.options import PATH, json_option
 from exporter.files import human_bytes
 from exporter.quantization.widths import Width
@@ -46,10 +47,10 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 def inspect(path: Path, as_json: bool) -> None:
     """Show what a bundle or a checkpoint contains.
 
-    PATH is a bundle, a target's checkpoint or a drafter's checkpoint. For ExecuTorch bundles it also shows which
-    operations and weights are delegated to XNNPACK.
+    PATH is a bundle, a target's checkpoint or a drafter's checkpoint, or the id of one on the Hugging Face Hub. For
+    ExecuTorch bundles it also shows which operations and weights are delegated to XNNPACK.
     """
-    contents = inspect_path(path)
+    contents = inspect_path(path if path.exists() else local_checkpoint(path))
     if as_json:
         print_json("inspect", contents)
     else:

@@ -11,6 +11,7 @@ from exporter.graphs.backend import BACKENDS
 from exporter.quantization.recipes import AUTO, RECIPES, Recipe, read_recipe
 
 PATH = click.Path(path_type=Path)
+OR_ID = "or its id on the Hugging Face Hub (`OWNER/NAME`, `OWNER/NAME@REVISION`)"  # of a checkpoint
 
 # Descriptions of positional arguments, for the reference of commands. Usage messages show their names only.
 ARGUMENTS = {
@@ -96,7 +97,7 @@ adapter_option = click.option(
     "adapters",
     type=PATH,
     multiple=True,
-    help="Directory of a LoRA adapter (PEFT) that is merged into the target; several are merged in the order given.",
+    help=f"Directory of a LoRA adapter (PEFT), {OR_ID}, that is merged into the target; several are merged in order.",
 )
 
 
@@ -114,13 +115,13 @@ def source_options(required: bool) -> Decorator:
             "--drafter",
             type=PATH,
             required=required,
-            help=f"Checkpoint directory of the drafter that was exported{drafter}.",
+            help=f"Checkpoint directory of the drafter that was exported, or its id{drafter}.",
         )(command)
         return click.option(
             "--target",
             type=PATH,
             required=required,
-            help=f"Checkpoint directory of the target that was exported{target}.",
+            help=f"Checkpoint directory of the target that was exported, {OR_ID}{target}.",
         )(command)
 
     return decorate

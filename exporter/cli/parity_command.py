@@ -117,9 +117,11 @@ def source_if_given(
         raise click.UsageError("--adapter belongs to a target; give --target and --drafter")
     if target is None or drafter is None:
         return None
+    from exporter.checkpoint.hub import local_checkpoint
     from exporter.parity.source import open_source
 
-    return open_source(bundle, target, drafter, adapters)
+    target, drafter, *merged = map(local_checkpoint, (target, drafter, *adapters))
+    return open_source(bundle, target, drafter, merged)
 
 
 def check_parity(

@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 
 from exporter.cli.cluster_command import check_files, texts_to_fit
-from exporter.cli.options import BYTES, PATH, adapter_option, backend_option, calibration_options, json_option
+from exporter.cli.options import BYTES, OR_ID, PATH, adapter_option, backend_option, calibration_options, json_option
 from exporter.files import human_bytes, write_file
 from exporter.heads.recall_plot import FORMATS
 from exporter.quantization.recipes import RECIPES
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--target", type=PATH, required=True, help="Checkpoint directory of Gemma 4 E2B or E4B.")
-@click.option("--drafter", type=PATH, required=True, help="Checkpoint directory of its MTP drafter.")
+@click.option("--target", type=PATH, required=True, help=f"Checkpoint directory of Gemma 4 E2B or E4B, {OR_ID}.")
+@click.option("--drafter", type=PATH, required=True, help="Checkpoint directory of its MTP drafter, or its id.")
 @adapter_option
 @backend_option
 @click.option("--target-bytes", type=BYTES, help="Maximum size of a bundle, such as `2.2e9`: choose widths for it.")
@@ -52,13 +52,15 @@ def recipe(
     The cost is the divergence (KL) of the next token that rounding a class alone causes, on held-out texts. The chosen
     recipe is a file of rules, to keep and to edit; without --output it is printed.
     """
+    from exporter.checkpoint.hub import local_checkpoint
     from exporter.checkpoint.pair import open_pair
     from exporter.texts.token_texts import token_texts
 
     if output is not None and target_bytes is None:
         raise click.UsageError("--output writes the recipe that is chosen for --target-bytes; give both")
     check_files(output, report, force)
-    pair = open_pair(target, drafter, adapter_dirs=adapters)
+    target, drafter, *merged = map(local_checkpoint, (target, drafter, *adapters))
+    pair = open_pair(target, drafter, adapter_dirs=merged)
     texts = None if calibration is None else token_texts(pair, calibration)
     refuse_too_few(pair, backend, target_bytes)
     bits, _ = measure_bits(pair, backend, True if calibration else calibrate, texts)
