@@ -35,9 +35,9 @@ def _of_control_groups() -> Iterator[int | None]:
         if not colon:
             continue
         if not controllers:  # version 2
-            top, names = mounted, ("memory.max", "memory.current", "inactive_file")
+            top, names = mounted, ("memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
-            top, names = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            top, names = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         else:
             continue
         # A container may see its own group as the root of what is mounted, but be told the host's path.
@@ -47,11 +47,13 @@ def _of_control_groups() -> Iterator[int | None]:
                 yield _left(directory, *names)
 
 
-def _left(directory: Path, limit_name: str, usage_name: str, reclaimable_name: str) -> int | None:
+def _left(directory: Path, limit_name: str, usage_name: str, prefix: str) -> int | None:
+    """What a group may still take; pages of files that it has read or mapped are given back when others are needed."""
     try:
         limit = (directory / limit_name).read_text(encoding="ascii").strip()
         usage = int((directory / usage_name).read_text(encoding="ascii"))
-        cache = re.search(rf"^{reclaimable_name} (\d+)$", (directory / "memory.stat").read_text(encoding="ascii"), re.M)
-        return None if limit == "max" else max(0, int(limit) - usage + (int(cache[1]) if cache else 0))
+        stat = (directory / "memory.stat").read_text(encoding="ascii")
+        cache = sum(map(int, re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", stat, re.M)))
+        return None if limit == "max" else max(0, int(limit) - usage + cache)
     except (OSError, ValueError):
         return None

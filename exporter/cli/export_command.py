@@ -210,12 +210,13 @@ def run_export(
     Raises:
         InputError: see `exporter.bundle.export.export_bundle`.
     """
-    from exporter.bundle.export import export_bundle
+    from exporter.bundle.export import calibration_directory, export_bundle
     from exporter.calibration.fold import foldable
     from exporter.graphs.backend import load_backend
     from exporter.graphs.grids import grid_warnings, off_grid
     from exporter.graphs.parts import graph_parts
     from exporter.quantization.second_order import part_columns
+    from exporter.texts.token_texts import kept_texts
 
     load_backend(options.backend)  # a missing package is told before anything else
     parts, total = graph_parts(pair, options.recipe), pair.weight_bytes
@@ -228,11 +229,11 @@ def run_export(
             f"{pair.target_checkpoint.directory}: was trained with {len(pair.activation_scales)} scales of activations;"
             " the runtime rounds inputs by their own range instead; --activations checkpoint does what was trained"
         )
-    started = time.perf_counter()
+    started, kept = time.perf_counter(), calibration_directory(output).with_suffix(".texts")
     if calibrated or folded:
         shapes = {name: parts["target"].shapes[name] for name in calibrated}
         if texts is None:
-            texts = texts_to_fit(pair)
+            texts = kept_texts(kept, pair, lambda: texts_to_fit(pair))
         columns = max((part_columns(s[1], calibrated[name].group_size) for name, s in shapes.items()), default=0)
         if texts.num_tokens < columns:
             warnings.append(
@@ -249,6 +250,7 @@ def run_export(
         err.print("nothing to calibrate: no matrix of the target is rounded without lying on the grid of its bits")
     with progress_bar(err, "export", total) as progress:
         digest = export_bundle(pair, output, options, progress)
+    kept.unlink(missing_ok=True)
     size = directory_bytes(output)
     seconds = time.perf_counter() - started
     peak = peak_bytes()

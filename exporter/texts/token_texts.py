@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.side_files import chat_template
+from exporter.files import write_file
 from exporter.texts.documents import CALIBRATION, HELD_OUT, Document, documents
 from exporter.texts.writing import write_texts
 from runtime_ref.chat import ChatTemplate
@@ -92,6 +94,29 @@ def fitting_texts(pair: Pair, file: Path | None = None) -> TokenTexts:
     if file is not None or texts.source == WRITTEN:
         return texts
     return TokenTexts((*texts.texts, *_tuples(write_texts(pair))), f"{texts.source} and {WRITTEN}")
+
+
+def kept_texts(file: Path, pair: Pair, make: Callable[[], TokenTexts]) -> TokenTexts:
+    """Return texts that were kept in a file for the same checkpoint, else make them and keep them there.
+
+    At full size a target writes for minutes, which a command that goes on after a kill need not do again.
+
+    Args:
+        file: JSON that this function writes; anything else is replaced.
+        pair: the pair that the texts are for.
+        make: makes them.
+    """
+    stamps = [checkpoint.stamps for checkpoint in (pair.target_checkpoint, *pair.adapters)]
+    key = {"version": version("gemma-mtp-export"), "directory": str(pair.target_checkpoint.directory), "files": stamps}
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["key"] == key:
+            return TokenTexts(_tuples(kept["texts"]), kept["source"])
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # none are kept
+    texts = make()
+    write_file(file, json.dumps({"key": key, "source": texts.source, "texts": texts.texts}).encode())
+    return texts
 
 
 def held_out_texts(pair: Pair) -> TokenTexts:

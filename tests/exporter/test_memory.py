@@ -26,7 +26,9 @@ def group(directory: Path, limit: object, usage: int, cache: int = 0, version: i
     names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
     for name, value in zip(names, (limit, usage), strict=True):
         write(directory / name, value)
-    write(directory / "memory.stat", f"anon 5\n{'' if version == 2 else 'total_'}inactive_file {cache}\n")
+    prefix = "" if version == 2 else "total_"
+    files = f"{prefix}inactive_file {cache - cache // 3}\n{prefix}active_file {cache // 3}\n"
+    write(directory / "memory.stat", f"anon 5\ninactive_anon 7\n{files}")
 
 
 def test_without_groups(root: Path) -> None:
@@ -55,8 +57,8 @@ def test_the_tightest_limit_counts(root: Path) -> None:
 
 def test_a_limit_of_version_1(root: Path) -> None:
     write(root / "proc/self/cgroup", "7:pids:/\n5:cpu,memory:/docker/x\n")
-    group(root / "sys/fs/cgroup/memory", 700 * MIB, 100 * MIB, version=1)
-    assert memory.available_memory() == 600 * MIB
+    group(root / "sys/fs/cgroup/memory", 700 * MIB, 100 * MIB, cache=30 * MIB, version=1)
+    assert memory.available_memory() == 630 * MIB
     group(root / "sys/fs/cgroup/memory/docker/x", 100 * MIB, 300 * MIB, version=1)
     assert memory.available_memory() == 0
 

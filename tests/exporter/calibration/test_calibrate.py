@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from exporter.bundle import export
 from exporter.bundle.export import ExportOptions, calibration_directory, export_bundle
 from exporter.bundle.inspection import inspect
 from exporter.calibration import calibrate as module
@@ -28,6 +29,7 @@ from exporter.parity.stages import run_parity
 from exporter.quantization.numbers import Quantized, Scales
 from exporter.quantization.recipes import RECIPES, Recipe, Rule
 from exporter.quantization.widths import FLOAT
+from exporter.texts import token_texts
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.errors import InputError
 from runtime_ref.tokenizer import TextTokenizer
@@ -181,6 +183,36 @@ def test_steps_of_another_model_are_not_taken_over(pair_dirs: Pairs, tmp_path: P
 def test_weights_on_their_grid_are_left_alone(pair_dirs: Pairs, tmp_path: Path) -> None:
     pair = open_pair(*pair_dirs("demo"))
     assert calibrate(pair, RECIPES["int4"], Scales(), random_texts(2), tmp_path) is pair
+
+
+def test_texts_are_not_written_again_after_a_kill(
+    pair_dirs: Pairs, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are kept beside the output until it is written, for this checkpoint alone."""
+    target, drafter = pair_dirs("tiny")
+    calls = []
+
+    def write(pair: Pair, *_: object, **__: object) -> list[list[int]]:
+        calls.append(pair.target_checkpoint.directory)
+        return [[1, 7, 40, 3] * 40]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(token_texts, "write_texts", write)
+    command = ["export", "--drafter", drafter, "--output", tmp_path / "b", "--recipe", "int4", "--target"]
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "calibrate", killed)
+        assert run(*command, target)[0] not in (0, 2)
+    assert (tmp_path / ".b.texts").is_file()
+    other = shutil.copytree(target, tmp_path / "other")
+    assert run(*command, other)[0] == 0
+    assert calls == [target, other] and not (tmp_path / ".b.texts").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "calibrate", killed)
+        run(*command, target, "--force")
+    calls.clear()
+    assert run(*command, target, "--force")[0] == 0 and not calls
 
 
 def test_inputs_that_are_not_finite_are_refused(pair_dirs: Pairs, tmp_path: Path) -> None:
