@@ -19,8 +19,8 @@ from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.backend import Backend
 from exporter.graphs.grids import GRID_BITS
 from exporter.graphs.parts import graph_parts, sample_rows
-from exporter.graphs.tables import per_layer_bytes
-from exporter.modeling.target import SUPPRESSED_LOGIT, TargetPass
+from exporter.graphs.tables import table_bytes
+from exporter.modeling.target import OWN_HEAD, SUPPRESSED_LOGIT, TargetPass
 from exporter.quantization.numbers import Quantized, Scales, fitting_width, lies_on_grid, quantize
 from exporter.quantization.recipes import PER_LAYER_TABLE, RECIPES, Recipe, Rule, dividing
 from exporter.quantization.second_order import Inputs, quantize_for
@@ -29,11 +29,14 @@ from exporter.texts.token_texts import TokenTexts
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 
-TABLE, HEAD = "per-layer embeddings", "embedding and head"
-# Patterns of recipes by the class of matrices, for people; the first that matches decides.
+TABLE, BOTH, HEAD, ROWS = "per-layer embeddings", "embedding and head", "head", "embedding"
+# Patterns of recipes by the class of matrices, for people; the first that matches decides. A target has either `BOTH`,
+# or a head of its own, and then its embedding is a table of rows.
 CLASSES = {
     TABLE: PER_LAYER_TABLE,
-    HEAD: f"target.{EMBEDDING}",
+    BOTH: f"target.{EMBEDDING}",
+    HEAD: f"target.{OWN_HEAD}",
+    ROWS: f"target.{EMBEDDING}",
     "queries, keys, values": "target.layers.*.self_attn.[qkv]_proj.weight",
     "attention outputs": "target.layers.*.self_attn.o_proj.weight",
     "MLP outputs": "target.layers.*.mlp.down_proj.weight",
@@ -68,28 +71,32 @@ def check_measurable(pair: Pair) -> None:
     """Check that bits of a target can be chosen.
 
     Raises:
-        InputError: its checkpoint has integers of its own, or a head that is not its embedding.
+        InputError: its checkpoint has integers of its own.
     """
-    packed = [name for name, read in pair.checkpoint_weights.items() if isinstance(read, IntegerReader)]
-    if packed or pair.head != EMBEDDING:
-        why = f"integers of its own, such as {packed[0]}" if packed else "a head that is not its embedding"
+    packed = next((name for name, read in pair.checkpoint_weights.items() if isinstance(read, IntegerReader)), None)
+    if packed is not None:
         raise InputError(
-            f"{pair.target_checkpoint.directory}: has {why}; bits are measured for floats with a tied head alone;"
-            " pass --recipe auto, another name or a file"
+            f"{pair.target_checkpoint.directory}: has integers of its own, such as {packed}; bits are measured for"
+            " floats alone; pass --recipe auto, another name or a file"
         )
 
 
-def candidates() -> list[tuple[str, Width]]:
-    """Return the classes and widths that are measured."""
-    return [(title, w) for title in CLASSES for w in (WIDTHS_OF_TABLE if title == TABLE else WIDTHS_OF_MATRICES)]
+def candidates(own_head: bool = False) -> list[tuple[str, Width]]:
+    """Return the classes and widths that are measured, of a target with a head of its own or without."""
+    titles = [title for title in CLASSES if title not in ((BOTH,) if own_head else (HEAD, ROWS))]
+    return [(title, w) for title in titles for w in (WIDTHS_OF_TABLE if title == TABLE else WIDTHS_OF_MATRICES)]
 
 
 def smallest_bytes(pair: Pair, backend: Backend) -> int:
     """Return the bytes of the target's matrices in the fewest bits, as far as their shapes decide."""
     shapes = {n: s for n, s in graph_parts(pair, RECIPES["fp32"])["target"].shapes.items() if len(s) == 2}
-    del shapes[PER_LAYER_WEIGHT]
+    total = 0
+    for name, widths in ((PER_LAYER_WEIGHT, WIDTHS_OF_TABLE), (EMBEDDING, WIDTHS_OF_MATRICES)):
+        if name != pair.head:
+            del shapes[name]
+            total += min(table_bytes(pair, name, width) for width in widths)
     least = (min(backend.matrix_bytes(s, _dividing(w, s[1])) for w in WIDTHS_OF_MATRICES) for s in shapes.values())
-    return sum(least) + min(per_layer_bytes(pair, width) for width in WIDTHS_OF_TABLE)
+    return total + sum(least)
 
 
 def _dividing(width: Width, columns: int) -> Width:
@@ -108,8 +115,8 @@ def measure_costs(
 ) -> tuple[list[Cost], int]:
     """Measure the divergence that each class of matrices causes in each width.
 
-    All candidates run beside the unrounded target, layer by layer, so that each weight is read once; those of the
-    embedding in a second pass.
+    All candidates run beside the unrounded target, layer by layer, so that each weight is read once; those of an
+    embedding that is the head in a second pass.
 
     Args:
         pair: the target and its drafter.
@@ -161,7 +168,8 @@ class _Candidates:
         self.texts = () if texts is None else texts.texts
         self.inputs = self._inputs([PROJECTION], lambda: self._begin(self.texts))
         self.fitted_on, self.exact = self._begin(self.texts), self._begin(self.held_out)
-        self.rounded = {key: self._begin_rounded(*key) for key in candidates() if key[0] != HEAD}
+        self.candidates = candidates(pair.head != EMBEDDING)
+        self.rounded = {key: self._begin_rounded(*key) for key in self.candidates if key[0] not in (BOTH, HEAD)}
 
     def run_layer(self, i: int, names: list[str]) -> None:
         """Run a layer on all passes."""
@@ -184,13 +192,17 @@ class _Candidates:
 
     def costs(self) -> list[Cost]:
         """Compare the logits of all candidates with those of the unrounded target, after the last layer."""
-        self.inputs = self._inputs([EMBEDDING], lambda: self.model.collect_states(self.fitted_on))
-        heads = {key: self._rounded(EMBEDDING, key[1]) for key in candidates() if key[0] == HEAD}
-        self._run_heads(heads)
-        exact, states = self._states(self.exact), {key: self._states(self.rounded[key]) for key in candidates()}
+        name = self.pair.head
+        self.inputs = self._inputs([name], lambda: self.model.collect_states(self.fitted_on))
+        heads = {key: self._rounded(name, key[1]) for key in self.candidates if key[0] in (BOTH, HEAD)}
+        if name == EMBEDDING:
+            self._run_heads(heads)
+        else:
+            self.rounded |= dict.fromkeys(heads, self.exact)
+        exact, states = self._states(self.exact), {key: self._states(self.rounded[key]) for key in self.candidates}
         sums = {key: RunningDivergence(len(exact)) for key in states}
         suppressed, start = torch.tensor(self.pair.tokens.suppressed, dtype=torch.int64), 0
-        for rows in row_blocks(self.part.weights[EMBEDDING]):
+        for rows in row_blocks(self.part.weights[name]):
             here = suppressed[(suppressed >= start) & (suppressed < start + len(rows))] - start
             expected = self._logits(exact, rows, here)
             for key, running in sums.items():
@@ -212,14 +224,14 @@ class _Candidates:
         self.rounded |= passes
 
     def _begin(
-        self, texts: Sequence[tuple[int, ...]], embedding: Quantized | None = None, table: Width = FLOAT
+        self, texts: Sequence[tuple[int, ...]], embedding: Quantized | None = None, *rules: Rule
     ) -> list[TargetPass]:
-        return self.model.begin(texts, embedding, Recipe("", (Rule(PER_LAYER_TABLE, table),)), self.allowed)
+        return self.model.begin(texts, embedding, Recipe("", rules), self.allowed)
 
     def _begin_rounded(self, title: str, width: Width) -> list[TargetPass]:
         """The passes of a candidate before the first layer."""
-        if title == TABLE:
-            return self._begin(self.held_out, table=width)
+        if title in (TABLE, ROWS):
+            return self._begin(self.held_out, None, Rule(CLASSES[title], width))
         if title != _class_of(PROJECTION):
             return [replace(text, kv=list(text.kv)) for text in self.exact]
         self.model.put(PROJECTION, self._rounded(PROJECTION, width).dequantize())
@@ -256,8 +268,8 @@ class _Candidates:
         return logits
 
     def _bytes(self, title: str, width: Width) -> int:
-        if title == TABLE:
-            return per_layer_bytes(self.pair, width)
+        if title in (TABLE, ROWS):
+            return table_bytes(self.pair, PER_LAYER_WEIGHT if title == TABLE else EMBEDDING, width)
         shapes = {name: self.part.shapes[name] for name, stored in self.fitting if stored == width}
         return sum(
             self.backend.matrix_bytes(shape, self.fitting[name, width])

@@ -3,8 +3,9 @@
 import io
 from pathlib import Path
 
-from exporter.calibration.bit_costs import CLASSES
 from exporter.calibration.choice import Bits, Choice
+
+MARKERS = "osD^v<>P"  # of the classes of matrices, of which a target has at most eight
 
 
 def bits_picture(bits: Bits, chosen: Choice | None, file: Path) -> bytes:
@@ -22,7 +23,7 @@ def bits_picture(bits: Bits, chosen: Choice | None, file: Path) -> bytes:
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     classes, bundles = figure.subplots(1, 2)
-    for title, marker in zip(CLASSES, "osD^v<>", strict=True):
+    for title, marker in zip(bits.classes, MARKERS, strict=False):
         costs = [cost for cost in bits.costs if cost.matrices == title and cost.kl > 0]
         places = [cost.width.bits + (8 / cost.width.group_size if cost.width.group_size else 0) for cost in costs]
         rows = sorted(zip(places, costs, strict=True), key=lambda row: row[0])

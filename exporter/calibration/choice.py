@@ -50,9 +50,14 @@ class Bits:
     held_out: str
     texts: str | None
 
+    @property
+    def classes(self) -> list[str]:
+        """The classes of matrices that the target has, in the order of `CLASSES`."""
+        return list(dict.fromkeys(cost.matrices for cost in self.costs))
+
     def choices(self) -> list[Choice]:
         """Return the best choices by their bytes, the fewest first: none is both smaller and nearer than another."""
-        by_class = [[cost for cost in self.costs if cost.matrices == title] for title in CLASSES]
+        by_class = [[cost for cost in self.costs if cost.matrices == title] for title in self.classes]
         every = [Choice(c, self.other_bytes + sum(cost.bytes for cost in c)) for c in itertools.product(*by_class)]
         best: list[Choice] = []
         for choice in sorted(every, key=lambda choice: (choice.bytes, choice.kl)):
@@ -78,9 +83,9 @@ class Bits:
         """Return the choices that equal named recipes in all but the drafter, by name."""
         found = {}
         for name, recipe in RECIPES.items():
-            widths = {title: recipe.width(pattern.replace("*", "0")) for title, pattern in CLASSES.items()}
+            widths = {title: recipe.width(CLASSES[title].replace("*", "0")) for title in self.classes}
             costs = tuple(cost for cost in self.costs if cost.width == widths[cost.matrices])
-            if len(costs) == len(CLASSES):
+            if len(costs) == len(widths):
                 found[name] = Choice(costs, self.other_bytes + sum(cost.bytes for cost in costs))
         return found
 

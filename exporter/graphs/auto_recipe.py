@@ -11,7 +11,7 @@ from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import graph_parts, sample_rows, tables_outside_graphs
-from exporter.graphs.tables import per_layer_bytes
+from exporter.graphs.tables import table_bytes
 from exporter.quantization.numbers import lies_on_grid
 from exporter.quantization.recipes import (
     AUTO,
@@ -50,7 +50,7 @@ def auto_recipe(pair: Pair) -> tuple[Recipe, str]:
     if not packed:
         reason, table = "it keeps the grids that weights of the checkpoint lie on", widths.get(PER_LAYER_TABLE)
         if table is not None:
-            extra = per_layer_bytes(pair, table) - per_layer_bytes(pair, base.per_layer)
+            extra = table_bytes(pair, PER_LAYER, table) - table_bytes(pair, PER_LAYER, base.per_layer)
             reason += f"; --recipe int4 rounds the per-layer embeddings to {base.per_layer}, {extra} bytes less"
     names = [f"{model}.{name}" for model, part in graph_parts(pair, base).items() for name in matrices(part.shapes)]
     rules = (*_rules(widths, names), *base.rules)

@@ -16,7 +16,7 @@ from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.split_files import SplitFile, split_path
 from exporter.quantization.numbers import Quantized, Scales, pack, quantize
-from exporter.quantization.recipes import PER_LAYER_TABLE, Recipe, Rule
+from exporter.quantization.recipes import Recipe, Rule
 from exporter.quantization.widths import FLOAT, Width
 from runtime_ref.manifest import EMBEDDING as EMBEDDING_ENTRY
 from runtime_ref.manifest import PER_LAYER as PER_LAYER_ENTRY
@@ -134,9 +134,10 @@ def _outside(pair: Pair, recipe: Recipe, name: str, shape: tuple[int, int], shar
     return OutsideTable(name, FILES[name], read, shape, width, width.group_size or shared_by, scales)
 
 
-def per_layer_bytes(pair: Pair, width: Width) -> int:
-    """Return the bytes of the PLE table in a width, with its scales."""
-    return outside_tables(pair, Recipe("", (Rule(PER_LAYER_TABLE, width),)))[PER_LAYER_ENTRY].num_bytes
+def table_bytes(pair: Pair, name: str, width: Width) -> int:
+    """Return the bytes of a table outside the graphs in a width, with its scales, by its name as a parameter."""
+    tables = outside_tables(pair, Recipe("", (Rule(f"target.{name}", width),))).values()
+    return next(table.num_bytes for table in tables if table.name == name)
 
 
 def write_table(directory: Path, table: OutsideTable, max_file_bytes: int | None, progress: Progress) -> dict[str, Any]:

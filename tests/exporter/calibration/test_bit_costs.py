@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from exporter.texts.token_texts import TokenTexts
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
 from tests.conftest import Run
+from tests.exporter.checkpoint.forms import edit_json, edit_tensors
 from tests.exports import MAX_SEQ_LEN
 
 Pairs = Callable[[str], tuple[Path, Path]]
@@ -45,17 +47,27 @@ def logits_of(pair: Pair, recipe: Recipe, texts: TokenTexts) -> torch.Tensor:
     return torch.cat([logits_after(target, text, len(text)) for text in texts.texts])
 
 
-@pytest.mark.parametrize("name", ["e2b", "e4b", "odd"])
+def untied(pair_dirs: Pairs, tmp_path: Path, name: str = "e2b") -> tuple[Path, Path]:
+    """A pair whose target has a head of its own."""
+    target, drafter = pair_dirs(name)
+    target = shutil.copytree(target, tmp_path / "untied")
+    edit_tensors(target, lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"].flip(0)}))
+    edit_json(target / "config.json", tie_word_embeddings=False)
+    return target, drafter
+
+
+@pytest.mark.parametrize("name", ["e2b", "e4b", "odd", "untied"])
 @torch.no_grad()
-def test_costs_are_those_of_recipes_that_round_one_class(name: str, pair_dirs: Pairs) -> None:
+def test_costs_are_those_of_recipes_that_round_one_class(name: str, pair_dirs: Pairs, tmp_path: Path) -> None:
     """The divergence is that of the whole target with the stored weights of such a recipe."""
-    pair, texts = open_pair(*pair_dirs(name)), random_texts(0)
+    own_head = name == "untied"
+    pair, texts = open_pair(*(untied(pair_dirs, tmp_path) if own_head else pair_dirs(name))), random_texts(0)
     costs, positions = measure_costs(pair, load_backend("onnx"), texts, None)
-    assert [(cost.matrices, cost.width) for cost in costs] == candidates()
+    assert [(cost.matrices, cost.width) for cost in costs] == candidates(own_head)
     assert positions == texts.num_tokens
-    exact = logits_of(pair, RECIPES["fp32"], texts)
+    exact, titles = logits_of(pair, RECIPES["fp32"], texts), [title for title, _ in candidates(own_head)]
     for cost in costs:
-        before = itertools.takewhile(lambda title, cost=cost: title != cost.matrices, CLASSES)
+        before = itertools.takewhile(lambda title, cost=cost: title != cost.matrices, titles)
         rules = *(Rule(CLASSES[title], FLOAT) for title in before), Rule(CLASSES[cost.matrices], cost.width)
         rounded = logits_of(pair, Recipe("one", rules), texts)
         kl, kept = kl_divergence(exact, rounded).mean(), (exact.argmax(1) == rounded.argmax(1)).double().mean()
@@ -64,11 +76,12 @@ def test_costs_are_those_of_recipes_that_round_one_class(name: str, pair_dirs: P
         assert cost.kl > 0
 
 
-def test_classes_cover_each_matrix_of_the_target_once(pair_dirs: Pairs) -> None:
+def test_classes_cover_each_matrix_of_the_target_once(pair_dirs: Pairs, tmp_path: Path) -> None:
     """And each has some: no rule of a chosen recipe decides about nothing."""
-    for name in ("e2b", "e4b", "odd", "tiny"):
-        pair = open_pair(*pair_dirs(name))
-        costs = [Cost(title, Width(8), 0, 0.0, 1.0) for title in CLASSES]
+    for name in ("e2b", "e4b", "odd", "tiny", "untied"):
+        pair = open_pair(*(untied(pair_dirs, tmp_path) if name == "untied" else pair_dirs(name)))
+        titles = dict.fromkeys(title for title, _ in candidates(name == "untied"))
+        costs = [Cost(title, Width(8), 0, 0.0, 1.0) for title in titles]
         recipe = Bits(tuple(costs), 0, 1, "", None).choices()[0].recipe("all")
         both = graph_parts(pair, recipe).items()
         check_recipe(recipe, [f"{model}.{n}" for model, part in both for n in matrices(part.shapes)])
@@ -134,7 +147,7 @@ def some_bits() -> Bits:
 
 def test_the_choice_is_the_best_of_its_size() -> None:
     bits = some_bits()
-    by_class = [[cost for cost in bits.costs if cost.matrices == title] for title in CLASSES]
+    by_class = [[cost for cost in bits.costs if cost.matrices == title] for title in bits.classes]
     every = [(500 + sum(c.bytes for c in p), sum(c.kl for c in p)) for p in itertools.product(*by_class)]
     smallest = min(size for size, _ in every)
     for limit in (smallest, smallest + 777, smallest + 9000, 10**9):
@@ -156,14 +169,15 @@ def test_the_picture_is_one(tmp_path: Path) -> None:
     bits = some_bits()
     picture = bits_picture(bits, bits.choose(10**9), tmp_path / "p.svg").decode()
     assert "<svg" in picture
-    for name in (*CLASSES, "int4", "int8", "chosen"):
+    for name in (*bits.classes, "int4", "int8", "chosen"):
         assert name in picture
 
 
-@pytest.mark.parametrize(("name", "which"), [("demo", [0]), ("e2b", [0, -1])])
+@pytest.mark.parametrize(("name", "which"), [("demo", [0]), ("e2b", [0, -1]), ("untied", [0, -1])])
 def test_bundles_are_as_large_as_estimated(name: str, which: list[int], pair_dirs: Pairs, tmp_path: Path) -> None:
     """At most, and not much smaller; of small pairs the graphs are most of it."""
-    pair, backend = open_pair(*pair_dirs(name)), load_backend("onnx")
+    dirs, backend = untied(pair_dirs, tmp_path) if name == "untied" else pair_dirs(name), load_backend("onnx")
+    pair = open_pair(*dirs)
     costs, positions = measure_costs(pair, backend, random_texts(0, 2, 4), None)
     bits = Bits(tuple(costs), bytes_beside_matrices(pair, backend, RECIPES["int4"]), positions, "", None)
     for choice in (bits.choices()[i] for i in which):
