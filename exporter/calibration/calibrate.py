@@ -88,7 +88,7 @@ def _rounded(
         "texts": texts.sha256,
         "activations": pair.rounds_activations,
         "target": asdict(pair.target),
-        "files": [pair.target_checkpoint.stamps, *(adapter.stamps for adapter in pair.adapters)],
+        "files": pair.stamps,
         "folding": hashlib.sha256(folding_bytes(pair.folding)).hexdigest(),
     }
     steps = Steps.open(directory, key)

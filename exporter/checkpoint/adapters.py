@@ -2,7 +2,8 @@
 
 PEFT saves an adapter as adapter_config.json and adapter_model.safetensors. For a module `X` the latter has `X.lora_A`
 [r, columns] and `X.lora_B` [rows, r], for a table `X.lora_embedding_A` [r, rows] and `X.lora_embedding_B`
-[columns, r], or, for one of `modules_to_save`, a whole new `X.weight`.
+[columns, r], perhaps with `X.base_layer.weight`, which they are added to, or, for one of `modules_to_save`, a whole new
+`X.weight`.
 """
 
 import math
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.names import EMBEDDING, TARGET_PREFIXES, same_blocks
+from exporter.checkpoint.names import EMBEDDING, TARGET_PREFIXES
 from exporter.checkpoint.other_forms import ADAPTER_CONFIG, is_of_towers
-from exporter.checkpoint.tensors import FLOAT_DTYPES, BlockReader, Checkpoint, IntegerReader, TensorReader
+from exporter.checkpoint.tensors import FLOAT_DTYPES, Checkpoint, IntegerReader, TensorEntry, TensorReader
 from exporter.checkpoint.values import boolean, json_object, positive_int, read_object
 from exporter.modeling.target import OWN_HEAD
 from exporter.modeling.weights import Weights
@@ -27,6 +28,8 @@ from runtime_ref.pointers import is_present
 from runtime_ref.tokenizer import TOKENIZER
 
 ADAPTER_WEIGHTS = "adapter_model"
+BASE = ".base_layer.weight"  # end of the name of what a low rank is added to; PEFT saves that of embeddings
+MAX_ALPHA = 1e30
 MODEL_PREFIX = "base_model.model."
 
 # Keys of adapter_config.json that are read here, or that say how the adapter was trained.
@@ -106,7 +109,11 @@ class MergedReader:
 
     def __call__(self) -> Tensor:
         """Return the matrix [rows, columns] float32."""
-        return torch.cat(list(self.blocks()))
+        whole, start = torch.empty(self.read.checkpoint.entries[self.read.name].shape), 0
+        for block in self.blocks():
+            whole[start : start + len(block)] = block
+            start += len(block)
+        return whole
 
     def blocks(self, block_rows: int | None = None) -> Iterator[Tensor]:
         """Yield the same in blocks of so many rows, or of as many as are read at a time.
@@ -126,8 +133,8 @@ class MergedReader:
             yield block
             start += len(block)
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the rows of ids [T] int64 as [T, columns] float32."""
+    def rows(self, ids: Tensor | slice) -> Tensor:
+        """Return the rows of ids [T] int64, or of a slice, as [T, columns] float32."""
         found = self.read.checkpoint.map(self.read.name)[ids].float()
         for change in self.changes:
             found = found + change.factors().of_rows(ids)
@@ -141,6 +148,7 @@ class Adapter:
     Attributes:
         checkpoint: its tensors.
         changes: what is added to weights, by the names of `Target`'s parameters.
+        bases: readers of what low ranks are added to, where the adapter has that too, by the same names.
         replaced: readers of whole weights that take the place of others, by the same names.
         ties_head: whether a head that is the embedding stays so where the latter is replaced.
         ignored: how many of its tensors belong to parts for images or sound, which are not exported, or to weights that
@@ -149,6 +157,7 @@ class Adapter:
 
     checkpoint: Checkpoint
     changes: Mapping[str, LowRank]
+    bases: Mapping[str, TensorReader]
     replaced: Mapping[str, TensorReader]
     ties_head: bool
     ignored: int
@@ -174,29 +183,35 @@ def open_adapter(directory: Path, shapes: Mapping[str, tuple[int, ...]], unread:
     _refuse_other_kinds(config, path)
     checkpoint = Checkpoint(directory, ADAPTER_WEIGHTS)
     changes: dict[str, LowRank] = {}
+    bases: dict[str, TensorReader] = {}
     replaced: dict[str, TensorReader] = {}
     ignored = 0
     for stored, entry in checkpoint.entries.items():
-        if entry.dtype not in FLOAT_DTYPES:
-            raise InputError(
-                f"{entry.file}: tensor {stored} is {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
-            )
         ends = next((ends for ends in FACTORS if stored.endswith(ends)), None)
-        end = ".weight" if ends is None else next(end for end in ends if stored.endswith(end))
+        plain = BASE if stored.endswith(BASE) else ".weight"
+        end = plain if ends is None else next(end for end in ends if stored.endswith(end))
         module = stored.removeprefix(MODEL_PREFIX).removesuffix(end)
         if is_of_towers(module) or _parameter(module, unread):
             ignored += 1
             continue
         name = _parameter(module, shapes) if stored.endswith(end) else None
-        if name is None:
+        if name is None or (end != ".weight" and len(shapes[name]) != 2):
             raise InputError(
-                f"{entry.file}: tensor {stored} belongs to no weight of the target that can be merged; merge with PEFT"
-                " (merge_and_unload(), then save_pretrained()), and pass the merged checkpoint as --target"
+                f"{entry.file}: tensor {entry.name} belongs to no weight of the target that can be merged; merge with"
+                " PEFT (merge_and_unload(), then save_pretrained()), and pass the merged checkpoint as --target"
+            )
+        if entry.dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"{entry.file}: tensor {entry.name} is {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)};"
+                " restore the adapter"
             )
         if ends is None:
             _check_shape(checkpoint, stored, shapes[name])
-            replaced[name] = TensorReader(checkpoint, stored)
+            kept = bases if end == BASE else replaced
+            _refuse_second(name in kept, entry, name)
+            kept[name] = TensorReader(checkpoint, stored)
         elif end == ends[0]:
+            _refuse_second(name in changes, entry, name)
             columns = stored.removesuffix(end) + ends[1]
             rank, scale = _rank_and_scale(config, module, path)
             sizes = (shapes[name][0], rank), (rank, shapes[name][1])
@@ -205,14 +220,16 @@ def open_adapter(directory: Path, shapes: Mapping[str, tuple[int, ...]], unread:
             changes[name] = LowRank(checkpoint, stored, columns, FACTORS[ends], scale)
         elif stored.removesuffix(end) + ends[0] not in checkpoint.entries:
             raise InputError(
-                f"{entry.file}: tensor {stored.removesuffix(end) + ends[0]} is missing; restore the adapter"
+                f"{entry.file}: tensor {entry.name.removesuffix(end) + ends[0]} is missing; restore the adapter"
             )
+    for name in (changes.keys() & replaced.keys()) | (bases.keys() - changes.keys()):
+        raise _unsupported(path, f"both a low rank and a whole weight, or a base without a low rank, for {name}")
     if not changes and not replaced:
         raise InputError(f"{directory}: changes no weight of the target's decoder; leave it out")
     ties_head = boolean(config, "ensure_weight_tying", path, False)
     if ties_head and changes.keys() & {EMBEDDING, OWN_HEAD}:
         raise _unsupported(path, "ensure_weight_tying with a low rank for the embedding")
-    return Adapter(checkpoint, changes, replaced, ties_head, ignored)
+    return Adapter(checkpoint, changes, bases, replaced, ties_head, ignored)
 
 
 def merged_weights(weights: Weights, adapter: Adapter, target: Path) -> Weights:
@@ -222,7 +239,8 @@ def merged_weights(weights: Weights, adapter: Adapter, target: Path) -> Weights:
     one of them: that is what PEFT does.
 
     Args:
-        weights: readers by name; those that are changed are `TensorReader` or `MergedReader`.
+        weights: readers by name; those that are changed are `TensorReader` or `MergedReader`. A head that config.json
+            does not tie to the embedding is among them even if it is equal.
         adapter: what to merge.
         target: the target's directory, for messages.
 
@@ -230,24 +248,27 @@ def merged_weights(weights: Weights, adapter: Adapter, target: Path) -> Weights:
         InputError: the target's matrices are packed integers, to which nothing can be added.
     """
     merged = dict(weights)
-    for name, change in adapter.changes.items():
-        name = EMBEDDING if name == OWN_HEAD and OWN_HEAD not in merged else name
-        read = merged[name]
-        if isinstance(read, IntegerReader):
+    for name in adapter.changes:
+        if isinstance(merged[_own_or_tied(name, merged)], IntegerReader):
             raise InputError(
                 f"{target}: has {name} as packed integers, to which {adapter.checkpoint.directory} cannot be added;"
                 " pass the checkpoint that it was trained on, unquantized"
             )
+    for name, base in adapter.bases.items():  # PEFT reads them in place, over what was merged before
+        merged[_own_or_tied(name, merged)] = base
+    for name, change in adapter.changes.items():
+        name = _own_or_tied(name, merged)
+        read = merged[name]
         assert isinstance(read, TensorReader | MergedReader)
         before = read if isinstance(read, MergedReader) else MergedReader(read, ())
         merged[name] = MergedReader(before.read, (*before.changes, change))
     if adapter.replaced.keys() & {EMBEDDING, OWN_HEAD} and not adapter.ties_head:
         merged.setdefault(OWN_HEAD, merged[EMBEDDING])
-    merged.update(adapter.replaced)
-    head, embedding = merged.get(OWN_HEAD), merged[EMBEDDING]
-    if isinstance(head, BlockReader) and isinstance(embedding, BlockReader) and same_blocks(head, embedding):
-        del merged[OWN_HEAD]
-    return merged
+    return {**merged, **adapter.replaced}
+
+
+def _own_or_tied(name: str, weights: Weights) -> str:
+    return EMBEDDING if name == OWN_HEAD and OWN_HEAD not in weights else name
 
 
 def adapter_notes(adapter: Adapter, target: Path) -> list[str]:
@@ -271,23 +292,32 @@ def _parameter(module: str, names: Collection[str]) -> str | None:
     return next((name for name in found if name in names), None)
 
 
+def _refuse_second(has_one: bool, entry: TensorEntry, name: str) -> None:
+    if has_one:
+        raise InputError(
+            f"{entry.file}: tensor {entry.name} is a second one for {name} of the target; remove one of the two"
+        )
+
+
 def _check_shape(checkpoint: Checkpoint, stored: str, expected: tuple[int, ...]) -> None:
     entry = checkpoint.entries.get(stored)
     if entry is None:
         raise InputError(f"{checkpoint.directory}: tensor {stored} is missing; restore the adapter")
     if entry.shape != expected:
         raise InputError(
-            f"{entry.file}: tensor {stored} has shape {list(entry.shape)}, expected {list(expected)} by its config and"
-            " the target; pass the target that the adapter was trained on"
+            f"{entry.file}: tensor {entry.name} has shape {list(entry.shape)}, expected {list(expected)} by its config"
+            " and the target; pass the target that the adapter was trained on"
         )
 
 
 def _rank_and_scale(config: Mapping[str, Any], module: str, path: Path) -> tuple[int, float]:
     rank = positive_int(_of_pattern(config, "rank_pattern", "r", module, path), "r", path, 8)
-    found = _of_pattern(config, "alpha_pattern", "lora_alpha", module, path)
-    alpha = found.get("lora_alpha", 8)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise InputError(f"{path}: lora_alpha is {alpha!r}, expected a number")
+    alpha = _of_pattern(config, "alpha_pattern", "lora_alpha", module, path).get("lora_alpha", 8)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
+        raise InputError(
+            f"{path}: lora_alpha of {module} is {alpha!r:.60}, expected a number below {MAX_ALPHA:g}; correct it there"
+            " or in alpha_pattern"
+        )
     return rank, alpha / (math.sqrt(rank) if boolean(config, "use_rslora", path, False) else rank)
 
 
@@ -304,12 +334,12 @@ def _of_pattern(config: Mapping[str, Any], pattern_key: str, key: str, module: s
 
 def _refuse_other_kinds(config: Mapping[str, Any], path: Path) -> None:
     kind, start = config.get("peft_type"), config.get("init_lora_weights")
-    wrong = f"peft_type {kind!r}" if kind != "LORA" else None
+    wrong = f"peft_type {kind!r:.60}" if kind != "LORA" else None
     if wrong is None and start not in PLAIN_STARTS:
-        wrong = f"init_lora_weights {start!r}, which changed the model's own weights"
+        wrong = f"init_lora_weights {start!r:.60}, which changed the model's own weights"
     others = (key for key, value in config.items() if value and key not in READ_SETTINGS | IGNORED_SETTINGS)
     if wrong is None and (key := next(others, None)) is not None:
-        wrong = f"{key} {config[key]!r}"
+        wrong = f"{key} {config[key]!r:.60}"
     if wrong is not None:
         raise _unsupported(path, wrong)
 

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+from exporter.checkpoint.side_files import OTHER_TOKENIZERS
 from exporter.terminal import err
 from runtime_ref.errors import InputError
 
@@ -14,6 +15,7 @@ FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
+    *OTHER_TOKENIZERS,  # which are refused if there is no other
     "tokenizer_config.json",
     "processor_config.json",
     "chat_template.jinja",
@@ -39,15 +41,16 @@ def local_checkpoint(checkpoint: Path) -> Path:
             `OWNER/NAME@REVISION`.
 
     Returns:
-        The directory; what is neither there nor an id is returned as it is.
+        The directory; what is neither there nor an id is returned as it is, and so is what is missing in a directory
+        that is there.
 
     Raises:
         InputError: there is no such model or revision, it is gated, the hub cannot be reached, or huggingface_hub is
             not installed.
     """
     found = ID.fullmatch(str(checkpoint))
-    if checkpoint.exists() or found is None:
-        return checkpoint
+    if checkpoint.exists() or found is None or checkpoint.parent.is_dir():
+        return checkpoint  # a directory, or one that is missing among others
     try:
         import huggingface_hub
         from huggingface_hub import constants, errors
@@ -65,6 +68,8 @@ def local_checkpoint(checkpoint: Path) -> Path:
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     try:
         directory = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES))
+    except errors.HFValidationError:
+        return checkpoint  # no id
     except errors.GatedRepoError as error:
         raise InputError(
             f"{checkpoint}: is gated; accept its terms on {constants.ENDPOINT}/{name}, and {log_in}"
@@ -89,6 +94,8 @@ def local_checkpoint(checkpoint: Path) -> Path:
             f"{checkpoint}: could not be fetched from {constants.ENDPOINT} ({_line(error)}); run the command again,"
             " which fetches what is missing"
         ) from error
+    if not any(Path(directory).glob("*.safetensors")):
+        raise InputError(f"{checkpoint}: has no safetensors on {constants.ENDPOINT}; give a model that has them")
     err.print(f"{name}: revision {Path(directory).name} in {directory}")
     return Path(directory)
 

@@ -53,12 +53,14 @@ DRAFTER_EMBEDDING = "model.embed_tokens.weight"
 Reader = TensorReader | IntegerReader
 
 
-def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
+def target_weights(checkpoint: Checkpoint, config: TextConfig, keeps_head: bool = False) -> Weights:
     """Return a reader for each parameter of `Target`; other tensors of the checkpoint are ignored by a rule or refused.
 
     Args:
         checkpoint: the target's tensors.
         config: the target's config.
+        keeps_head: whether a head that config.json does not tie to the embedding is kept apart even if it is equal;
+            `merge_equal_head` decides later.
 
     Returns:
         Readers by name, with that of `OWN_HEAD` if the checkpoint has a head that is not its embedding.
@@ -83,7 +85,17 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig) -> Weights:
     readers = _select(checkpoint, names_in_file, shapes, packed, groups)
     stored = _select(checkpoint, dict(zip(heads, heads, strict=True)), dict.fromkeys(heads, shapes[EMBEDDING]), packed)
     own = _own_head(checkpoint, stored, readers[EMBEDDING])
+    if own is None and keeps_head and not is_tied(checkpoint.directory):
+        own = stored[heads[0]]
     return readers if own is None else {**readers, OWN_HEAD: own}
+
+
+def merge_equal_head(weights: Weights) -> Weights:
+    """Return the same readers without that of a head that is equal to the embedding."""
+    head, embedding = weights.get(OWN_HEAD), weights[EMBEDDING]
+    if isinstance(head, BlockReader) and isinstance(embedding, BlockReader) and same_blocks(head, embedding):
+        return {name: read for name, read in weights.items() if name != OWN_HEAD}
+    return weights
 
 
 def target_activation_scales(checkpoint: Checkpoint, weights: Weights) -> dict[str, Tensor]:
@@ -123,8 +135,7 @@ def drafter_weights(
     refuse_other_tensors(checkpoint.directory, checkpoint.entries)
     shapes = parameter_shapes(lambda: Drafter(config, None))
     names_in_file = drafter_names(shapes)
-    if DRAFTER_EMBEDDING not in checkpoint.entries and HEAD in checkpoint.entries:
-        names_in_file["head.weight"] = HEAD  # see `target_weights`
+    names_in_file["head.weight"] = drafter_embedding(checkpoint)
     ignored = shared_layer_tensors("model.", range(config.text.num_hidden_layers))
     known = {*names_in_file.values(), CENTROIDS, TOKEN_ORDERING, HEAD} | ignored
     _refuse_unknown(checkpoint, checkpoint.entries.keys(), known)
@@ -145,6 +156,11 @@ def drafter_weights(
         weights["head.clusters"] = lambda: embedding()[members.flatten()].reshape(len(members), -1)
         weights["head.token_ids"] = members.float
     return weights
+
+
+def drafter_embedding(checkpoint: Checkpoint) -> str:
+    """Return the name of a drafter's embedding in its checkpoint, which may have it as its head alone."""
+    return HEAD if DRAFTER_EMBEDDING not in checkpoint.entries and HEAD in checkpoint.entries else DRAFTER_EMBEDDING
 
 
 def drafter_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

@@ -109,7 +109,7 @@ def unwrapped(names: Collection[str]) -> dict[str, str]:
 
 def is_of_towers(name: str) -> bool:
     """Return whether a tensor belongs to the parts for images or sound."""
-    return "vision_tower." in name or "audio_tower." in name
+    return re.search(r"(vision_tower|audio_tower|embed_vision|embed_audio)\.", name) is not None
 
 
 def _quantized(path: Path, method: str) -> InputError:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,13 @@ from exporter.checkpoint.generation_config import default_sampling, generation_w
 from exporter.checkpoint.names import (
     EMBEDDING,
     drafter_weights,
+    merge_equal_head,
     read_cluster_table,
     shared_layer_tensors,
     target_activation_scales,
     target_weights,
 )
+from exporter.checkpoint.other_forms import ADAPTER_CONFIG
 from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens, suppression
 from exporter.checkpoint.tensors import Checkpoint, TensorReader
 from exporter.modeling.config import DrafterConfig, TextConfig, shared_kv
@@ -36,6 +39,7 @@ from exporter.modeling.layers import Ops
 from exporter.modeling.target import OWN_HEAD, Target
 from exporter.modeling.weights import Weights, constant, load_module, parameter_shapes
 from runtime_ref.errors import InputError
+from runtime_ref.manifest import file_sha256
 from runtime_ref.sampling import Sampling
 
 
@@ -146,6 +150,12 @@ class Pair:
         return load_module(self.new_target, self.target_weights)
 
     @property
+    def stamps(self) -> list[Any]:
+        """What changes with the files that the target's weights come from, as JSON."""
+        configs = [file_sha256(adapter.directory / ADAPTER_CONFIG) for adapter in self.adapters]
+        return [self.target_checkpoint.stamps, *(adapter.stamps for adapter in self.adapters), *configs]
+
+    @property
     def mapped_target_weights(self) -> Weights:
         """Readers of the checkpoint's weights, with nothing folded or rounded, mapped in the dtype of their file.
 
@@ -216,13 +226,13 @@ def open_pair(
             " with clusters, or export with --head kmeans"
         )
     tokens, token_warnings = special_tokens(target_dir)
-    weights = target_weights(target_checkpoint, target)
+    weights = target_weights(target_checkpoint, target, keeps_head=bool(adapter_dirs))
     shapes = parameter_shapes(lambda: Target(target, own_head=True))
     unread = shared_layer_tensors("", range(target.num_kv_layers, target.num_hidden_layers))
     adapters = [open_adapter(directory, shapes, unread) for directory in adapter_dirs]
     for adapter in adapters:
         weights = merged_weights(weights, adapter, target_dir)
-    weights = {**weights, **suppression(tokens, target.vocab_size)}
+    weights = {**merge_equal_head(weights), **suppression(tokens, target.vocab_size)}
     if len([token for token in tokens.suppressed if token < target.vocab_size]) == target.vocab_size:
         raise InputError(
             f"{target_dir}: suppress_tokens names every token; correct generation_config.json or config.json"

@@ -92,7 +92,7 @@ def base_pair(pair: Pair, base_dir: Path) -> Pair:
     """
     base = open_pair(base_dir, pair.drafter_checkpoint.directory, "dense")
     grown = {key: getattr(pair.target, key) for key in ("vocab_size", "vocab_size_per_layer_input")}
-    if replace(base.target, **grown) != pair.target:
+    if replace(base.target, **grown) != pair.target or base.target.vocab_size > pair.target.vocab_size:
         raise InputError(
             f"--base {base_dir}: has other sizes than {pair.target_checkpoint.directory}; pass the checkpoint that this"
             " one was trained from"
@@ -126,7 +126,7 @@ def against_base(study: Study, base: Study) -> Experiment:
     tuned_rounds = study.rounds[CORRECT if study.in_fp32 else FP32_BOTH]
     rates = [_rates(rounds) for rounds in (tuned_rounds, base.rounds[CORRECT])]
     if any(len(part) < 2 for part in rates):
-        return Experiment(name, SKIPPED, "the texts are too short to draft on; raise --max-new-tokens")
+        return Experiment(name, SKIPPED, "too few texts are long enough, or begin without tokens that only one has")
     tuned, before = (float(part.mean()) for part in rates)
     standard_error = math.sqrt(sum(float(part.var()) / len(part) for part in rates))
     figures = {"acceptance": tuned, "acceptance_before": before, "standard_error": standard_error}

@@ -11,7 +11,7 @@ from clustering.cluster_table import ClusterTable, TwoStageSizes, work_ratios
 from clustering.kmeans import BALANCING_ITERATIONS, default_clusters, equal_clusters
 from clustering.recall import DEFAULT_RECALL, best_logits, cluster_ranks, fit_centroids, recall_curve
 from exporter.checkpoint.config_json import read_drafter_config
-from exporter.checkpoint.names import DRAFTER_EMBEDDING, read_cluster_table
+from exporter.checkpoint.names import drafter_embedding, read_cluster_table
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import Checkpoint
 from exporter.heads.states import drafting_states, prompt_passes, states_without_target
@@ -160,7 +160,7 @@ def make_clusters(
         )
     states = states[np.linspace(0, len(states) - 1, min(len(states), MAX_STATES)).astype(np.int64)]
     half = len(states) // 2
-    rows = checkpoint.load(DRAFTER_EMBEDDING).numpy()
+    rows = checkpoint.load(drafter_embedding(checkpoint)).numpy()
     if not np.isfinite(norms := np.einsum("ve,ve->v", rows, rows)).all():
         token = int(np.isfinite(norms).argmin())
         raise InputError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clustering.cluster_table import load_table
 from exporter.bundle.export import CHECKPOINT, CLUSTERS
+from exporter.checkpoint.adapters import MergedReader
 from exporter.checkpoint.folding import FOLDING, folded_weights, read_folding
 from exporter.checkpoint.pair import Calibrated, Pair, open_pair
 from exporter.checkpoint.tensors import IntegerReader
@@ -123,11 +124,13 @@ def calibration_check(pair: Pair) -> Check:
     assert pair.calibrated is not None
     floats, worst, error = folded_weights(pair.mapped_target_weights, pair.folding), "", 0.0
     for name in pair.calibrated.matrices:
-        read, matrix = pair.target_weights[name], floats[name]()
+        read, matrix = pair.target_weights[name], floats[name]
         assert isinstance(read, IntegerReader)
+        # What an adapter changes is merged block by block, all else is mapped.
+        rows = matrix.rows if isinstance(matrix, MergedReader) else matrix().__getitem__
         start, squared, total = 0, 0.0, 0.0
         for block in read.blocks():
-            expected = matrix[start : start + len(block)].float()
+            expected = rows(slice(start, start + len(block))).float()
             squared, total = squared + float((block - expected).square().sum()), total + float(expected.square().sum())
             start += len(block)
         if (relative := (squared / total) ** 0.5 if total else squared) >= error or relative != relative:

@@ -14,7 +14,7 @@ from exporter.bench.footprint import footprint
 from exporter.bench.measure import PASS_TOKENS, measure_context, versions
 from exporter.bench.speculation import ForcedEngine, speedups_from_tokens
 from exporter.bench.timing import machine
-from exporter.checkpoint.names import DRAFTER_EMBEDDING
+from exporter.checkpoint.names import drafter_embedding
 from exporter.checkpoint.pair import Pair
 from exporter.heads.clusters import Clustering
 from exporter.heads.states import drafting_states
@@ -272,7 +272,7 @@ def measure_recall(pair: Pair | None, texts: Sequence[Sequence[int]], note: Note
     table = pair.table
     note("recall: drafting")
     states = drafting_states(pair.dense, texts, lambda: None).numpy()
-    rows = pair.drafter_checkpoint.load(DRAFTER_EMBEDDING).numpy()
+    rows = pair.drafter_checkpoint.load(drafter_embedding(pair.drafter_checkpoint)).numpy()
     note("recall: scores")
     best = best_logits(states, rows, table.members)
     curve = recall_curve(cluster_ranks(states, best, table.centroids), len(table.centroids))

@@ -106,8 +106,8 @@ def kept_texts(file: Path, pair: Pair, make: Callable[[], TokenTexts]) -> TokenT
         pair: the pair that the texts are for.
         make: makes them.
     """
-    stamps = [checkpoint.stamps for checkpoint in (pair.target_checkpoint, *pair.adapters)]
-    key = {"version": version("gemma-mtp-export"), "directory": str(pair.target_checkpoint.directory), "files": stamps}
+    directory = str(pair.target_checkpoint.directory)
+    key = {"version": version("gemma-mtp-export"), "directory": directory, "files": pair.stamps}
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["key"] == key:

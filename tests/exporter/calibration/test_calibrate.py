@@ -34,6 +34,7 @@ from exporter.texts.token_texts import TokenTexts
 from runtime_ref.errors import InputError
 from runtime_ref.tokenizer import TextTokenizer
 from tests.conftest import Run
+from tests.exporter.checkpoint.forms import edit_json
 from tests.exports import MAX_SEQ_LEN
 
 Pairs = Callable[[str], tuple[Path, Path]]
@@ -213,6 +214,21 @@ def test_texts_are_not_written_again_after_a_kill(
         run(*command, target, "--force")
     calls.clear()
     assert run(*command, target, "--force")[0] == 0 and not calls
+
+
+def test_texts_are_those_of_an_adapter_as_it_is(pair_dirs: Pairs, tmp_path: Path) -> None:
+    """Its config scales what its tensors add, so both decide whether texts and finished steps are still right."""
+    adapter, (target, drafter) = tmp_path / "adapter", pair_dirs("tiny")
+    adapter.mkdir()
+    module = "base_model.model.model.layers.0.mlp.up_proj.lora_"
+    columns, rows = open_pair(target, drafter).target.hidden_size, open_pair(target, drafter).target.intermediate_size
+    factors = {f"{module}A.weight": torch.ones(2, columns), f"{module}B.weight": torch.ones(rows, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    stamps = []
+    for alpha in (16, 16, 17):
+        edit_json(adapter / "adapter_config.json", peft_type="LORA", r=2, lora_alpha=alpha)
+        stamps.append(json.dumps(open_pair(target, drafter, adapter_dirs=[adapter]).stamps))
+    assert stamps[0] == stamps[1] != stamps[2]
 
 
 def test_inputs_that_are_not_finite_are_refused(pair_dirs: Pairs, tmp_path: Path) -> None:

@@ -72,9 +72,27 @@ def test_offline_what_is_in_the_cache_is_taken(hub: Hub, monkeypatch: pytest.Mon
 
 def test_a_directory_comes_first(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / TARGET).mkdir(parents=True)
-    assert local_checkpoint(TARGET) == TARGET
-    assert local_checkpoint(tmp_path / "missing") == tmp_path / "missing"
+    for path in (TARGET, tmp_path / "missing", Path("acme/missing"), Path("../missing"), Path("other/..")):
+        assert local_checkpoint(path) == path
     assert not hub.requests
+
+
+@pytest.mark.parametrize("path", ["-x/y", "a--b/c", "x/y.", "x/y.git", "gemma/..", f"a/{'b' * 97}", "modèle/x"])
+def test_what_is_no_id(path: str, hub: Hub, run: Run) -> None:
+    assert local_checkpoint(Path(path)) == Path(path)
+    code, _, err = run("export", f"--target={path}", "--drafter", DRAFTER, "--output", "b")
+    assert (code == 2 and err.count("\n") == 1) or "revision" in err
+
+
+def test_a_model_without_safetensors(hub: Hub) -> None:
+    directory = hub.models[str(TARGET)]
+    (directory / "model.safetensors").unlink()
+    (directory / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(
+        InputError, match=r"acme/mini-E2B-it: has no safetensors on http://127.*; give a model that has"
+    ):
+        local_checkpoint(TARGET)
+    assert "tokenizer.model" in hub.fetched()
 
 
 def test_a_connection_that_breaks_off_is_taken_up(hub: Hub) -> None:

@@ -75,8 +75,10 @@ def test_a_base_of_other_sizes_is_refused(pair_dirs: Pairs, tmp_path: Path) -> N
     target, drafter = pair_dirs("odd")
     other = shutil.copytree(target, tmp_path / "other")
     edit_json(other / "config.json", rms_norm_eps=1e-5)
-    with pytest.raises(InputError, match=r"--base .*other: has other sizes than .*; pass the checkpoint that"):
-        base_pair(open_pair(target, drafter), other)
+    larger = grown(target, tmp_path / "larger", 3)
+    for base in (other, larger):
+        with pytest.raises(InputError, match=r"--base .*er: has other sizes than .*; pass the checkpoint that"):
+            base_pair(open_pair(target, drafter), base)
 
 
 @pytest.mark.usefixtures("few_texts")
@@ -102,4 +104,4 @@ def test_a_vocabulary_that_has_grown(pair_dirs: Pairs, tmp_path: Path, run: Run)
     diagnosed = diagnose(engine, open_pair(larger, drafter), [[5, 6]], NEW_TOKENS, base=open_pair(target, drafter))
     lacked = {e.experiment: e for e in diagnosed.experiments}[LACKED]
     assert lacked.figures["added_tokens"] == 5
-    assert lacked.verdict == ("finding" if lacked.figures["chosen"] > 0.05 else "pass")
+    assert (lacked.verdict, lacked.figures["chosen"] > 0.05) == ("finding", True), lacked.detail

@@ -32,6 +32,8 @@ from runtime_ref.manifest import read_manifest
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 from runtime_ref.tokenizer import TextTokenizer
+from tests.conftest import Run
+from tests.exporter.checkpoint.forms import edit_tensors
 from tests.exports import MAX_SEQ_LEN
 from tests.pairs import to_published
 
@@ -175,3 +177,24 @@ def test_a_drafter_whose_states_are_all_zero(pair_dirs: Pairs, tmp_path: Path) -
     save_file(tensors, drafter / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"drafting gives 1 different states"):
         make_clusters(drafter, None)
+
+
+def test_a_drafter_that_has_its_embedding_as_its_head_alone(pair_dirs: Pairs, tmp_path: Path, run: Run) -> None:
+    """The clusters are those of the same drafter as published."""
+    target, drafter = pair_dirs("dense")
+    renamed = shutil.copytree(drafter, tmp_path / "drafter")
+    edit_tensors(renamed, lambda x: x.update({"lm_head.weight": x.pop("model.embed_tokens.weight")}))
+    for name, directory in (("a", drafter), ("b", renamed)):
+        assert run("cluster", "--drafter", directory, "--clusters", 8, "--output", tmp_path / name)[0] == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    options = [
+        "--recipe",
+        "fp32",
+        "--head",
+        "kmeans",
+        "--cluster-table",
+        tmp_path / "a",
+        "--output",
+        tmp_path / "bundle",
+    ]
+    assert run("export", "--target", target, "--drafter", renamed, *options)[0] == 0
