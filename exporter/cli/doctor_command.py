@@ -36,7 +36,7 @@ def doctor_table(diagnosis: "Diagnosis") -> Table:
 @click.option(
     "--base",
     type=PATH,
-    help="Checkpoint directory of the target before it was trained further, or its id: is less accepted since then?",
+    help="Checkpoint directory of the target before it was trained further, or its id: tells whether less is accepted.",
 )
 @prompt_ids_option("texts that the target generates")
 @click.option("--max-new-tokens", type=click.IntRange(8), default=64, help="Maximum number of new tokens in each text.")

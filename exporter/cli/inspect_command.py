@@ -8,7 +8,6 @@ import click
 from rich.table import Column, Table
 
 from exporter.bundle.inspection import inspect as inspect_path
-from exporter.checkpoint.hub import local_checkpoint
 from exporter.cli.options import PATH, json_option
 from exporter.files import human_bytes
 from exporter.quantization.widths import Width
@@ -50,7 +49,11 @@ def inspect(path: Path, as_json: bool) -> None:
     PATH is a bundle, a target's checkpoint or a drafter's checkpoint, or the id of one on the Hugging Face Hub. For
     ExecuTorch bundles it also shows which operations and weights are delegated to XNNPACK.
     """
-    contents = inspect_path(path if path.exists() else local_checkpoint(path))
+    if not path.exists():
+        from exporter.checkpoint.hub import local_checkpoint
+
+        path = local_checkpoint(path)
+    contents = inspect_path(path)
     if as_json:
         print_json("inspect", contents)
     else:
