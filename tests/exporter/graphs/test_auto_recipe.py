@@ -70,6 +70,21 @@ def test_weights_on_no_grid_get_int4(tmp_path: Path) -> None:
     assert auto_recipe(opened(tmp_path / "pair"))[0] == RECIPES["int4"]
 
 
+@pytest.mark.parametrize("drafter_form", ["bf16", "qat-q4_0"])
+def test_a_mobile_target_with_either_drafter(drafter_form: str, tmp_path: Path, run: Run) -> None:
+    """The target's integers, and the drafter's grid if it has one."""
+    SyntheticPair(WITH_PLE, DRAFTER, form="qat-mobile").write(tmp_path / "mobile")
+    SyntheticPair(WITH_PLE, DRAFTER, form=drafter_form).write(tmp_path / "other")
+    target, drafter = tmp_path / "mobile" / "target", tmp_path / "other" / "drafter"
+    recipe, _ = auto_recipe(open_pair(target, drafter))
+    on_grid = Width(4, 32) if drafter_form == "qat-q4_0" else Width(8)
+    assert recipe.width("drafter.pre_projection.weight") == on_grid
+    assert recipe.width("target.embed_tokens.weight") == Width(2)
+    source = ["--target", target, "--drafter", drafter]
+    assert run("export", *source, "--output", tmp_path / "b")[0] == 0
+    assert run("parity", tmp_path / "b", *source, "--max-new-tokens", 4)[0] == 0
+
+
 def test_what_a_packed_checkpoint_leaves_in_floats_stays_so(tmp_path: Path) -> None:
     SyntheticPair(TARGET, DRAFTER, form="qat-mobile").write(tmp_path / "pair")
     recipe, _ = auto_recipe(opened(tmp_path / "pair"))
