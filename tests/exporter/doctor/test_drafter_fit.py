@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.checkpoint.pair import open_pair
+from exporter.checkpoint.pair import Pair, open_pair
 from exporter.doctor import diagnosis
 from exporter.doctor.diagnosis import diagnose
-from exporter.doctor.drafter_fit import Gain, base_pair, drafting_gain
+from exporter.doctor.drafter_fit import Gain, against_base, base_pair, drafting_gain
+from exporter.doctor.study import Study
 from exporter.parity.reference import Reference
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.costs import Costs
@@ -42,11 +43,8 @@ def test_what_drafting_gains() -> None:
     assert "1.50 times as fast as plain decoding here, with K = 3" in str(Gain(3, 1.5))
 
 
-def test_a_target_that_was_led_away_from_its_drafter(
-    bundle: Bundle, pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_that_was_led_away_from_its_drafter(bundle: Bundle, pair_dirs: Pairs, tmp_path: Path) -> None:
     """One that was not is judged the same on both sides."""
-    monkeypatch.setattr(diagnosis, "SAMPLED_TEXTS", 8)
     target, drafter = pair_dirs("demo")
     tuned = shutil.copytree(target, tmp_path / "tuned")
     torch.manual_seed(0)
@@ -58,17 +56,22 @@ def test_a_target_that_was_led_away_from_its_drafter(
                 tensors[name] = (weight + 3 * weight.std() * torch.randn(weight.shape)).bfloat16()
 
     edit_tensors(tuned, train)
-    manifest = read_manifest(bundle("demo"))
-    pair = open_pair(tuned, drafter)
-    engine = Reference(pair, RECIPES["fp32"]).engine(manifest)
-    before = base_pair(pair, target)
-    experiments = {e.experiment: e for e in diagnose(engine, pair, (), 24, base=before).experiments}
-    assert experiments[BEFORE].verdict == "finding", experiments[BEFORE].detail
-    assert experiments[BEFORE].figures["gain"] > 0.05
-    assert "its training led it away from the drafter" in experiments[BEFORE].detail
-    same = {e.experiment: e for e in diagnose(load_bundle(bundle("demo")), before, (), 24, base=before).experiments}
-    assert same[BEFORE].verdict == "pass"
-    assert same[BEFORE].figures["acceptance"] == same[BEFORE].figures["acceptance_before"] > 0.3
+    pair, manifest = open_pair(tuned, drafter), read_manifest(bundle("demo"))
+    beginnings = [[manifest.bos, token] for token in range(300, 308)]
+
+    def study(pair: Pair) -> Study:
+        study = Study(Reference(pair, RECIPES["fp32"]).engine(manifest), pair)
+        for beginning in beginnings:
+            study.add(beginning, 24, is_text=True)
+        return study
+
+    after, before = study(pair), study(base_pair(pair, target))
+    fallen, same = against_base(after, before), against_base(before, before)
+    assert fallen.verdict == "finding", fallen.detail
+    assert fallen.figures["gain"] > 0.05
+    assert "its training led it away from the drafter" in fallen.detail
+    assert same.verdict == "pass"
+    assert same.figures["acceptance"] == same.figures["acceptance_before"] > 0.3
 
 
 def test_a_base_of_other_sizes_is_refused(pair_dirs: Pairs, tmp_path: Path) -> None:
@@ -102,6 +105,8 @@ def test_a_vocabulary_that_has_grown(pair_dirs: Pairs, tmp_path: Path, run: Run)
     engine.prefill([5, 6], diagnosis.Sampling())
     assert max(engine.draft(vocab + 2, 4)) < vocab
     diagnosed = diagnose(engine, open_pair(larger, drafter), [[5, 6]], NEW_TOKENS, base=open_pair(target, drafter))
-    lacked = {e.experiment: e for e in diagnosed.experiments}[LACKED]
+    experiments = {e.experiment: e for e in diagnosed.experiments}
+    lacked = experiments[LACKED]
+    assert BEFORE in experiments and diagnosed.gain is not None
     assert lacked.figures["added_tokens"] == 5
     assert (lacked.verdict, lacked.figures["chosen"] > 0.05) == ("finding", True), lacked.detail
