@@ -120,14 +120,14 @@ def _inspect_target(path: Path) -> dict[str, Any]:
 
     config, checkpoint = read_target_config(path), Checkpoint(path)
     used = target_weights(checkpoint, config)
-    packed, of_packed = find_packed(checkpoint)
+    _, of_packed = find_packed(checkpoint)
     widths = {name: read.width for name, read in used.items() if isinstance(read, IntegerReader)}
     shapes = parameter_shapes(lambda: Target(config, own_head=True))
     numbers = sum(prod(shapes[name]) for name in widths)
     return {
         "kind": "target",
         "target": _sizes(asdict(config)),
-        **({"widths": _by_layer(by_width(widths))} if packed else {}),
+        **({"widths": _by_layer(by_width(widths))} if widths else {}),
         # A packed matrix is stored as two tensors: its numbers and its scales.
         **_tensors(checkpoint, len(used) + len(widths), numbers, of_packed),
     }

@@ -153,9 +153,9 @@ def diagnose(
     for number in range(total):
         note(f"text {number + 1} of {total}")
         seed = number - len(prompts) - len(random)
-        is_text = bool(prompts) or seed >= 0
-        sampled = seed >= 0
-        text = _sampled_text(engine, starts[seed % len(starts)], seed) if sampled else [*prompts, *random][number]
+        is_sampled = seed >= 0
+        is_text = is_sampled or bool(prompts)
+        text = _sampled_text(engine, starts[seed % len(starts)], seed) if is_sampled else [*prompts, *random][number]
         study.add(text, max_new_tokens, is_text)
         beginnings += [text] if is_text else []
     if not (study.values(ROUND_STATES) and study.values(NEXT_STATES)):

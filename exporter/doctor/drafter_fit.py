@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -74,7 +73,7 @@ def measured_costs(engine: GraphEngine, beginnings: Sequence[Sequence[int]]) -> 
     costs = Costs(manifest.max_draft_tokens, manifest.row_multiple)
     planner = DraftLength(manifest.max_draft_tokens, costs)
     for beginning in beginnings:
-        list(islice(generate(engine, beginning, Options(MEASURED_TOKENS, None), Stats(), planner), MEASURED_TOKENS))
+        list(generate(engine, beginning, Options(MEASURED_TOKENS, None), Stats(), planner))
         if costs.next_to_measure(min(DRAFT_STEPS, manifest.max_draft_tokens)) is None:
             break
     return costs
