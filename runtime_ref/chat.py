@@ -13,6 +13,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runtime_ref.errors import InputError
+from runtime_ref.json_file import read_json
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -21,8 +22,9 @@ NO_TEMPLATE = (
     " --chat out"
 )
 
-# Keys: `role` (system, user or assistant) and `content`.
-Message = Mapping[str, str]
+# Keys: `role` and `content`, a text or parts of `type` text; others as the template knows them, such as `tool_calls`.
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
 
 
 class ChatTemplate:
@@ -48,26 +50,64 @@ class ChatTemplate:
         self._template = parse_template(source, origin, remedy)
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message], ask: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        ask: bool = True,
+        tools: Sequence[Tool] | None = None,
+        thinking: bool | None = None,
+    ) -> str:
         """Return the prompt that asks for an answer to the last message.
 
         It begins with the beginning-of-text token if the template writes one. Special tokens that are spelled out in a
         message count as special tokens, as in transformers.
 
         Args:
-            messages: the conversation, oldest message first, each with the keys `role` and `content`, both texts.
+            messages: the conversation, oldest message first, each with a text `role` and with `content`, as the
+                template knows them: `tool_calls`, and the role `tool` for what a tool answered.
             ask: whether to ask for an answer; otherwise the text ends with the last message.
+            tools: what the model may call, each an object of type `function` with its name, description and a JSON
+                Schema of its parameters; None for none.
+            thinking: the template's `enable_thinking`; None leaves it to the template.
 
         Raises:
-            InputError: the messages have another form, or the template refuses them.
+            InputError: messages or tools have another form, or the template refuses them.
         """
         copies = [dict(message) for message in _checked(messages)]
+        more: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
         try:
             return self._template.render(
-                messages=copies, tools=None, documents=None, add_generation_prompt=ask, **self._special_tokens
+                messages=copies,
+                tools=None if tools is None else _checked_tools(tools),
+                documents=None,
+                add_generation_prompt=ask,
+                **self._special_tokens,
+                **more,
             )
+        except InputError:
+            raise
         except Exception as error:  # a template is code: whatever it raises, these messages do not suit it
             raise InputError(f"the chat template refuses the messages: {_one_line(error)}; change them") from error
+
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, thinking: bool | None = None
+    ) -> str:
+        """Return the prompt of `render`, after checking that the template has a place for tools and thinking.
+
+        Args:
+            messages: as for `render`.
+            tools: as for `render`.
+            thinking: as for `render`.
+
+        Raises:
+            InputError: as `render`; or the template leaves tools out, or has no `enable_thinking`.
+        """
+        prompt = self.render(messages, tools=tools, thinking=thinking)
+        if tools and prompt == self.render(messages, thinking=thinking):
+            raise InputError("the chat template leaves out tools; pass none")
+        if thinking is not None and prompt == self.render(messages, tools=tools, thinking=not thinking):
+            raise InputError("the chat template has no enable_thinking; leave thinking to it")
+        return prompt
 
 
 def open_template(bundle: Path, tokenizer: TextTokenizer) -> ChatTemplate:
@@ -88,6 +128,21 @@ def open_template(bundle: Path, tokenizer: TextTokenizer) -> ChatTemplate:
     return ChatTemplate(source, str(path), "export the bundle again", tokenizer.special_tokens)
 
 
+def read_tools(path: Path) -> list[Tool]:
+    """Read tools from a JSON file.
+
+    Args:
+        path: a file with a list of objects, each of type `function`.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    tools = read_json(path, "a list of tools")
+    if not isinstance(tools, list):
+        raise InputError(f"{path}: expected a JSON list of tools")
+    return _checked_tools(tools)
+
+
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:
     """Check the form of messages.
 
@@ -97,9 +152,31 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise InputError(f"messages are {type(messages).__name__}, expected a list of objects with role and content")
     for message in messages:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(f"a message is {message!r:.60}, expected an object with the texts role and content")
+        content = message.get("content")
+        # A message that calls tools may have no content; what a tool answered may be any object.
+        has_content = isinstance(content, str | list) or (content is None and message.keys() - {"role", "content"})
+        if not has_content and message["role"] != "tool":
+            raise InputError(f"a message is {message!r:.60}, expected an object with the texts role and content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, Mapping) and part.get("type", "text") != "text":
+                raise InputError(f"a message has content of type {part['type']!r:.40}; a bundle reads text alone")
     return messages
+
+
+def _checked_tools(tools: Sequence[Tool]) -> list[Tool]:
+    """Check the form of tools.
+
+    Raises:
+        InputError: it is not that of `ChatTemplate.render`.
+    """
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise InputError(f"tools are {type(tools).__name__}, expected a list of objects")
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            raise InputError(f"a tool is {tool!r:.60}, expected an object with type function and a function")
+    return [dict(tool) for tool in tools]
 
 
 def parse_template(source: str, origin: str, remedy: str) -> jinja2.Template:

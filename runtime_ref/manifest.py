@@ -109,6 +109,7 @@ class Manifest:
         bos: id of the beginning-of-text token.
         eos: ids of the tokens that end a text.
         channels: ids of the tokens that begin and end a part of the text that is no answer, by the part's name.
+        parts: what each channel has around its content, and how calls of tools are written, by the channel's name.
         names: texts of special tokens by the names under which chat templates know them.
         kv: cache buffers.
         graphs: by name, `target` and `drafter`.
@@ -135,6 +136,7 @@ class Manifest:
     bos: int
     eos: frozenset[int]
     channels: Mapping[str, tuple[int, int]]
+    parts: Mapping[str, Mapping[str, str]]
     names: Mapping[str, str]
     kv: tuple[KVBuffer, ...]
     graphs: Mapping[str, Graph]
@@ -254,6 +256,7 @@ def _parse(raw: Mapping[str, Any], format_version: int, digest: str) -> Manifest
         bos=raw["tokens"]["bos"],
         eos=frozenset(raw["tokens"]["eos"]),
         channels={name: (ids[0], ids[1]) for name, ids in raw["tokens"].get("channels", {}).items()},
+        parts=raw["tokens"].get("parts", {}),
         names=raw["tokens"].get("names", {}),
         kv=tuple(_buffer(entry) for entry in raw["kv"]["buffers"]),
         graphs={

@@ -9,9 +9,9 @@ MAX_COUNT = 1 << 31
 MAX_NUMBER = 1e300
 VERSION = r"[0-9]{1,9}(\.[0-9]{1,9}){0,5}([^0-9.].*)?"
 
-# A form is a type, the forms of an object's keys (optional ones end in `?`), the one form of a list's items, an object
-# with the key `*` for all others, a pair of None and the form of a value that may be null, or a function that checks a
-# value and raises ValueError.
+# A form is a type (`object` is any value), the forms of an object's keys (optional ones end in `?`), the one form of a
+# list's items, an object with the key `*` for all others, a pair of None and the form of a value that may be null, or a
+# function that checks a value and raises ValueError.
 Form = Any
 
 
@@ -69,6 +69,7 @@ _TEXT_CONFIG = {
 
 _TOKENS = {"bos": count, "eos": [count], "pad?": count, "suppressed?": [count], "names?": {"*": str}}
 _BUFFER = {"name": str, "layer": count, "layer_type": str, "num_key_value_heads": count, "head_dim": count}
+_PART = {"before": str, "after": str, "syntax?": str, "quote?": str}
 _FILES = {"*": str}  # sha256 by file name
 _ORIGIN = {"files": _FILES, "id?": str, "revision?": str, "license?": str}
 
@@ -83,7 +84,7 @@ FORM_3: Form = {
     "limits": {"num_tokens": count, "num_outputs": count, "cache_rows": count, "window_rows": count},
     "row_multiple": count,
     "row_multiple_arm64?": count,
-    "tokens": {**_TOKENS, "channels?": {"*": two_ids}},
+    "tokens": {**_TOKENS, "channels?": {"*": two_ids}, "parts?": {"*": _PART}},
     "sampling?": (None, {"temperature": number, "top_k": size, "top_p": number}),
     "target": _TEXT_CONFIG,
     "drafter": {"text": _TEXT_CONFIG},

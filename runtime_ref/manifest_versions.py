@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from runtime_ref.requirements import FLOAT32, HEADS_FIRST, THOUGHT
+from runtime_ref.requirements import FLOAT32, HEADS_FIRST
+from runtime_ref.text_parts import THOUGHT
 
 # Measured in docs/decisions/0042-a-bundle-says-what-it-needs.md.
 OLDEST_ONNXRUNTIME = "1.25"

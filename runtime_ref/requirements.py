@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime_ref.errors import InputError
+from runtime_ref.text_parts import THOUGHT
 
 FLOAT32, FLOAT16 = "float32", "float16"
 HEADS_FIRST = ["num_key_value_heads", "rows", "head_dim"]
 TABLES = ("embed_tokens", "embed_tokens_per_layer", "head")
-THOUGHT = "thought"  # the channel of which readers of format 2 knew
 
 
 def _buffers(raw: Mapping[str, Any]) -> list[dict[str, Any]]:

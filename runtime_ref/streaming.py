@@ -9,7 +9,7 @@ from typing import Any
 
 from runtime_ref.acceptance import common_prefix
 from runtime_ref.arguments import directory, integer, number, stop_strings, text, token_ids
-from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message, open_template
+from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message, Tool, open_template
 from runtime_ref.costs import load_costs, save_costs
 from runtime_ref.decoder import Options, check_options, check_prompt, rounds
 from runtime_ref.draft_length import DraftLength
@@ -18,7 +18,10 @@ from runtime_ref.errors import InputError
 from runtime_ref.manifest import Progress
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
+from runtime_ref.text_parts import ANSWER, THOUGHT, TOOL_CALL, PartTracker
+from runtime_ref.text_stream import Channel, TextStream
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
+from runtime_ref.tool_calls import ToolCall, read_call
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +32,18 @@ class Token:
 
     Attributes:
         id: token id.
-        text: the text that the token completes; empty in a thought, and where it ends inside a character, or in what
-            may become a stop string.
+        text: the text of the answer that the token completes; empty in a thought or a call of a tool, and where it ends
+            inside a character, or in what may become a stop string.
         logprob: natural logarithm of its probability, as `sampling.log_probabilities` defines it.
+        part: what the token belongs to: `answer`, `thought`, `tool_call`, or another channel of the bundle.
+        part_text: the text of that part that the token completes; the same as `text` in the answer.
     """
 
     id: int
     text: str
     logprob: float
+    part: str = ANSWER
+    part_text: str = ""
 
 
 class Decoder:
@@ -129,22 +136,34 @@ class Decoder:
         self.current = Stream(self, prompt, options, stop)
         return self.current
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> "Stream":
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        thinking: bool | None = None,
+        **options: Any,
+    ) -> "Stream":
         """Answer the last message of a conversation.
 
         Args:
-            messages: oldest first, each with the keys `role` (system, user or assistant) and `content`.
+            messages: oldest first, each with the keys `role` (system, user, assistant or tool) and `content`. An answer
+                of this bundle is `Stream.message`; what a tool answered has the call's `tool_call_id` and `name`.
+            tools: what the model may call, each an object of type `function` with its name, description and a JSON
+                Schema of its parameters; None for none.
+            thinking: whether the model thinks before it answers; None leaves it to the template.
             options: those of `stream`.
 
         Returns:
             The answer's stream.
 
         Raises:
-            InputError: as `stream`; or the bundle has no chat template, or it refuses the messages.
+            InputError: as `stream`; or the bundle has no chat template, or it refuses the messages, or has no place for
+                tools or thinking.
         """
         if self.template is None:
             raise InputError(f"{self.bundle}: {NO_TEMPLATE}")
-        return self.stream(self.template.render(messages), **options)
+        return self.stream(self.template.prompt(messages, tools, thinking), **options)
 
     def forget(self) -> None:
         """Let the next prompt be run as a whole, whatever it shares with the last text."""
@@ -179,7 +198,7 @@ class Stream:
         options: budget, drafting and sampling.
         stats: counts and times so far.
         tokens: ids of the new tokens so far.
-        text: the new text so far.
+        text: the answer's text so far.
     """
 
     def __init__(self, decoder: Decoder, prompt: list[int], options: Options, stop: tuple[str, ...]) -> None:
@@ -194,7 +213,9 @@ class Stream:
         self.prompt, self.options, self.stats = prompt, options, Stats()
         self.tokens: list[int] = []
         self.text = ""
-        self._decoder, self._stop, self._cancelled = decoder, stop, False
+        self._decoder, self._cancelled = decoder, False
+        tracker = PartTracker(decoder.engine.manifest.channels, decoder.engine.manifest.eos, prompt)
+        self._texts = decoder.tokenizer.stream(stop, prompt) if decoder.tokenizer else TextStream(_no_text, (), tracker)
         self._tokens = self._run()
 
     def __iter__(self) -> "Stream":
@@ -215,11 +236,38 @@ class Stream:
         """End the text with its next token; may be called from another thread or a signal handler."""
         self._cancelled = True
 
+    @property
+    def thought(self) -> str:
+        """What the model thought so far; thoughts that an answer comes between are on lines of their own."""
+        return "\n".join(channel.text for channel in self._channels(THOUGHT) if channel.text)
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The calls of tools so far; one that is malformed, or that the text's end cut off, has a `problem`."""
+        form = self._decoder.engine.manifest.parts.get(TOOL_CALL, {})
+        return [
+            read_call(channel.text, form, f"{len(self.prompt) + channel.start:09d}", channel.closed)
+            for channel in self._channels(TOOL_CALL)
+            if channel.closed or self.stats.finish_reason
+        ]
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of the conversation, for the next turn; calls that could not be read are left out."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.thought:
+            message["reasoning_content"] = self.thought
+        if calls := [call.as_message() for call in self.calls if not call.problem]:
+            message["tool_calls"] = calls
+        return message
+
+    def _channels(self, name: str) -> list[Channel]:
+        return [channel for channel in self._texts.channels if channel.name == name]
+
     def _run(self) -> Iterator[Token]:
         decoder, stats = self._decoder, self.stats
         engine, start = decoder.engine, decoder.reusable(self.prompt)
         decoder.cached = None  # until the prefill is done
-        texts = decoder.tokenizer.stream(self._stop, self.prompt) if decoder.tokenizer else None
         for done in rounds(engine, self.prompt, self.options, stats, decoder.planner, start):
             decoder.cached = self
             # The text has not ended before the last of these tokens is given out.
@@ -228,21 +276,24 @@ class Stream:
                 stats.count(done.cut(i))
                 ended = bool(reason) and i == len(done.tokens)
                 cancelled = self._cancelled and not ended
-                text = texts.add(token, ended or cancelled) if texts else ""
-                if stopped := bool(texts and texts.stopped):
+                piece = self._texts.add(token, ended or cancelled)
+                if stopped := self._texts.stopped:
                     stats.finish_reason = "stop"
                 elif ended or cancelled:
                     stats.finish_reason = reason if ended else "cancelled"
                 if ended or cancelled or stopped:
                     decoder.save_costs()
-                    yield self._new(Token(token, text, logprob))
+                self.tokens.append(token)
+                self.text += piece.text
+                yield Token(token, piece.text, logprob, piece.part, piece.part_text)
+                if stats.finish_reason:
                     return
-                yield self._new(Token(token, text, logprob))
 
-    def _new(self, token: Token) -> Token:
-        self.tokens.append(token.id)
-        self.text += token.text
-        return token
+
+def _no_text(tokens: Sequence[int], special: bool = False) -> str:
+    """Stands for the tokenizer of a bundle that has none."""
+    del tokens, special
+    return ""
 
 
 def open_decoder(

@@ -116,3 +116,96 @@ def with_template(bundle: Path, copy: Path, template: str | None) -> Path:
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"files": listed_files(copy)}))
     return copy
+
+
+# The marks of Gemma 4, which `TALKING` writes; ids from 2048 on in `talking_tokenizer`.
+MARKS = (
+    *("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>", "<|tool>", "<tool|>"),
+    *("<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'),
+)
+MARK = {mark: TURN + i for i, mark in enumerate(MARKS)}
+
+# Thinking, tools and their answers in Gemma 4's form: one turn goes on from calls to answers to the next thought.
+TALKING = """\
+{%- macro value(item) -%}
+    {%- if item is none -%}null
+    {%- elif item is boolean -%}{{ 'true' if item else 'false' }}
+    {%- elif item is string -%}{{ '<|"|>' ~ item ~ '<|"|>' }}
+    {%- elif item is mapping -%}{ {{- members(item) -}} }
+    {%- elif item is sequence -%}[{% for one in item %}{{ value(one) }}{{ ',' if not loop.last }}{% endfor %}]
+    {%- else -%}{{ item }}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro members(object) -%}
+    {%- for key, item in object | dictsort -%}{{ key }}:{{ value(item) }}{{ ',' if not loop.last }}{%- endfor -%}
+{%- endmacro -%}
+{%- macro answer(text) -%}
+    {%- for part in text.split('<channel|>') -%}{{ part.split('<|channel>')[0] }}{%- endfor -%}
+{%- endmacro -%}
+{%- set thinks = enable_thinking | default(false) -%}
+{{- bos_token -}}
+{%- set first = messages[0] if messages[0].role in ['system', 'developer'] else none -%}
+{%- if thinks or tools or first -%}
+    {{- '<|turn>system\\n' ~ ('<|think|>\\n' if thinks else '') ~ (first.content | trim if first else '') -}}
+    {%- for tool in tools or [] -%}
+        {{- '<|tool>' ~ tool.function.name ~ '{' ~ members(tool.function) ~ '}<tool|>' -}}
+    {%- endfor -%}
+    {{- '<turn|>\\n' -}}
+{%- endif -%}
+{%- set state = namespace(asked=-1, open=false, role='') -%}
+{%- for message in messages if message.role == 'user' %}{% set state.asked = messages.index(message) %}{% endfor -%}
+{%- for message in (messages[1:] if first else messages) -%}
+    {%- if message.role == 'tool' -%}
+        {{- '<|tool_response>response:' ~ message.name ~ '{value:' ~ value(message.content) ~ '}<tool_response|>' -}}
+    {%- else -%}
+        {%- if not (state.open and message.role == 'assistant') -%}
+            {{- '<|turn>' ~ ('model' if message.role == 'assistant' else message.role) ~ '\\n' -}}
+        {%- endif -%}
+        {%- if message.reasoning_content and messages.index(message) > state.asked -%}
+            {{- '<|channel>thought\\n' ~ message.reasoning_content ~ '\\n<channel|>' -}}
+        {%- endif -%}
+        {%- for call in message.tool_calls or [] -%}
+            {{- '<|tool_call>call:' ~ call.function.name ~ '{' ~ members(call.function.arguments) ~ '}<tool_call|>' -}}
+        {%- endfor -%}
+        {{- (answer(message.content or '') if message.role == 'assistant' else message.content) | trim -}}
+        {%- if not message.tool_calls %}{{ '<turn|>\\n' }}
+        {%- elif loop.last %}{{ '<|tool_response>' }}
+        {%- endif -%}
+        {%- set state.open = message.role == 'assistant' and message.tool_calls -%}
+    {%- endif -%}
+    {%- set state.role = message.role -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {%- if not state.open -%}{{ '<|turn>model\\n' }}
+    {%- elif thinks and state.role == 'tool' -%}{{ '<|channel>thought\\n' }}
+    {%- endif -%}
+{%- endif -%}
+"""
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a place.",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string"}, "days": {"type": "integer", "nullable": True}},
+            "required": ["place"],
+        },
+    },
+}
+
+
+def save_talking(directory: Path) -> None:
+    """Write `TALKING` and a tokenizer that has `MARKS` to a directory, with what they need to be a checkpoint's.
+
+    Args:
+        directory: of a checkpoint or a bundle.
+    """
+    tokenizer = json.loads((PAIR / "target" / "tokenizer.json").read_text())
+    for mark, token in MARK.items():
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": token, "content": mark})
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ends = [1, MARK["<turn|>"], MARK["<|tool_response>"]]
+    (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": ends}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}))
+    (directory / "chat_template.jinja").write_text(TALKING)

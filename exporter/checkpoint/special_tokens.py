@@ -11,11 +11,12 @@ from torch import Tensor
 from exporter.checkpoint.generation_config import GENERATION_CONFIG, generation_settings
 from exporter.checkpoint.side_files import TOKENIZER_CONFIG, added_tokens, chat_template, checkpoint_json
 from exporter.checkpoint.template_marks import end_of_turn, thought_marks
+from exporter.checkpoint.template_parts import after_call, call_form, call_marks, thought_form
 from exporter.modeling.target import SUPPRESSED_LOGIT
 from exporter.modeling.weights import Weights
 from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate
 from runtime_ref.errors import InputError
-from runtime_ref.requirements import THOUGHT
+from runtime_ref.text_parts import THOUGHT, TOOL_CALL
 
 # Keys of tokenizer_config.json whose tokens end a text.
 END_KEYS = ("eos_token", "eot_token")
@@ -30,7 +31,9 @@ class SpecialTokens:
         eos: any of them ends a text; ascending.
         pad: fills up a batch.
         suppressed: never generated; ascending.
-        channels: what begins and what ends a part of the text that is no answer, by the part's name: `thought`.
+        channels: what begins and what ends a part of the text that is no answer, by the part's name: `thought` and
+            `tool_call`.
+        parts: what such a part has around its content, and how calls are written, by the part's name.
         names: texts by the names under which chat templates know them, such as `bos_token`.
     """
 
@@ -39,6 +42,7 @@ class SpecialTokens:
     pad: int
     suppressed: tuple[int, ...] = ()
     channels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -68,19 +72,39 @@ def special_tokens(directory: Path) -> tuple[SpecialTokens, tuple[str, ...]]:
     bos, eos, pad = token_ids("bos_token_id", 2), token_ids("eos_token_id", 1), token_ids("pad_token_id", 0)
     names = _names(directory)
     added, template = added_tokens(directory), _template(directory, names)
-    turn_end = end_of_turn(template, added) if template else None
+    marks, parts, ends = _parts(template, added) if template else ({}, {}, {})
     if not _token_ids(directory, "eos_token_id", generation.get("eos_token_id")):
         eos += [added[names[key]] for key in END_KEYS if names.get(key) in added]
-        eos += [] if turn_end is None else [turn_end]
-    thoughts = thought_marks(template, added) if template else None
-    channels = {THOUGHT: thoughts} if thoughts else {}
+        eos += ends
     warnings = [*_no_tokens(path, settings)]
-    if turn_end is not None and turn_end not in eos:
-        warnings.append(
-            f"{path}: eos_token_id lacks {turn_end}, which the chat template writes after an answer; answers go on"
-            " after it"
-        )
-    return SpecialTokens(bos[0], tuple(sorted(set(eos))), pad[0], suppressed, channels, names), tuple(warnings)
+    for token, what in ends.items():
+        if token not in eos:
+            warnings.append(
+                f"{path}: eos_token_id lacks {token}, which the chat template writes after {what}; answers go on after"
+                " it"
+            )
+    channels = {name: (added[begin], added[end]) for name, (begin, end) in marks.items()}
+    return SpecialTokens(bos[0], tuple(sorted(set(eos))), pad[0], suppressed, channels, parts, names), tuple(warnings)
+
+
+def _parts(
+    template: ChatTemplate, added: Mapping[str, int]
+) -> tuple[dict[str, tuple[str, str]], dict[str, dict[str, str]], dict[int, str]]:
+    """What a chat template tells about answers.
+
+    Returns:
+        The marks of each channel and its form, by its name; and the tokens that end an answer, with what each follows.
+    """
+    thought, call = thought_marks(template, added), call_marks(template, added)
+    marks = {name: pair for name, pair in ((THOUGHT, thought), (TOOL_CALL, call)) if pair}
+    forms = {
+        THOUGHT: thought_form(template, *thought) if thought else None,
+        TOOL_CALL: call_form(template, *call) if call else None,
+    }
+    ends = {after_call(template, added, call[1]) if call else None: "a call of a tool"}
+    ends[end_of_turn(template, added)] = "an answer"
+    found = {token: what for token, what in ends.items() if token is not None}
+    return marks, {name: form for name, form in forms.items() if form}, found
 
 
 def suppression(tokens: SpecialTokens, vocab_size: int) -> Weights:

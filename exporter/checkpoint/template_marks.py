@@ -33,7 +33,7 @@ def end_of_turn(template: ChatTemplate, added_tokens: Mapping[str, int]) -> int 
     return added_tokens[max(matching, key=len)] if matching else None
 
 
-def thought_marks(template: ChatTemplate, added_tokens: Mapping[str, int]) -> tuple[int, int] | None:
+def thought_marks(template: ChatTemplate, added_tokens: Mapping[str, int]) -> tuple[str, str] | None:
     """Return the tokens that begin and end a thought: what an answer has between them is not repeated to the model.
 
     Args:
@@ -57,8 +57,7 @@ def thought_marks(template: ChatTemplate, added_tokens: Mapping[str, int]) -> tu
     # A template that keeps what follows the end mark takes any text for the begin mark: then names tell which it is.
     named = [pair for pair in pairs if _letters(pair[0]) == _letters(pair[1])]
     needed = [(begin, end) for begin, end in pairs if repeated(f"Thought.{end}Answer.") != expected]
-    begin, end = next(iter((*named, *needed)), ("", ""))
-    return (added_tokens[begin], added_tokens[end]) if begin else None
+    return next(iter((*named, *needed)), None)
 
 
 def _letters(mark: str) -> str:

@@ -2,27 +2,52 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 
 from exporter.cli.printing import print_stream
 from exporter.terminal import err
-from runtime_ref.chat import Message
+from runtime_ref.chat import Message, Tool
 from runtime_ref.errors import InputError
 from runtime_ref.streaming import Decoder
 from runtime_ref.tokenizer import TOKENIZER
+from runtime_ref.tool_calls import ToolCall
 
 INPUT_SIGN = "> "
 NEXT_LINE_SIGN = ". "
 KEYS = "/quit or Ctrl-D ends, Ctrl-C stops an answer, Alt-Enter or a \\ at the end goes on in another line"
-CHAT_GREETING = f"Chat: /new starts a new conversation, {KEYS}."
+CHAT_GREETING = f"Chat: /new starts a new conversation, /system TEXT one with a system prompt, {KEYS}."
 LINES_GREETING = f"The bundle has no chat template, so each line is continued as a text of its own: {KEYS}."
 LEAVING_HINT = "Ctrl-D or /quit ends the chat."
 
 
-def converse(decoder: Decoder, options: dict[str, Any], system: str | None = None) -> None:
+def system_messages(decoder: Decoder, system: str | None) -> list[Message]:
+    """Return what a conversation begins with: the system prompt, if there is one.
+
+    Args:
+        decoder: an open bundle.
+        system: the system prompt; None for none.
+
+    Raises:
+        InputError: the bundle's chat template leaves system prompts out.
+    """
+    if system is None or decoder.template is None:
+        return []
+    start: list[Message] = [{"role": "system", "content": system}]
+    if system.strip() not in decoder.template.render([*start, {"role": "user", "content": "Hello."}]):
+        raise InputError(f"{decoder.bundle}: its chat template leaves out system prompts; leave out --system")
+    return start
+
+
+def converse(
+    decoder: Decoder,
+    options: dict[str, Any],
+    system: str | None = None,
+    tools: Sequence[Tool] | None = None,
+    thinking: bool | None = None,
+) -> None:
     """Answer messages from the terminal until the user leaves.
 
     With a chat template they are a conversation. Without one, each is continued as a text. A message is a line, or
@@ -32,6 +57,8 @@ def converse(decoder: Decoder, options: dict[str, Any], system: str | None = Non
         decoder: an open bundle.
         options: keyword arguments of `Decoder.stream`.
         system: the conversation's system prompt, which needs a chat template; None for none.
+        tools: what the model may call; the user types what a tool answers. As for `Decoder.chat`.
+        thinking: as for `Decoder.chat`.
 
     Raises:
         InputError: the bundle has no tokenizer.
@@ -40,18 +67,27 @@ def converse(decoder: Decoder, options: dict[str, Any], system: str | None = Non
         raise InputError(f"{decoder.bundle}: has no {TOKENIZER}, which a chat needs; pass --prompt-ids")
     _edit_lines()
     err.print(CHAT_GREETING if decoder.template else LINES_GREETING, style="dim")
-    start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    start = system_messages(decoder, system)
     messages = start
+    chat: dict[str, Any] = {"tools": tools, "thinking": thinking} if decoder.template else {}
     hint = LEAVING_HINT  # shown at the first Ctrl-C only
     while True:
         try:
             line = _read_message()
             if line.strip() == "/quit":
                 return
-            if line.strip() == "/new":
+            command, _, argument = line.strip().partition(" ")
+            if command == "/new":
                 messages = start
+            elif command == "/system" and decoder.template:
+                messages = start = system_messages(decoder, argument or None)
             elif line.strip():
-                messages = _turn(decoder, messages, line, options)
+                asked: list[Message] = [*messages, {"role": "user", "content": line}]
+                while asked[-1]["role"] != "assistant":
+                    asked = _turn(decoder, asked, {**options, **chat})
+                messages = asked if decoder.template else []
+        except InputError as error:
+            err.print(f"error: {error}{', or start over with /new' if messages else ''}")
         except EOFError:
             click.echo()
             return
@@ -83,17 +119,23 @@ def _read_message() -> str:
     return message
 
 
-def _turn(decoder: Decoder, messages: list[Message], line: str, options: dict[str, Any]) -> list[Message]:
-    """Answer a line, and return the conversation with line and answer; without them if it cannot be answered."""
-    asked: list[Message] = [*messages, {"role": "user", "content": line}]
-    try:
-        stream = decoder.chat(asked, **options) if decoder.template else decoder.stream(line, **options)
-    except InputError as error:
-        err.print(f"error: {error}{', or start over with /new' if messages else ''}")
-        return messages
+def _turn(decoder: Decoder, asked: list[Message], options: dict[str, Any]) -> list[Message]:
+    """Answer the last message, and return the conversation with the answer and what the tools that it calls answer.
+
+    Raises:
+        InputError: it cannot be answered.
+    """
+    chat = decoder.template is not None
+    stream = decoder.chat(asked, **options) if chat else decoder.stream(asked[-1]["content"], **options)
     with _interrupts_to(stream.cancel):
         print_stream(stream)
-    return [*asked, {"role": "assistant", "content": stream.text}] if decoder.template else []
+    calls = [call for call in stream.calls if not call.problem] if chat else []
+    return [*asked, stream.message, *map(_ask_tool, calls)]
+
+
+def _ask_tool(call: ToolCall) -> Message:
+    """Let the user answer for a tool."""
+    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": input(f"{call.name}{INPUT_SIGN}")}
 
 
 @contextlib.contextmanager

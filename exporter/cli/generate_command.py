@@ -1,6 +1,7 @@
 """The command `generate`, which generates text with a bundle."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,15 @@ FROM_CHECKPOINT = "the checkpoint's"
     help="Answer the prompt as the first message of a chat, with the checkpoint's chat template.",
 )
 @click.option("--system", help="System prompt of a chat, if its template has room for one.")
+@click.option(
+    "--tools", type=PATH, help="JSON file with the tools that a chat may call: a list of functions with JSON Schemas."
+)
+@click.option(
+    "--thinking/--no-thinking",
+    default=None,
+    help="Whether the model thinks before it answers in a chat.",
+    show_default="the chat template's",
+)
 @prompt_ids_option()
 @click.option(
     "--stop", multiple=True, help="Text that ends the answer and is no part of it; may be given several times."
@@ -73,6 +83,8 @@ def generate(
     prompt_file: Path | None,
     chat: bool,
     system: str | None,
+    tools: Path | None,
+    thinking: bool | None,
     prompt_ids: Path | None,
     stop: tuple[str, ...],
     max_new_tokens: int,
@@ -89,9 +101,9 @@ def generate(
     Without a prompt and --json, and with a terminal as standard input, it starts a chat, or continues each message by
     itself if the bundle has no chat template. With several prompts, --json prints a list.
     """
-    from exporter.cli.conversation import converse
+    from exporter.cli.conversation import converse, system_messages
     from exporter.cli.printing import print_continuation, print_stream
-    from runtime_ref.chat import NO_TEMPLATE, Message
+    from runtime_ref.chat import NO_TEMPLATE, Message, read_tools
 
     given = sum(source is not None for source in (prompt, prompt_file, prompt_ids))
     interactive = not given and not as_json and sys.stdin is not None and sys.stdin.isatty()
@@ -99,18 +111,17 @@ def generate(
         raise click.UsageError("give one of --prompt, --prompt-file and --prompt-ids")
     if chat and prompt_ids is not None:
         raise click.UsageError("--chat cannot be used with --prompt-ids; give --prompt instead")
-    if system is not None and not chat and not interactive:
-        raise click.UsageError("--system goes with --chat")
+    of_chats = {"--system": system, "--tools": tools, "--thinking or --no-thinking": thinking}
+    given_of_chats = [option for option, value in of_chats.items() if value is not None]
+    if given_of_chats and not chat and not interactive:
+        raise click.UsageError(f"{given_of_chats[0]} goes with --chat")
     if prompt_ids is None and not interactive:
         prompt = _read_prompt(prompt, prompt_file)
     decoder = open_bundle(bundle)
-    if (chat or system is not None) and decoder.template is None:
-        raise InputError(f"{bundle}: {NO_TEMPLATE if chat else NO_TEMPLATE.replace('--chat', '--system')}")
-    start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    if decoder.template and system is not None:
-        rendered = decoder.template.render([*start, {"role": "user", "content": "Hello."}])
-        if system.strip() not in rendered:
-            raise InputError(f"{bundle}: its chat template leaves out system prompts; leave out --system")
+    if (chat or given_of_chats) and decoder.template is None:
+        option = "--chat" if chat else given_of_chats[0]
+        raise InputError(f"{bundle}: {NO_TEMPLATE.replace('--chat', option)}")
+    start, functions = system_messages(decoder, system), read_tools(tools) if tools else None
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_draft_tokens": 0 if mode == "plain" else num_draft_tokens,
@@ -121,21 +132,26 @@ def generate(
         "stop": stop,
     }
     if interactive:
-        converse(decoder, options, system)
+        converse(decoder, options, system, functions, thinking)
         return
     prompts: list[Any] = [prompt] if prompt_ids is None else list(read_prompt_ids(prompt_ids))
     results = []
     for item in prompts:
         decoder.forget()  # so that every prompt of a file is measured from its first token on
         messages: list[Message] = [*start, {"role": "user", "content": item}]
-        stream = decoder.chat(messages, **options) if chat else decoder.stream(item, **options)
+        if chat:
+            stream = decoder.chat(messages, tools=functions, thinking=thinking, **options)
+        else:
+            stream = decoder.stream(item, **options)
         if not as_json:
             print_stream(stream) if chat else print_continuation(decoder, stream)
             continue
         for _ in stream:
             pass
         text = stream.text if decoder.tokenizer else None
-        results.append({"tokens": stream.tokens, "text": text, **stream.stats.as_dict()})
+        calls = [asdict(call) for call in stream.calls]
+        parts = {"text": text, "thought": stream.thought, "tool_calls": calls}
+        results.append({"tokens": stream.tokens, **parts, **stream.stats.as_dict()})
     if as_json:
         print_json("generate", results[0] if len(results) == 1 else results)
 

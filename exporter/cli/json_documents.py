@@ -112,8 +112,9 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
     "generate": (
         {
             "tokens": [size],
+            **keys(str, "thought? finish_reason"),
             "text": (None, str),
-            "finish_reason": str,
+            "tool_calls?": [{**keys(str, "id name text problem"), "arguments": {"*": object}}],
             **keys(size, "rounds drafted accepted reused_prompt_tokens"),
             **keys(NULLABLE, "acceptance_rate mean_tokens_per_round"),
             "acceptance_by_position": [number],

@@ -1,22 +1,39 @@
 """Print generated text while it is generated, and a line of statistics after it."""
 
+import json
+
 import click
 
 from exporter.terminal import err
 from runtime_ref.stats import Stats
 from runtime_ref.streaming import Decoder, Stream
+from runtime_ref.text_parts import THOUGHT
 
 
 def print_stream(stream: Stream, as_text: bool = True) -> None:
-    """Print a stream's tokens while they are generated, then its statistics on standard error.
+    """Print a stream's tokens while they are generated, then its calls of tools, then its statistics.
+
+    Thoughts and statistics go to standard error, so that standard output holds the answer alone.
 
     Args:
         stream: a stream that was not iterated over before.
         as_text: whether to print text, instead of token ids.
     """
+    thinking = False
     for token in stream:
+        if token.part == THOUGHT and as_text:
+            click.secho(token.part_text, dim=True, nl=False, err=True)
+            thinking = thinking or bool(token.part_text)
+        elif thinking and token.text.strip():
+            click.echo(err=True)
+            thinking = False
         click.echo(token.text if as_text else f"{token.id} ", nl=False)
-    click.echo()
+    click.echo(err=thinking)
+    for call in stream.calls:
+        if call.problem:
+            err.print(f"a call of a tool cannot be read ({call.problem}): {call.text}")
+        else:
+            click.echo(f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})")
     err.print(stats_line(stream.stats, len(stream.tokens)), style="dim")
 
 

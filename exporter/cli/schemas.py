@@ -29,6 +29,7 @@ _COUNT = {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_COUNT}
 _VALUES: dict[Form, dict[str, Any]] = {
     str: {"type": "string"},
     bool: {"type": "boolean"},
+    object: {},  # any value
     size: {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_SIZE},
     version: {"type": "string", "pattern": f"^{VERSION}$"},
     two_ids: {"type": "array", "items": _COUNT, "minItems": 2, "maxItems": 2},

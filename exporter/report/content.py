@@ -240,7 +240,7 @@ def longest_text(
     if (bundle / "tokenizer.json").exists():
         tokenizer = TextTokenizer(bundle, manifest)
         stream, start = tokenizer.stream(), tokenizer.decode(prompt)
-        pieces = [stream.add(token) for token in text.tokens]
+        pieces = [stream.add(token).part_text for token in text.tokens]
         pieces[-1] += stream.flush()
     else:
         start, pieces = " ".join(map(str, prompt)), [f" {token}" for token in text.tokens]

@@ -17,7 +17,7 @@ from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
 from runtime_ref.sampling import MAX_TOP_K
 from runtime_ref.streaming import Decoder, Stream, open_decoder
-from runtime_ref.tokenizer import TextStream
+from runtime_ref.text_stream import TextStream
 from tests.pairs import load_reference
 
 PAGE = Path(__file__).parents[2] / "runtime_ref" / "README.md"
@@ -188,10 +188,10 @@ def test_impossible_options_are_refused_at_once(decoder: Decoder, options: dict,
 
 def pieces(stop: list[str], *tokens: str) -> tuple[list[str], bool]:
     """Texts returned for tokens that are these strings, and whether a stop string came."""
-    stream = TextStream(lambda ids: "".join(tokens[i] for i in ids), stop)
+    stream = TextStream(lambda ids, special=False: "".join(tokens[i] for i in ids), stop)
     texts = []
     for i in range(len(tokens)):
-        texts.append(stream.add(i, last=i == len(tokens) - 1))
+        texts.append(stream.add(i, last=i == len(tokens) - 1).text)
         if stream.stopped:
             break
     return texts, stream.stopped

@@ -20,7 +20,9 @@ from exporter.bundle.chat_format import ChatFormat, chat_format
 from exporter.checkpoint.special_tokens import SpecialTokens
 from exporter.demo import PAIR
 from runtime_ref.chat import open_template
-from runtime_ref.tokenizer import TextStream, TextTokenizer
+from runtime_ref.text_parts import PartTracker
+from runtime_ref.text_stream import Decode, TextStream
+from runtime_ref.tokenizer import TextTokenizer
 from tests.chats import CHANNELS, TEMPLATE, VERBATIM
 
 FILE = Path(__file__).with_name("tokenizer.json")
@@ -112,7 +114,7 @@ def sha256(ids: list[int]) -> str:
 
 def streams(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, object]]:
     """Return ids, their text, and the piece of text that each id completes; some texts end at a stop string."""
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    decode = decoding(tokenizer)
     byte = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     size = tokenizer.get_vocab_size()
     rows: list[dict[str, object]] = []
@@ -126,30 +128,44 @@ def streams(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, ob
         at = generator.randrange(len(text) or 1)
         stop = [part for part in (text[at : at + 1 + number % 3], "zz") if part] if number % 2 else []
         stream = TextStream(decode, stop)
-        pieces = [stream.add(token, i == len(ids) - 1) for i, token in enumerate(ids)]
+        pieces = [stream.add(token, i == len(ids) - 1).text for i, token in enumerate(ids)]
         rows.append({"ids": ids, "text": text, "stop": stop, "pieces": pieces, "stopped": stream.stopped})
     return rows
 
 
+def decoding(tokenizer: Tokenizer) -> Decode:
+    """Return what converts ids to text with a tokenizer."""
+    return lambda ids, special=False: tokenizer.decode(list(ids), skip_special_tokens=not special)
+
+
 def thoughtful_streams(tokenizer: Tokenizer, generator: random.Random) -> list[dict[str, object]]:
-    """Return streams as `streams` does, with one channel or two, which hold thoughts; some begin inside one."""
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    """Return streams as `streams` does, with one channel or two; some begin inside one.
+
+    Each has the part and that part's text of each token, and what each channel holds.
+    """
+    decode = decoding(tokenizer)
     rows: list[dict[str, object]] = []
     for number in range(40):
         begin, end, *others = generator.sample(range(tokenizer.get_vocab_size()), 4)
-        channels = [(begin, end), (others[0], others[1])] if number % 2 else [(begin, end)]
-        marks = [mark for channel in channels for mark in channel]
+        channels = {"thought": (begin, end), "tool_call": (others[0], others[1])}
+        channels = channels if number % 2 else {"thought": (begin, end)}
+        marks = [mark for channel in channels.values() for mark in channel]
         words = [prompt(tokenizer, generator.choice(TEXTS))[1:6] for _ in range(6)]
         ids = [token for word in words for token in (*word, generator.choice(marks))][: generator.randrange(1, 40)]
-        before = generator.choices((3, *marks), k=number % 4)
-        shown = TextStream(decode, (), channels, before)
-        whole = "".join(shown.add(token) for token in ids)
+        before = generator.choices((1, 3, *marks), k=number % 4)
+        # What a thought may begin and end with.
+        held = decode(next((word for word in words if word), []))
+        parts = {"thought": {"before": held[: number % 5], "after": held[-1:]}} if number % 3 else {}
+        shown = TextStream(decode, (), PartTracker(channels, ENDS.eos, before))
+        whole = "".join(shown.add(token).text for token in ids)
         at = generator.randrange(len(whole) or 1)
         stop = [whole[at : at + 3]] if number % 3 == 0 and whole[at : at + 3] else []
-        stream = TextStream(decode, stop, channels, before)
+        stream = TextStream(decode, stop, PartTracker(channels, ENDS.eos, before), parts)
         pieces = [stream.add(token, i == len(ids) - 1) for i, token in enumerate(ids)]
-        row = {"ids": ids, "text": decode(ids), "stop": stop, "pieces": pieces, "stopped": stream.stopped}
-        rows.append({**row, "channels": channels, "prompt": before})
+        row = {"ids": ids, "text": decode(ids), "stop": stop, "pieces": [piece.text for piece in pieces]}
+        row |= {"of_parts": [[piece.part, piece.part_text] for piece in pieces], "stopped": stream.stopped}
+        opened = [[channel.name, channel.start, channel.text, channel.closed] for channel in stream.channels]
+        rows.append({**row, "channels": channels, "parts": parts, "prompt": before, "opened": opened})
     return rows
 
 

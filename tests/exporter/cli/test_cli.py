@@ -23,7 +23,17 @@ def ids(tmp_path: Path) -> Callable[[object], Path]:
 
 def test_generate_json(run: Run, backend: str, bundle: Callable[..., Path], ids: Callable[[object], Path]) -> None:
     fields = {
-        *("tokens", "text", "finish_reason", "rounds", "drafted", "accepted", "acceptance_rate"),
+        *(
+            "tokens",
+            "text",
+            "thought",
+            "tool_calls",
+            "finish_reason",
+            "rounds",
+            "drafted",
+            "accepted",
+            "acceptance_rate",
+        ),
         *("acceptance_by_position", "mean_tokens_per_round", "rounds_by_num_draft_tokens", "drafts_by_source"),
         *("reused_prompt_tokens", "prefill_seconds", "decode_seconds", "schema_version"),
     }

@@ -79,7 +79,7 @@ class ChatTemplate(private val format: ChatFormat) {
             val (begin, end) = format.hidden
             text = text.split(end).joinToString("") { it.substringBefore(begin) }
         }
-        return if (format.trim) text.trim(::blank) else text
+        return if (format.trim) text.trim(::isBlank) else text
     }
 
     private fun refuse(reason: String): Nothing =
@@ -87,7 +87,7 @@ class ChatTemplate(private val format: ChatFormat) {
 }
 
 /** Whether Python's str.strip() drops a character, which differs from Kotlin's trim() and Unicode's White_Space. */
-private fun blank(char: Char): Boolean =
+internal fun isBlank(char: Char): Boolean =
     char in '\t'..'\r' || char in '\u001C'..' ' || char in '\u2000'..'\u200A' || char in OTHER_BLANKS
 
 private const val OTHER_BLANKS = "\u0085\u00A0\u1680\u2028\u2029\u202F\u205F\u3000"

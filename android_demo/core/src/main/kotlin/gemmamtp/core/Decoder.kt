@@ -8,11 +8,19 @@ import java.io.IOException
  * A new token.
  *
  * @property id token id.
- * @property text the text that the token completes; empty in a thought, and where it ends inside a character, or in what may
- *     become a stop string.
+ * @property text the text of the answer that the token completes; empty in a thought or a call of a tool, and where it ends
+ *     inside a character, or in what may become a stop string.
  * @property logprob natural logarithm of its probability, as [logProbability] defines it.
+ * @property part what the token belongs to: `answer`, `thought`, `tool_call`, or another channel of the bundle.
+ * @property partText the text of that part that the token completes; the same as [text] in the answer.
  */
-class Token(val id: Int, val text: String, val logprob: Double)
+class Token(
+    val id: Int,
+    val text: String,
+    val logprob: Double,
+    val part: String = ANSWER,
+    val partText: String = "",
+)
 
 /**
  * An open bundle, which generates one text at a time, on one thread at a time. What a prompt shares with the last text is
@@ -52,7 +60,10 @@ class Decoder(
         if (stop.any { it.isEmpty() }) throw InputError("a stop string is empty: expected some text")
         checkPrompt(manifest, prompt.asList())
         checkOptions(manifest, options)
-        return Stream(prompt.toList(), options, tokenizer?.stream(stop, prompt.asList())).also { current = it }
+        val ids = prompt.toList()
+        val texts = tokenizer?.stream(stop, ids)
+            ?: TextStream({ _, _ -> "" }, tracker = PartTracker(manifest.channels, manifest.eos, ids))
+        return Stream(ids, options, texts).also { current = it }
     }
 
     /**
@@ -94,7 +105,7 @@ class Decoder(
     inner class Stream internal constructor(
         internal val prompt: List<Int>,
         private val options: Options,
-        private val texts: TextStream?,
+        private val texts: TextStream,
     ) : Iterator<Token> {
         val stats = Stats()
         private val new = ArrayList<Int>()
@@ -109,8 +120,20 @@ class Decoder(
         /** Ids of the new tokens so far. */
         val tokens: List<Int> get() = new
 
-        /** The new text so far. */
+        /** The answer's text so far. */
         val text: String get() = newText.toString()
+
+        /** What the model thought so far; thoughts that an answer comes between are on lines of their own. */
+        val thought: String
+            get() = channels(THOUGHT).map { it.text }.filter { it.isNotEmpty() }.joinToString("\n")
+
+        /** The calls of tools so far; one that is malformed, or that the text's end cut off, has a `problem`. */
+        val calls: List<ToolCall>
+            get() {
+                val form = manifest.parts[TOOL_CALL] ?: PartForm()
+                return channels(TOOL_CALL).filter { it.closed || ended }
+                    .map { readCall(it.text, form, "${prompt.size + it.start}".padStart(ID_DIGITS, '0'), it.closed) }
+            }
 
         /** The newest round; null before the first. */
         var lastRound: Round? = null
@@ -132,16 +155,18 @@ class Decoder(
             stats.count(round.cut(round.tokens.size - pending.size))
             val complete = reason.isNotEmpty() && pending.isEmpty()
             val cut = cancelled && !complete
-            val text = texts?.add(token.id, complete || cut) ?: ""
-            if (texts?.stopped == true) stats.finishReason = "stop"
+            val piece = texts.add(token.id, complete || cut)
+            if (texts.stopped) stats.finishReason = "stop"
             else if (complete || cut) stats.finishReason = if (complete) reason else "cancelled"
-            ended = complete || cut || texts?.stopped == true
+            ended = complete || cut || texts.stopped
             if (ended) save()
-            token = Token(token.id, text, token.logprob)
+            token = Token(token.id, piece.text, token.logprob, piece.part, piece.partText)
             new.add(token.id)
-            newText.append(text)
+            newText.append(piece.text)
             return token
         }
+
+        private fun channels(name: String) = texts.channels.filter { it.name == name }
 
         /** The tokens of the next round. */
         private fun decide() {
@@ -161,6 +186,8 @@ class Decoder(
 }
 
 typealias Stream = Decoder.Stream
+
+private const val ID_DIGITS = 9 // some chat templates ask for so many
 
 /**
  * Load a bundle.

@@ -111,6 +111,7 @@ class TableMetadata(
  * @property bos id of the beginning-of-text token.
  * @property eos ids of the tokens that end a text.
  * @property channels ids of the tokens that begin and end a part of the text that is no answer, by the part's name.
+ * @property parts what each channel has around its content, and how calls of tools are written, by the channel's name.
  * @property chat form of the prompts of conversations, null if the bundle has none.
  * @property digest hexadecimal sha256 of the manifest itself, which differs between bundles.
  */
@@ -130,6 +131,7 @@ class Manifest(
     val bos: Int,
     val eos: Set<Int>,
     val channels: Map<String, Pair<Int, Int>>,
+    val parts: Map<String, PartForm>,
     val kv: List<KVBuffer>,
     val graphs: Map<String, Graph>,
     val tables: Map<String, TableMetadata>,
@@ -275,6 +277,7 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
         eos = raw.part("tokens").list("eos").map { it.asInt }.toSet(),
         channels = raw.part("tokens").optional("channels")?.asMap().orEmpty()
             .mapValues { (_, marks) -> marks.asJsonArray.let { it[0].asInt to it[1].asInt } },
+        parts = raw.part("tokens").optional("parts")?.asMap().orEmpty().mapValues { (_, form) -> partForm(form.asJsonObject) },
         kv = raw.part("kv").list("buffers").map { buffer(it.asJsonObject) },
         graphs = raw.part("graphs").asMap().filterKeys { it in GRAPH_PORTS }.mapValues { (_, graph) ->
             val (inputs, outputs) = listOf("inputs", "outputs").map { way ->
@@ -290,6 +293,11 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
         chat = raw.optional("chat")?.let(::chatFormat),
         digest = digest,
     )
+}
+
+private fun partForm(entry: JsonObject): PartForm {
+    val (before, after, syntax, quote) = listOf("before", "after", "syntax", "quote").map { entry.get(it)?.asString.orEmpty() }
+    return PartForm(before, after, syntax, quote)
 }
 
 private fun table(entry: JsonObject): TableMetadata {

@@ -128,7 +128,10 @@ internal val FORM_3 = both(
     obj(
         "requires" to list(obj("name" to text, "since" to text)),
         "backend" to obj("min_runtime?" to version),
-        "tokens" to obj("channels?" to map(twoIds)),
+        "tokens" to obj(
+            "channels?" to map(twoIds),
+            "parts?" to map(obj("before" to text, "after" to text, "syntax?" to text, "quote?" to text)),
+        ),
         "kv" to obj("buffers" to list(obj("dtype" to text, "layout" to list(text)))),
         "tables" to obj("embed_tokens" to table, "embed_tokens_per_layer?" to table, "head?" to table),
         "widths?" to list(obj("bits" to size, "group_size" to nullable(size), "matrices" to list(text))),

@@ -4,8 +4,6 @@ import com.google.gson.JsonElement
 import com.google.gson.JsonObject
 import java.io.File
 
-/** Channel of which readers of format 2 knew. */
-internal const val THOUGHT = "thought"
 internal val HEADS_FIRST = listOf("num_key_value_heads", "rows", "head_dim")
 
 /** Features of this format, and whether a manifest uses them. FORMAT.md, "Features", says what they mean. */

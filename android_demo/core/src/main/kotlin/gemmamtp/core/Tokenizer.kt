@@ -11,13 +11,15 @@ const val TOKENIZER = "tokenizer.json"
  *
  * @param bos id of the beginning-of-text token, which Gemma expects before every prompt.
  * @param eos ids of the tokens that end a text or a turn.
- * @param channels ids of the tokens that begin and end each channel, whose tokens are no part of an answer.
+ * @param channels ids of the tokens that begin and end each channel, whose tokens are no part of an answer, by its name.
+ * @param forms what each channel has around its content, by its name.
  */
 class Tokenizer(
     file: File,
     private val bos: Int,
     private val eos: Set<Int> = emptySet(),
-    private val channels: Collection<Pair<Int, Int>> = emptyList(),
+    private val channels: Map<String, Pair<Int, Int>> = emptyMap(),
+    private val forms: Map<String, PartForm> = emptyMap(),
 ) {
     private val parts: TokenizerParts
     private val raw: AddedTokens
@@ -25,7 +27,7 @@ class Tokenizer(
 
     /** @throws InputError the bundle has no tokenizer, or one that cannot be read. */
     constructor(bundle: File, manifest: Manifest) :
-        this(File(bundle, TOKENIZER), manifest.bos, manifest.eos, manifest.channels.values)
+        this(File(bundle, TOKENIZER), manifest.bos, manifest.eos, manifest.channels, manifest.parts)
 
     init {
         if (!file.exists()) throw InputError("$file: is missing; export a checkpoint that has a tokenizer")
@@ -57,20 +59,20 @@ class Tokenizer(
         return ids.toIntArray()
     }
 
-    /** The text of token ids, without special tokens and ids that do not exist. */
-    fun decode(ids: List<Int>): String {
-        val tokens = ids.mapNotNull { added[it]?.content ?: parts.vocabulary.token(it) }.filter { it !in special }
+    /** The text of token ids, without those that do not exist, and without special tokens unless [withSpecial] asks. */
+    fun decode(ids: List<Int>, withSpecial: Boolean = false): String {
+        val all = ids.mapNotNull { added[it]?.content ?: parts.vocabulary.token(it) }
+        val tokens = if (withSpecial) all else all.filter { it !in special }
         return parts.decode(tokens).joinToString("")
     }
 
     /**
      * Begin a text that is decoded token by token, up to any of the stop strings.
      *
-     * @param prompt token ids before the text. It begins inside a channel if those after the last end token, which ends the
-     *     last turn, begin one and do not end it.
+     * @param prompt token ids before the text.
      */
     fun stream(stop: List<String> = emptyList(), prompt: List<Int> = emptyList()): TextStream =
-        TextStream(::decode, stop, channels, prompt.takeLastWhile { it !in eos })
+        TextStream(::decode, stop, PartTracker(channels, eos, prompt), forms)
 }
 
 /** Finds added tokens in a text: the leftmost, and the longest of several that begin at the same place. */

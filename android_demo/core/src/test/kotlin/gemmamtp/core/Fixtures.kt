@@ -34,6 +34,7 @@ fun smallManifest(
     bos = 2,
     eos = eos,
     channels = emptyMap(),
+    parts = emptyMap(),
     kv = kv,
     graphs = emptyMap(),
     tables = tables,

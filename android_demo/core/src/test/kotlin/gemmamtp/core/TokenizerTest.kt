@@ -1,5 +1,6 @@
 package gemmamtp.core
 
+import com.google.gson.Gson
 import com.google.gson.JsonArray
 import com.google.gson.JsonNull
 import com.google.gson.JsonObject
@@ -43,11 +44,22 @@ class TokenizerTest {
     fun `streams return what those of runtime_ref return`() {
         for (row in cases.rows("streams")) {
             val ids = row.ints("ids")
-            val channels = row.getAsJsonArray("channels")?.map { it.asJsonArray }?.map { it[0].asInt to it[1].asInt }.orEmpty()
+            val channels = row.getAsJsonObject("channels")?.asMap().orEmpty()
+                .mapValues { (_, marks) -> marks.asJsonArray.let { it[0].asInt to it[1].asInt } }
+            val forms = row.getAsJsonObject("parts")?.asMap().orEmpty()
+                .mapValues { (_, form) -> form.asJsonObject.let { PartForm(it.string("before"), it.string("after")) } }
             val prompt = if (row.has("prompt")) row.ints("prompt") else emptyList()
-            val stream = TextStream(tokenizer(row)::decode, row.texts("stop"), channels, prompt)
-            assertEquals(row.texts("pieces"), ids.mapIndexed { i, id -> stream.add(id, i == ids.size - 1) }, "$ids")
+            val stream = TextStream(tokenizer(row)::decode, row.texts("stop"), PartTracker(channels, setOf(1), prompt), forms)
+            val pieces = ids.mapIndexed { i, id -> stream.add(id, i == ids.size - 1) }
+            assertEquals(row.texts("pieces"), pieces.map { it.text }, "$ids")
             assertEquals(row["stopped"].asBoolean, stream.stopped)
+            row.getAsJsonArray("of_parts")?.let { of ->
+                assertEquals(of, Gson().toJsonTree(pieces.map { listOf(it.part, it.partText) }))
+            }
+            row.getAsJsonArray("opened")?.let { opened ->
+                val actual = stream.channels.map { listOf(it.name, it.start, it.text, it.closed) }
+                assertEquals(opened, Gson().toJsonTree(actual))
+            }
         }
     }
 
@@ -55,7 +67,7 @@ class TokenizerTest {
     fun `flush returns incomplete characters`() {
         val stream = tokenizers[0].stream()
         val first = tokenizers[0].encode("é")[1]
-        assertEquals("", stream.add(first))
+        assertEquals("", stream.add(first).text)
         assertEquals("\uFFFD", stream.flush())
         assertEquals("", stream.flush())
     }
