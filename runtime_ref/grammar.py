@@ -13,15 +13,14 @@ import numpy as np
 
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Manifest
-from runtime_ref.tokenizer import TOKENIZER, read_tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 log = logging.getLogger(__name__)
 
-# JSON texts are written as Python's json.dumps writes them, so what lies between two values is mostly forced, and a model
-# that wants to leave the schema cannot write blanks up to its budget. `x-guidance` in a schema says otherwise.
+# JSON texts are written as Python's json.dumps writes them: most of what lies between two values is forced then, and a
+# model that wants to leave the schema cannot write blanks up to its budget. `x-guidance` in a schema says otherwise.
 JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -52,6 +51,8 @@ class Vocabulary:
                 f"structured output needs llguidance, which cannot be imported ({error}); pip install"
                 " 'gemma-mtp-export[grammar]'"
             ) from error
+        from runtime_ref.tokenizer import TOKENIZER, read_tokenizer
+
         path = bundle / TOKENIZER
         if not path.exists():
             raise InputError(

@@ -139,7 +139,7 @@ class RuledChooser:
         order = np.lexsort((candidates, -ruled))[:MAX_TOP_K]
         chosen = order[choose(ruled[order], position, self._sampling)]
         token, logprob = int(candidates[chosen]), _log_probability(values[chosen], logits)
-        self._commit(token)
+        self.commit(token)
         return token, logprob
 
     def _candidates(
@@ -153,6 +153,19 @@ class RuledChooser:
         if not allowed.all():
             ids, values = ids[allowed], values[allowed]
         return ids, values, self._apply(values, ids)
+
+    def commit(self, token: int) -> None:
+        """Count a token as the next of the text; `pick` does so with what it chose.
+
+        Args:
+            token: its id.
+        """
+        self._seen[token] = True
+        self._counts[token] += 1
+        if self._raises_answer:
+            self._raised.add(token)
+        if self._grammar:
+            self._grammar.commit(token)
 
     def forced(self, max_tokens: int) -> Sequence[int]:
         """Return the tokens that the grammar forces next, at most `max_tokens`; none without a grammar.
@@ -184,15 +197,6 @@ class RuledChooser:
         if (penalty := rules.repetition_penalty) != 1:
             values = np.where(self._seen[ids], np.where(values > 0, values / penalty, values * penalty), values)
         return values - rules.frequency_penalty * counts - rules.presence_penalty * (counts > 0)
-
-    def _commit(self, token: int) -> None:
-        """Count a token as part of the text."""
-        self._seen[token] = True
-        self._counts[token] += 1
-        if self._raises_answer:
-            self._raised.add(token)
-        if self._grammar:
-            self._grammar.commit(token)
 
 
 def _log_probability(logit: float, logits: np.ndarray) -> float:
