@@ -3,6 +3,7 @@
 The library llguidance computes them; it is imported when a grammar is asked for (the extra `grammar`).
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -89,9 +90,11 @@ class Grammar:
         self._matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0)
         for warning in self._matcher.get_grammar_warnings():
             log.warning("%s: %s", what, _line(warning))
-        # Some errors are found when tokens are first asked for.
-        if self._matcher.is_error() or not any(self._matcher.deep_copy().compute_bitmask()):
-            raise InputError(f"{what} cannot be used ({_line(self._matcher.get_error() or 'it matches no text')})")
+        probe = self._matcher.deep_copy()
+        if not probe.is_error():
+            probe.compute_bitmask()  # some errors are found when tokens are first asked for
+        if probe.is_error():
+            raise InputError(f"{what} cannot be used ({_line(probe.get_error())})")
 
     def begin(self, binds: bool = True, gate: Callable[[int], bool] = lambda token: True) -> "GrammarText":
         """Begin a text.
@@ -124,7 +127,7 @@ class GrammarText:
             gate: as for `Grammar.begin`.
         """
         self._matcher, self._ends, self._what, self._gate = matcher, vocabulary.ends, what, gate
-        self._mask_bytes = -(-vocabulary.size // 8)
+        self._num_known, self._mask_bytes = vocabulary.tokenizer.vocab_size, -(-vocabulary.size // 8)
         self.binds = binds
 
     def mask(self) -> np.ndarray | None:
@@ -180,7 +183,9 @@ class GrammarText:
             return len(drafts)
         if self._matcher.is_stopped():
             return int(len(drafts) > 0 and drafts[0] in self._ends)
-        return int(self._matcher.validate_tokens(list(drafts)))
+        # To ask for an id beyond the tokenizer would spoil the matcher.
+        known = itertools.takewhile(lambda token: token < self._num_known, drafts)
+        return int(self._matcher.validate_tokens(list(known)))
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -201,7 +206,9 @@ def json_grammar(vocabulary: Vocabulary, schema: str | Mapping[str, Any]) -> Gra
 
     try:
         document = json.loads(schema) if isinstance(schema, str) else schema
-        source = LLMatcher.grammar_from_json_schema(json.dumps(document), defaults=JSON_OPTIONS)
+        if not isinstance(document, Mapping):
+            raise InputError(f"the JSON schema is {_line(json.dumps(document))}, expected an object")
+        source = LLMatcher.grammar_from_json_schema(json.dumps(dict(document)), defaults=JSON_OPTIONS)
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"the JSON schema is not valid JSON ({_line(error)})") from error
     return Grammar(vocabulary, source, "the JSON schema")

@@ -43,7 +43,7 @@ class HashedEngine(GraphEngine):
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
         at = self.position + 1 - len(PROMPT)
-        right = [*self.answer, *([0] * num_draft_tokens)][at : at + num_draft_tokens]
+        right = [*self.answer[at : at + num_draft_tokens], *([0] * num_draft_tokens)][:num_draft_tokens]
         wrong = self.random.random(num_draft_tokens) < 0.4
         return [
             int(self.random.integers(self.manifest.vocab_size)) if w else t for t, w in zip(right, wrong, strict=True)
