@@ -15,8 +15,9 @@ from runtime_ref.grammar import Grammar, GrammarText
 from runtime_ref.manifest import Manifest
 from runtime_ref.sampling import MAX_TOP_K, Sampling, choose, log_probabilities
 
-MAX_BIAS = 100.0  # of a token, in either direction, as OpenAI's interface and vLLM have it
-MAX_PENALTY = 2.0  # presence and frequency, as there
+MAX_BIAS = 100  # of a token, in either direction, as OpenAI's interface and vLLM have it
+MAX_PENALTY = 2  # presence and frequency, as there
+REPETITION_RANGE = (0.01, 100)  # peers take any positive number; far beyond these, float64 would overflow
 
 Score = Callable[[np.ndarray, Sequence[int]], np.ndarray]  # as `Engine.score`
 
@@ -28,7 +29,7 @@ class Rules:
     Attributes:
         suppressed: ids of tokens that are never chosen.
         logit_bias: by token id, what is added to its logit, -100 to 100.
-        repetition_penalty: more than 0. Logits of tokens that are in the prompt or in the answer so far are divided by
+        repetition_penalty: 0.01 to 100. Logits of tokens that are in the prompt or in the answer so far are divided by
             it if they are positive, else multiplied (CTRL, Keskar et al. 2019); 1 changes nothing.
         presence_penalty: subtracted from the logits of tokens that are in the answer so far, -2 to 2.
         frequency_penalty: subtracted from the logit of a token as many times as it is in the answer so far, -2 to 2.
@@ -45,16 +46,17 @@ class Rules:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise InputError(f"repetition penalty is {self.repetition_penalty}, expected a positive number; 1 is none")
+        least, most = REPETITION_RANGE
+        if not least <= self.repetition_penalty <= most:
+            raise InputError(f"repetition penalty is {self.repetition_penalty}, expected {least} to {most}; 1 is none")
         for name in ("presence", "frequency"):
             penalty = getattr(self, f"{name}_penalty")
             if not abs(penalty) <= MAX_PENALTY:
-                raise InputError(f"{name} penalty is {penalty}, expected -{MAX_PENALTY:g} to {MAX_PENALTY:g}")
+                raise InputError(f"{name} penalty is {penalty}, expected -{MAX_PENALTY} to {MAX_PENALTY}")
         for token, bias in self.logit_bias.items():
             if not abs(bias) <= MAX_BIAS:
                 raise InputError(
-                    f"the logit bias of token {token} is {bias}, expected -{MAX_BIAS:g} to {MAX_BIAS:g}; suppress a"
+                    f"the logit bias of token {token} is {bias}, expected -{MAX_BIAS} to {MAX_BIAS}; suppress a"
                     " token that must never come"
                 )
 

@@ -120,7 +120,7 @@ class Decoder:
             suppress: ids of tokens that are never chosen.
             logit_bias: by token id, what is added to its logit, -100 to 100.
             repetition_penalty: divides positive logits of tokens of the prompt and the answer, and multiplies others;
-                more than 0, 1 is none.
+                0.01 to 100, 1 is none.
             presence_penalty: subtracted from logits of tokens of the answer, -2 to 2.
             frequency_penalty: subtracted for each time that a token is in the answer, -2 to 2.
             json_schema: JSON Schema that the answer fulfils, as a text or parsed. Needs the extra `grammar`.

@@ -8,6 +8,7 @@ import click
 
 from exporter.cli.options import PATH, Decorator
 from runtime_ref.errors import InputError
+from runtime_ref.rules import MAX_PENALTY, REPETITION_RANGE
 
 
 class Bias(click.ParamType):
@@ -29,21 +30,21 @@ class Bias(click.ParamType):
 _OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--repetition-penalty",
-        type=float,
+        type=click.FloatRange(*REPETITION_RANGE),
         default=1.0,
         help="Divides positive logits of tokens of the prompt and the answer, and multiplies others; 1 is none.",
     ),
     click.option(
         "--presence-penalty",
-        type=float,
+        type=click.FloatRange(-MAX_PENALTY, MAX_PENALTY),
         default=0.0,
-        help="Subtracted from the logits of tokens that are in the answer, -2 to 2.",
+        help="Subtracted from the logits of tokens that are in the answer; 0 is none.",
     ),
     click.option(
         "--frequency-penalty",
-        type=float,
+        type=click.FloatRange(-MAX_PENALTY, MAX_PENALTY),
         default=0.0,
-        help="Subtracted from a token's logit for each time that it is in the answer, -2 to 2.",
+        help="Subtracted from a token's logit for each time that it is in the answer; 0 is none.",
     ),
     click.option(
         "--logit-bias",
@@ -52,7 +53,10 @@ _OPTIONS: tuple[Decorator, ...] = (
         help="Token id and what is added to its logit, -100 to 100; may be given several times.",
     ),
     click.option(
-        "--suppress", type=int, multiple=True, help="Id of a token that is never chosen; may be given several times."
+        "--suppress",
+        type=click.IntRange(0),
+        multiple=True,
+        help="Id of a token that is never chosen; may be given several times.",
     ),
     click.option("--json-schema", type=PATH, help="File with a JSON Schema that the answer fulfils."),
     click.option("--regex", help="Regular expression that the whole answer matches."),

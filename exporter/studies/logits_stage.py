@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -159,10 +160,10 @@ def rules_report(made: GraphEngine, generator: np.random.Generator) -> None:
     print(f"choosing a token, after {PROMPT_TOKENS} tokens of prompt and {ANSWER_TOKENS} of answer:")
     for name, chooser in choosers.items():
         ids = generator.choice(VOCAB, MAX_TOP_K, replace=False)
-        print(f"  {name:30} {median_seconds(lambda c=chooser, i=ids: c.pick(logits, i, state, 7), 30) * 1e6:8.0f} us")
+        print(f"  {name:30} {median_seconds(partial(chooser.pick, logits, ids, state, 7), 30) * 1e6:8.0f} us")
     print("logits of other tokens, from the state and the head:")
     for count in (1, 64, 1024, VOCAB):
-        seconds = median_seconds(lambda n=count: made.score(state, range(n)), 5 if count < VOCAB else 1)
+        seconds = median_seconds(partial(made.score, state, range(count)), 5 if count < VOCAB else 1)
         print(f"  {count:30} {seconds * 1e3:8.1f} ms")
 
 

@@ -75,7 +75,7 @@ def test_other_prompts_are_refused(prompt: Any, decoder: Decoder) -> None:
         ({"logit_bias": {5: 101}}, "the logit bias of token 5 is 101.0, expected -100 to 100"),
         ({"logit_bias": {5: float("nan")}}, "the logit bias of token 5 is nan"),
         ({"logit_bias": {10**6: 1}}, "a rule names token id 1000000"),
-        ({"repetition_penalty": 0}, "repetition penalty is 0.0, expected a positive number"),
+        ({"repetition_penalty": 0}, r"repetition penalty is 0.0, expected 0.01 to 100; 1 is none"),
         ({"repetition_penalty": None}, "repetition_penalty is None, expected a number"),
         ({"presence_penalty": 2.5}, "presence penalty is 2.5, expected -2 to 2"),
         ({"frequency_penalty": float("nan")}, "frequency penalty is nan"),
