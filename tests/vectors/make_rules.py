@@ -75,6 +75,7 @@ def kinds(generator: random.Random, logits: Sequence[float], given: Sequence[int
         {"logit_bias": {str(rest[0]): 3.25}, "suppressed": given},  # the one that is raised is not the largest
         {"repetition_penalty": 1.3},
         {"repetition_penalty": 0.7},
+        {"repetition_penalty": 0.2},
         {"repetition_penalty": 40.0},
         {"presence_penalty": 1.5},
         {"presence_penalty": -2.0},
@@ -91,14 +92,15 @@ def vectors() -> list[dict[str, Any]]:
     """Return the rows of rules.json."""
     getcontext().prec = 60
     generator, rows = random.Random(1), []
-    for _ in range(6):
-        logits = [float32(generator.gauss(0, 4)) for _ in range(VOCAB)]
+    for mean in (0, 0, -6, -6, -15, 5):  # a repetition penalty does another thing to negative logits
+        logits = [float32(generator.gauss(mean, 4)) for _ in range(VOCAB)]
         for token in generator.sample(range(VOCAB), 20):  # equal ones: the lower id comes first
             logits[token] = logits[generator.randrange(VOCAB)]
         given = sorted(range(VOCAB), key=lambda token: (-logits[token], token))[:GIVEN]
         for rules in kinds(generator, logits, given):
             for temperature, top_k, top_p in ((0.0, 64, 1.0), (1.0, 64, 1.0), (0.7, 8, 0.9)):
-                history = [generator.choice([*given[:6], generator.randrange(VOCAB)]) for _ in range(14)]
+                likely = generator.choice((given[:6], []))  # tokens that are not can only be raised
+                history = [generator.choice([*likely, generator.randrange(VOCAB)]) for _ in range(14)]
                 row = {
                     **{"rules": NEUTRAL | rules, "prompt": history[:5], "answer": history[5:]},
                     **{"temperature": temperature, "top_k": top_k, "top_p": top_p},
