@@ -226,7 +226,11 @@ def regex_grammar(vocabulary: Vocabulary, regex: str) -> Grammar:
     """
     from llguidance import LLMatcher
 
-    return Grammar(vocabulary, LLMatcher.grammar_from_regex(regex), "the regular expression")
+    try:
+        source = LLMatcher.grammar_from_regex(regex)
+    except UnicodeEncodeError as error:
+        raise InputError(f"the regular expression is not valid UTF-8 ({error.reason})") from error
+    return Grammar(vocabulary, source, "the regular expression")
 
 
 def _line(message: object) -> str:

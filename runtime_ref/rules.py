@@ -172,7 +172,7 @@ class RuledChooser:
     def forced(self, max_tokens: int) -> Sequence[int]:
         """Return the tokens that the grammar forces next, at most `max_tokens`; none without a grammar.
 
-        They are good drafts, no more: the bytes are certain, and the target chooses the tokens that spell them.
+        While tokens are forced, the grammar allows the first of them alone, so as drafts they are accepted.
         """
         forced = self._grammar.forced(max_tokens) if self._grammar else []
         return forced[: self._free_tokens(forced)]

@@ -217,6 +217,7 @@ def test_a_gate_leaves_a_thought_out() -> None:
         (lambda v: json_grammar(v, {"a": {1, 2}}), "not valid JSON"),
         (lambda v: regex_grammar(v, "("), r"the regular expression cannot be used \(.*unclosed group"),
         (lambda v: regex_grammar(v, "a(?=b)"), "look-around"),
+        (lambda v: regex_grammar(v, "\ud800"), "not valid UTF-8"),
         (lambda v: regex_grammar(v, r"[^\s\S]"), "the regular expression cannot be used"),
     ],
 )
