@@ -26,7 +26,7 @@ JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_
 
 
 class Vocabulary:
-    """The tokens of a bundle as grammars see them: the bytes of each, and which end a text. Making it takes a second.
+    """The tokens of a bundle as grammars see them: the bytes of each, and which end a text. Making it takes seconds.
 
     Attributes:
         size: V; ids beyond the tokenizer are allowed by no grammar.

@@ -1,9 +1,9 @@
-"""Measure what the logits stage takes for each token at Gemma's vocabulary: rules, exact scores, and a grammar's masks.
+"""Measure the logits stage: what it takes for each token at Gemma's vocabulary, and how many drafts are accepted.
 
     python -m exporter.studies.logits_stage
 
-The vocabulary is made of pieces of the package's texts, the table of random integers, the logits of noise. Compare
-figures of one run with each other.
+For times, the vocabulary is made of pieces of the package's texts, the table of random integers, the logits of noise;
+compare figures of one run with each other. Acceptance is that of the built-in pair.
 """
 
 import json
@@ -12,6 +12,7 @@ import re
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,18 @@ from typing import Any, cast
 import numpy as np
 
 from exporter import texts
+from exporter.bundle.export import ExportOptions, export_bundle
+from exporter.checkpoint.pair import open_pair
+from exporter.demo import PAIR
+from exporter.demo.corpus import documents
+from exporter.quantization.recipes import RECIPES
+from runtime_ref.drafts import GRAMMAR
 from runtime_ref.grammar import Grammar, Vocabulary, json_grammar, regex_grammar
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import EMBEDDING, Manifest
 from runtime_ref.rules import RuledChooser, Rules
 from runtime_ref.sampling import MAX_TOP_K, Chooser, Sampling
+from runtime_ref.streaming import open_decoder
 from runtime_ref.tables import Table
 
 VOCAB, WIDTH, GROUP = 262_144, 1_536, 32  # E2B's
@@ -52,6 +60,15 @@ SCHEMA = {
     },
     "required": ["name", "kind", "size", "tags", "place"],
     "additionalProperties": False,
+}
+TEXTS, NEW_TOKENS = 30, 60
+ACCEPTANCE: dict[str, dict[str, Any]] = {
+    "no rule": {},
+    "repetition penalty 1.2": {"repetition_penalty": 1.2},
+    "presence penalty 1": {"presence_penalty": 1.0},
+    "frequency penalty 0.5": {"frequency_penalty": 0.5},
+    "JSON Schema": {"json_schema": SCHEMA},
+    "regular expression of words": {"regex": r"( [a-z]+)+\."},
 }
 GRAMMARS: dict[str, Callable[[Vocabulary], Grammar]] = {
     "JSON Schema": lambda vocabulary: json_grammar(vocabulary, SCHEMA),
@@ -207,6 +224,43 @@ def grammar_report(folder: Path, made: GraphEngine) -> None:
         )
 
 
+def acceptance_report(folder: Path) -> None:
+    """Print how many of 4 drafts a round are accepted under each rule, for the built-in pair on held-out beginnings.
+
+    Args:
+        folder: for the bundle.
+    """
+    pair = open_pair(PAIR / "target", PAIR / "drafter")
+    export_bundle(pair, folder / "bundle", ExportOptions("onnx", RECIPES["fp32"], max_seq_len=256))
+    decoder = open_decoder(folder / "bundle", threads=1)
+    assert decoder.tokenizer is not None
+    prompts = [decoder.tokenizer.encode(text)[:12] for text in documents()[1][:TEXTS]]
+    print(f"accepted drafts, {TEXTS} texts of the built-in pair, up to {NEW_TOKENS} tokens, greedy and sampled:")
+    for name, options in ACCEPTANCE.items():
+        shares = []
+        for temperature in (0.0, 1.0):
+            total, forced = Counter[str](), Counter[str]()
+            for seed, prompt in enumerate(prompts):
+                stream = decoder.stream(
+                    prompt,
+                    max_new_tokens=NEW_TOKENS,
+                    num_draft_tokens=4,
+                    temperature=temperature,
+                    top_p=1.0,
+                    seed=seed,
+                    **options,
+                )
+                for _ in stream:
+                    pass
+                for source, counts in stream.stats.sources.items():
+                    (forced if source == GRAMMAR else total).update(vars(counts))
+            shares.append(
+                f"{total['accepted'] / total['drafted']:4.0%} of the drafter's"
+                + (f", {forced['accepted']} of {forced['drafted']} forced" if forced else "")
+            )
+        print(f"  {name:30} {'; '.join(shares)}")
+
+
 def main() -> None:
     """Print the report."""
     generator = np.random.default_rng(0)
@@ -214,6 +268,7 @@ def main() -> None:
         made = engine(Path(folder), generator)
         rules_report(made, generator)
         grammar_report(Path(folder), made)
+        acceptance_report(Path(folder))
 
 
 if __name__ == "__main__":
