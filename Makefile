@@ -26,6 +26,7 @@ bench: .venv/installed
 	$(BIN)/python -m exporter.studies.recipe_speed
 	$(BIN)/python -m exporter.studies.draft_planning
 	$(BIN)/python -m exporter.studies.kernel_bytes
+	$(BIN)/python -m exporter.studies.logits_stage
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ traceback_option = click.option(
 # Modules that are not among the base dependencies, and the extra that installs each.
 EXTRAS = {
     **dict.fromkeys(("executorch", "torchao"), "executorch"),
+    "llguidance": "grammar",
     **dict.fromkeys(("matplotlib", "onnx", "onnx_ir", "onnxscript", "safetensors", "sklearn", "torch"), "export"),
 }
 

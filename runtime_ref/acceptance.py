@@ -1,6 +1,6 @@
 """Which drafts a verify pass accepts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -45,7 +45,7 @@ def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def accept(drafts: Sequence[int], choices: Sequence[int]) -> tuple[int, list[int]]:
+def accept(drafts: Sequence[int], choices: Iterable[int]) -> tuple[int, list[int]]:
     """Accept the longest prefix of the drafts that equals the target's own choices, and add the bonus token.
 
     Unlike the rejection sampling of Leviathan et al. (2023), which weighs probabilities, this compares tokens. Noise
@@ -54,10 +54,15 @@ def accept(drafts: Sequence[int], choices: Sequence[int]) -> tuple[int, list[int
 
     Args:
         drafts: K draft tokens.
-        choices: the target's K+1 choices: after the last token of the text, after the first draft, and so on.
+        choices: the target's K+1 choices: after the last token of the text, after the first draft, and so on. None is
+            taken after the first that is no draft, so what chooses them sees the tokens of the text and no others.
 
     Returns:
         How many drafts were accepted, and the tokens that the round adds: the accepted drafts and one more.
     """
-    accepted = common_prefix(drafts, choices)
-    return accepted, list(choices[: accepted + 1])
+    tokens: list[int] = []
+    for choice in choices:
+        tokens.append(choice)
+        if len(tokens) > len(drafts) or drafts[len(tokens) - 1] != choice:
+            break
+    return len(tokens) - 1, tokens

@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,38 @@ def stop_strings(stop: Any) -> tuple[str, ...]:
         if not isinstance(text, str) or not text:
             raise InputError(f"a stop string is {'empty' if text == '' else _shown(text)}: expected some text")
     return texts
+
+
+def suppressed_ids(suppress: Any) -> frozenset[int]:
+    """Return ids of suppressed tokens as a set.
+
+    Args:
+        suppress: whole numbers, or an array of numpy or torch with one dimension.
+
+    Raises:
+        InputError: it is of another form.
+    """
+    if isinstance(suppress, str | bytes | Mapping) or not isinstance(suppress, Iterable):
+        raise InputError(f"suppress is {_shown(suppress)}, expected a list of token ids")
+    return frozenset(integer("a suppressed token id", token) for token in suppress)
+
+
+def biases(logit_bias: Any) -> dict[int, float]:
+    """Return biases by token id as a dict of ints and floats.
+
+    Args:
+        logit_bias: a mapping, or None for no bias.
+
+    Raises:
+        InputError: it is of another form.
+    """
+    if logit_bias is None:
+        return {}
+    if not isinstance(logit_bias, Mapping):
+        raise InputError(f"logit_bias is {_shown(logit_bias)}, expected numbers by token id, such as {{42: -1.5}}")
+    return {
+        integer("a token id of logit_bias", token): number("a logit bias", bias) for token, bias in logit_bias.items()
+    }
 
 
 def directory(path: Any) -> Path:

@@ -9,7 +9,9 @@ from runtime_ref.draft_length import DraftLength
 from runtime_ref.drafts import FixedDrafts, PlannedDrafts
 from runtime_ref.engine import Engine
 from runtime_ref.errors import InputError
+from runtime_ref.grammar import Grammar
 from runtime_ref.manifest import Manifest
+from runtime_ref.rules import RuledChooser, Rules, check_rules, text_chooser
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
@@ -22,11 +24,15 @@ class Options:
         max_new_tokens: the largest number of tokens to generate, at least 1.
         num_draft_tokens: K of every round; 0 is plain decoding, None lets a `DraftLength` plan each round.
         sampling: how tokens are chosen.
+        rules: what changes logits before that.
+        grammar: what the answer must match; None for any text.
     """
 
     max_new_tokens: int = 128
     num_draft_tokens: int | None = 0
     sampling: Sampling = field(default_factory=Sampling)
+    rules: Rules = field(default_factory=Rules)
+    grammar: Grammar | None = None
 
 
 def generate(
@@ -40,12 +46,12 @@ def generate(
     Args:
         engine: a loaded bundle.
         prompt: token ids, the first of them the beginning-of-text token.
-        options: budget, drafting and sampling.
+        options: budget, drafting, sampling and rules.
         stats: counts of this text, which are added to.
         planner: plans the rounds if `options.num_draft_tokens` is None; keep it from text to text, so that it learns.
 
     Raises:
-        InputError: as `check_prompt` and `check_options`.
+        InputError: as `check_prompt` and `check_options`, or the rules leave no token to choose.
         ValueError: rounds are to be planned, and there is no planner.
     """
     for done in rounds(engine, prompt, options, stats, planner):
@@ -65,13 +71,13 @@ def rounds(
     Args:
         engine: a loaded bundle.
         prompt: token ids, the first of them the beginning-of-text token.
-        options: budget, drafting and sampling.
+        options: budget, drafting, sampling and rules.
         stats: counts of this text, which are added to.
         planner: plans the rounds if `options.num_draft_tokens` is None.
         start: how many tokens of the prompt are in the engine's cache already.
 
     Raises:
-        InputError: as `check_prompt` and `check_options`.
+        InputError: as `check_prompt` and `check_options`, or the rules leave no token to choose.
         ValueError: rounds are to be planned, and there is no planner.
     """
     manifest = engine.manifest
@@ -79,10 +85,12 @@ def rounds(
     check_options(manifest, options)
     room = manifest.max_seq_len - len(prompt)
     budget, out_of_budget = min((options.max_new_tokens, "length"), (room, "max_seq_len"))
-    drafts = _drafts(engine, options, prompt, planner)
+    rules = text_chooser(engine, prompt, options.sampling, options.rules, options.grammar)
+    chooser = options.sampling if rules is None else rules
+    drafts = _drafts(engine, options, prompt, planner, rules)
     stats.begin(start)
     started = time.perf_counter()
-    done, source = engine.prefill(prompt, options.sampling, start), None
+    done, source = engine.prefill(prompt, chooser, start), None
     stats.prefill_seconds = time.perf_counter() - started
     left = budget
     while True:
@@ -100,20 +108,24 @@ def rounds(
         # The bonus token takes one token of the budget as well.
         proposed = drafts.make(done.tokens[-1], min(manifest.max_draft_tokens, left - 1))
         drafted = time.perf_counter()
-        done, source = engine.verify(done.tokens[-1], proposed, options.sampling), drafts.source
+        done, source = engine.verify(done.tokens[-1], proposed, chooser), drafts.source
         ended = time.perf_counter()
         drafts.learn(done, drafted - started, ended - drafted)
         stats.decode_seconds += ended - started
 
 
 def _drafts(
-    engine: Engine, options: Options, prompt: Sequence[int], planner: DraftLength | None
+    engine: Engine,
+    options: Options,
+    prompt: Sequence[int],
+    planner: DraftLength | None,
+    rules: RuledChooser | None,
 ) -> FixedDrafts | PlannedDrafts:
     if options.num_draft_tokens is not None:
-        return FixedDrafts(engine, options.num_draft_tokens)
+        return FixedDrafts(engine, options.num_draft_tokens, rules)
     if planner is None:
         raise ValueError("num_draft_tokens is None: rounds must be planned, but there is no DraftLength")
-    return PlannedDrafts(engine, planner, prompt)
+    return PlannedDrafts(engine, planner, prompt, rules)
 
 
 def check_options(manifest: Manifest, options: Options) -> None:
@@ -124,7 +136,8 @@ def check_options(manifest: Manifest, options: Options) -> None:
         options: what the caller asks for.
 
     Raises:
-        InputError: K is negative or beyond what the bundle was exported for, or no new token is asked for.
+        InputError: K is negative or beyond what the bundle was exported for, no new token is asked for, or a rule names
+            a token that the bundle does not have.
     """
     drafts, max_drafts = options.num_draft_tokens, manifest.max_draft_tokens
     if drafts is not None and not 0 <= drafts <= max_drafts:
@@ -133,6 +146,7 @@ def check_options(manifest: Manifest, options: Options) -> None:
         )
     if options.max_new_tokens < 1:
         raise InputError(f"{options.max_new_tokens} new tokens were asked for, expected at least 1")
+    check_rules(manifest, options.rules)
 
 
 def check_prompt(manifest: Manifest, prompt: Sequence[int]) -> None:

@@ -30,7 +30,7 @@ class Plan:
     """The drafts of the next round.
 
     Attributes:
-        source: `costs.DRAFTER`, or a name of prompt lookup (`drafts.LOOKUP_SOURCES`).
+        source: `costs.DRAFTER`, a name of prompt lookup (`drafts.LOOKUP_SOURCES`), or `drafts.GRAMMAR`.
         num_draft_tokens: K, 0 for a plain pass.
     """
 
@@ -148,16 +148,18 @@ class DraftLength:
         """
         self._acceptance(source).update(drafted, accepted)
 
-    def record_loss(self, plan: Plan, tokens: int) -> None:
+    def record_loss(self, plan: Plan, tokens: int, verified: int) -> None:
         """Add a round's time, less the time of as many tokens by plain decoding, to the loss.
 
         Args:
             plan: the round's plan.
             tokens: how many tokens the round added.
+            verified: how many of the plan's drafts were verified: fewer where rules forbid some.
         """
-        self._loss_passes += self.costs.relative(plan.source, plan.num_draft_tokens) - tokens * (
-            1 + LOSS_PASSES_PER_TOKEN
-        )
+        cost = self.costs.relative(plan.source, plan.num_draft_tokens)
+        if verified < plan.num_draft_tokens:
+            cost += self.costs.relative("", verified) - self.costs.relative("", plan.num_draft_tokens)
+        self._loss_passes += cost - tokens * (1 + LOSS_PASSES_PER_TOKEN)
         self._loss_passes = max(self._loss_passes, -MAX_SAVED_PASSES)
 
     def _affordable(self, source: str, drafts: int) -> bool:

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import MANIFEST, Manifest, Progress, changed_files, read_manifest
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
-from runtime_ref.sampling import Sampling
+from runtime_ref.sampling import Chooser
 from runtime_ref.tables import Table
 
 # Backend -> the module with its `load_graphs`, imported when a bundle needs it: a runtime may not be installed.
@@ -28,12 +30,12 @@ class Engine(Protocol):
     manifest: Manifest
     position: int
 
-    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+    def prefill(self, tokens: Sequence[int], sampling: Chooser, start: int = 0) -> Round:
         """Run a prompt and choose the token after it.
 
         Args:
             tokens: token ids of the whole prompt, at least one.
-            sampling: how the token is chosen.
+            sampling: chooses the token.
             start: how many of the tokens are in the cache already, fewer than all of them.
 
         Returns:
@@ -58,16 +60,31 @@ class Engine(Protocol):
         """
         ...
 
-    def verify(self, last: int, drafts: Sequence[int], sampling: Sampling) -> Round:
+    def verify(self, last: int, drafts: Sequence[int], sampling: Chooser) -> Round:
         """Run the newest token and the drafts after it, accept drafts, and roll the cache back.
 
         Args:
             last: id of the newest token, which is not in the cache yet.
             drafts: K draft tokens; none is plain decoding.
-            sampling: how tokens are chosen.
+            sampling: chooses the tokens. It is asked row after row, up to the first token that is no draft.
 
         Returns:
             The round, of 1 to K+1 tokens.
+        """
+        ...
+
+    def score(self, state: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+        """Compute logits of any tokens from a state and the target's head, in float64.
+
+        Where the graph rounds what it multiplies with the head, its own logits differ from these by that rounding.
+        Suppressed tokens of the bundle get their logits like any other.
+
+        Args:
+            state: [E] float32, the target's, as `Chooser.pick` gets it.
+            ids: n token ids.
+
+        Returns:
+            [n] float32, after the softcap.
         """
         ...
 

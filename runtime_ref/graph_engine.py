@@ -6,10 +6,11 @@ from typing import Protocol
 import numpy as np
 
 from runtime_ref.acceptance import Round, accept
-from runtime_ref.manifest import EMBEDDING, PER_LAYER, SLIDE_ROWS, Manifest, round_up
-from runtime_ref.sampling import Sampling, choose, log_probabilities
+from runtime_ref.manifest import EMBEDDING, HEAD, PER_LAYER, SLIDE_ROWS, Manifest, round_up
+from runtime_ref.sampling import Chooser
 
 CACHE_STEP_ROWS = 256  # the cache grows by these: short texts stay small, and growing is too rare to matter
+SCORED_ROWS = 2048  # rows of the head that are converted at a time: 25 MB in float64 for E2B
 
 
 class BoundGraph(Protocol):
@@ -74,7 +75,7 @@ class GraphEngine:
         self._state = np.zeros((1, manifest.hidden_size), np.float32)
         self.cache: dict[str, np.ndarray] = {kv.name: np.zeros(kv.shape(0), kv.dtype) for kv in manifest.kv}
 
-    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+    def prefill(self, tokens: Sequence[int], sampling: Chooser, start: int = 0) -> Round:
         """Run a prompt and choose the token after it, as `Engine.prefill`."""
         for first, chunk in chunks(tokens, self.manifest.limits["num_tokens"], start):
             self.position = first
@@ -86,23 +87,38 @@ class GraphEngine:
         """Return whether the cache has every row that tokens from `position` on attend to, as `Engine.can_resume`."""
         return self.window_start <= self._window_start(position)
 
-    def verify(self, last: int, drafts: Sequence[int], sampling: Sampling) -> Round:
+    def verify(self, last: int, drafts: Sequence[int], sampling: Chooser) -> Round:
         """Run the newest token and the drafts after it, as `Engine.verify`."""
         logits, ids, states = self.run_target([last, *drafts], range(len(drafts) + 1))
         self.position += 1
         return self._finish(drafts, logits, ids, states, sampling)
 
     def _finish(
-        self, drafts: Sequence[int], logits: np.ndarray, ids: np.ndarray, states: np.ndarray, sampling: Sampling
+        self, drafts: Sequence[int], logits: np.ndarray, ids: np.ndarray, states: np.ndarray, sampling: Chooser
     ) -> Round:
         """Choose tokens from a pass's outputs, the first for the token at `position`; accept drafts and roll back."""
-        ranks = [choose(row, self.position + i, sampling) for i, row in enumerate(logits)]
-        accepted, tokens = accept(drafts, [int(row[rank]) for row, rank in zip(ids, ranks, strict=True)])
+        logprobs: list[float] = []
+
+        def choices() -> Iterator[int]:
+            for i, row in enumerate(zip(logits, ids, states, strict=True)):
+                token, logprob = sampling.pick(*row, self.position + i)
+                logprobs.append(logprob)
+                yield token
+
+        accepted, tokens = accept(drafts, choices())
         # Rollback is by position alone: rejected rows are masked, and overwritten by the next pass.
         self.position += accepted
         self._state = states[accepted : accepted + 1]
-        logprobs = log_probabilities(logits[: accepted + 1])
-        return Round(drafts, accepted, tokens, [float(row[rank]) for row, rank in zip(logprobs, ranks, strict=False)])
+        return Round(drafts, accepted, tokens, logprobs)
+
+    def score(self, state: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+        """Compute logits of any tokens from a state, as `Engine.score`."""
+        head = self.tables[HEAD] if HEAD in self.tables else self.tables[EMBEDDING]
+        exact = state.astype(np.float64)
+        rows = (head[chunk].astype(np.float64) for _, chunk in chunks(ids, SCORED_ROWS))
+        products = np.concatenate([part @ exact for part in rows] or [np.empty(0)])
+        softcap = self.manifest.raw["target"].get("final_logit_softcapping")
+        return (softcap * np.tanh(products / softcap) if softcap else products).astype(np.float32)
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
         """Return draft tokens after the newest token, as `Engine.draft`."""

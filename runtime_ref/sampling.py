@@ -1,6 +1,7 @@
 """Choose a token from the target's largest logits, with noise that belongs to the position and not to the call."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -11,9 +12,27 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's increment
 _MASK = (1 << 64) - 1
 
 
+class Chooser(Protocol):
+    """What chooses the tokens of a text, one after the other. `Sampling` is one, `rules.RuledChooser` another."""
+
+    def pick(self, logits: np.ndarray, ids: np.ndarray, state: np.ndarray, position: int) -> tuple[int, float]:
+        """Choose the next token of the text, which counts as part of it from now on.
+
+        Args:
+            logits: [k] float32, the target's largest, in falling order.
+            ids: [k] int64, their token ids.
+            state: [E] float32, the target's state of the same row.
+            position: index of the token in the whole text, prompt included.
+
+        Returns:
+            The token's id, and the natural logarithm of its probability for the target (`log_probabilities`).
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; the default is greedy.
+    """How tokens are chosen; the default is greedy. It has no history: each choice depends on its row alone.
 
     Attributes:
         temperature: divides the logits, 0 or more; 0 is greedy.
@@ -43,6 +62,11 @@ class Sampling:
             )
         if not 0 <= self.seed <= _MASK:
             raise InputError(f"seed is {self.seed}, expected 0 to 2**64 - 1")
+
+    def pick(self, logits: np.ndarray, ids: np.ndarray, state: np.ndarray, position: int) -> tuple[int, float]:
+        """Choose a token by `choose`, as `Chooser.pick`."""
+        rank = choose(logits, position, self)
+        return int(ids[rank]), float(log_probabilities(logits)[rank])
 
 
 def uniform(seed: int, position: int) -> float:

@@ -2,20 +2,31 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime_ref.acceptance import common_prefix
-from runtime_ref.arguments import directory, integer, number, stop_strings, text, token_ids
+from runtime_ref.arguments import (
+    biases,
+    directory,
+    integer,
+    number,
+    stop_strings,
+    suppressed_ids,
+    text,
+    token_ids,
+)
 from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message, Tool, open_template
 from runtime_ref.costs import load_costs, save_costs
 from runtime_ref.decoder import Options, check_options, check_prompt, rounds
 from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import Engine, open_engine
 from runtime_ref.errors import InputError
+from runtime_ref.grammar import Grammar, Vocabulary, json_grammar, regex_grammar
 from runtime_ref.manifest import Progress
+from runtime_ref.rules import Rules
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 from runtime_ref.text_parts import ANSWER, THOUGHT, TOOL_CALL, PartTracker
@@ -81,6 +92,7 @@ class Decoder:
         self._save = save
         self.current: Stream | None = None
         self.cached: Stream | None = None  # the stream whose keys and values are in the engine's cache
+        self._vocabulary: Vocabulary | None = None  # made for the first grammar
 
     def stream(
         self,
@@ -93,6 +105,13 @@ class Decoder:
         top_k: int | None = None,
         seed: int = 0,
         stop: Sequence[str] = (),
+        suppress: Sequence[int] = (),
+        logit_bias: Mapping[int, float] | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        json_schema: str | Mapping[str, Any] | None = None,
+        regex: str | None = None,
     ) -> "Stream":
         """Continue a prompt. The same seed gives the same tokens, whatever is drafted.
 
@@ -105,13 +124,21 @@ class Decoder:
             top_k: how many of the largest logits to keep, 1 to 64; None for the checkpoint's recommendation.
             seed: of the noise, 0 to 2**64 - 1.
             stop: strings that end the text; they are not part of it.
+            suppress: ids of tokens that are never chosen.
+            logit_bias: by token id, what is added to its logit, -100 to 100.
+            repetition_penalty: divides positive logits of tokens of the prompt and the answer, and multiplies others;
+                0.01 to 100, 1 is none.
+            presence_penalty: subtracted from logits of tokens of the answer, -2 to 2.
+            frequency_penalty: subtracted for each time that a token is in the answer, -2 to 2.
+            json_schema: JSON Schema that the answer fulfils, as a text or parsed. Needs the extra `grammar`.
+            regex: regular expression that the whole answer matches. Needs the extra `grammar`.
 
         Returns:
             The new text's stream, which ends any other of this decoder.
 
         Raises:
-            InputError: the prompt cannot be run, an option is of another kind or out of its range, or there is text to
-                read or write and the bundle has no tokenizer.
+            InputError: the prompt cannot be run, an option is of another kind or out of its range, a grammar cannot be
+                used, or there is text to read or write and the bundle has no tokenizer.
         """
         defaults = self.engine.manifest.sampling
         sampling = Sampling(
@@ -121,7 +148,16 @@ class Decoder:
             integer("top_k", defaults.top_k if top_k is None else top_k),
         )
         drafts = None if num_draft_tokens is None else integer("num_draft_tokens", num_draft_tokens)
-        options, stop = Options(integer("max_new_tokens", max_new_tokens), drafts, sampling), stop_strings(stop)
+        rules = Rules(
+            suppressed_ids(suppress),
+            biases(logit_bias),
+            number("repetition_penalty", repetition_penalty),
+            number("presence_penalty", presence_penalty),
+            number("frequency_penalty", frequency_penalty),
+        )
+        grammar = self._grammar(json_schema, regex)
+        options = Options(integer("max_new_tokens", max_new_tokens), drafts, sampling, rules, grammar)
+        stop = stop_strings(stop)
         if self.tokenizer is None and (isinstance(prompt, str) or stop):
             raise InputError(
                 f"{self.bundle}: has no {TOKENIZER}; pass --prompt-ids and no stop strings, or export a checkpoint that"
@@ -164,6 +200,17 @@ class Decoder:
         if self.template is None:
             raise InputError(f"{self.bundle}: {NO_TEMPLATE}")
         return self.stream(self.template.prompt(messages, tools, thinking), **options)
+
+    def _grammar(self, json_schema: Any, regex: Any) -> Grammar | None:
+        """Compile what the answer must match."""
+        if json_schema is None and regex is None:
+            return None
+        if json_schema is not None and regex is not None:
+            raise InputError("both json_schema and regex are given, expected one of them")
+        self._vocabulary = self._vocabulary or Vocabulary(self.bundle, self.engine.manifest)
+        if regex is not None:
+            return regex_grammar(self._vocabulary, text("regex", regex))
+        return json_grammar(self._vocabulary, json_schema)
 
     def forget(self) -> None:
         """Let the next prompt be run as a whole, whatever it shares with the last text."""

@@ -83,7 +83,12 @@ def unpack(rows: np.ndarray, encoding: str, columns: int) -> np.ndarray:
     if encoding == "int8":
         return rows.view(np.int8)[:, :columns].astype(np.float32)
     bits = ENCODING_BITS[encoding]
-    if bits < 8:
+    if bits in (2, 4):  # several whole numbers in a byte
+        whole = np.empty((len(rows), rows.shape[1] * (8 // bits)), np.uint8)
+        for i in range(8 // bits):
+            whole[:, i :: 8 // bits] = rows >> np.uint8(i * bits) & np.uint8(2**bits - 1)
+        rows = whole
+    elif bits < 8:
         stream = np.unpackbits(rows, axis=1, count=columns * bits, bitorder="little")
         rows = np.packbits(stream.reshape(-1, bits), axis=1, bitorder="little").reshape(len(rows), columns)
     return rows[:, :columns].astype(np.float32) - np.float32(2 ** (bits - 1))

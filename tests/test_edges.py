@@ -189,13 +189,22 @@ ANYTHING = st.one_of(
     st.sampled_from(VALUES), st.recursive(st.none() | st.integers() | st.floats() | st.text(), st.lists)
 )
 
+OPTIONS = (
+    *("max_new_tokens", "num_draft_tokens", "temperature", "top_p", "top_k", "seed", "stop", "suppress", "logit_bias"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "json_schema", "regex"),
+)
+
 
 @fuzz
 @given(
     prompt=st.one_of(st.lists(st.integers(-1, 2100), max_size=5), st.text(max_size=9), ANYTHING),
     options=st.dictionaries(
-        st.sampled_from(("max_new_tokens", "num_draft_tokens", "temperature", "top_p", "top_k", "seed", "stop")),
-        st.one_of(ANYTHING, st.integers(0, 9), st.floats(0, 2), st.lists(st.text(min_size=1), max_size=2)),
+        st.sampled_from(OPTIONS),
+        st.one_of(
+            *(ANYTHING, st.integers(0, 9), st.floats(0, 2), st.lists(st.text(min_size=1), max_size=2)),
+            *(st.dictionaries(st.integers(0, 300), st.floats(-100, 100)), st.text("ab(|)*[]^{,2}\\\\.?+", max_size=12)),
+            spoilt({"type": "object", "properties": {"a": {"enum": [1, "b"]}}, "required": ["a"]}),
+        ),
     ),
 )
 def test_streams_of_any_arguments(prompt: Any, options: dict[str, Any], decoder: Decoder) -> None:

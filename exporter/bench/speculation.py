@@ -11,7 +11,7 @@ from runtime_ref.acceptance import Round
 from runtime_ref.decoder import Options, generate
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import round_up
-from runtime_ref.sampling import Sampling
+from runtime_ref.sampling import Chooser
 from runtime_ref.stats import Stats
 
 MIN_TURNS, MAX_TURNS = 3, 12
@@ -94,12 +94,12 @@ class ForcedEngine(GraphEngine):
     scheduled = 0
     _start: tuple[list[int], int, Round, np.ndarray] | None = None
 
-    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+    def prefill(self, tokens: Sequence[int], sampling: Chooser, start: int = 0) -> Round:
         """Return to the end of the prompt if the last prefill was of the same tokens and its rows are still there.
 
         Args:
             tokens: token ids of the prompt.
-            sampling: how the first token is chosen.
+            sampling: chooses the first token.
             start: how many tokens of the prompt are in the cache already.
 
         Returns:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli.options import PATH, DraftTokens, bundle_argument, json_option, prompt_ids_option
+from exporter.cli.rule_options import rule_options, rules_of
 from exporter.terminal import err, print_json, progress_bar
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
@@ -76,6 +77,7 @@ FROM_CHECKPOINT = "the checkpoint's"
     show_default=FROM_CHECKPOINT,
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Seed of sampling.")
+@rule_options
 @json_option
 def generate(
     bundle: Path,
@@ -95,6 +97,7 @@ def generate(
     top_k: int | None,
     seed: int,
     as_json: bool,
+    **rules: Any,
 ) -> None:
     """Generate text with a bundle: continue a prompt, or chat.
 
@@ -130,6 +133,7 @@ def generate(
         "top_k": top_k,
         "seed": seed,
         "stop": stop,
+        **rules_of(rules),
     }
     if interactive:
         converse(decoder, options, system, functions, thinking)

@@ -15,6 +15,7 @@ from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import load_engine
 from runtime_ref.graph_engine import CACHE_STEP_ROWS, GraphEngine
 from runtime_ref.manifest import read_manifest
+from runtime_ref.rules import Rules
 from runtime_ref.sampling import Sampling, choose
 from runtime_ref.stats import Stats
 from tests.exports import SMALL_BUNDLES
@@ -76,6 +77,21 @@ def test_speculative_equals_plain(engine: ScriptedEngine, sampling: Sampling, le
         expected = run(engine, start, Options(budget, 0, sampling))[0]
         engine.answer, engine.prompt_length = tuple(expected), len(start)
         assert run(engine, start, Options(budget, None, sampling), planner)[0] == expected
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_speculative_equals_plain_under_rules(engine: ScriptedEngine, sampling: Sampling) -> None:
+    """Also where logits of other tokens come from the state of a row of a verify pass."""
+    random.seed(1)
+    rules = Rules(frozenset(range(5)), {7: 3.0, 8: -2.0}, 0.9, 0.5, -0.1)
+    prompt = prompt_of(engine, 5)
+    plain, _ = run(engine, prompt, Options(60, 0, sampling, rules))
+    assert plain != run(engine, prompt, Options(60, 0, sampling))[0]
+    engine.answer, engine.prompt_length, engine.mistakes = tuple(plain), len(prompt), 0.3
+    for drafts in (3, 8):
+        actual, stats = run(engine, prompt, Options(60, drafts, sampling, rules))
+        assert actual == plain
+        assert 0 < stats.accepted < stats.drafted
 
 
 def test_end_tokens_stop_inside_a_draft(engine: ScriptedEngine) -> None:

@@ -99,3 +99,11 @@ def test_a_missing_runtime_is_one_line(bundle: Callable[..., Path], tmp_path: Pa
     assert re.fullmatch(
         r"error: .*backend onnx cannot be imported \(.*\); pip install 'gemma-mtp-export'\n", result.stderr
     )
+
+
+def test_a_missing_grammar_library_is_one_line(bundle: Callable[..., Path]) -> None:
+    result = run_without(["llguidance"], "generate", bundle("demo"), "--prompt", "a", "--regex", "a")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: structured output needs llguidance, .*; pip install 'gemma-mtp-export\[grammar\]'\n", result.stderr
+    )

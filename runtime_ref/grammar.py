@@ -1,0 +1,238 @@
+"""Structured output: which tokens may come next in a text that must match a JSON Schema or a regular expression.
+
+The library llguidance computes them; it is imported when a grammar is asked for (the extra `grammar`).
+"""
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime_ref.errors import InputError
+from runtime_ref.manifest import Manifest
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+log = logging.getLogger(__name__)
+
+# JSON texts are written as Python's json.dumps writes them: most of what lies between two values is forced then, and a
+# model that wants to leave the schema cannot write blanks up to its budget. `x-guidance` in a schema says otherwise.
+JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Vocabulary:
+    """The tokens of a bundle as grammars see them: the bytes of each, and which end a text. Making it takes seconds.
+
+    Attributes:
+        size: V; ids beyond the tokenizer are allowed by no grammar.
+        ends: ids of the tokens that end a text.
+        tokenizer: llguidance's.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        """Read the tokens of a bundle's tokenizer.json.
+
+        Args:
+            bundle: directory of the bundle.
+            manifest: the bundle's.
+
+        Raises:
+            InputError: llguidance is not installed, the bundle has no tokenizer or one that cannot be read, or no token
+                ends a text, so that an answer that is complete could not end.
+        """
+        try:
+            from llguidance import LLTokenizer
+        except ImportError as error:
+            raise InputError(
+                f"structured output needs llguidance, which cannot be imported ({error}); pip install"
+                " 'gemma-mtp-export[grammar]'"
+            ) from error
+        from runtime_ref.tokenizer import TOKENIZER, read_tokenizer
+
+        path = bundle / TOKENIZER
+        if not path.exists():
+            raise InputError(
+                f"{bundle}: has no {TOKENIZER}, which structured output needs; export a checkpoint with one"
+            )
+        tokenizer = read_tokenizer(path, "export the bundle again")
+        self.size, self.ends = manifest.vocab_size, manifest.eos
+        ends = sorted(token for token in self.ends if tokenizer.id_to_token(token) is not None)
+        if not ends:
+            raise InputError(f"{bundle}: has no token that ends a text, so no structured output could end")
+        try:
+            self.tokenizer: LLTokenizer = LLTokenizer(tokenizer.to_str(), eos_token=ends)
+        except ValueError as error:
+            raise InputError(f"{path}: cannot be used for structured output ({_line(error)})") from error
+
+
+class Grammar:
+    """What a text must match, compiled for a vocabulary; each text begins with `begin`."""
+
+    def __init__(self, vocabulary: Vocabulary, source: str, what: str) -> None:
+        """Compile a grammar; `json_grammar` and `regex_grammar` call this.
+
+        Args:
+            vocabulary: the bundle's.
+            source: the grammar, in llguidance's form.
+            what: names it in messages.
+
+        Raises:
+            InputError: the grammar is malformed, uses what llguidance does not know, or matches no text.
+        """
+        from llguidance import LLMatcher
+
+        self._vocabulary, self._what = vocabulary, what
+        self._matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0)
+        for warning in self._matcher.get_grammar_warnings():
+            log.warning("%s: %s", what, _line(warning))
+        probe = self._matcher.deep_copy()
+        if not probe.is_error():
+            probe.compute_bitmask()  # some errors are found when tokens are first asked for
+        if probe.is_error():
+            raise InputError(f"{what} cannot be used ({_line(probe.get_error())})")
+
+    def begin(self, binds: bool = True, gate: Callable[[int], bool] = lambda token: True) -> "GrammarText":
+        """Begin a text.
+
+        Args:
+            binds: whether the first token must match the grammar.
+            gate: called with each token of the text in turn; says whether the next token must match the grammar. What
+                need not match, such as a thought, is no part of what is matched.
+        """
+        return GrammarText(self._matcher.deep_copy(), self._vocabulary, self._what, binds, gate)
+
+
+class GrammarText:
+    """A text on its way through a grammar.
+
+    Attributes:
+        binds: whether the next token must match the grammar.
+    """
+
+    def __init__(
+        self, matcher: "LLMatcher", vocabulary: Vocabulary, what: str, binds: bool, gate: Callable[[int], bool]
+    ) -> None:
+        """Begin a text; `Grammar.begin` calls this.
+
+        Args:
+            matcher: of this text alone.
+            vocabulary: the bundle's.
+            what: names the grammar in messages.
+            binds: as for `Grammar.begin`.
+            gate: as for `Grammar.begin`.
+        """
+        self._matcher, self._ends, self._what, self._gate = matcher, vocabulary.ends, what, gate
+        self._num_known, self._mask_bytes = vocabulary.tokenizer.vocab_size, -(-vocabulary.size // 8)
+        self.binds = binds
+
+    def mask(self) -> np.ndarray | None:
+        """Return which tokens may come next; None if any may.
+
+        End tokens may come where the text may end, and nothing else where it must.
+
+        Returns:
+            [ceil(V / 8)] uint8, a bit for each token id, the lowest bit first.
+
+        Raises:
+            InputError: llguidance reached one of its limits, because the grammar is too complex.
+        """
+        if not self.binds:
+            return None
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: self._mask_bytes]
+        self._check()
+        return np.concatenate([bits, np.zeros(self._mask_bytes - len(bits), np.uint8)])
+
+    def commit(self, token: int) -> None:
+        """Go on by a token, which `mask` allowed.
+
+        Args:
+            token: id of the text's next token.
+        """
+        if token in self._ends:
+            self.binds = False  # of what is chosen after an end token nothing is kept
+            return
+        if self.binds:
+            self._matcher.consume_token(token)
+            self._check()
+        self.binds = self._gate(token)
+
+    def forced(self, max_tokens: int) -> Sequence[int]:
+        """Return the tokens that spell what must come next, as the tokenizer cuts it; none where there is a choice.
+
+        Args:
+            max_tokens: the largest number of tokens.
+        """
+        if not self.binds:
+            return []
+        if self._matcher.is_stopped():  # complete
+            return [min(self._ends)][:max_tokens] if len(self._ends) == 1 else []
+        return list(self._matcher.compute_ff_tokens())[:max_tokens]
+
+    def num_allowed(self, drafts: Sequence[int]) -> int:
+        """Return how many of the drafts may come next, in their order; all, where the grammar does not bind.
+
+        Args:
+            drafts: token ids.
+        """
+        if not self.binds:
+            return len(drafts)
+        if self._matcher.is_stopped():
+            return int(len(drafts) > 0 and drafts[0] in self._ends)
+        # To ask for an id beyond the tokenizer would spoil the matcher.
+        known = itertools.takewhile(lambda token: token < self._num_known, drafts)
+        return int(self._matcher.validate_tokens(list(known)))
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InputError(f"{self._what} cannot be followed ({_line(self._matcher.get_error())})")
+
+
+def json_grammar(vocabulary: Vocabulary, schema: str | Mapping[str, Any]) -> Grammar:
+    """Return the grammar of JSON texts that a JSON Schema describes.
+
+    Args:
+        vocabulary: the bundle's.
+        schema: the schema, as a JSON text or parsed.
+
+    Raises:
+        InputError: it is no JSON, no schema, or uses a keyword that llguidance does not know.
+    """
+    from llguidance import LLMatcher
+
+    try:
+        document = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(document, Mapping):
+            raise InputError(f"the JSON schema is {_line(json.dumps(document))}, expected an object")
+        source = LLMatcher.grammar_from_json_schema(json.dumps(dict(document)), defaults=JSON_OPTIONS)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"the JSON schema is not valid JSON ({_line(error)})") from error
+    return Grammar(vocabulary, source, "the JSON schema")
+
+
+def regex_grammar(vocabulary: Vocabulary, regex: str) -> Grammar:
+    """Return the grammar of texts that a regular expression matches from their first to their last character.
+
+    Args:
+        vocabulary: the bundle's.
+        regex: in the syntax of Rust's crate `regex`, without look-around and back-references.
+
+    Raises:
+        InputError: it is malformed, or uses what llguidance does not know.
+    """
+    from llguidance import LLMatcher
+
+    try:
+        source = LLMatcher.grammar_from_regex(regex)
+    except UnicodeEncodeError as error:
+        raise InputError(f"the regular expression is not valid UTF-8 ({error.reason})") from error
+    return Grammar(vocabulary, source, "the regular expression")
+
+
+def _line(message: object) -> str:
+    """A message of llguidance in one line, without the state of its parser and shortened."""
+    return f"{' '.join(str(message).partition('<state>')[0].split()):.200}"

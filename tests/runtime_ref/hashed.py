@@ -1,0 +1,59 @@
+"""An engine without graphs: each row's state depends on the newest tokens, and its logits are those of a head."""
+
+import zlib
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from runtime_ref.decoder import Options, generate
+from runtime_ref.draft_length import DraftLength
+from runtime_ref.graph_engine import GraphEngine
+from runtime_ref.stats import Stats
+
+WIDTH, STATES, NUM_LOGITS = 12, 499, 64
+PROMPT = [3, 5, 8]
+SOFTCAP = 20.0
+
+
+class HashedEngine(GraphEngine):
+    """Drafts the tokens of `answer`, each wrong with probability 0.4."""
+
+    answer: Sequence[int] = ()
+
+    def __init__(self, vocab_size: int, seed: int = 0, eos: Sequence[int] = (), scale: float = 2.0) -> None:
+        manifest: Any = SimpleNamespace(
+            **{"vocab_size": vocab_size, "hidden_size": WIDTH, "kv": (), "limits": {"num_tokens": 128}},
+            **{"max_seq_len": 100_000, "max_draft_tokens": 8, "row_multiple": 1, "eos": frozenset(eos)},
+            raw={"tokens": {}, "target": {"final_logit_softcapping": SOFTCAP}},
+        )
+        self.random = np.random.default_rng(seed)
+        self.head = (self.random.standard_normal((vocab_size, WIDTH)) * scale).astype(np.float32)
+        self.states = self.random.standard_normal((STATES, WIDTH)).astype(np.float32)
+        super().__init__(manifest, {}, {"embed_tokens": self.head})
+        self.all_logits = np.stack([self.score(state, range(vocab_size)) for state in self.states])
+        self.ids = np.argsort(-self.all_logits, axis=1, kind="stable")[:, :NUM_LOGITS]
+        self.text: list[int] = []
+
+    def run_target(self, tokens: Sequence[int], rows: Sequence[int]) -> list[np.ndarray]:
+        self.text[self.position :] = tokens
+        at = [self.row(self.text[: self.position + row + 1]) for row in rows]
+        return [np.take_along_axis(self.all_logits[at], self.ids[at], 1), self.ids[at], self.states[at]]
+
+    def draft(self, last: int, num_draft_tokens: int) -> list[int]:
+        at = self.position + 1 - len(PROMPT)
+        right = [*self.answer[at : at + num_draft_tokens], *([0] * num_draft_tokens)][:num_draft_tokens]
+        wrong = self.random.random(num_draft_tokens) < 0.4
+        return [
+            int(self.random.integers(self.manifest.vocab_size)) if w else t for t, w in zip(right, wrong, strict=True)
+        ]
+
+    @staticmethod
+    def row(text: Sequence[int]) -> int:
+        return zlib.crc32(bytes(str((len(text), *text[-2:])), "ascii")) % STATES
+
+
+def run(engine: HashedEngine, options: Options, planner: DraftLength | None = None) -> tuple[list[int], Stats]:
+    stats = Stats()
+    return list(generate(engine, PROMPT, options, stats, planner)), stats
