@@ -60,6 +60,9 @@ _OPTIONS: tuple[Decorator, ...] = (
     ),
     click.option("--json-schema", type=PATH, help="File with a JSON Schema that the answer fulfils."),
     click.option("--regex", help="Regular expression that the whole answer matches."),
+    click.option(
+        "--thinking-budget", type=click.IntRange(0), help="Maximum number of tokens of thoughts; no maximum without it."
+    ),
 )
 
 

@@ -264,6 +264,7 @@ def test_calls_in_json() -> None:
         ([{"role": "user", "content": 3}], "a message is .*expected an object with the texts"),
         ([{"role": "user"}], "a message is .*expected an object with the texts"),
         ([{"content": "a"}], "a message is .*expected an object with the texts"),
+        ([{"role": "user", "content": ["a"]}], "has the content 'a', expected an object with type and text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "content of type 'image'; a bundle reads text alone"),
     ],
 )
