@@ -14,13 +14,13 @@ from runtime_ref.engine import Engine
 from runtime_ref.errors import InputError
 from runtime_ref.grammar import Grammar, GrammarText
 from runtime_ref.manifest import Manifest
+from runtime_ref.manifest_form import REPETITION_RANGE
 from runtime_ref.sampling import MAX_TOP_K, Sampling, choose, log_probabilities
 from runtime_ref.text_parts import ANSWER, THOUGHT, TOOL_CALL, PartTracker
 from runtime_ref.thinking import ThoughtLimit
 
 MAX_BIAS = 100  # of a token, in either direction, as OpenAI's interface and vLLM have it
 MAX_PENALTY = 2  # presence and frequency, as there
-REPETITION_RANGE = (0.01, 100)  # peers take any positive number; far beyond these, float64 would overflow
 
 Score = Callable[[np.ndarray, Sequence[int]], np.ndarray]  # as `Engine.score`
 

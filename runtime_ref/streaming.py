@@ -108,7 +108,7 @@ class Decoder:
         stop: Sequence[str] = (),
         suppress: Sequence[int] = (),
         logit_bias: Mapping[int, float] | None = None,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         json_schema: str | Mapping[str, Any] | None = None,
@@ -129,7 +129,7 @@ class Decoder:
             suppress: ids of tokens that are never chosen.
             logit_bias: by token id, what is added to its logit, -100 to 100.
             repetition_penalty: divides positive logits of tokens of the prompt and the answer, and multiplies others;
-                0.01 to 100, 1 is none.
+                0.01 to 100, 1 is none; None for the checkpoint's recommendation.
             presence_penalty: subtracted from logits of tokens of the answer, -2 to 2.
             frequency_penalty: subtracted for each time that a token is in the answer, -2 to 2.
             json_schema: JSON Schema that the answer fulfils, as a text or parsed. Needs the extra `grammar`.
@@ -143,7 +143,7 @@ class Decoder:
             InputError: the prompt cannot be run, an option is of another kind or out of its range, a grammar cannot be
                 used, or there is text to read or write and the bundle has no tokenizer.
         """
-        defaults = self.engine.manifest.sampling
+        defaults, usual = self.engine.manifest.sampling, self.engine.manifest.repetition_penalty
         sampling = Sampling(
             number("temperature", defaults.temperature if temperature is None else temperature),
             number("top_p", defaults.top_p if top_p is None else top_p),
@@ -154,7 +154,7 @@ class Decoder:
         rules = Rules(
             suppressed_ids(suppress),
             biases(logit_bias),
-            number("repetition_penalty", repetition_penalty),
+            number("repetition_penalty", usual if repetition_penalty is None else repetition_penalty),
             number("presence_penalty", presence_penalty),
             number("frequency_penalty", frequency_penalty),
         )

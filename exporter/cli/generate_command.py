@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli.options import PATH, DraftTokens, bundle_argument, json_option, prompt_ids_option
-from exporter.cli.rule_options import rule_options, rules_of
+from exporter.cli.rule_options import FROM_CHECKPOINT, rule_options, rules_of
 from exporter.terminal import err, print_json, progress_bar
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
@@ -16,8 +16,6 @@ from runtime_ref.prompts import read_prompt_ids
 
 if TYPE_CHECKING:
     from runtime_ref.streaming import Decoder
-
-FROM_CHECKPOINT = "the checkpoint's"
 
 
 @click.command()

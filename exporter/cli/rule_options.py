@@ -8,7 +8,10 @@ import click
 
 from exporter.cli.options import PATH, Decorator
 from runtime_ref.errors import InputError
-from runtime_ref.rules import MAX_PENALTY, REPETITION_RANGE
+from runtime_ref.manifest_form import REPETITION_RANGE
+from runtime_ref.rules import MAX_PENALTY
+
+FROM_CHECKPOINT = "the checkpoint's"
 
 
 class Bias(click.ParamType):
@@ -31,7 +34,7 @@ _OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--repetition-penalty",
         type=click.FloatRange(*REPETITION_RANGE),
-        default=1.0,
+        show_default=FROM_CHECKPOINT,
         help="Divides positive logits of tokens of the prompt and the answer, and multiplies others; 1 is none.",
     ),
     click.option(
