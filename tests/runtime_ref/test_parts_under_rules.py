@@ -172,6 +172,21 @@ def test_calls_fulfil_the_schemas(talking: Path, vocabulary: Vocabulary) -> None
     assert {*called} == {*schemas} and len(called) > 30 and tokens > 4000
 
 
+def test_a_call_ends_with_its_mark_alone(talking: Path, vocabulary: Vocabulary) -> None:
+    tokenizer, (begin, end) = Tokenizer.from_file(str(talking / "tokenizer.json")), CHANNELS[TOOL_CALL]
+    text = call_grammar(vocabulary, [PLAIN], FORM).begin(PartTracker(CHANNELS, ENDS, [begin]), TOOL_CALL, end)
+    for token in tokenizer.encode("call:stop{}", add_special_tokens=False).ids:
+        assert text.num_allowed([token, end]) >= 1 and text.num_allowed([end]) <= 1
+        text.commit(token)
+    mask = text.mask()
+    assert mask is not None
+    assert [token for token in range(VOCAB) if mask[token >> 3] >> (token & 7) & 1] == [end] == text.forced(3)
+    text.commit(end)
+    assert text.mask() is None  # between calls
+    text.commit(begin)
+    assert text.forced(1) == tokenizer.encode("call:stop{}", add_special_tokens=False).ids[:1]
+
+
 def _without_nullable(schema: Any) -> Any:
     """The schema with OpenAPI's `nullable` spelled out, which JSON Schema does not know."""
     if not isinstance(schema, dict):
