@@ -14,6 +14,13 @@ internal const val SOFTCAP = 20.0
 internal val PROMPT = listOf(3, 5, 8)
 private const val STATES = 499
 
+/** Tokens of a text; by a clock to which each pass takes the same time, so that plans are the same in each run. */
+internal fun write(engine: Engine, options: Options, stats: Stats = Stats(), prompt: List<Int> = PROMPT): List<Int> {
+    var now = 0.0
+    val planner = DraftLength(8, Costs(8))
+    return Rounds(engine, prompt, options, stats, planner, clock = { now++ }).asSequence().flatMap { it.tokens }.toList()
+}
+
 /**
  * A [GraphEngine] whose target is no graph: each row's state depends on the newest tokens, and its logits are those of a
  * head. It drafts the tokens of [answer], each wrong with probability 0.4.

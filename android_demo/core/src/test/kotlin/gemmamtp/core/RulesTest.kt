@@ -30,9 +30,6 @@ class RulesTest {
     private fun hashed(suppressed: Set<Int> = emptySet(), work: (HashedEngine) -> Unit) =
         inTemporaryDirectory { directory: File -> work(HashedEngine(directory, VOCAB, suppressed)) }
 
-    private fun write(engine: Engine, options: Options, stats: Stats = Stats()): List<Int> =
-        Rounds(engine, PROMPT, options, stats, DraftLength(8, Costs(8))).asSequence().flatMap { it.tokens }.toList()
-
     @Test
     fun chosenTokens() {
         val cases = vectors("rules.json")
@@ -80,9 +77,9 @@ class RulesTest {
 
     @Test
     fun greedyTokensAreTheLargestOfTheWholeVocabulary() = hashed { engine ->
-        var beyond = 0
-        val strong = mapOf("biases on all that is likely" to Rules(logitBias = (20 until VOCAB).associateWith { -60.0 }))
-        for ((name, rules) in EACH_RULE + strong) {
+        val strong = Rules(logitBias = (4 until VOCAB).associateWith { -60.0 })
+        for ((name, rules) in EACH_RULE + ("biases on most" to strong)) {
+            var beyond = 0
             val ruled = RuledChooser(Sampling(), rules, PROMPT, VOCAB, engine::score)
             val answer = ArrayList<Int>()
             for (i in 0 until 400) {
@@ -102,8 +99,9 @@ class RulesTest {
                 if (choice.token !in ids) beyond++
                 answer.add(choice.token)
             }
+            // Rules that bring up tokens which are not among the bundle's: the last one by looking at all tokens.
+            if (name in listOf("bias", "all", "biases on most")) assertTrue(beyond > 0, name)
         }
-        assertTrue(beyond > 0)
     }
 
     @Test

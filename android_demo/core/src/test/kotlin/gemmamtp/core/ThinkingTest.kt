@@ -52,10 +52,8 @@ class ThinkingTest {
         val engine = HashedEngine(directory, VOCAB, channels = CHANNELS)
         val rules = Rules(logitBias = mapOf(BEGIN to 12.0, END to -4.0)) // many thoughts, which seldom end by themselves
         for ((prompt, budget) in listOf(PROMPT to 100, listOf(3, 5, BEGIN) to 40, listOf(3, 5, BEGIN) to 0)) {
-            fun write(count: Int, drafts: Int?, stats: Stats = Stats()): List<Int> {
-                val options = Options(count, drafts, SAMPLED, rules, budget)
-                return Rounds(engine, prompt, options, stats, DraftLength(8, Costs(8))).asSequence().flatMap { it.tokens }.toList()
-            }
+            fun write(count: Int, drafts: Int?, stats: Stats = Stats()) =
+                write(engine, Options(count, drafts, SAMPLED, rules, budget), stats, prompt)
             engine.answer = emptyList()
             val plain = write(10_000, 0)
             val tracker = PartTracker(CHANNELS, prompt = prompt)
