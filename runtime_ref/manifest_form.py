@@ -73,6 +73,7 @@ _TEXT_CONFIG = {
     "sliding_window": count,
     "num_hidden_layers": count,
     "layer_types": [str],
+    "final_logit_softcapping?": (None, number),
 }
 
 _TOKENS = {"bos": count, "eos": [count], "pad?": count, "suppressed?": [count], "names?": {"*": str}}

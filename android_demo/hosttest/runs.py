@@ -24,7 +24,14 @@ BUILD = Path(__file__).parent.parent / "build"
 DEFAULTS: dict[str, Any] = {
     **{"max_new_tokens": 60, "num_draft_tokens": 4, "stop": []},
     **{"temperature": 0.0, "top_p": 1.0, "top_k": 64, "seed": "0"},
+    **{"suppress": [], "logit_bias": {}},
+    **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
 }
+# Those that `Decoder.stream` takes as they are.
+OPTIONS = (
+    *("max_new_tokens", "num_draft_tokens", "temperature", "top_p", "top_k", "stop", "suppress"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 
 def clock() -> Any:
@@ -58,10 +65,11 @@ def in_python(bundle: Path, requests: list[dict[str, Any]], monkeypatch: pytest.
                 yield done
 
         monkeypatch.setattr(streaming, "rounds", recorded)
-        options = {key: text[key] for key in ("max_new_tokens", "num_draft_tokens", "temperature", "top_p", "top_k")}
+        options = {key: text[key] for key in OPTIONS}
+        biases = {int(token): bias for token, bias in text["logit_bias"].items()}
         chats = isinstance(text["prompt"][:1], list) and isinstance(text["prompt"][0], dict)
         write = decoder.chat if chats else decoder.stream
-        stream = write(text["prompt"], **options, seed=int(text["seed"]), stop=text["stop"])
+        stream = write(text["prompt"], **options, seed=int(text["seed"]), logit_bias=biases)
         pieces, logprobs = [], []
         for token in stream:
             pieces.append(token.text)

@@ -31,6 +31,28 @@ TEMPLATE = (
 )
 
 
+def rules(ids: list[int], vocab_size: int) -> list[dict[str, Any]]:
+    """Return each rule, and all of them together; `ids` are likely tokens. Some bring up tokens beyond the 64."""
+    likely = sorted(set(ids))
+    biases = {str(likely[0]): 6.5, str(likely[1]): -3.25, str(vocab_size - 7): 12.0}
+    return [
+        {"suppress": likely[::2]},
+        {"suppress": sorted(set(range(vocab_size)) - set(likely[:9]))},
+        {"logit_bias": biases},
+        {"logit_bias": {str(token): -40.0 for token in range(vocab_size // 2)}},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.8},
+        {"presence_penalty": 1.5},
+        {"presence_penalty": -0.75},
+        {"frequency_penalty": 0.5},
+        {"frequency_penalty": -0.25},
+        {
+            **{"suppress": likely[::3], "logit_bias": biases},
+            **{"repetition_penalty": 1.1, "presence_penalty": 0.25, "frequency_penalty": 0.125},
+        },
+    ]
+
+
 def texts(bundle: Path) -> list[dict[str, Any]]:
     """Return prompts and options: all numbers of drafts, greedy and sampled, short and past the sliding window."""
     manifest = read_manifest(bundle)
@@ -64,7 +86,13 @@ def texts(bundle: Path) -> list[dict[str, Any]]:
     ]
     # A conversation: each prompt begins with the one before and its answer.
     conversation = [{"prompt": TEXT * n, "num_draft_tokens": None, "max_new_tokens": 20} for n in (1, 2, 3)]
-    runs = [*greedy, *sampled, *ends, *budgets, *written, *conversation]
+    ruled = [
+        {"prompt": ids[:30], "num_draft_tokens": drafts, **rule, **sampling}
+        for rule in rules(ids, manifest.vocab_size)
+        for sampling in ({}, {"temperature": 1.0, "seed": "8"})
+        for drafts in (0, 4, None)
+    ]
+    runs = [*greedy, *sampled, *ends, *budgets, *written, *conversation, *ruled]
     return [DEFAULTS | run for run in runs]
 
 

@@ -20,10 +20,17 @@ fun commonPrefix(one: List<Int>, other: List<Int>): Int {
 }
 
 /**
- * How many drafts are accepted: the longest prefix that equals the target's own choices.
+ * The tokens that a round adds: the longest prefix of the drafts that equals the target's own choices, and one more.
  *
  * @param drafts K draft tokens.
- * @param choices the target's K+1 choices: after the last token of the text, after the first draft, and so on. The round
- *     adds the accepted ones and the bonus token, `choices.take(accepted + 1)`.
+ * @param choices the target's K+1 choices: after the last token of the text, after the first draft, and so on. None is
+ *     taken after the first that is no draft, so what chooses them sees the tokens of the text and no others.
  */
-fun accept(drafts: List<Int>, choices: List<Int>): Int = commonPrefix(drafts, choices)
+fun accept(drafts: List<Int>, choices: Sequence<Int>): List<Int> {
+    val tokens = ArrayList<Int>()
+    for (choice in choices) {
+        tokens.add(choice)
+        if (tokens.size > drafts.size || drafts[tokens.lastIndex] != choice) break
+    }
+    return tokens
+}

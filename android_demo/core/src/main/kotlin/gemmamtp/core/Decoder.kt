@@ -174,7 +174,9 @@ class Decoder(
                 rounds = it
                 cached = null // until the prefill is done
             }
+            ended = true // where the next line throws: the cache is then in the middle of a round
             val round = open.next()
+            ended = false
             // The text has not ended before the last of these tokens is given out.
             reason = stats.finishReason
             stats.finishReason = ""

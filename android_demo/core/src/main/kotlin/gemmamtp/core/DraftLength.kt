@@ -31,7 +31,7 @@ private const val MAX_SAVED_PASSES = 16.0
 /**
  * The drafts of the next round.
  *
- * @property source [DRAFTER], or a name of prompt lookup.
+ * @property source [DRAFTER], a name of prompt lookup, or [GRAMMAR].
  * @property numDraftTokens K, 0 for a plain pass.
  */
 class Plan(val source: String, val numDraftTokens: Int)
@@ -151,9 +151,16 @@ class DraftLength(private val maxDrafts: Int, val costs: Costs) {
      */
     fun learn(source: String, drafted: Int, accepted: Int) = acceptance(source).update(drafted, accepted)
 
-    /** Add a round's time, less the time of as many tokens by plain decoding, to the loss. */
-    fun recordLoss(plan: Plan, tokens: Int) {
-        lossPasses += costs.relative(plan.source, plan.numDraftTokens) - tokens * (1 + LOSS_PASSES_PER_TOKEN)
+    /**
+     * Add a round's time, less the time of as many tokens by plain decoding, to the loss.
+     *
+     * @param tokens how many tokens the round added.
+     * @param verified how many of the plan's drafts were verified: fewer where rules forbid some.
+     */
+    fun recordLoss(plan: Plan, tokens: Int, verified: Int) {
+        var cost = costs.relative(plan.source, plan.numDraftTokens)
+        if (verified < plan.numDraftTokens) cost += costs.relative("", verified) - costs.relative("", plan.numDraftTokens)
+        lossPasses += cost - tokens * (1 + LOSS_PASSES_PER_TOKEN)
         lossPasses = maxOf(lossPasses, -MAX_SAVED_PASSES)
     }
 

@@ -6,6 +6,7 @@ import java.io.IOException
 import java.nio.Buffer
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
+import kotlin.math.tanh
 
 /** The cache grows by these: short texts stay small, and growing is too rare to matter. */
 private const val CACHE_STEP_ROWS = 256
@@ -32,9 +33,10 @@ interface Engine {
      * Run a prompt and choose the token after it: a round without drafts, of one token.
      *
      * @param tokens token ids of the whole prompt, at least one.
+     * @param sampling chooses the token.
      * @param start how many of the tokens are in the cache already, fewer than all of them.
      */
-    fun prefill(tokens: List<Int>, sampling: Sampling, start: Int = 0): Round
+    fun prefill(tokens: List<Int>, sampling: Chooser, start: Int = 0): Round
 
     /** Whether the cache still has every row that tokens from this position on attend to. */
     fun canResume(position: Int): Boolean
@@ -52,8 +54,19 @@ interface Engine {
      *
      * @param last id of the newest token, which is not in the cache yet.
      * @param drafts K draft tokens; none is plain decoding.
+     * @param sampling chooses the tokens. It is asked row after row, up to the first token that is no draft.
      */
-    fun verify(last: Int, drafts: List<Int>, sampling: Sampling): Round
+    fun verify(last: Int, drafts: List<Int>, sampling: Chooser): Round
+
+    /**
+     * Compute the logit of any token from a state and the target's head, in doubles, after the softcap.
+     *
+     * Where the graph rounds what it multiplies with the head, its own logits differ from these by that rounding.
+     * Suppressed tokens of the bundle get their logits like any other.
+     *
+     * @param state the target's, as [Chooser.pick] gets it.
+     */
+    fun score(state: FloatBuffer, token: Int): Float
 }
 
 /** Outputs of a pass of the target: for each of R rows its largest logits in falling order, their ids, and its state. */
@@ -88,7 +101,9 @@ class GraphEngine(
     private val positionInput = longs(1)
     private val windowInput = longs(1)
 
-    override fun prefill(tokens: List<Int>, sampling: Sampling, start: Int): Round {
+    private val headRow by lazy { floats(hidden) } // only rules need it
+
+    override fun prefill(tokens: List<Int>, sampling: Chooser, start: Int): Round {
         lateinit var outputs: Outputs
         for ((first, chunk) in chunks(tokens, manifest.limits.getValue("num_tokens"), start)) {
             position = first
@@ -100,7 +115,7 @@ class GraphEngine(
 
     override fun canResume(position: Int) = windowStart <= windowStartAt(position)
 
-    override fun verify(last: Int, drafts: List<Int>, sampling: Sampling): Round {
+    override fun verify(last: Int, drafts: List<Int>, sampling: Chooser): Round {
         val outputs = runTarget(listOf(last) + drafts, (0..drafts.size).toList())
         position += 1
         return finish(drafts, outputs, sampling)
@@ -112,7 +127,7 @@ class GraphEngine(
         var from = state
         repeat(numDraftTokens) {
             // The position stays that of the newest token in every step, as it was in training.
-            tables.getValue(EMBEDDING).read(listOf(token), embedded)
+            tables.getValue(EMBEDDING).read(token, embedded)
             val outputs = graphs.getValue("drafter").run(
                 mapOf(
                     "embedded" to Tensor(embedded.first(hidden), 1, hidden.toLong()),
@@ -132,15 +147,28 @@ class GraphEngine(
     }
 
     /** Choose tokens from a pass's outputs, the first for the token at [position]; accept drafts and roll back. */
-    private fun finish(drafts: List<Int>, outputs: Outputs, sampling: Sampling): Round {
-        val ranks = outputs.logits.mapIndexed { i, logits -> choose(logits, position + i, sampling) }
-        val choices = ranks.mapIndexed { i, rank -> outputs.ids[i][rank] }
-        val accepted = accept(drafts, choices)
+    private fun finish(drafts: List<Int>, outputs: Outputs, sampling: Chooser): Round {
+        val logprobs = ArrayList<Double>()
+        val choices = outputs.logits.indices.asSequence().map { row ->
+            val rowState = outputs.states.part(row * hidden, hidden)
+            val choice = sampling.pick(outputs.logits[row], outputs.ids[row], rowState, position + row)
+            logprobs.add(choice.logprob)
+            choice.token
+        }
+        val tokens = accept(drafts, choices)
         // Rollback is by position alone: rejected rows are masked, and overwritten by the next pass.
+        val accepted = tokens.lastIndex
         position += accepted
         copy(outputs.states, accepted * hidden, state)
-        val logprobs = (0..accepted).map { logProbability(outputs.logits[it], ranks[it]) }
-        return Round(drafts, accepted, choices.take(accepted + 1), logprobs)
+        return Round(drafts, accepted, tokens, logprobs)
+    }
+
+    override fun score(state: FloatBuffer, token: Int): Float {
+        (tables[HEAD] ?: tables.getValue(EMBEDDING)).read(token, headRow)
+        var product = 0.0
+        for (i in 0 until hidden) product += headRow.get(i).toDouble() * state.get(i)
+        val softcap = manifest.finalLogitSoftcapping
+        return (if (softcap == 0.0) product else softcap * tanh(product / softcap)).toFloat()
     }
 
     /** Run the target on T tokens, whose keys and values it writes from [position] on, and output R rows of them. */

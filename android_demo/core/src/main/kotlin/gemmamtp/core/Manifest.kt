@@ -14,9 +14,10 @@ const val FORMAT_VERSION = 3
 const val MANIFEST = "manifest.json"
 const val EMBEDDING = "embed_tokens"
 const val PER_LAYER = "embed_tokens_per_layer"
+const val HEAD = "head"
 
 /** Names that tables can have: the head's is there where it is not the embedding. */
-internal val TABLES = listOf(EMBEDDING, PER_LAYER, "head")
+internal val TABLES = listOf(EMBEDDING, PER_LAYER, HEAD)
 
 /** Files that readers read if they are there. */
 private val READ_BY_NAME = listOf(TOKENIZER, "chat_template.jinja")
@@ -101,6 +102,7 @@ class TableMetadata(
  * @property vocabSize V.
  * @property hiddenSize E of the target.
  * @property slidingWindow how many positions a sliding layer attends to.
+ * @property finalLogitSoftcapping c of the target's softcap of logits, c * tanh(x / c); 0 for none.
  * @property maxSeqLen tokens of prompt and answer together.
  * @property defaultDraftTokens K if the user does not choose one.
  * @property maxDraftTokens the largest K.
@@ -110,6 +112,7 @@ class TableMetadata(
  * @property sampling how tokens are chosen if the user does not say.
  * @property bos id of the beginning-of-text token.
  * @property eos ids of the tokens that end a text.
+ * @property suppressed ids of tokens that the target never chooses.
  * @property channels ids of the tokens that begin and end a part of the text that is no answer, by the part's name.
  * @property parts what each channel has around its content, and how calls of tools are written, by the channel's name.
  * @property chat form of the prompts of conversations, null if the bundle has none.
@@ -122,6 +125,7 @@ class Manifest(
     val vocabSize: Int,
     val hiddenSize: Int,
     val slidingWindow: Int,
+    val finalLogitSoftcapping: Double,
     val maxSeqLen: Int,
     val defaultDraftTokens: Int,
     val maxDraftTokens: Int,
@@ -130,6 +134,7 @@ class Manifest(
     val sampling: Sampling,
     val bos: Int,
     val eos: Set<Int>,
+    val suppressed: Set<Int>,
     val channels: Map<String, Pair<Int, Int>>,
     val parts: Map<String, PartForm>,
     val kv: List<KVBuffer>,
@@ -265,6 +270,7 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
         vocabSize = target.int("vocab_size"),
         hiddenSize = target.int("hidden_size"),
         slidingWindow = target.int("sliding_window"),
+        finalLogitSoftcapping = target.get("final_logit_softcapping")?.takeIf { !it.isJsonNull }?.asDouble ?: 0.0,
         maxSeqLen = raw.int("max_seq_len"),
         defaultDraftTokens = drafts.int("default"),
         maxDraftTokens = drafts.int("max"),
@@ -275,6 +281,7 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
         } ?: Sampling(),
         bos = raw.part("tokens").int("bos"),
         eos = raw.part("tokens").list("eos").map { it.asInt }.toSet(),
+        suppressed = raw.part("tokens").get("suppressed")?.asJsonArray?.map { it.asInt }?.toSet().orEmpty(),
         channels = raw.part("tokens").optional("channels")?.asMap().orEmpty()
             .mapValues { (_, marks) -> marks.asJsonArray.let { it[0].asInt to it[1].asInt } },
         parts = raw.part("tokens").optional("parts")?.asMap().orEmpty().mapValues { (_, form) -> partForm(form.asJsonObject) },

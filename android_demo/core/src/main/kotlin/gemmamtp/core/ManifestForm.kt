@@ -82,7 +82,7 @@ private val table = both(
 )
 private val textConfig = obj(
     "vocab_size" to count, "hidden_size" to count, "sliding_window" to count, "num_hidden_layers" to count,
-    "layer_types" to list(text),
+    "layer_types" to list(text), "final_logit_softcapping?" to nullable(number),
 )
 private val tokens = obj(
     "bos" to count, "eos" to list(count), "pad?" to count, "suppressed?" to list(count), "names?" to map(text),

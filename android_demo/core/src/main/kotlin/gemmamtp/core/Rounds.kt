@@ -6,11 +6,15 @@ package gemmamtp.core
  * @property maxNewTokens the largest number of tokens to generate, at least 1.
  * @property numDraftTokens K of every round; 0 is plain decoding, null lets a [DraftLength] plan each round.
  * @property sampling how tokens are chosen.
+ * @property rules what changes logits before that.
+ * @property thinkingBudget the largest number of tokens of thoughts, after which a thought is ended; null for any.
  */
 data class Options(
     val maxNewTokens: Int = 128,
     val numDraftTokens: Int? = 0,
     val sampling: Sampling = Sampling(),
+    val rules: Rules = Rules(),
+    val thinkingBudget: Int? = null,
 )
 
 /** A clock that never goes back. */
@@ -33,7 +37,7 @@ val SYSTEM_CLOCK = Clock { System.nanoTime() / 1e9 }
  * @param planner plans the rounds if the options do not; keep it from text to text, so that it learns.
  * @param start how many tokens of the prompt are in the engine's cache already.
  * @param clock measures passes and draft steps.
- * @throws InputError as [checkPrompt] and [checkOptions].
+ * @throws InputError as [checkPrompt] and [checkOptions], or, from [next], the rules leave no token to choose.
  */
 class Rounds(
     private val engine: Engine,
@@ -44,17 +48,20 @@ class Rounds(
     private val start: Int = 0,
     private val clock: Clock = SYSTEM_CLOCK,
 ) : Iterator<Round> {
-    private val room = engine.manifest.maxSeqLen - prompt.size
-    private val outOfBudget = if (options.maxNewTokens <= room) "length" else "max_seq_len"
-    private val drafts = options.numDraftTokens?.let { FixedDrafts(engine, it) } ?: PlannedDrafts(engine, planner, prompt)
-    private var left = minOf(options.maxNewTokens, room)
-    private var last: Int? = null // none before the prefill
-
     init {
         checkPrompt(engine.manifest, prompt)
         checkOptions(engine.manifest, options)
         stats.begin(start)
     }
+
+    private val room = engine.manifest.maxSeqLen - prompt.size
+    private val outOfBudget = if (options.maxNewTokens <= room) "length" else "max_seq_len"
+    private val rules = textChooser(engine, prompt, options.sampling, options.rules, options.thinkingBudget)
+    private val chooser = rules ?: options.sampling
+    private val drafts =
+        options.numDraftTokens?.let { FixedDrafts(engine, it, rules) } ?: PlannedDrafts(engine, planner, prompt, rules)
+    private var left = minOf(options.maxNewTokens, room)
+    private var last: Int? = null // none before the prefill
 
     override fun hasNext() = stats.finishReason.isEmpty()
 
@@ -73,7 +80,7 @@ class Rounds(
 
     private fun prefill(): Round {
         val started = clock.seconds()
-        val done = engine.prefill(prompt, options.sampling, start)
+        val done = engine.prefill(prompt, chooser, start)
         stats.prefillSeconds = clock.seconds() - started
         return done
     }
@@ -83,7 +90,7 @@ class Rounds(
         // The bonus token takes one token of the budget as well.
         val proposed = drafts.make(last, minOf(engine.manifest.maxDraftTokens, left - 1))
         val drafted = clock.seconds()
-        val done = engine.verify(last, proposed, options.sampling)
+        val done = engine.verify(last, proposed, chooser)
         val ended = clock.seconds()
         drafts.learn(done, drafted - started, ended - drafted)
         stats.decodeSeconds += ended - started
@@ -94,7 +101,8 @@ class Rounds(
 /**
  * Refuse options that a bundle cannot serve.
  *
- * @throws InputError K is negative or beyond what the bundle was exported for, or no new token is asked for.
+ * @throws InputError K is negative or beyond what the bundle was exported for, no new token is asked for, or a rule names a
+ *     token or a part that the bundle does not have.
  */
 fun checkOptions(manifest: Manifest, options: Options) {
     val maxDrafts = manifest.maxDraftTokens
@@ -106,6 +114,8 @@ fun checkOptions(manifest: Manifest, options: Options) {
     if (options.maxNewTokens < 1) {
         throw InputError("${options.maxNewTokens} new tokens were asked for, expected at least 1")
     }
+    checkRules(manifest, options.rules)
+    checkParts(manifest, options.thinkingBudget)
 }
 
 /**

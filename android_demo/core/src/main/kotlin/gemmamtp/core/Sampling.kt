@@ -1,5 +1,6 @@
 package gemmamtp.core
 
+import java.nio.FloatBuffer
 import kotlin.math.exp
 import kotlin.math.ln
 
@@ -12,7 +13,28 @@ private const val MIX_1 = -0x40a7b892e31b1a47L // 0xBF58476D1CE4E5B9
 private const val MIX_2 = -0x6b2fb644ecceee15L // 0x94D049BB133111EB
 
 /**
- * How tokens are chosen; the default is greedy.
+ * A chosen token.
+ *
+ * @property token its id.
+ * @property logprob natural logarithm of its probability for the target, as [logProbability] defines it.
+ */
+class Choice(val token: Int, val logprob: Double)
+
+/** What chooses the tokens of a text, one after the other. [Sampling] is one, [RuledChooser] another. */
+interface Chooser {
+    /**
+     * Choose the next token of the text, which counts as part of it from now on.
+     *
+     * @param logits the target's largest, in falling order.
+     * @param ids their token ids.
+     * @param state the target's state of the same row, E numbers from index 0 on; to be read before the next pass.
+     * @param position index of the token in the whole text, prompt included.
+     */
+    fun pick(logits: FloatArray, ids: IntArray, state: FloatBuffer, position: Int): Choice
+}
+
+/**
+ * How tokens are chosen; the default is greedy. It has no history: each choice depends on its row alone.
  *
  * @property temperature divides the logits, 0 or more; 0 is greedy.
  * @property topP keep the most likely tokens whose probabilities together reach it, more than 0 and at most 1; 1 keeps
@@ -26,7 +48,7 @@ data class Sampling(
     val topP: Double = 1.0,
     val seed: Long = 0,
     val topK: Int = MAX_TOP_K,
-) {
+) : Chooser {
     init {
         if (!(temperature >= 0 && temperature < Double.POSITIVE_INFINITY)) {
             throw InputError("temperature is $temperature, expected 0 (greedy) or a positive number")
@@ -37,6 +59,11 @@ data class Sampling(
                 "top-k is $topK, expected 1 to $MAX_TOP_K: a bundle gives no more logits of a token",
             )
         }
+    }
+
+    override fun pick(logits: FloatArray, ids: IntArray, state: FloatBuffer, position: Int): Choice {
+        val rank = choose(logits, position, this)
+        return Choice(ids[rank], logProbability(logits, rank))
     }
 }
 
@@ -63,11 +90,16 @@ fun uniform(seed: Long, position: Int): Double {
  * @param logits in falling order.
  * @param position index of the token in the whole text, prompt included.
  */
-fun choose(logits: FloatArray, position: Int, sampling: Sampling): Int {
+fun choose(logits: FloatArray, position: Int, sampling: Sampling): Int =
+    if (sampling.temperature == 0.0) 0
+    else choose(DoubleArray(logits.size) { logits[it].toDouble() }, logits.size, position, sampling)
+
+/** Choose from the first [count] of logits after [Rules], as the other [choose] does. */
+internal fun choose(logits: DoubleArray, count: Int, position: Int, sampling: Sampling): Int {
     if (sampling.temperature == 0.0) return 0
-    val first = logits[0].toDouble()
+    val first = logits[0]
     // A tiny temperature sends everything but the first to minus infinity.
-    val weights = DoubleArray(minOf(sampling.topK, logits.size)) { exp((logits[it] - first) / sampling.temperature) }
+    val weights = DoubleArray(minOf(sampling.topK, count)) { exp((logits[it] - first) / sampling.temperature) }
     val sum = weights.sum()
     val cumulative = DoubleArray(weights.size)
     var below = 0.0

@@ -58,15 +58,14 @@ class Table(private val bundle: File, private val metadata: TableMetadata) {
      * @throws InputError an id is beyond the table; graphs of an intact bundle choose none.
      */
     fun read(ids: List<Int>, into: FloatBuffer) {
-        for ((i, id) in ids.withIndex()) {
-            if (id !in 0 until metadata.rows) {
-                throw InputError("$bundle: a table has ${metadata.rows} rows, token $id was chosen; export it again")
-            }
-            readRow(id, into, i * columns)
-        }
+        for ((i, id) in ids.withIndex()) read(id, into, i * columns)
     }
 
-    private fun readRow(id: Int, into: FloatBuffer, start: Int) {
+    /** Write the row of one token id into a buffer from an index on, as the other [read] does. */
+    fun read(id: Int, into: FloatBuffer, start: Int = 0) {
+        if (id !in 0 until metadata.rows) {
+            throw InputError("$bundle: a table has ${metadata.rows} rows, token $id was chosen; export it again")
+        }
         val bytes = data.buffer(id)
         val offset = data.offset(id)
         if (scales == null) {

@@ -23,7 +23,7 @@ class PartForm(val before: String = "", val after: String = "", val syntax: Stri
  * @param prompt token ids before the text. It begins inside a channel if they open one and do not close it.
  */
 class PartTracker(
-    channels: Map<String, Pair<Int, Int>>,
+    private val channels: Map<String, Pair<Int, Int>>,
     eos: Set<Int> = emptySet(),
     prompt: List<Int> = emptyList(),
 ) {
@@ -36,13 +36,20 @@ class PartTracker(
         private set
 
     /** Tokens of the prompt after the mark that opened a channel there; empty if none is open. */
-    val opened: List<Int>
+    var opened: List<Int>
+        private set
 
     init {
         val turn = prompt.takeLastWhile { it !in eos }
         val lastMark = turn.indexOfLast { it in begins || it in ends }
         channel = turn.getOrNull(lastMark)?.let(begins::get)
         opened = if (channel == null) emptyList() else turn.drop(lastMark + 1)
+    }
+
+    /** A tracker that goes on from here by itself. */
+    fun copy() = PartTracker(channels).also {
+        it.channel = channel
+        it.opened = opened
     }
 
     /**

@@ -23,7 +23,7 @@ class DraftLengthTest {
             val drafted = plan.numDraftTokens
             val accepted = (0 until drafted).firstOrNull { random.nextDouble() >= chance } ?: drafted
             planner.costs.record(drafted, verifySeconds(drafted), drafted * stepSeconds)
-            planner.recordLoss(plan, accepted + 1)
+            planner.recordLoss(plan, accepted + 1, drafted)
             planner.learn(DRAFTER, drafted, accepted)
             seconds += verifySeconds(drafted) + drafted * stepSeconds
             written += accepted + 1

@@ -1,5 +1,6 @@
 package gemmamtp.core
 
+import java.nio.FloatBuffer
 import kotlin.test.Test
 import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
@@ -19,7 +20,7 @@ private class CountingEngine(override val manifest: Manifest) : Engine {
     override val position get() = text.size
     private var text = mutableListOf<Int>()
 
-    override fun prefill(tokens: List<Int>, sampling: Sampling, start: Int): Round {
+    override fun prefill(tokens: List<Int>, sampling: Chooser, start: Int): Round {
         assertEquals(text.take(start), tokens.take(start))
         text = tokens.toMutableList()
         return Round(emptyList(), 0, listOf(choiceAfter(text)), listOf(0.0))
@@ -29,13 +30,14 @@ private class CountingEngine(override val manifest: Manifest) : Engine {
 
     override fun draft(last: Int, numDraftTokens: Int) = (1..numDraftTokens).map { (last + it) % VOCAB }
 
-    override fun verify(last: Int, drafts: List<Int>, sampling: Sampling): Round {
+    override fun verify(last: Int, drafts: List<Int>, sampling: Chooser): Round {
         val run = listOf(last) + drafts
-        val choices = run.indices.map { choiceAfter(text + run.take(it + 1)) }
-        val accepted = accept(drafts, choices)
-        text.addAll(run.take(accepted + 1))
-        return Round(drafts, accepted, choices.take(accepted + 1), List(accepted + 1) { 0.0 })
+        val tokens = accept(drafts, run.indices.asSequence().map { choiceAfter(text + run.take(it + 1)) })
+        text.addAll(run.take(tokens.size))
+        return Round(drafts, tokens.lastIndex, tokens, tokens.map { 0.0 })
     }
+
+    override fun score(state: FloatBuffer, token: Int) = throw AssertionError("no rule was asked for")
 }
 
 /** Where texts end, and that they are the same whatever is drafted. */

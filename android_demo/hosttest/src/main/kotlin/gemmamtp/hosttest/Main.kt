@@ -12,6 +12,7 @@ import gemmamtp.core.DraftLength
 import gemmamtp.core.InputError
 import gemmamtp.core.Message
 import gemmamtp.core.Options
+import gemmamtp.core.Rules
 import gemmamtp.core.Sampling
 import gemmamtp.core.Tokenizer
 import gemmamtp.core.changedFiles
@@ -68,6 +69,13 @@ private fun written(decoder: Decoder, text: JsonObject): JsonObject {
             text.get("top_p").asDouble,
             text.get("seed").asString.toULong().toLong(),
             text.get("top_k").asInt,
+        ),
+        Rules(
+            text.getAsJsonArray("suppress").map { it.asInt }.toSet(),
+            text.getAsJsonObject("logit_bias").entrySet().associate { it.key.toInt() to it.value.asDouble },
+            text.get("repetition_penalty").asDouble,
+            text.get("presence_penalty").asDouble,
+            text.get("frequency_penalty").asDouble,
         ),
     )
     val stop = text.getAsJsonArray("stop").map { it.asString }
