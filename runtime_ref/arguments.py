@@ -45,6 +45,21 @@ def number(name: str, value: Any) -> float:
     raise InputError(f"{name} is {_shown(value)}, expected a number")
 
 
+def flag(name: str, value: Any) -> bool | None:
+    """Return true, false or None as they are.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was passed.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    raise InputError(f"{name} is {_shown(value)}, expected true or false")
+
+
 def token_ids(prompt: Any) -> list[int]:
     """Return token ids as a list of ints.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Manifest
-from runtime_ref.text_parts import ANSWER, PartTracker
+from runtime_ref.text_parts import ANSWER, TOOL_CALL, PartTracker
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -62,16 +62,31 @@ class Vocabulary:
                 f"{bundle}: has no {TOKENIZER}, which structured output needs; export a checkpoint with one"
             )
         tokenizer = read_tokenizer(path, "export the bundle again")
-        self.size, self.ends = manifest.vocab_size, manifest.eos
+        self.size, self.ends = manifest.vocab_size, frozenset(t for t in manifest.eos if t < manifest.vocab_size)
         added = tokenizer.get_added_tokens_decoder().items()
         self.special = {token.content: number for number, token in added if token.special}
         ends = sorted(token for token in self.ends if tokenizer.id_to_token(token) is not None)
         if not ends:
             raise InputError(f"{bundle}: has no token that ends a text, so no structured output could end")
         try:
-            self.tokenizer: LLTokenizer = LLTokenizer(tokenizer.to_str(), eos_token=ends)
+            self.tokenizer: LLTokenizer = LLTokenizer(_without_plain_added(tokenizer.to_str()), eos_token=ends)
         except ValueError as error:
             raise InputError(f"{path}: cannot be used for structured output ({_line(error)})") from error
+
+
+def _without_plain_added(source: str) -> str:
+    """A tokenizer.json in which added tokens that are not special belong to the vocabulary.
+
+    llguidance takes all that look like `<td>` for special ones, whose text no grammar matches.
+    """
+    document = json.loads(source)
+    vocabulary, added = document["model"].get("vocab"), document.get("added_tokens") or []
+    if isinstance(vocabulary, dict):
+        for token in added:
+            if not token["special"]:
+                vocabulary.setdefault(token["content"], token["id"])
+        document["added_tokens"] = [token for token in added if token["special"]]
+    return json.dumps(document)
 
 
 class Grammar:
@@ -141,7 +156,7 @@ class GrammarText:
         self._start, self._matcher, self._ends, self._what = matcher, matcher.deep_copy(), vocabulary.ends, what
         self._num_known, self._mask_bytes = vocabulary.tokenizer.vocab_size, -(-vocabulary.size // 8)
         self._tracker, self._part, self._close, self._opens = tracker, part, close, list(opens)
-        self._is_empty, self._ended = True, False
+        self._is_empty, self._ended, self._called, self._size = True, False, False, vocabulary.size
 
     @property
     def binds(self) -> bool:
@@ -164,15 +179,20 @@ class GrammarText:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: self._mask_bytes]
         self._check()
         bits = np.concatenate([bits, np.zeros(self._mask_bytes - len(bits), np.uint8)])
-        if self._close is not None:
-            for token in self._ends:
+        # A mark may be a token whose text a grammar would match.
+        for token in (*self._tracker.marks, *([] if self._close is None else self._ends)):
+            if token < self._size:
                 bits[token >> 3] &= ~np.uint8(1 << (token & 7))
-        marks = list(self._opens) if self._is_empty else []
-        if self._close is not None and self._matcher.is_accepting():
-            marks.append(self._close)
-        for token in marks:
+        closes = [self._close] if self._close is not None and self._matcher.is_accepting() else []
+        for token in (*self._before_all(), *closes):
             bits[token >> 3] |= np.uint8(1 << (token & 7))
         return bits
+
+    def _before_all(self) -> Collection[int]:
+        """What may also come while the part is empty: marks of other parts, and the end after a call of a tool."""
+        if not self._is_empty:
+            return ()
+        return (*self._opens, *self._ends) if self._called else self._opens
 
     def commit(self, token: int) -> None:
         """Go on by a token, which `mask` allowed.
@@ -184,7 +204,8 @@ class GrammarText:
             self._ended = True  # of what is chosen after an end token nothing is kept
             return
         bound = self.binds
-        _, is_mark = self._tracker.add(token)
+        part, is_mark = self._tracker.add(token)
+        self._called = self._called or (is_mark and part == TOOL_CALL and self._part == ANSWER)
         if bound and not is_mark:
             self._matcher.consume_token(token)
             self._check()
@@ -198,7 +219,7 @@ class GrammarText:
         Args:
             max_tokens: the largest number of tokens.
         """
-        if not self.binds or (self._is_empty and self._opens):
+        if not self.binds or self._before_all():
             return []
         if self._matcher.is_stopped():  # complete
             ends = self._ends if self._close is None else [self._close]
@@ -213,13 +234,14 @@ class GrammarText:
         """
         if not self.binds:
             return len(drafts)
-        if drafts and drafts[0] in self._opens and self._is_empty:
+        if drafts and drafts[0] in self._before_all():
             return len(drafts)
         ends = self._ends if self._close is None else [self._close]
         if self._matcher.is_stopped():
             return int(len(drafts) > 0 and drafts[0] in ends)
         # To ask for an id beyond the tokenizer would spoil the matcher.
-        known = itertools.takewhile(lambda token: token < self._num_known and token != self._close, drafts)
+        marks = self._tracker.marks
+        known = itertools.takewhile(lambda token: token < self._num_known and token not in marks, drafts)
         count = int(self._matcher.validate_tokens(list(known)))
         return len(drafts) if count < len(drafts) and drafts[count] == self._close else count
 
@@ -250,12 +272,13 @@ def json_grammar(vocabulary: Vocabulary, schema: str | Mapping[str, Any]) -> Gra
     return Grammar(vocabulary, source, "the JSON schema")
 
 
-def regex_grammar(vocabulary: Vocabulary, regex: str) -> Grammar:
+def regex_grammar(vocabulary: Vocabulary, regex: str, what: str = "the regular expression") -> Grammar:
     """Return the grammar of texts that a regular expression matches from their first to their last character.
 
     Args:
         vocabulary: the bundle's.
         regex: in the syntax of Rust's crate `regex`, without look-around and back-references.
+        what: names it in messages.
 
     Raises:
         InputError: it is malformed, or uses what llguidance does not know.
@@ -265,8 +288,8 @@ def regex_grammar(vocabulary: Vocabulary, regex: str) -> Grammar:
     try:
         source = LLMatcher.grammar_from_regex(regex)
     except UnicodeEncodeError as error:
-        raise InputError(f"the regular expression is not valid UTF-8 ({error.reason})") from error
-    return Grammar(vocabulary, source, "the regular expression")
+        raise InputError(f"{what} is not valid UTF-8 ({error.reason})") from error
+    return Grammar(vocabulary, source, what)
 
 
 def _line(message: object) -> str:

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from runtime_ref.acceptance import Round, accept
+from runtime_ref.errors import InputError
 from runtime_ref.manifest import EMBEDDING, HEAD, PER_LAYER, SLIDE_ROWS, Manifest, round_up
 from runtime_ref.sampling import Chooser
 
@@ -101,7 +102,12 @@ class GraphEngine:
 
         def choices() -> Iterator[int]:
             for i, row in enumerate(zip(logits, ids, states, strict=True)):
-                token, logprob = sampling.pick(*row, self.position + i)
+                try:
+                    token, logprob = sampling.pick(*row, self.position + i)
+                except InputError:  # rules leave no token here: what was chosen is given out first
+                    if i == 0:
+                        raise
+                    return
                 logprobs.append(logprob)
                 yield token
 

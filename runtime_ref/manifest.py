@@ -258,7 +258,12 @@ def _parse(raw: Mapping[str, Any], format_version: int, digest: str) -> Manifest
         repetition_penalty=float((raw.get("sampling") or {}).get("repetition_penalty", 1)),
         bos=raw["tokens"]["bos"],
         eos=frozenset(raw["tokens"]["eos"]),
-        channels={name: (ids[0], ids[1]) for name, ids in raw["tokens"].get("channels", {}).items()},
+        # Marks beyond the vocabulary never come.
+        channels={
+            name: (ids[0], ids[1])
+            for name, ids in raw["tokens"].get("channels", {}).items()
+            if max(ids) < raw["target"]["vocab_size"]
+        },
         parts=raw["tokens"].get("parts", {}),
         names=raw["tokens"].get("names", {}),
         kv=tuple(_buffer(entry) for entry in raw["kv"]["buffers"]),

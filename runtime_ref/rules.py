@@ -213,8 +213,10 @@ class RuledChooser:
     def _allowed(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """Whether each of the token ids may be chosen, [n] bool."""
         allowed = self._free[ids]
-        if self._limit and self._limit.forced is not None:
-            allowed = allowed & (ids == self._limit.forced)
+        if self._limit and (forced := self._limit.forced) is not None:
+            allowed = allowed & (ids == forced)
+        if self._limit and (forbidden := self._limit.forbidden) is not None:
+            allowed = allowed & (ids != forbidden)
         return allowed if mask is None else allowed & (mask[ids >> 3] >> (ids & 7) & 1).astype(bool)
 
     def _apply(self, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -264,7 +266,7 @@ def text_chooser(
         marks = [manifest.channels[name][0] for name in opens if part == ANSWER]
         texts.append(grammar.begin(tracker(), part, close, marks))
     if thinking_budget is not None:
-        limit = ThoughtLimit(tracker(), manifest.channels[THOUGHT][1], thinking_budget)
+        limit = ThoughtLimit(tracker(), manifest.channels[THOUGHT], thinking_budget)
     return RuledChooser(sampling, rules, prompt, manifest.vocab_size, engine.score, texts, limit, never)
 
 

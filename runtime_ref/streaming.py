@@ -12,6 +12,7 @@ from runtime_ref.acceptance import common_prefix
 from runtime_ref.arguments import (
     biases,
     directory,
+    flag,
     integer,
     number,
     stop_strings,
@@ -27,7 +28,7 @@ from runtime_ref.engine import Engine, open_engine
 from runtime_ref.errors import InputError
 from runtime_ref.grammar import Grammar, Vocabulary, json_grammar, regex_grammar
 from runtime_ref.manifest import Progress
-from runtime_ref.rules import Rules
+from runtime_ref.rules import Rules, check_parts
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 from runtime_ref.text_parts import ANSWER, THOUGHT, TOOL_CALL, PartTracker
@@ -158,15 +159,11 @@ class Decoder:
             number("presence_penalty", presence_penalty),
             number("frequency_penalty", frequency_penalty),
         )
+        budget = None if thinking_budget is None else integer("thinking_budget", thinking_budget)
+        grammars, stop = self._grammars(json_schema, regex), stop_strings(stop)
         options = Options(
-            integer("max_new_tokens", max_new_tokens),
-            drafts,
-            sampling,
-            rules,
-            self._grammars(json_schema, regex),
-            thinking_budget=None if thinking_budget is None else integer("thinking_budget", thinking_budget),
+            integer("max_new_tokens", max_new_tokens), drafts, sampling, rules, grammars, thinking_budget=budget
         )
-        stop = stop_strings(stop)
         if self.tokenizer is None and (isinstance(prompt, str) or stop):
             raise InputError(
                 f"{self.bundle}: has no {TOKENIZER}; pass --prompt-ids and no stop strings, or export a checkpoint that"
@@ -212,16 +209,18 @@ class Decoder:
         """
         if self.template is None:
             raise InputError(f"{self.bundle}: {NO_TEMPLATE}")
-        stream = self.stream(self.template.prompt(messages, tools, thinking), **options)
+        manifest, prompt = self.engine.manifest, self.template.prompt(messages, tools, flag("thinking", thinking))
+        calls = {}
+        if flag("strict_tools", strict_tools):
+            if not tools:
+                raise InputError("strict_tools holds calls to tools, and there are none; pass tools, or leave it out")
+            check_parts(manifest, [TOOL_CALL], (), None)
+            calls = {TOOL_CALL: call_grammar(self.vocabulary, tools, manifest.parts.get(TOOL_CALL, {}))}
+        opens = {*([THOUGHT] if thinking else []), *([TOOL_CALL] if tools else [])} & manifest.channels.keys()
+        stream = self.stream(prompt, **options)
         # A stream runs nothing before its first token is asked for.
-        grammars = dict(stream.options.grammars)
-        if strict_tools and tools:
-            grammars[TOOL_CALL] = call_grammar(self.vocabulary, tools, self.engine.manifest.parts.get(TOOL_CALL, {}))
-        opens = {THOUGHT} if thinking else set()
-        opens |= {TOOL_CALL} if tools else set()
-        known = frozenset(opens & self.engine.manifest.channels.keys())
-        stream.options = replace(stream.options, grammars=grammars, opens=known)
-        check_options(self.engine.manifest, stream.options)
+        grammars = {**stream.options.grammars, **calls}
+        stream.options = replace(stream.options, grammars=grammars, opens=frozenset(opens))
         return stream
 
     @functools.cached_property

@@ -9,6 +9,7 @@ class PartTracker:
     """Follows the marks of channels from token to token.
 
     Attributes:
+        marks: ids of the tokens that begin and end channels.
         channel: name of the channel that the last token left open; None in the answer.
         opened: tokens of the prompt after the mark that opened a channel there; empty if none is open.
     """
@@ -26,7 +27,7 @@ class PartTracker:
         self._begins = {begin: name for name, (begin, _) in channels.items()}
         self._ends = {end: name for name, (_, end) in channels.items()}
         self._end_of = {name: end for name, (_, end) in channels.items()}
-        marks = self._begins.keys() | self._ends.keys()
+        marks = self.marks = frozenset(self._begins.keys() | self._ends.keys())
         turn = next((i + 1 for i in reversed(range(len(prompt))) if prompt[i] in eos), 0)
         last_mark = next((i for i in reversed(range(turn, len(prompt))) if prompt[i] in marks), None)
         self.channel = None if last_mark is None else self._begins.get(prompt[last_mark])

@@ -7,26 +7,28 @@ from runtime_ref.text_parts import THOUGHT, PartTracker
 
 
 class ThoughtLimit:
-    """Counts a text's tokens in thoughts, and ends a thought that has as many as it may.
+    """Counts a text's tokens in thoughts, ends a thought that has as many as it may, and allows none after it."""
 
-    Attributes:
-        end: id of the token that ends a thought.
-    """
-
-    def __init__(self, tracker: PartTracker, end: int, max_tokens: int) -> None:
+    def __init__(self, tracker: PartTracker, marks: tuple[int, int], max_tokens: int) -> None:
         """Begin a text.
 
         Args:
             tracker: of this limit alone, before the text's first token.
-            end: id of the token that ends a thought.
+            marks: ids of the tokens that begin and end a thought.
             max_tokens: of all thoughts of the text together, without their marks.
         """
-        self._tracker, self.end, self._left = tracker, end, max_tokens
+        self._tracker, self._left = tracker, max_tokens
+        self._begin, self._end = marks
 
     @property
     def forced(self) -> int | None:
         """The token that must come next: the end of a thought that has as many tokens as it may; None for any."""
-        return self.end if self._tracker.channel == THOUGHT and self._left <= 0 else None
+        return self._end if self._tracker.channel == THOUGHT and self._left <= 0 else None
+
+    @property
+    def forbidden(self) -> int | None:
+        """The token that must not come next: the beginning of a thought that may have no token; None for none."""
+        return self._begin if self._tracker.channel is None and self._left <= 0 else None
 
     def commit(self, token: int) -> None:
         """Go on by a token.
@@ -46,7 +48,7 @@ class ThoughtLimit:
         ahead = copy.copy(self)
         ahead._tracker = copy.copy(self._tracker)
         for i, token in enumerate(drafts):
-            if ahead.forced not in (None, token):
+            if ahead.forced not in (None, token) or ahead.forbidden == token:
                 return i
             ahead.commit(token)
         return len(drafts)

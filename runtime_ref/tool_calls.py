@@ -63,10 +63,13 @@ def read_call(text: str, form: Mapping[str, str], number: str = "", closed: bool
             raise ValueError("the bundle does not say how calls are written")
         if not closed:
             raise ValueError("the call has no end")
-        before, after = form.get("before", ""), form.get("after", "")
-        if not (text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)):
+        before, after, inner = form.get("before", "").strip(), form.get("after", "").strip(), text.strip()
+        if not (inner.startswith(before) and inner.endswith(after) and len(inner) >= len(before) + len(after)):
             raise ValueError(f"expected {before!r} at its beginning and {after!r} at its end")
-        name, arguments = read(text[len(before) : len(text) - len(after)], form.get("quote", ""))
+        name, arguments = read(inner[len(before) : len(inner) - len(after)], form.get("quote", ""))
+        json.dumps([name, arguments], ensure_ascii=False).encode()  # half a character cannot go into the next prompt
+    except UnicodeEncodeError:
+        return ToolCall(number, "", {}, text, "a text in it is not valid UTF-8")
     except ValueError as error:
         return ToolCall(number, "", {}, text, " ".join(str(error).split()))
     return ToolCall(number, name, arguments, text)

@@ -1,16 +1,23 @@
 """The grammar of calls of tools: only tools that there are, with arguments that fulfil their JSON Schemas."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from runtime_ref.errors import InputError
-from runtime_ref.grammar import Grammar, Vocabulary, json_grammar
+from runtime_ref.grammar import JSON_OPTIONS, Grammar, Vocabulary, regex_grammar
 from runtime_ref.tool_calls import JSON, PAIRS
 
-# Keywords of a schema that say nothing about values.
-_NOTES = {*("title", "description", "default", "examples", "deprecated", "$comment", "$schema"), "nullable"}
+_DEFINITIONS = ("$defs", "definitions")  # keywords that hold schemas which others refer to
+# Keywords of a schema that say nothing about values, or only what programs may ignore by the standard.
+_NOTES = {
+    *("title", "description", "default", "examples", "deprecated", "$comment", "$schema"),
+    *("nullable", "format", "readOnly", "writeOnly", "$id"),
+}
+_NOTES |= {*_DEFINITIONS}
 _DIGITS = {"integer": r"-?(0|[1-9][0-9]{0,17})", "number": r"-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?(e[-+]?[0-9]{1,2})?"}
+_UNESCAPED = re.compile(r"(?<!\\)/")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
@@ -23,33 +30,65 @@ def call_grammar(vocabulary: Vocabulary, tools: Sequence[Mapping[str, Any]], for
         form: the manifest's `tokens.parts.tool_call`.
 
     Raises:
-        InputError: a tool has no name, its schema uses what calls in this syntax cannot be held to, or the bundle does
-            not say how calls are written.
+        InputError: a tool has no name, its schema is malformed or uses what calls in this syntax cannot be held to, or
+            the bundle does not say how calls are written.
     """
     functions = [_function(tool) for tool in tools]
-    syntax = form.get("syntax")
-    if syntax == JSON:
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": parameters or {"type": "object"}},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for name, parameters in functions
-        ]
-        return json_grammar(vocabulary, {"anyOf": calls, "x-guidance": {"whitespace_flexible": True}})
-    if syntax != PAIRS:
+    write = {JSON: _json_calls, PAIRS: _pair_calls}.get(form.get("syntax", ""))
+    if write is None:
         raise InputError("the bundle does not say how calls of tools are written, so they cannot be held to schemas")
-    return Grammar(vocabulary, _Pairs(vocabulary, form).grammar(functions), "the schema of the tools")
+    return Grammar(vocabulary, write(vocabulary, functions, form), "the schema of the tools")
 
 
-def _function(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def _function(tool: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A tool's name, and its parameters as the schema of an object."""
     function = tool.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(name, str):
+    if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise InputError(f"a tool is {dict(tool)!r:.60}, expected an object with type function and a function's name")
-    return name, function.get("parameters") or {"additionalProperties": False}
+    parameters = function.get("parameters") or {"additionalProperties": False}
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"tool {name}: parameters are {_shown(parameters)}, expected a JSON Schema")
+    return name, {"type": "object", **parameters}
+
+
+def _json_calls(
+    vocabulary: Vocabulary, functions: Sequence[tuple[str, dict[str, Any]]], form: Mapping[str, str]
+) -> str:
+    """The grammar of calls as JSON objects."""
+    del vocabulary
+    calls: list[dict[str, Any]] = []
+    definitions: dict[str, Any] = {}
+    for number, (name, parameters) in enumerate(functions):
+        here = {key: parameters.pop(key) for key in _DEFINITIONS if key in parameters}
+        definitions[str(number)] = {key: _moved(value, f"#/$defs/{number}") for key, value in here.items()}
+        properties = {"name": {"const": name}, "arguments": _moved(parameters, f"#/$defs/{number}")}
+        calls.append({"type": "object", "properties": properties, "required": [*properties]})
+        calls[-1]["additionalProperties"] = False
+    schema = {"anyOf": calls, "$defs": definitions, "x-guidance": JSON_OPTIONS}
+    around = [_literal(form.get(key, "")) for key in ("before", "after")]
+    return f"start: {around[0]} %json {json.dumps(schema)} {around[1]}"
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema whose references into the tool's own definitions lead to where these are now."""
+    if isinstance(schema, Mapping):
+        return {
+            key: f"{root}{value[1:]}" if key == "$ref" and _is_local(value) else _moved(value, root)
+            for key, value in schema.items()
+        }
+    return [_moved(item, root) for item in schema] if isinstance(schema, list) else schema
+
+
+def _is_local(reference: Any) -> bool:
+    return isinstance(reference, str) and any(reference.startswith(f"#/{key}/") for key in _DEFINITIONS)
+
+
+def _pair_calls(
+    vocabulary: Vocabulary, functions: Sequence[tuple[str, dict[str, Any]]], form: Mapping[str, str]
+) -> str:
+    """The grammar of calls such as `NAME{KEY:VALUE,...}`."""
+    return _Pairs(vocabulary, form).grammar(functions)
 
 
 class _Pairs:
@@ -58,16 +97,20 @@ class _Pairs:
     def __init__(self, vocabulary: Vocabulary, form: Mapping[str, str]) -> None:
         self._before, self._after, quote = form.get("before", ""), form.get("after", ""), form.get("quote", "")
         token = vocabulary.special.get(quote)
+        self._form_quote = quote
         self._quote = _literal(quote) if token is None else f"<[{token}]>"
         # A text's end cannot be in it: a special token is no character.
         self._character = "(.|\\n)" if token is not None else f"[^{_in_class(quote[:1])}]"
-        self._rules: dict[str, str] = {}
+        self._vocabulary, self._rules = vocabulary, dict[str, str]()
+        self._parameters: Mapping[str, Any] = {}  # of the tool whose rules are written
+        self._referred: dict[str, str] = {}  # names of rules for its definitions, by reference
 
     def grammar(self, functions: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         """The whole grammar, for tools with their names and parameters."""
         calls = []
         for name, parameters in functions:
-            arguments = self._value({"type": "object", **parameters}, f"tool {name}: parameters")
+            self._parameters, self._referred = parameters, {}
+            arguments = self._value(parameters, f"tool {name}: parameters")
             calls.append(f"{_literal(f'{self._before}{name}')} {arguments} {_literal(self._after)}")
         return "\n".join([f"start: {' | '.join(calls)}", *(f"{name}: {body}" for name, body in self._rules.items())])
 
@@ -81,9 +124,28 @@ class _Pairs:
         if schema is True or schema == {}:
             return self._any()
         if not isinstance(schema, Mapping):
-            raise InputError(f"{where} is {json.dumps(schema):.40}, expected a JSON Schema")
+            raise InputError(f"{where} is {_shown(schema)}, expected a JSON Schema")
+        _check_form(schema, where)
+        if "$ref" in schema:
+            _refuse_others(schema, ("$ref",), where)
+            return self._reference(schema["$ref"], where)
+        if "allOf" in schema and len(schema["allOf"]) == 1:
+            _refuse_others(schema, ("allOf",), where)
+            return self._value(schema["allOf"][0], f"{where}.allOf[0]")
         null = ['"null"'] if schema.get("nullable") is True else []
         return self._rule(" | ".join([*self._alternatives(schema, where), *null]))
+
+    def _reference(self, reference: str, where: str) -> str:
+        """The name of the rule for a definition, which may refer to itself."""
+        if reference not in self._referred:
+            target: Any = self._parameters
+            for key in reference.removeprefix("#/").split("/") if _is_local(reference) else ["#"]:
+                target = target.get(key) if isinstance(target, Mapping) else None
+            if target is None:
+                raise InputError(f"{where}.$ref is {_shown(reference)}, which is nothing in the tool's parameters")
+            name = self._referred[reference] = self._rule("")
+            self._rules[name] = self._value(target, f"{where}.$ref")
+        return self._referred[reference]
 
     def _alternatives(self, schema: Mapping[str, Any], where: str) -> Iterator[str]:
         for key in ("enum", "const"):
@@ -104,7 +166,7 @@ class _Pairs:
         names = named if isinstance(named, list) else [named]
         for name in names:
             if not isinstance(name, str) or name.lower() not in _TYPES:
-                raise InputError(f"{where}.type is {json.dumps(name):.40}, expected one of {', '.join(_TYPES)}")
+                raise InputError(f"{where}.type is {_shown(name)}, expected one of {', '.join(_TYPES)}")
         _refuse_others(schema, ("type", *(key for name in names for key in _TYPES[name.lower()][0])), where)
         for name in names:
             keywords, write = _TYPES[name.lower()]
@@ -123,7 +185,7 @@ class _Pairs:
         if isinstance(value, str):
             return f"{self._quote} {_literal(value)} {self._quote}"
         if isinstance(value, Mapping | list):
-            raise InputError(f"{where}: a constant is {json.dumps(value):.40}, expected a text, a number or null")
+            raise InputError(f"{where}: a constant is {_shown(value)}, expected a text, a number or null")
         return _literal(json.dumps(value))
 
     def _text(self, schema: Mapping[str, Any], where: str) -> str:
@@ -136,8 +198,9 @@ class _Pairs:
             ends = pattern.endswith("$") and not pattern.endswith("\\$")
             inner = pattern.removeprefix("^").removesuffix("$" if ends else "")
             regex = f"{'' if pattern.startswith('^') else anything}({inner}){'' if ends else anything}"
+            regex_grammar(self._vocabulary, regex, f"{where}.pattern")
         name = f"T{len(self._rules)}"
-        self._rules[name] = f"/{regex.replace('/', chr(92) + '/')}/"
+        self._rules[name] = f"/{_UNESCAPED.sub(chr(92) * 2 + '/', regex)}/"
         return f"{self._quote} {name} {self._quote}"
 
     def _array(self, schema: Mapping[str, Any], where: str) -> str:
@@ -156,6 +219,8 @@ class _Pairs:
         # What may come from a member on: `first` where none came before it, `later` after others.
         first = later = self._rule('""')
         for name in sorted(properties, key=str.lower, reverse=True):
+            if not set(name).isdisjoint(':,{}[]"') or (self._form_quote and self._form_quote in name):
+                raise InputError(f"{where} has the property {_shown(name)}, which calls cannot write; rename it")
             member = f"{_literal(f'{name}:')} {self._value(properties[name], f'{where}.{name}')} {later}"
             absent = ("", "") if name in required else (f" | {first}", f" | {later}")
             first, later = self._rule(member + absent[0]), self._rule(f'"," {member}{absent[1]}')
@@ -172,6 +237,50 @@ _TYPES: dict[str, tuple[tuple[str, ...], Callable[[_Pairs, Mapping[str, Any], st
     "array": (("items", "minItems", "maxItems"), _Pairs._array),
     "object": (("properties", "required", "additionalProperties"), _Pairs._object),
 }
+
+
+def _check_form(schema: Mapping[str, Any], where: str) -> None:
+    """Refuse keywords with values of another kind than JSON Schema has."""
+    for key, (is_right, expected) in _FORMS.items():
+        if key in schema and not is_right(schema[key]):
+            raise InputError(f"{where}.{key} is {_shown(schema[key])}, expected {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 16
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+_COUNT = (_is_count, "a whole number from 0 to 65535")
+_LIST = (_is_list, "a list that is not empty")
+# By a keyword: whether its value is of the right kind, and what was expected.
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), _COUNT),
+    **dict.fromkeys(("enum", "anyOf", "oneOf", "allOf"), _LIST),
+    **dict.fromkeys(_NUMBERS, (_is_number, "a number")),
+    **dict.fromkeys(("pattern", "$ref"), (lambda value: isinstance(value, str), "a text")),
+    "type": (lambda value: isinstance(value, str) or _is_list(value), "a text or a list of texts"),
+    "required": (_are_texts, "a list of texts"),
+    "properties": (
+        lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
+        "an object",
+    ),
+}
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r:.40}"
 
 
 def _refuse_others(schema: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -7,7 +7,7 @@ from runtime_ref.chat import ChatTemplate, Message
 from runtime_ref.errors import InputError
 from runtime_ref.tool_calls import JSON, PAIRS, read_call
 
-_NAME, _THOUGHT = "probe_name", "Thought."
+_NAME, _VALUE, _THOUGHT = "probe_name", "probe value", "Thought."
 # Arguments that a syntax must give back as they were.
 _PROBES: tuple[dict[str, Any], ...] = (
     {},
@@ -26,9 +26,13 @@ def call_marks(template: ChatTemplate, added_tokens: Mapping[str, int]) -> tuple
         added_tokens: ids of the tokenizer's added tokens, by text.
     """
     before, found, after = (_render(template, tool_calls=_calls({})) or "").partition(_NAME)
+    # What stands between the name and the arguments is no end: that comes after a value as well.
+    rest = (_render(template, tool_calls=_calls({"key": _VALUE})) or "").rpartition(_VALUE)[2]
     plain = _render(template) or ""
     starts = [(before.rfind(token), len(token), token) for token in added_tokens if token and token in before]
-    ends = [(after.find(token), -len(token), token) for token in added_tokens if token and token in after]
+    ends = [
+        (after.find(token), -len(token), token) for token in added_tokens if token and token in after and token in rest
+    ]
     if not (found and starts and ends):
         return None
     begin, end = max(starts)[2], min(ends)[2]
@@ -61,12 +65,13 @@ def call_form(template: ChatTemplate, begin: str, end: str) -> dict[str, str] | 
     def written(arguments: dict[str, Any]) -> str:
         return _between(_render(template, tool_calls=_calls(arguments)) or "", begin, end, _NAME)
 
-    before, _, rest = written({"key": "value"}).partition(_NAME)
-    quote = rest.partition("value")[0].partition(":")[2].strip()
+    probe = written({"key": _VALUE})
+    before, _, rest = probe.partition(_NAME)
+    quote = rest.partition(_VALUE)[0].partition(":")[2].strip()
     after = rest.rpartition("}")[2]
     for form in (
         {"before": before, "after": after, "syntax": PAIRS, "quote": quote},
-        {"before": "", "after": "", "syntax": JSON},
+        {"before": probe.partition("{")[0], "after": after, "syntax": JSON},
     ):
         calls = [(arguments, read_call(written(arguments), form)) for arguments in _PROBES]
         if all((call.name, call.arguments, call.problem) == (_NAME, expected, "") for expected, call in calls):

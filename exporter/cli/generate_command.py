@@ -121,6 +121,8 @@ def generate(
         raise click.UsageError(f"{given_of_chats[0]} goes with --chat")
     if prompt_ids is None and not interactive:
         prompt = _read_prompt(prompt, prompt_file)
+    if strict_tools and tools is None:
+        raise click.UsageError("--strict-tools goes with --tools")
     decoder = open_bundle(bundle)
     if (chat or given_of_chats) and decoder.template is None:
         option = "--chat" if chat else given_of_chats[0]

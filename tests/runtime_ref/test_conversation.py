@@ -205,6 +205,9 @@ def test_what_every_turn_has_marks_no_calls() -> None:
     )
     added = {"<|turn>": 5, "<turn|>": 6, "<|end|>": 7}
     assert call_marks(ChatTemplate(source, "t", "", {}), added) is None
+    parted = "{% for m in messages %}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}<sep>{{"
+    parted += " c.function.arguments | tojson }}<turn|>{% endfor %}{{ m.content }}<turn|>{% endfor %}"
+    assert call_marks(ChatTemplate(parted, "t", "", {}), {**added, "<call>": 8, "<sep>": 9}) is None
     marked = source.replace("{{ (m.tool_calls", "{% if m.tool_calls %}<call>{% endif %}{{ (m.tool_calls")
     assert call_marks(ChatTemplate(marked, "t", "", {}), {**added, "<call>": 8}) is None  # no mark ends it
 
@@ -229,6 +232,7 @@ def test_two_calls_have_two_ids(answer: Any) -> None:
         ('call:a{<|"|>b<|"|>1}', "expected ':' at '1}'"),
         ("call:a{b:NaN}", "NaN is no value of JSON"),
         ("call:a{}b", "'b' follows the call"),
+        ('call:a{b:"\\ud800"}', "a text in it is not valid UTF-8"),
         ("call:a{b:" + "[" * 2000, "nested too deeply"),
         ("call:a{b:" + "9" * 5000 + "}", "integer string conversion"),
     ],
@@ -281,7 +285,7 @@ def test_the_vectors_are_those_of_their_script() -> None:
 
 
 def test_calls_in_json() -> None:
-    form = {"before": "", "after": "", "syntax": "json"}
+    form = {"before": "\n", "after": "\n", "syntax": "json"}
     for key in ("arguments", "parameters"):
         text = json.dumps({"name": "weather", key: {"place": "Bern"}})
         for written in (f"\n{text}\n", f"[{text}]"):

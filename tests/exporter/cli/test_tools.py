@@ -111,6 +111,7 @@ def test_the_user_answers_for_tools(
         (("--chat", "--tools", "tokenizer.json"), "tokenizer.json: expected a JSON list of tools"),
         (("--chat", "--tools", "tools.json"), "the chat template leaves out tools"),
         (("--strict-tools",), "--strict-tools goes with --chat"),
+        (("--chat", "--strict-tools"), "--strict-tools goes with --tools"),
         (("--chat", "--thinking-budget", 3), "a thinking budget is about thoughts"),
         (("--chat", "--thinking"), "the chat template has no enable_thinking"),
     ],

@@ -7,6 +7,7 @@ import gemmamtp.core.Manifest
 import gemmamtp.core.Message
 import gemmamtp.core.Options
 import gemmamtp.core.PER_LAYER
+import gemmamtp.core.Rules
 import gemmamtp.core.Sampling
 import gemmamtp.core.Stream
 import gemmamtp.core.Token
@@ -64,6 +65,7 @@ private class DecoderModel(private val decoder: Decoder) : Model {
     override val chats get() = decoder.chat != null
     override val defaultDraftTokens get() = decoder.manifest.defaultDraftTokens
     override val sampling: Sampling get() = decoder.manifest.sampling
+    override val rules: Rules get() = decoder.manifest.rules
 
     override fun write(messages: List<Message>, options: Options): Writing = StreamWriting(
         if (chats) decoder.chat(messages, options) else decoder.stream(messages.last().content, options),

@@ -2,6 +2,7 @@ package gemmamtp.demo
 
 import gemmamtp.core.Message
 import gemmamtp.core.Options
+import gemmamtp.core.Rules
 import gemmamtp.core.Sampling
 import gemmamtp.core.Token
 import java.io.Closeable
@@ -17,6 +18,9 @@ interface Model : Closeable {
 
     /** How tokens are chosen, as the checkpoint recommends. */
     val sampling: Sampling
+
+    /** What changes logits before that, as the checkpoint recommends. */
+    val rules: Rules
 
     /** Generate what follows the last message; throws InputError if the messages or options cannot be run. */
     fun write(messages: List<Message>, options: Options): Writing

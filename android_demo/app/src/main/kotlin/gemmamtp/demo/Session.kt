@@ -65,7 +65,8 @@ class Session(
         val answer = StringBuilder()
         val before = screen.talk
         update { it.copy(talk = before + Exchange(prompt, ""), counts = null) }
-        write(model.write(messages, Options(MAX_NEW_TOKENS, draftTokens(model), model.sampling))) { token, counts ->
+        val options = Options(MAX_NEW_TOKENS, draftTokens(model), model.sampling, model.rules)
+        write(model.write(messages, options)) { token, counts ->
             answer.append(token)
             update { it.copy(talk = before + Exchange(prompt, answer.toString()), counts = counts) }
         }

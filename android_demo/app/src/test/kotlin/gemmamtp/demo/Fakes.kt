@@ -4,6 +4,7 @@ import gemmamtp.core.FileMetadata
 import gemmamtp.core.InputError
 import gemmamtp.core.Message
 import gemmamtp.core.Options
+import gemmamtp.core.Rules
 import gemmamtp.core.Sampling
 import gemmamtp.core.Token
 import gemmamtp.core.fileSha256
@@ -26,6 +27,7 @@ class ManualWorker : Executor {
 class FakeModel(override val chats: Boolean = true, private val length: Int = 5) : Model {
     override val defaultDraftTokens = 4
     override val sampling = Sampling(temperature = 0.7)
+    override val rules = Rules(repetitionPenalty = 1.1)
     val prompts = ArrayList<List<String>>()
     val options = ArrayList<Options>()
     var forgotten = 0

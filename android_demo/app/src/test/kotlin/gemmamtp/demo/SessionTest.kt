@@ -89,7 +89,7 @@ class SessionTest {
             ask("x")
         }
         assertEquals(listOf(0, 4, null), model.options.map { it.numDraftTokens })
-        assertEquals(setOf(model.sampling), model.options.map { it.sampling }.toSet())
+        assertEquals(setOf(model.sampling to model.rules), model.options.map { it.sampling to it.rules }.toSet())
     }
 
     @Test

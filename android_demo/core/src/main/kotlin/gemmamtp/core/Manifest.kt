@@ -110,6 +110,7 @@ class TableMetadata(
  *     `window_rows` (S of full and sliding layers).
  * @property rowMultiple T and R are padded to a multiple of this.
  * @property sampling how tokens are chosen if the user does not say.
+ * @property rules what changes logits before that, if the user does not say.
  * @property bos id of the beginning-of-text token.
  * @property eos ids of the tokens that end a text.
  * @property suppressed ids of tokens that the target never chooses.
@@ -132,6 +133,7 @@ class Manifest(
     val limits: Map<String, Int>,
     val rowMultiple: Int,
     val sampling: Sampling,
+    val rules: Rules,
     val bos: Int,
     val eos: Set<Int>,
     val suppressed: Set<Int>,
@@ -279,6 +281,7 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
         sampling = raw.optional("sampling")?.let {
             Sampling(it.number("temperature"), it.number("top_p"), topK = it.int("top_k"))
         } ?: Sampling(),
+        rules = Rules(repetitionPenalty = raw.optional("sampling")?.get("repetition_penalty")?.asDouble ?: 1.0),
         bos = raw.part("tokens").int("bos"),
         eos = raw.part("tokens").list("eos").map { it.asInt }.toSet(),
         suppressed = raw.part("tokens").get("suppressed")?.asJsonArray?.map { it.asInt }?.toSet().orEmpty(),

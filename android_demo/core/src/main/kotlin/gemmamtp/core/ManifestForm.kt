@@ -34,6 +34,7 @@ private val number = form("a number") { value ->
 private fun numeral(value: JsonElement) = value.takeIf { it.isJsonPrimitive && it.asJsonPrimitive.isNumber }?.asString
 private fun whole(value: JsonElement) = numeral(value)?.toLongOrNull()
 
+private val penalty = form("a number from 0.01 to 100") { value -> numeral(value)?.toDoubleOrNull()?.let { it in 0.01..100.0 } ?: false }
 private val version = form("a version such as 1.32.0") { isText(it) && VERSION.matches(it.asString) }
 private val twoIds = form("two token ids") { isPair(it) { id -> (whole(id) ?: -1) in 0 until MAX_COUNT } }
 private val twoTexts = form("two texts") { isPair(it, ::isText) }
@@ -107,7 +108,9 @@ private val common = obj(
     "row_multiple" to count,
     "row_multiple_arm64?" to count,
     "tokens" to tokens,
-    "sampling?" to nullable(obj("temperature" to number, "top_k" to size, "top_p" to number)),
+    "sampling?" to nullable(
+        obj("temperature" to number, "top_k" to size, "top_p" to number, "repetition_penalty?" to penalty),
+    ),
     "target" to textConfig,
     "drafter" to obj("text" to textConfig),
     "two_stage" to nullable(

@@ -128,14 +128,15 @@ class RuledChooser(
      */
     override fun pick(logits: FloatArray, ids: IntArray, state: FloatBuffer, position: Int): Choice {
         val forced = limit?.forced
+        val forbidden = limit?.forbidden
         largest.clear()
-        for (i in ids.indices) if (allowed(ids[i], forced)) offer(ids[i], logits[i])
-        for (token in raised) if (allowed(token, forced) && token !in ids) offer(token, score.logit(state, token))
+        for (i in ids.indices) if (allowed(ids[i], forced, forbidden)) offer(ids[i], logits[i])
+        for (token in raised) if (allowed(token, forced, forbidden) && token !in ids) offer(token, score.logit(state, token))
         // Tokens that are neither the bundle's nor raised have no larger logits than the bundle's last.
         if (largest.size == 0 || largest.values[0] < logits.last()) {
             for (token in if (forced == null) 0 until vocabSize else forced..forced) {
                 val known = token in ids || token in raised
-                if (!known && allowed(token, forced)) offer(token, score.logit(state, token))
+                if (!known && allowed(token, forced, forbidden)) offer(token, score.logit(state, token))
             }
         }
         if (largest.size == 0) {
@@ -168,7 +169,8 @@ class RuledChooser(
         return limit?.numAllowed(free) ?: free.size
     }
 
-    private fun allowed(token: Int, forced: Int?) = token !in suppressed && (forced == null || token == forced)
+    private fun allowed(token: Int, forced: Int?, forbidden: Int?) =
+        token !in suppressed && (forced == null || token == forced) && token != forbidden
 
     /** Make a token a candidate, whose logit after biases and penalties is computed in the order of vLLM. */
     private fun offer(token: Int, logit: Float) {
@@ -229,7 +231,7 @@ fun textChooser(
     val manifest = engine.manifest
     val limit = thinkingBudget?.let {
         val tracker = PartTracker(manifest.channels, manifest.eos, prompt)
-        ThoughtLimit(tracker, manifest.channels.getValue(THOUGHT).second, it)
+        ThoughtLimit(tracker, manifest.channels.getValue(THOUGHT), it)
     }
     return RuledChooser(sampling, rules, prompt, manifest.vocabSize, engine::score, limit, manifest.suppressed)
 }

@@ -153,7 +153,7 @@ private fun utf8(bytes: ByteArray): String? =
         null
     }
 
-private fun wellFormed(text: String): Boolean {
+internal fun wellFormed(text: String): Boolean {
     var i = 0
     while (i < text.length) {
         val point = text.codePointAt(i)

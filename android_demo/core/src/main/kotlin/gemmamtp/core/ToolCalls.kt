@@ -33,11 +33,13 @@ fun readCall(text: String, form: PartForm, id: String = "", closed: Boolean = tr
     try {
         val read = requireNotNull(SYNTAXES[form.syntax]) { "the bundle does not say how calls are written" }
         require(closed) { "the call has no end" }
-        val around = form.before.length + form.after.length
-        require(text.startsWith(form.before) && text.endsWith(form.after) && text.length >= around) {
-            "expected '${form.before}' at its beginning and '${form.after}' at its end"
+        val (before, after, inner) = listOf(form.before, form.after, text).map { it.trim(::isBlank) }
+        require(inner.startsWith(before) && inner.endsWith(after) && inner.length >= before.length + after.length) {
+            "expected '$before' at its beginning and '$after' at its end"
         }
-        val (name, arguments) = read(text.substring(form.before.length, text.length - form.after.length), form.quote)
+        val (name, arguments) = read(inner.substring(before.length, inner.length - after.length), form.quote)
+        // Half a character cannot go into the next prompt.
+        require(wellFormed("$arguments") && wellFormed(name)) { "a text in it is not valid UTF-8" }
         ToolCall(id, name, arguments.toString(), text)
     } catch (error: IllegalArgumentException) {
         ToolCall(id, "", "{}", text, error.message.orEmpty())

@@ -36,6 +36,7 @@ fun smallManifest(
     ),
     rowMultiple = rowMultiple,
     sampling = Sampling(),
+    rules = Rules(),
     bos = 2,
     eos = eos,
     suppressed = suppressed,
