@@ -160,7 +160,9 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
         if not has_content and message["role"] != "tool":
             raise InputError(f"a message is {message!r:.60}, expected an object with the texts role and content")
         for part in content if isinstance(content, list) else ():
-            if isinstance(part, Mapping) and part.get("type", "text") != "text":
+            if not isinstance(part, Mapping):
+                raise InputError(f"a message has the content {part!r:.40}, expected an object with type and text")
+            if part.get("type", "text") != "text":
                 raise InputError(f"a message has content of type {part['type']!r:.40}; a bundle reads text alone")
     return messages
 

@@ -1,7 +1,7 @@
 """The decoding loop: prefill, then rounds."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from runtime_ref.acceptance import Round
@@ -11,7 +11,7 @@ from runtime_ref.engine import Engine
 from runtime_ref.errors import InputError
 from runtime_ref.grammar import Grammar
 from runtime_ref.manifest import Manifest
-from runtime_ref.rules import RuledChooser, Rules, check_rules, text_chooser
+from runtime_ref.rules import RuledChooser, Rules, check_parts, check_rules, text_chooser
 from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
 
@@ -25,14 +25,18 @@ class Options:
         num_draft_tokens: K of every round; 0 is plain decoding, None lets a `DraftLength` plan each round.
         sampling: how tokens are chosen.
         rules: what changes logits before that.
-        grammar: what the answer must match; None for any text.
+        grammars: what parts of the text must match: the `answer`, or each `tool_call`.
+        opens: names of channels that may come before an answer that must match.
+        thinking_budget: the largest number of tokens of thoughts, after which a thought is ended; None for any.
     """
 
     max_new_tokens: int = 128
     num_draft_tokens: int | None = 0
     sampling: Sampling = field(default_factory=Sampling)
     rules: Rules = field(default_factory=Rules)
-    grammar: Grammar | None = None
+    grammars: Mapping[str, Grammar] = field(default_factory=dict)
+    opens: frozenset[str] = frozenset()
+    thinking_budget: int | None = None
 
 
 def generate(
@@ -85,7 +89,8 @@ def rounds(
     check_options(manifest, options)
     room = manifest.max_seq_len - len(prompt)
     budget, out_of_budget = min((options.max_new_tokens, "length"), (room, "max_seq_len"))
-    rules = text_chooser(engine, prompt, options.sampling, options.rules, options.grammar)
+    of_parts = (options.grammars, options.opens, options.thinking_budget)
+    rules = text_chooser(engine, prompt, options.sampling, options.rules, *of_parts)
     chooser = options.sampling if rules is None else rules
     drafts = _drafts(engine, options, prompt, planner, rules)
     stats.begin(start)
@@ -137,7 +142,7 @@ def check_options(manifest: Manifest, options: Options) -> None:
 
     Raises:
         InputError: K is negative or beyond what the bundle was exported for, no new token is asked for, or a rule names
-            a token that the bundle does not have.
+            a token or a part that the bundle does not have.
     """
     drafts, max_drafts = options.num_draft_tokens, manifest.max_draft_tokens
     if drafts is not None and not 0 <= drafts <= max_drafts:
@@ -147,6 +152,7 @@ def check_options(manifest: Manifest, options: Options) -> None:
     if options.max_new_tokens < 1:
         raise InputError(f"{options.max_new_tokens} new tokens were asked for, expected at least 1")
     check_rules(manifest, options.rules)
+    check_parts(manifest, options.grammars, options.opens, options.thinking_budget)
 
 
 def check_prompt(manifest: Manifest, prompt: Sequence[int]) -> None:

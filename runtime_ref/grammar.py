@@ -6,7 +6,7 @@ The library llguidance computes them; it is imported when a grammar is asked for
 import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import Manifest
+from runtime_ref.text_parts import ANSWER, PartTracker
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -31,6 +32,7 @@ class Vocabulary:
     Attributes:
         size: V; ids beyond the tokenizer are allowed by no grammar.
         ends: ids of the tokens that end a text.
+        special: ids of special tokens, by text.
         tokenizer: llguidance's.
     """
 
@@ -61,6 +63,8 @@ class Vocabulary:
             )
         tokenizer = read_tokenizer(path, "export the bundle again")
         self.size, self.ends = manifest.vocab_size, manifest.eos
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.special = {token.content: number for number, token in added if token.special}
         ends = sorted(token for token in self.ends if tokenizer.id_to_token(token) is not None)
         if not ends:
             raise InputError(f"{bundle}: has no token that ends a text, so no structured output could end")
@@ -96,44 +100,58 @@ class Grammar:
         if probe.is_error():
             raise InputError(f"{what} cannot be used ({_line(probe.get_error())})")
 
-    def begin(self, binds: bool = True, gate: Callable[[int], bool] = lambda token: True) -> "GrammarText":
+    def begin(
+        self, tracker: PartTracker, part: str = ANSWER, close: int | None = None, opens: Collection[int] = ()
+    ) -> "GrammarText":
         """Begin a text.
 
         Args:
-            binds: whether the first token must match the grammar.
-            gate: called with each token of the text in turn; says whether the next token must match the grammar. What
-                need not match, such as a thought, is no part of what is matched.
+            tracker: of this grammar alone, before the text's first token.
+            part: which part of the text must match; what other parts hold, such as a thought, is free.
+            close: the token that ends that part; None if the text's end does.
+            opens: tokens that may also come where the part is empty: they open a channel before it.
         """
-        return GrammarText(self._matcher.deep_copy(), self._vocabulary, self._what, binds, gate)
+        return GrammarText(self._matcher, self._vocabulary, self._what, tracker, part, close, opens)
 
 
 class GrammarText:
-    """A text on its way through a grammar.
-
-    Attributes:
-        binds: whether the next token must match the grammar.
-    """
+    """A text on its way through a grammar, which binds one of its parts; each time that part begins anew."""
 
     def __init__(
-        self, matcher: "LLMatcher", vocabulary: Vocabulary, what: str, binds: bool, gate: Callable[[int], bool]
+        self,
+        matcher: "LLMatcher",
+        vocabulary: Vocabulary,
+        what: str,
+        tracker: PartTracker,
+        part: str,
+        close: int | None,
+        opens: Collection[int],
     ) -> None:
         """Begin a text; `Grammar.begin` calls this.
 
         Args:
-            matcher: of this text alone.
+            matcher: at the beginning of the grammar.
             vocabulary: the bundle's.
             what: names the grammar in messages.
-            binds: as for `Grammar.begin`.
-            gate: as for `Grammar.begin`.
+            tracker: as for `Grammar.begin`.
+            part: as for `Grammar.begin`.
+            close: as for `Grammar.begin`.
+            opens: as for `Grammar.begin`.
         """
-        self._matcher, self._ends, self._what, self._gate = matcher, vocabulary.ends, what, gate
+        self._start, self._matcher, self._ends, self._what = matcher, matcher.deep_copy(), vocabulary.ends, what
         self._num_known, self._mask_bytes = vocabulary.tokenizer.vocab_size, -(-vocabulary.size // 8)
-        self.binds = binds
+        self._tracker, self._part, self._close, self._opens = tracker, part, close, list(opens)
+        self._is_empty, self._ended = True, False
+
+    @property
+    def binds(self) -> bool:
+        """Whether the next token must match the grammar."""
+        return not self._ended and (self._tracker.channel or ANSWER) == self._part
 
     def mask(self) -> np.ndarray | None:
         """Return which tokens may come next; None if any may.
 
-        End tokens may come where the text may end, and nothing else where it must.
+        What ends the part may come where the grammar may end, and nothing else where it must.
 
         Returns:
             [ceil(V / 8)] uint8, a bit for each token id, the lowest bit first.
@@ -145,7 +163,16 @@ class GrammarText:
             return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: self._mask_bytes]
         self._check()
-        return np.concatenate([bits, np.zeros(self._mask_bytes - len(bits), np.uint8)])
+        bits = np.concatenate([bits, np.zeros(self._mask_bytes - len(bits), np.uint8)])
+        if self._close is not None:
+            for token in self._ends:
+                bits[token >> 3] &= ~np.uint8(1 << (token & 7))
+        marks = list(self._opens) if self._is_empty else []
+        if self._close is not None and self._matcher.is_accepting():
+            marks.append(self._close)
+        for token in marks:
+            bits[token >> 3] |= np.uint8(1 << (token & 7))
+        return bits
 
     def commit(self, token: int) -> None:
         """Go on by a token, which `mask` allowed.
@@ -154,12 +181,16 @@ class GrammarText:
             token: id of the text's next token.
         """
         if token in self._ends:
-            self.binds = False  # of what is chosen after an end token nothing is kept
+            self._ended = True  # of what is chosen after an end token nothing is kept
             return
-        if self.binds:
+        bound = self.binds
+        _, is_mark = self._tracker.add(token)
+        if bound and not is_mark:
             self._matcher.consume_token(token)
             self._check()
-        self.binds = self._gate(token)
+            self._is_empty = False
+        elif token == self._close:
+            self._matcher, self._is_empty = self._start.deep_copy(), True
 
     def forced(self, max_tokens: int) -> Sequence[int]:
         """Return the tokens that spell what must come next, as the tokenizer cuts it; none where there is a choice.
@@ -167,25 +198,30 @@ class GrammarText:
         Args:
             max_tokens: the largest number of tokens.
         """
-        if not self.binds:
+        if not self.binds or (self._is_empty and self._opens):
             return []
         if self._matcher.is_stopped():  # complete
-            return [min(self._ends)][:max_tokens] if len(self._ends) == 1 else []
+            ends = self._ends if self._close is None else [self._close]
+            return [min(ends)][:max_tokens] if len(ends) == 1 else []
         return list(self._matcher.compute_ff_tokens())[:max_tokens]
 
     def num_allowed(self, drafts: Sequence[int]) -> int:
         """Return how many of the drafts may come next, in their order; all, where the grammar does not bind.
 
         Args:
-            drafts: token ids.
+            drafts: token ids. After what ends the part, or opens another, all are taken to be allowed.
         """
         if not self.binds:
             return len(drafts)
+        if drafts and drafts[0] in self._opens and self._is_empty:
+            return len(drafts)
+        ends = self._ends if self._close is None else [self._close]
         if self._matcher.is_stopped():
-            return int(len(drafts) > 0 and drafts[0] in self._ends)
+            return int(len(drafts) > 0 and drafts[0] in ends)
         # To ask for an id beyond the tokenizer would spoil the matcher.
-        known = itertools.takewhile(lambda token: token < self._num_known, drafts)
-        return int(self._matcher.validate_tokens(list(known)))
+        known = itertools.takewhile(lambda token: token < self._num_known and token != self._close, drafts)
+        count = int(self._matcher.validate_tokens(list(known)))
+        return len(drafts) if count < len(drafts) and drafts[count] == self._close else count
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -106,6 +106,7 @@ class Manifest:
             `window_rows` (S of full and sliding layers).
         row_multiple: T and R are padded to a multiple of this.
         sampling: how tokens are chosen if the user does not say.
+        repetition_penalty: the same of that rule; 1 is none.
         bos: id of the beginning-of-text token.
         eos: ids of the tokens that end a text.
         channels: ids of the tokens that begin and end a part of the text that is no answer, by the part's name.
@@ -133,6 +134,7 @@ class Manifest:
     limits: Mapping[str, int]
     row_multiple: int
     sampling: Sampling
+    repetition_penalty: float
     bos: int
     eos: frozenset[int]
     channels: Mapping[str, tuple[int, int]]
@@ -253,6 +255,7 @@ def _parse(raw: Mapping[str, Any], format_version: int, digest: str) -> Manifest
         limits=raw["limits"],
         row_multiple=_row_multiple(raw),
         sampling=_sampling(raw.get("sampling")),
+        repetition_penalty=float((raw.get("sampling") or {}).get("repetition_penalty", 1)),
         bos=raw["tokens"]["bos"],
         eos=frozenset(raw["tokens"]["eos"]),
         channels={name: (ids[0], ids[1]) for name, ids in raw["tokens"].get("channels", {}).items()},

@@ -7,6 +7,7 @@ from typing import Any
 MAX_SIZE = 1 << 62  # of a file, in bytes: more cannot be true
 MAX_COUNT = 1 << 31
 MAX_NUMBER = 1e300
+REPETITION_RANGE = (0.01, 100)  # peers take any positive number; far beyond these, float64 would overflow
 VERSION = r"[0-9]{1,9}(\.[0-9]{1,9}){0,5}([^0-9.].*)?"
 
 # A form is a type (`object` is any value), the forms of an object's keys (optional ones end in `?`), the one form of a
@@ -31,6 +32,13 @@ def number(value: Any) -> None:
     """Accept a finite number."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < MAX_NUMBER:
         raise ValueError(f"is {value!r:.60}, expected a number")
+
+
+def penalty(value: Any) -> None:
+    """Accept a repetition penalty."""
+    least, most = REPETITION_RANGE
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"is {value!r:.60}, expected a number from {least} to {most}")
 
 
 def version(value: Any) -> None:
@@ -86,7 +94,7 @@ FORM_3: Form = {
     "row_multiple": count,
     "row_multiple_arm64?": count,
     "tokens": {**_TOKENS, "channels?": {"*": two_ids}, "parts?": {"*": _PART}},
-    "sampling?": (None, {"temperature": number, "top_k": size, "top_p": number}),
+    "sampling?": (None, {"temperature": number, "top_k": size, "top_p": number, "repetition_penalty?": penalty}),
     "target": _TEXT_CONFIG,
     "drafter": {"text": _TEXT_CONFIG},
     "two_stage": (None, {"origin": str, "num_clusters": size, "cluster_size": size, "top_k_clusters": size}),

@@ -4,8 +4,9 @@ A rule depends on the position and on the text before it, never on what was draf
 choose the same tokens. FORMAT.md ("Rules before the choice") has the arithmetic.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -13,13 +14,27 @@ from runtime_ref.engine import Engine
 from runtime_ref.errors import InputError
 from runtime_ref.grammar import Grammar, GrammarText
 from runtime_ref.manifest import Manifest
+from runtime_ref.manifest_form import REPETITION_RANGE
 from runtime_ref.sampling import MAX_TOP_K, Sampling, choose, log_probabilities
+from runtime_ref.text_parts import ANSWER, THOUGHT, TOOL_CALL, PartTracker
+from runtime_ref.thinking import ThoughtLimit
 
 MAX_BIAS = 100  # of a token, in either direction, as OpenAI's interface and vLLM have it
 MAX_PENALTY = 2  # presence and frequency, as there
-REPETITION_RANGE = (0.01, 100)  # peers take any positive number; far beyond these, float64 would overflow
 
 Score = Callable[[np.ndarray, Sequence[int]], np.ndarray]  # as `Engine.score`
+
+
+class Constraint(Protocol):
+    """What forbids tokens by the text so far: a `GrammarText` or a `ThoughtLimit`."""
+
+    def commit(self, token: int) -> None:
+        """Go on by a token of the text."""
+        ...
+
+    def num_allowed(self, drafts: Sequence[int]) -> int:
+        """Return how many of the drafts may come next, in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -88,10 +103,11 @@ class RuledChooser:
         self,
         sampling: Sampling,
         rules: Rules,
-        prompt: Iterable[int],
+        prompt: Sequence[int],
         vocab_size: int,
         score: Score,
-        grammar: GrammarText | None = None,
+        grammars: Sequence[GrammarText] = (),
+        limit: ThoughtLimit | None = None,
         never: Collection[int] = (),
     ) -> None:
         """Begin a text.
@@ -102,10 +118,13 @@ class RuledChooser:
             prompt: token ids of the prompt.
             vocab_size: V.
             score: computes logits from a state, as `Engine.score`.
-            grammar: what the answer must match, at its beginning; None for any text.
+            grammars: what parts of the text must match, at their beginning; no two bind the same token.
+            limit: how long the model may think; None for no limit.
             never: ids of tokens that the bundle itself suppresses.
         """
-        self._sampling, self._rules, self._score, self._grammar = sampling, rules, score, grammar
+        self._sampling, self._rules, self._score = sampling, rules, score
+        self._grammars, self._limit = grammars, limit
+        self._constraints: list[Constraint] = [*grammars, *([limit] if limit else [])]
         # Arrays by token id, so that a rule is one look-up for all candidates.
         self._free = np.ones(vocab_size, bool)
         self._free[list(rules.suppressed | {token for token in never if token < vocab_size})] = False
@@ -126,7 +145,7 @@ class RuledChooser:
         Raises:
             InputError: the rules allow no token here.
         """
-        mask = self._grammar.mask() if self._grammar else None
+        mask = next((mask for grammar in self._grammars if (mask := grammar.mask()) is not None), None)
         raised = sorted(self._raised.difference(ids.tolist()))
         candidates, values, ruled = self._candidates(logits, ids, state, raised, mask)
         # Tokens that are neither the bundle's nor raised have no larger logits than the bundle's last.
@@ -166,21 +185,25 @@ class RuledChooser:
         self._counts[token] += 1
         if self._raises_answer:
             self._raised.add(token)
-        if self._grammar:
-            self._grammar.commit(token)
+        for constraint in self._constraints:
+            constraint.commit(token)
 
     def forced(self, max_tokens: int) -> Sequence[int]:
-        """Return the tokens that the grammar forces next, at most `max_tokens`; none without a grammar.
+        """Return the tokens that a grammar or the limit of a thought forces next, at most `max_tokens`.
 
-        While tokens are forced, the grammar allows the first of them alone, so as drafts they are accepted.
+        While tokens are forced, nothing but the first of them is allowed, so as drafts they are accepted.
         """
-        forced = self._grammar.forced(max_tokens) if self._grammar else []
+        if self._limit and self._limit.forced is not None:
+            return [self._limit.forced][:max_tokens]
+        forced = next((forced for grammar in self._grammars if (forced := grammar.forced(max_tokens))), [])
         return forced[: self._free_tokens(forced)]
 
     def num_allowed(self, drafts: Sequence[int]) -> int:
         """Return how many of the drafts may come next, in their order: those before the first that is forbidden."""
         count = self._free_tokens(drafts)
-        return self._grammar.num_allowed(drafts[:count]) if self._grammar else count
+        for constraint in self._constraints:
+            count = constraint.num_allowed(drafts[:count])
+        return count
 
     def _free_tokens(self, drafts: Sequence[int]) -> int:
         """How many of the drafts come before the first suppressed one."""
@@ -190,6 +213,8 @@ class RuledChooser:
     def _allowed(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         """Whether each of the token ids may be chosen, [n] bool."""
         allowed = self._free[ids]
+        if self._limit and self._limit.forced is not None:
+            allowed = allowed & (ids == self._limit.forced)
         return allowed if mask is None else allowed & (mask[ids >> 3] >> (ids & 7) & 1).astype(bool)
 
     def _apply(self, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -207,7 +232,13 @@ def _log_probability(logit: float, logits: np.ndarray) -> float:
 
 
 def text_chooser(
-    engine: Engine, prompt: Sequence[int], sampling: Sampling, rules: Rules, grammar: Grammar | None
+    engine: Engine,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    rules: Rules,
+    grammars: Mapping[str, Grammar],
+    opens: Collection[str] = (),
+    thinking_budget: int | None = None,
 ) -> RuledChooser | None:
     """Return what chooses the tokens of a text by rules; None if there are none, and `sampling` alone chooses.
 
@@ -216,10 +247,46 @@ def text_chooser(
         prompt: token ids.
         sampling: how tokens are chosen once the rules were applied.
         rules: what changes logits.
-        grammar: what the answer must match, None for any text.
+        grammars: what the `answer`, or each `tool_call`, must match.
+        opens: names of channels that may come before an answer that must match.
+        thinking_budget: the largest number of tokens of thoughts; None for any.
     """
-    if rules == Rules() and grammar is None:
+    if rules == Rules() and not grammars and thinking_budget is None:
         return None
-    manifest = engine.manifest
-    never, text = manifest.raw["tokens"].get("suppressed", ()), None if grammar is None else grammar.begin()
-    return RuledChooser(sampling, rules, prompt, manifest.vocab_size, engine.score, text, never)
+    manifest, limit, texts = engine.manifest, None, []
+    never = manifest.raw["tokens"].get("suppressed", ())
+
+    def tracker() -> PartTracker:
+        return PartTracker(manifest.channels, manifest.eos, prompt)
+
+    for part, grammar in grammars.items():
+        close = manifest.channels[part][1] if part != ANSWER else None
+        marks = [manifest.channels[name][0] for name in opens if part == ANSWER]
+        texts.append(grammar.begin(tracker(), part, close, marks))
+    if thinking_budget is not None:
+        limit = ThoughtLimit(tracker(), manifest.channels[THOUGHT][1], thinking_budget)
+    return RuledChooser(sampling, rules, prompt, manifest.vocab_size, engine.score, texts, limit, never)
+
+
+def check_parts(
+    manifest: Manifest, grammars: Collection[str], opens: Collection[str], thinking_budget: int | None
+) -> None:
+    """Refuse rules about parts of a text that a bundle does not have.
+
+    Args:
+        manifest: the bundle's.
+        grammars: as for `text_chooser`.
+        opens: as for `text_chooser`.
+        thinking_budget: as for `text_chooser`.
+
+    Raises:
+        InputError: a part is no channel of the bundle, or the budget is negative.
+    """
+    if thinking_budget is not None and thinking_budget < 0:
+        raise InputError(f"the thinking budget is {thinking_budget} tokens, expected 0 or more")
+    needed = {*grammars, *opens, *([] if thinking_budget is None else [THOUGHT])} - {ANSWER}
+    for part in sorted(needed - manifest.channels.keys()):
+        raise InputError(f"{_NEEDS[part]}, and the bundle's chat template marks none; leave it out")
+
+
+_NEEDS = {THOUGHT: "a thinking budget is about thoughts", TOOL_CALL: "a grammar of calls needs calls of tools"}

@@ -1,9 +1,10 @@
 """Generate text from a bundle, token by token: the interface for applications."""
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from runtime_ref.text_parts import ANSWER, THOUGHT, TOOL_CALL, PartTracker
 from runtime_ref.text_stream import Channel, TextStream
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 from runtime_ref.tool_calls import ToolCall, read_call
+from runtime_ref.tool_grammar import call_grammar
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,6 @@ class Decoder:
         self._save = save
         self.current: Stream | None = None
         self.cached: Stream | None = None  # the stream whose keys and values are in the engine's cache
-        self._vocabulary: Vocabulary | None = None  # made for the first grammar
 
     def stream(
         self,
@@ -107,11 +108,12 @@ class Decoder:
         stop: Sequence[str] = (),
         suppress: Sequence[int] = (),
         logit_bias: Mapping[int, float] | None = None,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         json_schema: str | Mapping[str, Any] | None = None,
         regex: str | None = None,
+        thinking_budget: int | None = None,
     ) -> "Stream":
         """Continue a prompt. The same seed gives the same tokens, whatever is drafted.
 
@@ -127,11 +129,12 @@ class Decoder:
             suppress: ids of tokens that are never chosen.
             logit_bias: by token id, what is added to its logit, -100 to 100.
             repetition_penalty: divides positive logits of tokens of the prompt and the answer, and multiplies others;
-                0.01 to 100, 1 is none.
+                0.01 to 100, 1 is none; None for the checkpoint's recommendation.
             presence_penalty: subtracted from logits of tokens of the answer, -2 to 2.
             frequency_penalty: subtracted for each time that a token is in the answer, -2 to 2.
             json_schema: JSON Schema that the answer fulfils, as a text or parsed. Needs the extra `grammar`.
             regex: regular expression that the whole answer matches. Needs the extra `grammar`.
+            thinking_budget: the largest number of tokens of thoughts, after which a thought is ended; None for any.
 
         Returns:
             The new text's stream, which ends any other of this decoder.
@@ -140,7 +143,7 @@ class Decoder:
             InputError: the prompt cannot be run, an option is of another kind or out of its range, a grammar cannot be
                 used, or there is text to read or write and the bundle has no tokenizer.
         """
-        defaults = self.engine.manifest.sampling
+        defaults, usual = self.engine.manifest.sampling, self.engine.manifest.repetition_penalty
         sampling = Sampling(
             number("temperature", defaults.temperature if temperature is None else temperature),
             number("top_p", defaults.top_p if top_p is None else top_p),
@@ -151,12 +154,18 @@ class Decoder:
         rules = Rules(
             suppressed_ids(suppress),
             biases(logit_bias),
-            number("repetition_penalty", repetition_penalty),
+            number("repetition_penalty", usual if repetition_penalty is None else repetition_penalty),
             number("presence_penalty", presence_penalty),
             number("frequency_penalty", frequency_penalty),
         )
-        grammar = self._grammar(json_schema, regex)
-        options = Options(integer("max_new_tokens", max_new_tokens), drafts, sampling, rules, grammar)
+        options = Options(
+            integer("max_new_tokens", max_new_tokens),
+            drafts,
+            sampling,
+            rules,
+            self._grammars(json_schema, regex),
+            thinking_budget=None if thinking_budget is None else integer("thinking_budget", thinking_budget),
+        )
         stop = stop_strings(stop)
         if self.tokenizer is None and (isinstance(prompt, str) or stop):
             raise InputError(
@@ -178,6 +187,7 @@ class Decoder:
         *,
         tools: Sequence[Tool] | None = None,
         thinking: bool | None = None,
+        strict_tools: bool = False,
         **options: Any,
     ) -> "Stream":
         """Answer the last message of a conversation.
@@ -188,7 +198,10 @@ class Decoder:
             tools: what the model may call, each an object of type `function` with its name, description and a JSON
                 Schema of its parameters; None for none.
             thinking: whether the model thinks before it answers; None leaves it to the template.
-            options: those of `stream`.
+            strict_tools: whether each call must be one of `tools`, with arguments that fulfil its JSON Schema. Needs
+                the extra `grammar`.
+            options: those of `stream`. With `json_schema` or `regex`, the answer may come after a thought, if
+                `thinking` is true, and after calls, if there are tools; these need not match.
 
         Returns:
             The answer's stream.
@@ -199,18 +212,32 @@ class Decoder:
         """
         if self.template is None:
             raise InputError(f"{self.bundle}: {NO_TEMPLATE}")
-        return self.stream(self.template.prompt(messages, tools, thinking), **options)
+        stream = self.stream(self.template.prompt(messages, tools, thinking), **options)
+        # A stream runs nothing before its first token is asked for.
+        grammars = dict(stream.options.grammars)
+        if strict_tools and tools:
+            grammars[TOOL_CALL] = call_grammar(self.vocabulary, tools, self.engine.manifest.parts.get(TOOL_CALL, {}))
+        opens = {THOUGHT} if thinking else set()
+        opens |= {TOOL_CALL} if tools else set()
+        known = frozenset(opens & self.engine.manifest.channels.keys())
+        stream.options = replace(stream.options, grammars=grammars, opens=known)
+        check_options(self.engine.manifest, stream.options)
+        return stream
 
-    def _grammar(self, json_schema: Any, regex: Any) -> Grammar | None:
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bundle's tokens as grammars see them; making it takes seconds at full size."""
+        return Vocabulary(self.bundle, self.engine.manifest)
+
+    def _grammars(self, json_schema: Any, regex: Any) -> dict[str, Grammar]:
         """Compile what the answer must match."""
         if json_schema is None and regex is None:
-            return None
+            return {}
         if json_schema is not None and regex is not None:
             raise InputError("both json_schema and regex are given, expected one of them")
-        self._vocabulary = self._vocabulary or Vocabulary(self.bundle, self.engine.manifest)
         if regex is not None:
-            return regex_grammar(self._vocabulary, text("regex", regex))
-        return json_grammar(self._vocabulary, json_schema)
+            return {ANSWER: regex_grammar(self.vocabulary, text("regex", regex))}
+        return {ANSWER: json_grammar(self.vocabulary, json_schema)}
 
     def forget(self) -> None:
         """Let the next prompt be run as a whole, whatever it shares with the last text."""

@@ -21,7 +21,12 @@ class Script:
     def __init__(self, tokens: SpecialTokens, script: Sequence[int]) -> None:
         self.manifest: Any = SimpleNamespace(
             **{"max_seq_len": 4096, "vocab_size": 2064, "max_draft_tokens": 4, "row_multiple": 1},
-            **{"eos": frozenset(tokens.eos), "sampling": Sampling(), "channels": tokens.channels},
+            **{
+                "eos": frozenset(tokens.eos),
+                "sampling": Sampling(),
+                "repetition_penalty": 1.0,
+                "channels": tokens.channels,
+            },
             parts=tokens.parts,
         )
         self.position, self._script = 0, iter(script)

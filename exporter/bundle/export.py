@@ -252,7 +252,10 @@ def describe(pair: Pair, backend: str) -> dict[str, Any]:
         )
     return {
         "tokens": _tokens(pair),
-        "sampling": {key: getattr(pair.sampling, key) for key in SAMPLING_KEYS},
+        "sampling": {
+            **{key: getattr(pair.sampling, key) for key in SAMPLING_KEYS},
+            **({} if pair.repetition_penalty == 1 else {"repetition_penalty": pair.repetition_penalty}),
+        },
         "target": asdict(target),
         "drafter": asdict(pair.drafter),
         "two_stage": pair.two_stage and {"origin": pair.clusters_origin, **asdict(pair.two_stage)},

@@ -9,6 +9,7 @@ from exporter.checkpoint.generation_keys import IGNORED_KEYS, READ_KEYS, SAMPLIN
 from exporter.checkpoint.side_files import checkpoint_json
 from runtime_ref.errors import InputError
 from runtime_ref.pointers import is_present
+from runtime_ref.rules import Rules
 from runtime_ref.sampling import MAX_TOP_K, Sampling
 
 GENERATION_CONFIG = "generation_config.json"
@@ -63,6 +64,20 @@ def default_sampling(directory: Path) -> Sampling:
         origin = "" if str(error).startswith(str(path)) else f"{path}: "
         raise InputError(f"{origin}{error}; correct the file") from error
     return cuts if samples else replace(cuts, temperature=0.0)
+
+
+def default_repetition_penalty(directory: Path) -> float:
+    """Read the repetition penalty of a checkpoint directory, greedy or not, as in transformers; 1 is none.
+
+    Raises:
+        InputError: a file is not a JSON object, or the value is impossible.
+    """
+    path, settings = generation_settings(directory)
+    try:
+        return Rules(repetition_penalty=_number(path, settings, "repetition_penalty")).repetition_penalty
+    except InputError as error:
+        origin = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise InputError(f"{origin}{error}; correct the file") from error
 
 
 def generation_warnings(directory: Path) -> Iterator[str]:

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of transformers 5.24.0 that are read: sampling and special tokens.
+# Keys of transformers 5.24.0 that are read: sampling, its penalty, and special tokens.
 READ_KEYS = frozenset(
-    "do_sample temperature top_k top_p bos_token_id eos_token_id pad_token_id suppress_tokens".split()
+    """do_sample temperature top_k top_p repetition_penalty bos_token_id eos_token_id pad_token_id
+    suppress_tokens""".split()
 )
 # Keys that change which tokens are generated, and that the runtimes do not have; other values than these are warned of.
 UNSUPPORTED_KEYS: Mapping[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), (1,)),
+    **dict.fromkeys(("encoder_repetition_penalty", "typical_p", "guidance_scale"), (1,)),
     **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), (0,)),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
     **dict.fromkeys(("num_beams", "num_beam_groups"), (1,)),

@@ -20,7 +20,7 @@ from exporter.checkpoint.config_json import (
     vocabulary_notes,
 )
 from exporter.checkpoint.folding import folded_weights
-from exporter.checkpoint.generation_config import default_sampling, generation_warnings
+from exporter.checkpoint.generation_config import default_repetition_penalty, default_sampling, generation_warnings
 from exporter.checkpoint.names import (
     EMBEDDING,
     drafter_weights,
@@ -74,6 +74,7 @@ class Pair:
         drafter_weights: a reader for each parameter of `Drafter` with this pair's head, by name.
         tokens: special tokens.
         sampling: the checkpoint's sampling defaults.
+        repetition_penalty: the checkpoint's, 1 for none.
         warnings: what the target's checkpoint asks for and a bundle does not do, in a line each.
         target_checkpoint: tensors of the target's checkpoint.
         drafter_checkpoint: tensors of the drafter's checkpoint.
@@ -94,6 +95,7 @@ class Pair:
     drafter_weights: Weights
     tokens: SpecialTokens
     sampling: Sampling
+    repetition_penalty: float
     warnings: tuple[str, ...]
     target_checkpoint: Checkpoint
     drafter_checkpoint: Checkpoint
@@ -245,6 +247,7 @@ def open_pair(
         drafter_weights=drafter_weights(drafter_checkpoint, drafter, None, weights),
         tokens=tokens,
         sampling=default_sampling(target_dir),
+        repetition_penalty=default_repetition_penalty(target_dir),
         warnings=(
             *config_notes(target_dir),
             *config_notes(drafter_dir),

@@ -2,14 +2,15 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import click
 
 from exporter.cli.printing import print_stream
 from exporter.terminal import err
-from runtime_ref.chat import Message, Tool
+from runtime_ref.chat import Message
 from runtime_ref.errors import InputError
 from runtime_ref.streaming import Decoder
 from runtime_ref.tokenizer import TOKENIZER
@@ -45,8 +46,7 @@ def converse(
     decoder: Decoder,
     options: dict[str, Any],
     system: str | None = None,
-    tools: Sequence[Tool] | None = None,
-    thinking: bool | None = None,
+    chat_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Answer messages from the terminal until the user leaves.
 
@@ -57,8 +57,7 @@ def converse(
         decoder: an open bundle.
         options: keyword arguments of `Decoder.stream`.
         system: the conversation's system prompt, which needs a chat template; None for none.
-        tools: what the model may call; the user types what a tool answers. As for `Decoder.chat`.
-        thinking: as for `Decoder.chat`.
+        chat_options: those of `Decoder.chat`: tools, whose answers the user types, and thinking.
 
     Raises:
         InputError: the bundle has no tokenizer.
@@ -69,7 +68,7 @@ def converse(
     err.print(CHAT_GREETING if decoder.template else LINES_GREETING, style="dim")
     start = system_messages(decoder, system)
     messages = start
-    chat: dict[str, Any] = {"tools": tools, "thinking": thinking} if decoder.template else {}
+    all_options = {**options, **(chat_options if decoder.template else {})}
     hint = LEAVING_HINT  # shown at the first Ctrl-C only
     while True:
         try:
@@ -84,7 +83,7 @@ def converse(
             elif line.strip():
                 asked: list[Message] = [*messages, {"role": "user", "content": line}]
                 while asked[-1]["role"] != "assistant":
-                    asked = _turn(decoder, asked, {**options, **chat})
+                    asked = _turn(decoder, asked, all_options)
                 messages = asked if decoder.template else []
         except InputError as error:
             err.print(f"error: {error}{', or start over with /new' if messages else ''}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli.options import PATH, DraftTokens, bundle_argument, json_option, prompt_ids_option
-from exporter.cli.rule_options import rule_options, rules_of
+from exporter.cli.rule_options import FROM_CHECKPOINT, rule_options, rules_of
 from exporter.terminal import err, print_json, progress_bar
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
@@ -16,8 +16,6 @@ from runtime_ref.prompts import read_prompt_ids
 
 if TYPE_CHECKING:
     from runtime_ref.streaming import Decoder
-
-FROM_CHECKPOINT = "the checkpoint's"
 
 
 @click.command()
@@ -33,6 +31,7 @@ FROM_CHECKPOINT = "the checkpoint's"
 @click.option(
     "--tools", type=PATH, help="JSON file with the tools that a chat may call: a list of functions with JSON Schemas."
 )
+@click.option("--strict-tools", is_flag=True, help="Let calls be only of these tools, with arguments as they ask for.")
 @click.option(
     "--thinking/--no-thinking",
     default=None,
@@ -86,6 +85,7 @@ def generate(
     chat: bool,
     system: str | None,
     tools: Path | None,
+    strict_tools: bool,
     thinking: bool | None,
     prompt_ids: Path | None,
     stop: tuple[str, ...],
@@ -115,6 +115,7 @@ def generate(
     if chat and prompt_ids is not None:
         raise click.UsageError("--chat cannot be used with --prompt-ids; give --prompt instead")
     of_chats = {"--system": system, "--tools": tools, "--thinking or --no-thinking": thinking}
+    of_chats["--strict-tools"] = strict_tools or None
     given_of_chats = [option for option, value in of_chats.items() if value is not None]
     if given_of_chats and not chat and not interactive:
         raise click.UsageError(f"{given_of_chats[0]} goes with --chat")
@@ -125,6 +126,7 @@ def generate(
         option = "--chat" if chat else given_of_chats[0]
         raise InputError(f"{bundle}: {NO_TEMPLATE.replace('--chat', option)}")
     start, functions = system_messages(decoder, system), read_tools(tools) if tools else None
+    chat_options: dict[str, Any] = {"tools": functions, "strict_tools": strict_tools, "thinking": thinking}
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "num_draft_tokens": 0 if mode == "plain" else num_draft_tokens,
@@ -136,17 +138,14 @@ def generate(
         **rules_of(rules),
     }
     if interactive:
-        converse(decoder, options, system, functions, thinking)
+        converse(decoder, options, system, chat_options)
         return
     prompts: list[Any] = [prompt] if prompt_ids is None else list(read_prompt_ids(prompt_ids))
     results = []
     for item in prompts:
         decoder.forget()  # so that every prompt of a file is measured from its first token on
         messages: list[Message] = [*start, {"role": "user", "content": item}]
-        if chat:
-            stream = decoder.chat(messages, tools=functions, thinking=thinking, **options)
-        else:
-            stream = decoder.stream(item, **options)
+        stream = decoder.chat(messages, **chat_options, **options) if chat else decoder.stream(item, **options)
         if not as_json:
             print_stream(stream) if chat else print_continuation(decoder, stream)
             continue

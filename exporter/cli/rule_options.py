@@ -8,7 +8,10 @@ import click
 
 from exporter.cli.options import PATH, Decorator
 from runtime_ref.errors import InputError
-from runtime_ref.rules import MAX_PENALTY, REPETITION_RANGE
+from runtime_ref.manifest_form import REPETITION_RANGE
+from runtime_ref.rules import MAX_PENALTY
+
+FROM_CHECKPOINT = "the checkpoint's"
 
 
 class Bias(click.ParamType):
@@ -31,7 +34,7 @@ _OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--repetition-penalty",
         type=click.FloatRange(*REPETITION_RANGE),
-        default=1.0,
+        show_default=FROM_CHECKPOINT,
         help="Divides positive logits of tokens of the prompt and the answer, and multiplies others; 1 is none.",
     ),
     click.option(
@@ -60,6 +63,9 @@ _OPTIONS: tuple[Decorator, ...] = (
     ),
     click.option("--json-schema", type=PATH, help="File with a JSON Schema that the answer fulfils."),
     click.option("--regex", help="Regular expression that the whole answer matches."),
+    click.option(
+        "--thinking-budget", type=click.IntRange(0), help="Maximum number of tokens of thoughts; no maximum without it."
+    ),
 )
 
 

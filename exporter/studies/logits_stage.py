@@ -35,6 +35,7 @@ from runtime_ref.rules import RuledChooser, Rules
 from runtime_ref.sampling import MAX_TOP_K, Chooser, Sampling
 from runtime_ref.streaming import open_decoder
 from runtime_ref.tables import Table
+from runtime_ref.text_parts import PartTracker
 
 VOCAB, WIDTH, GROUP = 262_144, 1_536, 32  # E2B's
 PROMPT_TOKENS, ANSWER_TOKENS = 1_000, 500
@@ -201,7 +202,7 @@ def grammar_report(folder: Path, made: GraphEngine) -> None:
         compiled = time.perf_counter() - started
         masks, others, generator = list[float](), list[float](), random.Random(1)
         for _ in range(20):
-            text = grammar.begin()
+            text = grammar.begin(PartTracker({}))
             for _ in range(50):
                 before = time.perf_counter()
                 mask = text.mask()

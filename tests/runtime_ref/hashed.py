@@ -1,8 +1,8 @@
 """An engine without graphs: each row's state depends on the newest tokens, and its logits are those of a head."""
 
 import zlib
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,18 @@ class HashedEngine(GraphEngine):
 
     answer: Sequence[int] = ()
 
-    def __init__(self, vocab_size: int, seed: int = 0, eos: Sequence[int] = (), scale: float = 2.0) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        seed: int = 0,
+        eos: Sequence[int] = (),
+        scale: float = 2.0,
+        channels: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    ) -> None:
         manifest: Any = SimpleNamespace(
             **{"vocab_size": vocab_size, "hidden_size": WIDTH, "kv": (), "limits": {"num_tokens": 128}},
             **{"max_seq_len": 100_000, "max_draft_tokens": 8, "row_multiple": 1, "eos": frozenset(eos)},
+            channels=channels,
             raw={"tokens": {}, "target": {"final_logit_softcapping": SOFTCAP}},
         )
         self.random = np.random.default_rng(seed)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_parsing.response_parser import parse_response
 
 from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens
-from exporter.checkpoint.template_parts import call_form
+from exporter.checkpoint.template_parts import call_form, call_marks
 from runtime_ref.chat import ChatTemplate, open_template, read_tools
 from runtime_ref.errors import InputError
 from runtime_ref.streaming import Stream
@@ -170,6 +170,45 @@ def test_the_next_turn_repeats_what_the_template_repeats(answer: Any, template: 
     assert "Look." not in later and "It rains." not in later and "Take an umbrella." in later
 
 
+def test_a_thought_that_the_prompt_begins(answer: Any) -> None:
+    """What stands around it is left out once, and is no new text."""
+    stream, given = answer("thought\nx\n<channel|>y", "<bos><|turn>model\n<|channel>thought\n")
+    assert (stream.thought, stream.text) == ("thought\nx", "y")
+    assert "".join(token.part_text for token in given if token.part == "thought") == stream.thought
+
+
+def test_a_call_counts_once_it_ends(answer: Any) -> None:
+    stream, _ = answer("a", max_new_tokens=1)
+    tokens = stream._decoder.tokenizer.encode("<|tool_call>call:a{}<tool_call|>")[1:]
+    stream.stats.finish_reason = ""  # as while it is generated
+    counts = []
+    for token in tokens:
+        stream._texts.add(token)
+        counts.append(len(stream.calls))
+    assert counts == [*[0] * (len(tokens) - 1), 1]
+
+
+def test_thinking_that_is_switched_off_is_not_thinking_that_is_left_out(reference: Any) -> None:
+    source = "{{ 'off' if enable_thinking is defined and not enable_thinking else 'on' }}{{ messages[0].content }}"
+    template = ChatTemplate(source, "t", "", {})
+    for thinking, more in ((None, {}), (True, {"enable_thinking": True}), (False, {"enable_thinking": False})):
+        expected = reference.apply_chat_template([USER], chat_template=source, tokenize=False, **more)
+        assert template.render([USER], thinking=thinking) == expected
+    assert template.prompt([USER], thinking=False).startswith("off")
+
+
+def test_what_every_turn_has_marks_no_calls() -> None:
+    """As in Llama 3.1, whose calls are plain JSON after the turn's own marks."""
+    source = (
+        "{% for m in messages %}<|turn>{{ m.role }}<turn|>{{ (m.tool_calls[0].function | tojson) if m.tool_calls else"
+        " m.content }}<|end|>{% endfor %}"
+    )
+    added = {"<|turn>": 5, "<turn|>": 6, "<|end|>": 7}
+    assert call_marks(ChatTemplate(source, "t", "", {}), added) is None
+    marked = source.replace("{{ (m.tool_calls", "{% if m.tool_calls %}<call>{% endif %}{{ (m.tool_calls")
+    assert call_marks(ChatTemplate(marked, "t", "", {}), {**added, "<call>": 8}) is None  # no mark ends it
+
+
 def test_two_calls_have_two_ids(answer: Any) -> None:
     stream, given = answer("<|tool_call>call:a{}<tool_call|><|tool_call>call:a{}<tool_call|>")
     begins = [i for i, token in enumerate(given) if token.id == MARK["<|tool_call>"]]
@@ -264,6 +303,7 @@ def test_calls_in_json() -> None:
         ([{"role": "user", "content": 3}], "a message is .*expected an object with the texts"),
         ([{"role": "user"}], "a message is .*expected an object with the texts"),
         ([{"content": "a"}], "a message is .*expected an object with the texts"),
+        ([{"role": "user", "content": ["a"]}], "has the content 'a', expected an object with type and text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "content of type 'image'; a bundle reads text alone"),
     ],
 )

@@ -30,7 +30,8 @@ class ArithmeticEngine:
     @property
     def manifest(self) -> Any:
         return SimpleNamespace(
-            max_seq_len=self.max_seq_len, eos=self.eos, vocab_size=11, max_draft_tokens=8, row_multiple=1
+            **{"max_seq_len": self.max_seq_len, "eos": self.eos, "vocab_size": 11, "max_draft_tokens": 8},
+            **{"row_multiple": 1, "channels": {}},
         )
 
     def can_resume(self, position: int) -> bool:

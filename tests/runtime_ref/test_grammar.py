@@ -25,6 +25,7 @@ from runtime_ref.grammar import Grammar, Vocabulary, json_grammar, regex_grammar
 from runtime_ref.rules import Rules, text_chooser
 from runtime_ref.sampling import Sampling
 from runtime_ref.streaming import open_decoder
+from runtime_ref.text_parts import ANSWER, PartTracker
 from tests.conftest import Run
 from tests.runtime_ref.hashed import PROMPT, HashedEngine, run
 
@@ -71,7 +72,7 @@ def decode(
     made: HashedEngine, grammar: Grammar, budget: int, drafts: int | None = 0, **options: Any
 ) -> tuple[Any, Any]:
     planner = DraftLength(8, Costs(8)) if drafts is None else None
-    return run(made, Options(budget, drafts, options.pop("sampling", ADVERSE), Rules(), grammar), planner)
+    return run(made, Options(budget, drafts, options.pop("sampling", ADVERSE), grammars={ANSWER: grammar}), planner)
 
 
 GRAMMARS: dict[str, tuple[Callable[[], Grammar], Callable[[str], object]]] = {
@@ -139,7 +140,7 @@ def test_forced_tokens_are_drafts_that_are_accepted() -> None:
         planner.costs.record(count, 1.0, 0.01)
         planner.costs.record(count, 1.0, 0.01)
     planner.costs.record = lambda *_: None  # type: ignore[method-assign]
-    tokens, stats = run(made, Options(100, None, ADVERSE, Rules(), grammar), planner)
+    tokens, stats = run(made, Options(100, None, ADVERSE, grammars={ANSWER: grammar}), planner)
     assert tokens == plain
     assert stats.sources[GRAMMAR].accepted == stats.sources[GRAMMAR].drafted > 15
 
@@ -149,7 +150,7 @@ def test_forbidden_drafts_are_cut_and_learned_as_rejected() -> None:
     a, b, c, d = (TOKENIZER.token_to_id(letter) for letter in "abcd")
     made = engine()
     made.draft = lambda last, count: [b, c, d, d][:count]  # type: ignore[method-assign]
-    chooser = text_chooser(made, PROMPT, Sampling(), Rules(), regex_grammar(vocabulary(), "a[b-c]{2,9}"))
+    chooser = text_chooser(made, PROMPT, Sampling(), Rules(), {ANSWER: regex_grammar(vocabulary(), "a[b-c]{2,9}")})
     assert chooser
     chooser.commit(a)
     learned: list[Any] = []
@@ -174,7 +175,7 @@ def test_the_end_is_allowed_where_the_grammar_may_end() -> None:
     a, b = (TOKENIZER.token_to_id(letter) for letter in "ab")
 
     def allowed(*tokens: int) -> set[int]:
-        text = grammar.begin()
+        text = grammar.begin(PartTracker({}))
         for token in tokens:
             text.commit(token)
         mask = text.mask()
@@ -184,23 +185,22 @@ def test_the_end_is_allowed_where_the_grammar_may_end() -> None:
     assert allowed() == {a, TOKENIZER.token_to_id("<0x61>"), TOKENIZER.token_to_id("ab")} - {None}
     assert EOS not in allowed() and EOS in allowed(a)
     assert allowed(a, b) == {EOS}
-    text = grammar.begin()
+    text = grammar.begin(PartTracker({}))
     text.commit(a)
     assert text.num_allowed([b, EOS]) >= 1 and text.num_allowed([EOS]) == 1 and text.num_allowed([a]) == 0
     text.commit(b)
     assert (text.forced(5), text.num_allowed([EOS, b]), text.num_allowed([b])) == ([EOS], 1, 0)
 
 
-def test_a_gate_leaves_a_thought_out() -> None:
-    """The place where channels come in: a grammar binds the answer only."""
+def test_a_grammar_binds_its_part_alone() -> None:
     grammar = regex_grammar(vocabulary(), "ab")
     a, b = (TOKENIZER.token_to_id(letter) for letter in "ab")
-    mark = 700
-    text = grammar.begin(binds=False, gate=lambda token: token not in (5, 6))
+    begin, end = 700, 701
+    text = grammar.begin(PartTracker({"thought": (begin, end)}, prompt=[begin, 5]))
     assert text.mask() is None and text.forced(4) == [] and text.num_allowed([9, 9]) == 2
-    for token in (5, 6, mark):
+    for token in (5, 6, end):
         text.commit(token)
-    assert text.binds and text.num_allowed([a, b]) == 2 and text.num_allowed([mark]) == 0
+    assert text.binds and text.num_allowed([a, b]) == 2 and text.num_allowed([begin]) == 0
     text.commit(a)
     assert text.num_allowed([a]) == 0 and text.num_allowed([b]) == 1
 
@@ -230,7 +230,7 @@ def test_what_cannot_be_used_is_one_line(make: Callable[[Vocabulary], Grammar], 
 def test_rules_and_a_grammar_that_leave_nothing_are_an_error() -> None:
     grammar = regex_grammar(vocabulary(), "a")
     with pytest.raises(InputError, match="the rules allow no token at position"):
-        run(engine(), Options(9, 0, Sampling(), Rules(frozenset([EOS])), grammar))
+        run(engine(), Options(9, 0, Sampling(), Rules(frozenset([EOS])), {ANSWER: grammar}))
 
 
 def test_spoilt_grammars_end_in_a_grammar_or_in_a_line() -> None:
@@ -246,7 +246,7 @@ def test_spoilt_grammars_end_in_a_grammar_or_in_a_line() -> None:
         except InputError as error:
             assert "\n" not in str(error)
         else:
-            grammar.begin().mask()
+            grammar.begin(PartTracker({})).mask()
 
 
 def test_on_the_command_line(run: Run, bundle: Callable[..., Path], tmp_path: Path) -> None:

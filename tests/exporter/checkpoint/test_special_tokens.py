@@ -166,6 +166,30 @@ def test_suppressed_tokens_are_never_generated(pair_dirs: Callable[[str], Direct
         assert not set(ids(4, **options)) & set(suppressed)
 
 
+def test_the_repetition_penalty_is_the_checkpoints(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
+    """As in transformers, greedy too; whoever sets one decides, and 1 is none."""
+    directories = pair_dirs("tiny")
+    target = Path(shutil.copytree(directories[0], tmp_path / "target"))
+    edit_json(target / "generation_config.json", eos_token_id=1, repetition_penalty=1.4)
+    bundle = export(tmp_path / "bundle", target, directories[1], "onnx")
+    decoder, prompt = open_decoder(bundle, threads=1), [3, 4, 5]
+    assert decoder.engine.manifest.repetition_penalty == 1.4
+
+    def ids(drafts: int, **options: Any) -> list[int]:
+        return [t.id for t in decoder.stream(prompt, max_new_tokens=40, num_draft_tokens=drafts, **options)]
+
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    expected, free = (
+        model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, **more)[0, len(prompt) :].tolist()
+        for more in ({}, {"repetition_penalty": 1.0})
+    )
+    assert ids(0) == ids(4) == expected != free
+    assert ids(4, repetition_penalty=1) == free
+    edit_json(target / "generation_config.json", repetition_penalty=0)
+    with pytest.raises(InputError, match=r"generation_config.json: repetition penalty is 0.0, expected 0.01 to 100"):
+        open_pair(target, directories[1])
+
+
 def test_suppressing_every_token_is_refused(pair_dirs: Callable[[str], Directories], tmp_path: Path) -> None:
     target = Path(shutil.copytree(pair_dirs("tiny")[0], tmp_path / "target"))
     edit_json(target / "generation_config.json", suppress_tokens=[*range(256)])
@@ -181,7 +205,7 @@ def test_every_key_of_the_reference_is_read_warned_of_or_ignored() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"repetition_penalty": 1.1}, "repetition_penalty is 1.1, which runtimes do not have yet"),
+        ({"encoder_repetition_penalty": 1.1}, "encoder_repetition_penalty is 1.1, which runtimes do not have yet"),
         ({"min_p": 0.05, "do_sample": True}, "min_p is 0.05"),
         ({"min_p": 0.05}, None),  # greedy decoding does not read it
         ({"begin_suppress_tokens": [3]}, r"begin_suppress_tokens is [3]"),
@@ -214,13 +238,13 @@ def test_ids_that_are_none(key: str, target: Path) -> None:
 
 def test_settings_in_config_json(target: Path) -> None:
     """Without generation_config.json, transformers takes them from there."""
-    edit_json(target / "config.json", suppress_tokens=[9, 5], do_sample=True, top_k=7, repetition_penalty=1.3)
+    edit_json(target / "config.json", suppress_tokens=[9, 5], do_sample=True, top_k=7, num_beams=3)
     assert special_tokens(target)[0].suppressed == (5, 9)
     assert default_sampling(target) == Sampling(1.0, top_k=7)
     reference = GenerationConfig.from_pretrained(target, config_file_name="config.json", _from_model_config=True)
     assert (reference.suppress_tokens, reference.do_sample, reference.top_k) == ([9, 5], True, 7)
     (warning,) = generation_warnings(target)
-    assert warning.startswith(f"{target / 'config.json'}: repetition_penalty is 1.3, which runtimes do not have yet")
+    assert warning.startswith(f"{target / 'config.json'}: num_beams is 3, which runtimes do not have yet")
     assert not [*config_notes(target)]
     edit_json(target / "generation_config.json", eos_token_id=1)
     assert special_tokens(target)[0].suppressed == ()

@@ -91,7 +91,7 @@ def test_the_user_answers_for_tools(
 
     monkeypatch.setattr("builtins.input", line)
     monkeypatch.setattr(decoder, "chat", recorded)
-    converse(decoder, {"num_draft_tokens": 0}, None, [WEATHER], thinking=True)
+    converse(decoder, {"num_draft_tokens": 0}, None, {"tools": [WEATHER], "thinking": True})
     assert signs == ["> ", "> ", "weather> ", "> ", "> ", "> "]
     first, second, third = asked
     assert [message["role"] for message in second] == ["system", "user", "assistant", "tool"]
@@ -110,14 +110,16 @@ def test_the_user_answers_for_tools(
         (("--chat", "--tools", "none.json"), "none.json: not found; expected a list of tools"),
         (("--chat", "--tools", "tokenizer.json"), "tokenizer.json: expected a JSON list of tools"),
         (("--chat", "--tools", "tools.json"), "the chat template leaves out tools"),
+        (("--strict-tools",), "--strict-tools goes with --chat"),
+        (("--chat", "--thinking-budget", 3), "a thinking budget is about thoughts"),
         (("--chat", "--thinking"), "the chat template has no enable_thinking"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
-    options: tuple[str, ...], message: str, writes: Callable[..., Decoder], tmp_path: Path, run: Run
+    options: tuple[Any, ...], message: str, writes: Callable[..., Decoder], tmp_path: Path, run: Run
 ) -> None:
     writes("a", template=TEMPLATE.replace("{% if tools is not none %}", "{% if false %}"))
-    paths = [tmp_path / option if option.endswith(".json") else option for option in options]
+    paths = [tmp_path / option if str(option).endswith(".json") else option for option in options]
     code, out, error = run("generate", tmp_path, "--prompt", "a", *paths)
     assert (code, out) == (2, "")
     assert message in " ".join(error.split())
