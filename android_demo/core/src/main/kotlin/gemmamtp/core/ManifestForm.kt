@@ -30,6 +30,9 @@ private val count = form("a whole number from 0 to ${MAX_COUNT - 1}") { (whole(i
 private val number = form("a number") { value ->
     numeral(value)?.toDoubleOrNull()?.let { it > -MAX_NUMBER && it < MAX_NUMBER } ?: false
 }
+private val penalty = form("a number from $MIN_REPETITION to $MAX_REPETITION") { value ->
+    numeral(value)?.toDoubleOrNull()?.let { it >= MIN_REPETITION && it <= MAX_REPETITION } ?: false
+}
 
 private fun numeral(value: JsonElement) = value.takeIf { it.isJsonPrimitive && it.asJsonPrimitive.isNumber }?.asString
 private fun whole(value: JsonElement) = numeral(value)?.toLongOrNull()
@@ -107,7 +110,9 @@ private val common = obj(
     "row_multiple" to count,
     "row_multiple_arm64?" to count,
     "tokens" to tokens,
-    "sampling?" to nullable(obj("temperature" to number, "top_k" to size, "top_p" to number)),
+    "sampling?" to nullable(
+        obj("temperature" to number, "top_k" to size, "top_p" to number, "repetition_penalty?" to penalty),
+    ),
     "target" to textConfig,
     "drafter" to obj("text" to textConfig),
     "two_stage" to nullable(

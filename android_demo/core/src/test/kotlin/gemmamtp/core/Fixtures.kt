@@ -36,6 +36,7 @@ fun smallManifest(
     ),
     rowMultiple = rowMultiple,
     sampling = Sampling(),
+    repetitionPenalty = 1.0,
     bos = 2,
     eos = eos,
     suppressed = suppressed,
