@@ -149,11 +149,18 @@ class GraphEngine(
     /** Choose tokens from a pass's outputs, the first for the token at [position]; accept drafts and roll back. */
     private fun finish(drafts: List<Int>, outputs: Outputs, sampling: Chooser): Round {
         val logprobs = ArrayList<Double>()
-        val choices = outputs.logits.indices.asSequence().map { row ->
-            val rowState = outputs.states.part(row * hidden, hidden)
-            val choice = sampling.pick(outputs.logits[row], outputs.ids[row], rowState, position + row)
-            logprobs.add(choice.logprob)
-            choice.token
+        val choices = sequence {
+            for (row in outputs.logits.indices) {
+                val rowState = outputs.states.part(row * hidden, hidden)
+                val choice = try {
+                    sampling.pick(outputs.logits[row], outputs.ids[row], rowState, position + row)
+                } catch (error: InputError) { // rules leave no token here: what was chosen is given out first
+                    if (row == 0) throw error
+                    return@sequence
+                }
+                logprobs.add(choice.logprob)
+                yield(choice.token)
+            }
         }
         val tokens = accept(drafts, choices)
         // Rollback is by position alone: rejected rows are masked, and overwritten by the next pass.
