@@ -65,7 +65,7 @@ private class DecoderModel(private val decoder: Decoder) : Model {
     override val chats get() = decoder.chat != null
     override val defaultDraftTokens get() = decoder.manifest.defaultDraftTokens
     override val sampling: Sampling get() = decoder.manifest.sampling
-    override val rules: Rules get() = decoder.manifest.rules
+    override val rules: Rules get() = Rules(repetitionPenalty = decoder.manifest.repetitionPenalty)
 
     override fun write(messages: List<Message>, options: Options): Writing = StreamWriting(
         if (chats) decoder.chat(messages, options) else decoder.stream(messages.last().content, options),

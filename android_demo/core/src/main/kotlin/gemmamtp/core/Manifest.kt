@@ -110,7 +110,7 @@ class TableMetadata(
  *     `window_rows` (S of full and sliding layers).
  * @property rowMultiple T and R are padded to a multiple of this.
  * @property sampling how tokens are chosen if the user does not say.
- * @property rules what changes logits before that, if the user does not say.
+ * @property repetitionPenalty the same of that rule; 1 is none.
  * @property bos id of the beginning-of-text token.
  * @property eos ids of the tokens that end a text.
  * @property suppressed ids of tokens that the target never chooses.
@@ -133,7 +133,7 @@ class Manifest(
     val limits: Map<String, Int>,
     val rowMultiple: Int,
     val sampling: Sampling,
-    val rules: Rules,
+    val repetitionPenalty: Double,
     val bos: Int,
     val eos: Set<Int>,
     val suppressed: Set<Int>,
@@ -281,12 +281,14 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
         sampling = raw.optional("sampling")?.let {
             Sampling(it.number("temperature"), it.number("top_p"), topK = it.int("top_k"))
         } ?: Sampling(),
-        rules = Rules(repetitionPenalty = raw.optional("sampling")?.get("repetition_penalty")?.asDouble ?: 1.0),
+        repetitionPenalty = raw.optional("sampling")?.get("repetition_penalty")?.asDouble ?: 1.0,
         bos = raw.part("tokens").int("bos"),
         eos = raw.part("tokens").list("eos").map { it.asInt }.toSet(),
         suppressed = raw.part("tokens").get("suppressed")?.asJsonArray?.map { it.asInt }?.toSet().orEmpty(),
         channels = raw.part("tokens").optional("channels")?.asMap().orEmpty()
-            .mapValues { (_, marks) -> marks.asJsonArray.let { it[0].asInt to it[1].asInt } },
+            .mapValues { (_, marks) -> marks.asJsonArray.let { it[0].asInt to it[1].asInt } }
+            // Marks beyond the vocabulary never come.
+            .filterValues { (begin, end) -> maxOf(begin, end) < target.int("vocab_size") },
         parts = raw.part("tokens").optional("parts")?.asMap().orEmpty().mapValues { (_, form) -> partForm(form.asJsonObject) },
         kv = raw.part("kv").list("buffers").map { buffer(it.asJsonObject) },
         graphs = raw.part("graphs").asMap().filterKeys { it in GRAPH_PORTS }.mapValues { (_, graph) ->

@@ -30,11 +30,13 @@ private val count = form("a whole number from 0 to ${MAX_COUNT - 1}") { (whole(i
 private val number = form("a number") { value ->
     numeral(value)?.toDoubleOrNull()?.let { it > -MAX_NUMBER && it < MAX_NUMBER } ?: false
 }
+private val penalty = form("a number from $MIN_REPETITION to $MAX_REPETITION") { value ->
+    numeral(value)?.toDoubleOrNull()?.let { it >= MIN_REPETITION && it <= MAX_REPETITION } ?: false
+}
 
 private fun numeral(value: JsonElement) = value.takeIf { it.isJsonPrimitive && it.asJsonPrimitive.isNumber }?.asString
 private fun whole(value: JsonElement) = numeral(value)?.toLongOrNull()
 
-private val penalty = form("a number from 0.01 to 100") { value -> numeral(value)?.toDoubleOrNull()?.let { it in 0.01..100.0 } ?: false }
 private val version = form("a version such as 1.32.0") { isText(it) && VERSION.matches(it.asString) }
 private val twoIds = form("two token ids") { isPair(it) { id -> (whole(id) ?: -1) in 0 until MAX_COUNT } }
 private val twoTexts = form("two texts") { isPair(it, ::isText) }

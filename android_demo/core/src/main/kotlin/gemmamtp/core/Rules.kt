@@ -10,8 +10,8 @@ private const val MAX_BIAS = 100
 private const val MAX_PENALTY = 2
 
 /** Of the repetition penalty: peers take any positive number; far beyond these, doubles would overflow. */
-private const val MIN_REPETITION = 0.01
-private const val MAX_REPETITION = 100
+internal const val MIN_REPETITION = 0.01
+internal const val MAX_REPETITION = 100
 
 /**
  * What changes logits before a token is chosen; the default changes nothing.
@@ -127,16 +127,14 @@ class RuledChooser(
      * @throws InputError the rules allow no token here.
      */
     override fun pick(logits: FloatArray, ids: IntArray, state: FloatBuffer, position: Int): Choice {
-        val forced = limit?.forced
-        val forbidden = limit?.forbidden
         largest.clear()
-        for (i in ids.indices) if (allowed(ids[i], forced, forbidden)) offer(ids[i], logits[i])
-        for (token in raised) if (allowed(token, forced, forbidden) && token !in ids) offer(token, score.logit(state, token))
+        for (i in ids.indices) if (allowed(ids[i])) offer(ids[i], logits[i])
+        for (token in raised) if (allowed(token) && token !in ids) offer(token, score.logit(state, token))
         // Tokens that are neither the bundle's nor raised have no larger logits than the bundle's last.
         if (largest.size == 0 || largest.values[0] < logits.last()) {
-            for (token in if (forced == null) 0 until vocabSize else forced..forced) {
+            for (token in limit?.forced?.let { it..it } ?: (0 until vocabSize)) {
                 val known = token in ids || token in raised
-                if (!known && allowed(token, forced, forbidden)) offer(token, score.logit(state, token))
+                if (!known && allowed(token)) offer(token, score.logit(state, token))
             }
         }
         if (largest.size == 0) {
@@ -169,8 +167,7 @@ class RuledChooser(
         return limit?.numAllowed(free) ?: free.size
     }
 
-    private fun allowed(token: Int, forced: Int?, forbidden: Int?) =
-        token !in suppressed && (forced == null || token == forced) && token != forbidden
+    private fun allowed(token: Int) = token !in suppressed && limit?.allows(token) != false
 
     /** Make a token a candidate, whose logit after biases and penalties is computed in the order of vLLM. */
     private fun offer(token: Int, logit: Float) {

@@ -16,6 +16,9 @@ class ThoughtLimit(private val tracker: PartTracker, private val marks: Pair<Int
     /** The token that must not come next: the beginning of a thought that may have no token; null for none. */
     val forbidden: Int? get() = if (tracker.channel == null && left <= 0) marks.first else null
 
+    /** Whether a token may come next. */
+    fun allows(token: Int) = (forced ?: token) == token && token != forbidden
+
     /** Go on by the text's next token. */
     fun commit(token: Int) {
         val (part, isMark) = tracker.add(token)
@@ -26,7 +29,7 @@ class ThoughtLimit(private val tracker: PartTracker, private val marks: Pair<Int
     fun numAllowed(drafts: List<Int>): Int {
         val ahead = ThoughtLimit(tracker.copy(), marks, left)
         for ((i, token) in drafts.withIndex()) {
-            if ((ahead.forced ?: token) != token || token == ahead.forbidden) return i
+            if (!ahead.allows(token)) return i
             ahead.commit(token)
         }
         return drafts.size

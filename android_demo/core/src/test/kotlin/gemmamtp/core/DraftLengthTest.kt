@@ -38,6 +38,16 @@ class DraftLengthTest {
     }
 
     @Test
+    fun draftsThatAreNotVerifiedCostNoLongerPass() {
+        val planner = DraftLength(8, Costs(8))
+        repeat(2) { for (drafts in listOf(0, 8)) planner.costs.record(drafts, verifySeconds(drafts)) }
+        repeat(20) { planner.recordLoss(Plan("lookup", 8), 1, verified = 0) } // rounds as cheap as plain ones
+        assertTrue(planner.plan(listOf("lookup" to 8)).numDraftTokens > 0)
+        repeat(2) { planner.recordLoss(Plan("lookup", 8), 1, verified = 8) }
+        assertEquals(0, planner.plan(listOf("lookup" to 8)).numDraftTokens)
+    }
+
+    @Test
     fun costsAreInterpolated() {
         val costs = Costs(8, rowMultiple = 2)
         assertEquals(0, costs.nextToMeasure(8))

@@ -36,7 +36,7 @@ fun smallManifest(
     ),
     rowMultiple = rowMultiple,
     sampling = Sampling(),
-    rules = Rules(),
+    repetitionPenalty = 1.0,
     bos = 2,
     eos = eos,
     suppressed = suppressed,

@@ -81,8 +81,9 @@ internal class HashedTarget(val vocabSize: Int, random: Random) : BoundGraph {
     override fun run(inputs: Map<String, Tensor>): Map<String, Tensor> {
         val position = (inputs.getValue("position").data as LongBuffer).get(0).toInt()
         text.subList(position, text.size).clear()
-        inputs.getValue("embedded").let { for (i in 0 until it.shape[0].toInt()) text.add((it.data as FloatBuffer).get(i * WIDTH).toInt()) }
-        val rows = inputs.getValue("output_rows").let { at -> List(at.shape[0].toInt()) { (at.data as LongBuffer).get(it).toInt() } }
+        val embedded = inputs.getValue("embedded")
+        for (i in 0 until embedded.shape[0].toInt()) text.add((embedded.data as FloatBuffer).get(i * WIDTH).toInt())
+        val rows = inputs.getValue("output_rows").let { List(it.shape[0].toInt()) { i -> (it.data as LongBuffer).get(i).toInt() } }
         val (top, topIds, out) = Triple(floats(rows.size * NUM_LOGITS), longs(rows.size * NUM_LOGITS), floats(rows.size * WIDTH))
         for ((i, row) in rows.withIndex()) {
             val state = stateAfter(text.subList(0, position + row + 1))

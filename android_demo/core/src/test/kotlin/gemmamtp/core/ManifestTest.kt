@@ -43,6 +43,21 @@ class ManifestTest {
         return assertFailsWith<InputError> { parseManifest(json, "bundle/manifest.json", "") }.message!!
     }
 
+    @Test
+    fun optionalFieldsAreRead() {
+        val json = JsonParser.parseString(text).asJsonObject
+        json.getAsJsonObject("sampling").addProperty("repetition_penalty", 1.1)
+        json.getAsJsonObject("target").addProperty("final_logit_softcapping", 30)
+        json.getAsJsonObject("tokens").add("suppressed", JsonParser.parseString("[5, 7]"))
+        json.getAsJsonObject("tokens").add("channels", JsonParser.parseString("""{"thought": [3, 9]}"""))
+        val manifest = parseManifest(json, "", "d")
+        assertEquals(mapOf(THOUGHT to (3 to 9)), manifest.channels)
+        json.getAsJsonObject("tokens").add("channels", JsonParser.parseString("""{"thought": [3, 10]}"""))
+        assertEquals(emptyMap(), parseManifest(json, "", "d").channels)
+        assertEquals(listOf(1.1, 30.0), listOf(manifest.repetitionPenalty, manifest.finalLogitSoftcapping))
+        assertEquals(setOf(5, 7), manifest.suppressed)
+    }
+
     private fun JsonObject.ports(graph: String, way: String) =
         getAsJsonObject("graphs").getAsJsonObject(graph).getAsJsonArray(way)
 
@@ -54,6 +69,8 @@ class ManifestTest {
         assertEquals("onnx", manifest.backend)
         assertEquals(setOf(1, 106), manifest.eos)
         assertEquals(Sampling(1.0, 0.95), manifest.sampling)
+        assertEquals(listOf(1.0, 0.0), listOf(manifest.repetitionPenalty, manifest.finalLogitSoftcapping))
+        assertEquals(emptySet(), manifest.suppressed)
         assertEquals("key_0", manifest.graphs.getValue("target").inputs.last())
         assertEquals(listOf(true), manifest.kv.map { it.sliding })
         assertEquals("bfloat16", manifest.tables.getValue("embed_tokens_per_layer").scales?.dtype)
@@ -113,6 +130,10 @@ class ManifestTest {
                 "default must be between 0 and max" to { it.getAsJsonObject("num_draft_tokens").addProperty("default", 9) },
                 "limits leave no room for max_seq_len" to { it.addProperty("max_seq_len", 65) },
                 "limits are not multiples" to { it.getAsJsonObject("limits").addProperty("num_tokens", 15) },
+                "sampling.repetition_penalty is 0, expected a number from 0.01 to 100" to
+                    { it.getAsJsonObject("sampling").addProperty("repetition_penalty", 0) },
+                "target.final_logit_softcapping is true, expected a number" to
+                    { it.getAsJsonObject("target").addProperty("final_logit_softcapping", true) },
                 "temperature is -1.0" to { it.getAsJsonObject("sampling").addProperty("temperature", -1) },
                 "graph target has other inputs or outputs" to { it.ports("target", "inputs").remove(1) },
                 "graph drafter has other inputs or outputs" to { it.ports("drafter", "outputs").remove(0) },

@@ -139,6 +139,21 @@ class RulesTest {
     }
 
     @Test
+    fun tokensBeforeOneThatCannotBeChosenAreGivenOut() = hashed { engine ->
+        val chooser = object : Chooser {
+            override fun pick(logits: FloatArray, ids: IntArray, state: FloatBuffer, position: Int) =
+                if (position < 6) Choice(9, -1.0) else throw InputError("the rules allow no token")
+        }
+        engine.prefill(PROMPT, chooser)
+        val round = engine.verify(9, listOf(9, 9, 9, 9), chooser)
+        assertEquals(listOf(9, 9), round.tokens)
+        assertEquals(1, round.accepted)
+        assertEquals(listOf(-1.0, -1.0), round.logprobs)
+        assertEquals(5, engine.position)
+        assertFailsWith<InputError> { engine.verify(9, listOf(9), chooser) }
+    }
+
+    @Test
     fun aStreamEndsWhereNoTokenIsLeft() = hashed { engine ->
         var asked = 0
         val failing = object : Engine by engine {

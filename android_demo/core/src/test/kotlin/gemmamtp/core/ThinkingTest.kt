@@ -26,11 +26,12 @@ class ThinkingTest {
         }
         limit.commit(1)
         assertEquals(END, limit.forced)
+        assertEquals(listOf(END), listOf(1, BEGIN, END, 192).filter(limit::allows))
         limit.commit(END)
         assertEquals(null, limit.forced)
-        assertEquals(BEGIN, limit.forbidden) // nothing is left for another thought
-        assertEquals(null, limit(1).forbidden)
-        assertEquals(1, limit.numAllowed(listOf(5, BEGIN)))
+        assertEquals(listOf(1, END, 192), listOf(1, BEGIN, END, 192).filter(limit::allows)) // nothing is left for another
+        limit.commit(192)
+        assertTrue(limit.allows(BEGIN)) // in another channel it begins nothing
         assertEquals(END, limit(0, listOf(5, BEGIN)).forced)
     }
 
@@ -44,6 +45,7 @@ class ThinkingTest {
         }
         listOf(BEGIN, 1, 2).forEach(limit::commit)
         assertEquals(2, limit.numAllowed(listOf(END, 5)))
+        assertEquals(2, limit.numAllowed(listOf(END, 5, BEGIN)))
         assertEquals(0, limit.numAllowed(listOf(5, END)))
         assertEquals(0, limit.numAllowed(emptyList()))
     }
@@ -52,7 +54,7 @@ class ThinkingTest {
     fun tenThousandSampledTokensAreThoseOfPlainDecoding() = inTemporaryDirectory { directory ->
         val engine = HashedEngine(directory, VOCAB, channels = CHANNELS)
         val rules = Rules(logitBias = mapOf(BEGIN to 12.0, END to -4.0)) // many thoughts, which seldom end by themselves
-        for ((prompt, budget) in listOf(PROMPT to 100, listOf(3, 5, BEGIN) to 40, listOf(3, 5, BEGIN) to 0)) {
+        for ((prompt, budget) in listOf(PROMPT to 900, listOf(3, 5, BEGIN) to 40, listOf(3, 5, BEGIN) to 0)) {
             fun write(count: Int, drafts: Int?, stats: Stats = Stats()) =
                 write(engine, Options(count, drafts, SAMPLED, rules, budget), stats, prompt)
             engine.answer = emptyList()
@@ -63,11 +65,26 @@ class ThinkingTest {
             val stats = Stats()
             assertEquals(plain, write(10_000, 5, stats))
             assertTrue(stats.acceptanceRate!! in 0.1..0.9, "${stats.acceptanceRate} accepted")
-            stats.sources[GRAMMAR]?.let { assertEquals(it.drafted, it.accepted) }
-            val planned = Stats()
-            assertEquals(plain.take(1000), write(1000, null, planned))
-            planned.sources[GRAMMAR]?.let { assertEquals(it.drafted, it.accepted) }
+            assertEquals(plain.take(1000), write(1000, null))
         }
+    }
+
+    @Test
+    fun theForcedEndIsADraft() = inTemporaryDirectory { directory ->
+        val engine = HashedEngine(directory, VOCAB, channels = CHANNELS)
+        for ((budget, drafts) in listOf(1 to 4, 2 to 1)) {
+            val stats = Stats()
+            // The prefill gives the first token of the thought, so a round begins where the end is forced.
+            val rules = Rules(suppressed = setOf(BEGIN))
+            val tokens = write(engine, Options(30, drafts, SAMPLED, rules, budget), stats, listOf(3, 5, BEGIN))
+            assertEquals(END, tokens[budget])
+            assertEquals(listOf(1, 1), stats.sources.getValue(GRAMMAR).let { listOf(it.drafted, it.accepted) })
+        }
+        val costs = Costs(8)
+        repeat(2) { for (drafts in listOf(0, 1, 2, 4, 8)) costs.record(drafts, 1 + 0.2 * drafts, 0.1 * drafts) }
+        val rules = RuledChooser(SAMPLED, Rules(), PROMPT, VOCAB, engine::score, limit(0, listOf(BEGIN)))
+        val planned = PlannedDrafts(engine, DraftLength(8, costs), PROMPT, rules)
+        assertEquals(listOf(END) to GRAMMAR, planned.make(BEGIN, 1) to planned.source)
     }
 
     @Test
