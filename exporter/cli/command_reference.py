@@ -82,7 +82,8 @@ def _row(param: click.Parameter, context: click.Context) -> tuple[str, str, str,
     else:
         value = param.get_help_extra(context).get("default")
         default = f"`{value}`" if value else ""
-    return ", ".join(f"`{option}`" for option in param.opts), _type(param), default, _quote_options(param.help or "")
+    names = ", ".join(f"`{option}`" for option in (*param.opts, *param.secondary_opts))
+    return names, _type(param), default, _quote_options(param.help or "")
 
 
 def _type(param: click.Parameter) -> str:

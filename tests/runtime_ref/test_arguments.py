@@ -76,7 +76,7 @@ def test_other_prompts_are_refused(prompt: Any, decoder: Decoder) -> None:
         ({"logit_bias": {5: float("nan")}}, "the logit bias of token 5 is nan"),
         ({"logit_bias": {10**6: 1}}, "a rule names token id 1000000"),
         ({"repetition_penalty": 0}, r"repetition penalty is 0.0, expected 0.01 to 100; 1 is none"),
-        ({"repetition_penalty": None}, "repetition_penalty is None, expected a number"),
+        ({"repetition_penalty": "1"}, "repetition_penalty is '1', expected a number"),
         ({"presence_penalty": 2.5}, "presence penalty is 2.5, expected -2 to 2"),
         ({"frequency_penalty": float("nan")}, "frequency penalty is nan"),
         ({"json_schema": {}, "regex": "a"}, "both json_schema and regex are given"),
