@@ -156,7 +156,8 @@ class GrammarText:
         self._start, self._matcher, self._ends, self._what = matcher, matcher.deep_copy(), vocabulary.ends, what
         self._num_known, self._mask_bytes = vocabulary.tokenizer.vocab_size, -(-vocabulary.size // 8)
         self._tracker, self._part, self._close, self._opens = tracker, part, close, list(opens)
-        self._is_empty, self._ended, self._called, self._size = True, False, False, vocabulary.size
+        self._last = vocabulary.ends if close is None else frozenset([close])  # what ends the part
+        self._is_empty, self._ended, self._called = True, False, False
 
     @property
     def binds(self) -> bool:
@@ -181,8 +182,7 @@ class GrammarText:
         bits = np.concatenate([bits, np.zeros(self._mask_bytes - len(bits), np.uint8)])
         # A mark may be a token whose text a grammar would match.
         for token in (*self._tracker.marks, *([] if self._close is None else self._ends)):
-            if token < self._size:
-                bits[token >> 3] &= ~np.uint8(1 << (token & 7))
+            bits[token >> 3] &= ~np.uint8(1 << (token & 7))
         closes = [self._close] if self._close is not None and self._matcher.is_accepting() else []
         for token in (*self._before_all(), *closes):
             bits[token >> 3] |= np.uint8(1 << (token & 7))
@@ -222,8 +222,7 @@ class GrammarText:
         if not self.binds or self._before_all():
             return []
         if self._matcher.is_stopped():  # complete
-            ends = self._ends if self._close is None else [self._close]
-            return [min(ends)][:max_tokens] if len(ends) == 1 else []
+            return list(self._last)[:max_tokens] if len(self._last) == 1 else []
         return list(self._matcher.compute_ff_tokens())[:max_tokens]
 
     def num_allowed(self, drafts: Sequence[int]) -> int:
@@ -236,9 +235,8 @@ class GrammarText:
             return len(drafts)
         if drafts and drafts[0] in self._before_all():
             return len(drafts)
-        ends = self._ends if self._close is None else [self._close]
         if self._matcher.is_stopped():
-            return int(len(drafts) > 0 and drafts[0] in ends)
+            return int(len(drafts) > 0 and drafts[0] in self._last)
         # To ask for an id beyond the tokenizer would spoil the matcher.
         marks = self._tracker.marks
         known = itertools.takewhile(lambda token: token < self._num_known and token not in marks, drafts)

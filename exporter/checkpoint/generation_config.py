@@ -61,8 +61,7 @@ def default_sampling(directory: Path) -> Sampling:
     except InputError as error:
         if not samples:  # greedy decoding reads none of these
             return Sampling()
-        origin = "" if str(error).startswith(str(path)) else f"{path}: "
-        raise InputError(f"{origin}{error}; correct the file") from error
+        raise _of_file(path, error) from error
     return cuts if samples else replace(cuts, temperature=0.0)
 
 
@@ -76,8 +75,7 @@ def default_repetition_penalty(directory: Path) -> float:
     try:
         return Rules(repetition_penalty=_number(path, settings, "repetition_penalty")).repetition_penalty
     except InputError as error:
-        origin = "" if str(error).startswith(str(path)) else f"{path}: "
-        raise InputError(f"{origin}{error}; correct the file") from error
+        raise _of_file(path, error) from error
 
 
 def generation_warnings(directory: Path) -> Iterator[str]:
@@ -99,6 +97,12 @@ def generation_warnings(directory: Path) -> Iterator[str]:
         yield (
             f"{path}: top_k is {top_k!r:.60}; a bundle gives {MAX_TOP_K} logits of a token, and one of these is chosen"
         )
+
+
+def _of_file(path: Path, error: InputError) -> InputError:
+    """An error about a value, which names the file that has it."""
+    origin = "" if str(error).startswith(str(path)) else f"{path}: "
+    return InputError(f"{origin}{error}; correct the file")
 
 
 def _number(path: Path, settings: Mapping[str, Any], key: str) -> float:

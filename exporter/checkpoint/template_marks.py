@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from runtime_ref.chat import ChatTemplate
+from runtime_ref.chat import ChatTemplate, Message
 from runtime_ref.errors import InputError
 
 # Texts that a template may treat in a special way, such as `<|channel>` and `</s>`.
@@ -66,7 +66,18 @@ def _letters(mark: str) -> str:
 
 def _render(template: ChatTemplate, turns: Sequence[tuple[str, str]], ask: bool) -> str | None:
     """The template's prompt for turns of (role, content); None if it refuses them."""
+    return rendered(template, [{"role": role, "content": content} for role, content in turns], ask)
+
+
+def rendered(template: ChatTemplate, messages: Sequence[Message], ask: bool) -> str | None:
+    """Return the template's prompt for messages; None if it refuses them.
+
+    Args:
+        template: the chat template.
+        messages: as for `ChatTemplate.render`.
+        ask: as for `ChatTemplate.render`.
+    """
     try:
-        return template.render([{"role": role, "content": content} for role, content in turns], ask)
+        return template.render(messages, ask)
     except InputError:
         return None

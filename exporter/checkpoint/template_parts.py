@@ -1,10 +1,10 @@
 """How a chat template writes thoughts and calls of tools: what stands around them, and in what syntax a call is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from runtime_ref.chat import ChatTemplate, Message
-from runtime_ref.errors import InputError
+from exporter.checkpoint.template_marks import rendered
+from runtime_ref.chat import ChatTemplate
 from runtime_ref.tool_calls import JSON, PAIRS, read_call
 
 _NAME, _VALUE, _THOUGHT = "probe_name", "probe value", "Thought."
@@ -96,7 +96,7 @@ def thought_form(template: ChatTemplate, begin: str, end: str) -> dict[str, str]
             break
     else:
         # Others write an empty thought before an answer without thinking.
-        asked = _rendered(template, [{"role": "user", "content": "Hi."}], ask=True) or ""
+        asked = rendered(template, [{"role": "user", "content": "Hi."}], ask=True) or ""
         before = asked.partition(begin)[2].partition(end)[0] if end in asked.partition(begin)[2] else ""
     return {"before": before, "after": after} if before or after else None
 
@@ -115,12 +115,4 @@ def _between(text: str, begin: str, end: str, content: str) -> str:
 def _render(template: ChatTemplate, **more: Any) -> str | None:
     """The template's text of a question and an answer with more keys; None if it refuses them."""
     answer = {"role": "assistant", "content": "" if "tool_calls" in more else "Answer.", **more}
-    return _rendered(template, [{"role": "user", "content": "Hi."}, answer], ask=False)
-
-
-def _rendered(template: ChatTemplate, messages: Sequence[Message], ask: bool) -> str | None:
-    """The template's text; None if it refuses the messages."""
-    try:
-        return template.render(messages, ask)
-    except InputError:
-        return None
+    return rendered(template, [{"role": "user", "content": "Hi."}, answer], ask=False)

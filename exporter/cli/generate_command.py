@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli.options import PATH, DraftTokens, bundle_argument, json_option, prompt_ids_option
+from exporter.cli.options import PATH, DraftTokens, bundle_argument, json_option, prompt_ids_option, utf8_text
 from exporter.cli.rule_options import FROM_CHECKPOINT, rule_options, rules_of
 from exporter.terminal import err, print_json, progress_bar
 from runtime_ref.errors import InputError
@@ -171,11 +171,8 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         origin = str(file) if file is not None else "standard input"
         if file is None and sys.stdin is None:
             raise InputError("standard input is closed; give the text with --prompt or --prompt-file")
-        try:
-            content = sys.stdin.buffer.read() if file is None else file.read_bytes()
-            prompt = content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{origin}: is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+        content = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        prompt = utf8_text(content, origin).removesuffix("\n").removesuffix("\r")
     if not prompt:
         raise InputError("the prompt is empty: expected some text")
     return prompt

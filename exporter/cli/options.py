@@ -9,6 +9,7 @@ import click
 
 from exporter.graphs.backend import BACKENDS
 from exporter.quantization.recipes import AUTO, RECIPES, Recipe, read_recipe
+from runtime_ref.errors import InputError
 
 PATH = click.Path(path_type=Path)
 OR_ID = "or its id on the Hugging Face Hub (`OWNER/NAME`, `OWNER/NAME@REVISION`)"  # of a checkpoint
@@ -156,3 +157,19 @@ def prompt_ids_option(default: str = "") -> Decorator:
     """
     text = "JSON file with prompts: a list of token ids, or a list of such lists."
     return click.option("--prompt-ids", type=PATH, help=text, show_default=default or None)
+
+
+def utf8_text(content: bytes, origin: str) -> str:
+    """Return a text that a user gave, without a byte order mark.
+
+    Args:
+        content: its bytes.
+        origin: what the error names, a path for instance.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{origin}: is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error

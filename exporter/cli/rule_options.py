@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from exporter.cli.options import PATH, Decorator
-from runtime_ref.errors import InputError
+from exporter.cli.options import PATH, Decorator, utf8_text
 from runtime_ref.manifest_form import REPETITION_RANGE
 from runtime_ref.rules import MAX_PENALTY
 
@@ -94,11 +93,4 @@ def rules_of(values: dict[str, Any]) -> dict[str, Any]:
     biases = dict(values["logit_bias"])
     if len(biases) < len(values["logit_bias"]):
         raise click.UsageError("--logit-bias names a token twice")
-    return values | {"logit_bias": biases, "json_schema": schema and _text(schema)}
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+    return values | {"logit_bias": biases, "json_schema": schema and utf8_text(schema.read_bytes(), str(schema))}
