@@ -114,10 +114,24 @@ FORM_3: Form = {
         "alternate": bool,
         "hidden": (None, two_texts),
     },
+    "conversations?": [
+        {
+            "tools": bool,
+            "thinking": [(None, bool)],
+            "between": {"*": {"*": str}},
+            "trim": [str],
+            "hidden": (None, two_texts),
+            "thoughts": [str],
+            "names": bool,
+            "beside": str,
+        }
+    ],
+    "tools?": [object],
 }
 _TABLE_2 = {**_ROWS, "data": _PLACE, "scales?": {**_PLACE, "dtype": str}}
+_ONLY_3 = ("requires", "widths?", "activations?", "calibration?", "conversations?", "tools?")
 FORM_2: Form = {
-    **{key: form for key, form in FORM_3.items() if key not in ("requires", "widths?", "activations?", "calibration?")},
+    **{key: form for key, form in FORM_3.items() if key not in _ONLY_3},
     "backend": {"name": str, "executorch?": version},
     "tokens": {**_TOKENS, "thoughts?": (None, two_ids)},
     "kv": {"buffers": [_BUFFER]},

@@ -125,7 +125,8 @@ MARKS = (
 )
 MARK = {mark: TURN + i for i, mark in enumerate(MARKS)}
 
-# Thinking, tools and their answers in Gemma 4's form: one turn goes on from calls to answers to the next thought.
+# Thinking, tools and their answers in Gemma 4's form: one turn goes on from calls to answers to the next thought. What
+# is said beside calls comes after the answers.
 TALKING = """\
 {%- macro value(item) -%}
     {%- if item is none -%}null
@@ -152,35 +153,52 @@ TALKING = """\
     {%- endfor -%}
     {{- '<turn|>\\n' -}}
 {%- endif -%}
-{%- set state = namespace(asked=-1, open=false, role='') -%}
-{%- for message in messages if message.role == 'user' %}{% set state.asked = messages.index(message) %}{% endfor -%}
-{%- for message in (messages[1:] if first else messages) -%}
+{%- set messages = messages[1:] if first else messages -%}
+{%- set state = namespace(asked=-1, open=false, role='', kept='') -%}
+{%- for message in messages %}{% if message.role == 'user' %}{% set state.asked = loop.index0 %}{% endif %}{% endfor -%}
+{%- for message in messages -%}
     {%- if message.role == 'tool' -%}
         {{- '<|tool_response>response:' ~ message.name ~ '{value:' ~ value(message.content) ~ '}<tool_response|>' -}}
     {%- else -%}
+        {{- state.kept -}}
+        {%- set state.kept = '' -%}
         {%- if not (state.open and message.role == 'assistant') -%}
             {{- '<|turn>' ~ ('model' if message.role == 'assistant' else message.role) ~ '\\n' -}}
         {%- endif -%}
-        {%- if message.reasoning_content and messages.index(message) > state.asked -%}
+        {%- if message.reasoning_content and loop.index0 > state.asked -%}
             {{- '<|channel>thought\\n' ~ message.reasoning_content ~ '\\n<channel|>' -}}
         {%- endif -%}
+        {%- set text = (answer(message.content or '') if message.role == 'assistant' else message.content) | trim -%}
         {%- for call in message.tool_calls or [] -%}
             {{- '<|tool_call>call:' ~ call.function.name ~ '{' ~ members(call.function.arguments) ~ '}<tool_call|>' -}}
         {%- endfor -%}
-        {{- (answer(message.content or '') if message.role == 'assistant' else message.content) | trim -}}
-        {%- if not message.tool_calls %}{{ '<turn|>\\n' }}
-        {%- elif loop.last %}{{ '<|tool_response>' }}
+        {%- if not message.tool_calls %}{{ text ~ '<turn|>\\n' }}
+        {%- else %}{% set state.kept = text ~ ('<|tool_response>' if loop.last else '') %}
         {%- endif -%}
         {%- set state.open = message.role == 'assistant' and message.tool_calls -%}
     {%- endif -%}
     {%- set state.role = message.role -%}
 {%- endfor -%}
+{{- state.kept -}}
 {%- if add_generation_prompt -%}
     {%- if not state.open -%}{{ '<|turn>model\\n' }}
     {%- elif thinks and state.role == 'tool' -%}{{ '<|channel>thought\\n' }}
     {%- endif -%}
 {%- endif -%}
 """
+# What is said beside calls comes before them, tools' answers are trimmed and have no names, thoughts come with calls
+# alone, and there is no `enable_thinking`.
+SPEAKING = TALKING
+for _old, _new in (
+    ("enable_thinking | default(false)", "false"),
+    ("state.kept = text ~", "state.kept ="),
+    ("{%- for call in message.tool_calls", "{{- text if message.tool_calls -}}{%- for call in message.tool_calls"),
+    ("value(message.content)", "value(message.content | trim)"),
+    ("response:' ~ message.name ~ '{", "response:{"),
+    ("message.reasoning_content and", "message.reasoning_content and message.tool_calls and"),
+):
+    assert SPEAKING.count(_old) == 1, _old
+    SPEAKING = SPEAKING.replace(_old, _new)
 WEATHER = {
     "type": "function",
     "function": {
@@ -195,11 +213,12 @@ WEATHER = {
 }
 
 
-def save_talking(directory: Path) -> None:
-    """Write `TALKING` and a tokenizer that has `MARKS` to a directory, with what they need to be a checkpoint's.
+def save_talking(directory: Path, template: str = TALKING) -> None:
+    """Write a template and a tokenizer that has `MARKS` to a directory, with what they need to be a checkpoint's.
 
     Args:
         directory: of a checkpoint or a bundle.
+        template: text of the template.
     """
     tokenizer = json.loads((PAIR / "target" / "tokenizer.json").read_text())
     for mark, token in MARK.items():
@@ -208,4 +227,4 @@ def save_talking(directory: Path) -> None:
     ends = [1, MARK["<turn|>"], MARK["<|tool_response>"]]
     (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": ends}))
     (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}))
-    (directory / "chat_template.jinja").write_text(TALKING)
+    (directory / "chat_template.jinja").write_text(template)

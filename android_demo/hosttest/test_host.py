@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from runs import BUILD, DEFAULTS, compare, in_kotlin, in_python
 
-from exporter.bundle.chat_format import chat_format
+from exporter.bundle.plain_chat import plain_chat
 from exporter.checkpoint.special_tokens import SpecialTokens
 from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.manifest import read_manifest
@@ -117,7 +117,8 @@ def test_kotlin_chats_as_the_template(tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.copytree(BUILD / "bundle-onnx-int4", bundle)
     (bundle / CHAT_TEMPLATE).write_text(TEMPLATE)
     manifest = json.loads((bundle / "manifest.json").read_text())
-    form = chat_format(bundle, SpecialTokens(manifest["tokens"]["bos"], tuple(manifest["tokens"]["eos"]), 0))
+    tokens = SpecialTokens(manifest["tokens"]["bos"], tuple(manifest["tokens"]["eos"]), 0)
+    form = plain_chat(bundle, tokens).chat
     assert form is not None
     changed = manifest | {"chat": asdict(form), "files": listed_files(bundle)}
     (bundle / "manifest.json").write_text(json.dumps(changed))

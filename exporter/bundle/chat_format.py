@@ -3,14 +3,10 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from exporter.checkpoint.special_tokens import SpecialTokens
-from exporter.checkpoint.template_marks import template_markers
 from runtime_ref.acceptance import common_prefix
-from runtime_ref.chat import CHAT_TEMPLATE, Message, open_template
+from runtime_ref.chat import Message
 from runtime_ref.errors import InputError
-from runtime_ref.tokenizer import TextTokenizer
 
 Render = Callable[[Sequence[Message]], str]
 Roles = tuple[str, ...]
@@ -60,37 +56,22 @@ class ChatFormat:
 
     def _content(self, message: Message) -> str:
         content = message["content"]
-        if self.hidden and message["role"] == "assistant":
-            begin, end = self.hidden
-            content = "".join(part.split(begin)[0] for part in content.split(end))
+        if message["role"] == "assistant":
+            content = shown_content(content, self.hidden)
         return content.strip() if self.trim else content
 
 
-def chat_format(bundle: Path, tokens: SpecialTokens) -> ChatFormat | None:
-    """Return the format of a bundle's chat template.
+def shown_content(content: str, hidden: tuple[str, str] | None) -> str:
+    """Return what an assistant's content repeats to the model.
 
     Args:
-        bundle: a directory that has the template and the tokenizer, if there are any.
-        tokens: the tokens that begin and end a text, which a template can spell out.
-
-    Returns:
-        The format; None if no format gives the template's prompts, if there is no template, or if there is no tokenizer
-        that can be read.
-
-    Raises:
-        InputError: the template cannot be read.
+        content: of the message.
+        hidden: the two markers between which text is dropped; None if nothing is dropped.
     """
-    if not (bundle / CHAT_TEMPLATE).exists():
-        return None
-    try:
-        tokenizer = TextTokenizer(bundle, tokens)
-    except InputError:  # the bundle runs on token ids alone
-        return None
-    template = open_template(bundle, tokenizer)
-    if "strftime_now" in template.source:  # its prompts depend on the date
-        return None
-    markers = dict.fromkeys([*template_markers(template.source), *tokenizer.special_tokens.values()])
-    return find_chat_format(template.render, tuple(markers))
+    if hidden is None:
+        return content
+    begin, end = hidden
+    return "".join(part.split(begin)[0] for part in content.split(end))
 
 
 def find_chat_format(render: Render, markers: Sequence[str]) -> ChatFormat | None:
@@ -102,7 +83,7 @@ def find_chat_format(render: Render, markers: Sequence[str]) -> ChatFormat | Non
     """
     try:
         full = _turns(render)
-        hidden = _hidden(render, markers)
+        hidden = hidden_markers(render, markers)
     except (InputError, ValueError):
         return None
     no_system = {role: turn for role, turn in full.turns.items() if role != "system"}
@@ -187,8 +168,17 @@ def _turns(render: Render) -> ChatFormat:
     return ChatFormat(begin, turns, last.removeprefix(user_end), trim=False, alternate=True, hidden=None)
 
 
-def _hidden(render: Render, markers: Sequence[str]) -> tuple[str, str] | None:
-    """Return the first pair of markers between which text is dropped from an assistant's content."""
+def hidden_markers(render: Render, markers: Sequence[str]) -> tuple[str, str] | None:
+    """Return the first pair of markers between which text is dropped from an assistant's content; None if none is.
+
+    Args:
+        render: as for `find_chat_format`.
+        markers: as for `find_chat_format`.
+
+    Raises:
+        InputError: the template refuses an answer between two questions.
+        ValueError: the prompt does not have each content exactly once, in order.
+    """
     first, to_assistant, to_user, last = _texts_around(render, ("user", "assistant", "user"))
     before, after = f"{first}0{to_assistant}", f"{to_user}2{last}"
 
@@ -208,7 +198,20 @@ def _hidden(render: Render, markers: Sequence[str]) -> tuple[str, str] | None:
 def _texts_around(render: Render, roles: Roles) -> list[str]:
     """Return the texts before, between and after the contents of a chat with these roles."""
     contents = [f"Content{i}." for i in range(len(roles))]
-    text = render([{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)])
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    return texts_around(render(messages), contents)
+
+
+def texts_around(text: str, contents: Sequence[str]) -> list[str]:
+    """Return the texts before, between and after contents.
+
+    Args:
+        text: a prompt.
+        contents: that it should have, in order.
+
+    Raises:
+        ValueError: the prompt does not have each of them exactly once, in order.
+    """
     texts = []
     for content in contents:
         before, match, text = text.partition(content)

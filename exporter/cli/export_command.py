@@ -86,6 +86,11 @@ if TYPE_CHECKING:
     "`checkpoint` says, outputs too, which is exact and slow, and for ONNX alone.",
 )
 @calibration_options
+@click.option(
+    "--tools",
+    type=PATH,
+    help="JSON file with a list of tools, as for `generate --tools`, that apps without Jinja can offer the model.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--skip-room-check", is_flag=True, help="Do not check first that disk and memory suffice.")
 @json_option
@@ -107,6 +112,7 @@ def export(
     activations: str,
     calibrate: bool | None,
     calibration: Path | None,
+    tools: Path | None,
     force: bool,
     skip_room_check: bool,
     as_json: bool,
@@ -125,6 +131,7 @@ def export(
     from exporter.graphs.backend import load_backend
     from exporter.heads.clusters import ClusterOptions, num_clusters
     from exporter.texts.token_texts import token_texts
+    from runtime_ref.chat import read_tools
 
     if head != "kmeans" and (clusters is not None or cluster_table is not None):
         raise click.UsageError("--clusters and --cluster-table go with --head kmeans")
@@ -144,6 +151,7 @@ def export(
         pair = pair.with_activations()
     recipe, reason = auto_recipe(pair) if recipe is None else (recipe, "")
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check, max_file_size)
+    options = replace(options, tools=tuple(read_tools(tools)) if tools else ())
     plan_export(pair, output, options, head == "kmeans")
     texts = None if calibration is None else token_texts(pair, calibration)
     if head == "kmeans":
@@ -211,6 +219,7 @@ def run_export(
         InputError: see `exporter.bundle.export.export_bundle`.
     """
     from exporter.bundle.export import calibration_directory, export_bundle
+    from exporter.bundle.plain_chat import plain_chat
     from exporter.calibration.fold import foldable
     from exporter.graphs.backend import load_backend
     from exporter.graphs.grids import grid_warnings, off_grid
@@ -224,9 +233,15 @@ def run_export(
     if calibrate is not False:
         calibrated, folded = off_grid(parts["target"]), foldable(parts["target"])
     warnings = [*pair.warnings, *grid_warnings(parts, options.recipe.name, calibrate is not False)]
+    checkpoint = pair.target_checkpoint.directory
+    if options.tools and not plain_chat(checkpoint, pair.tokens, options.tools).has_tools:
+        warnings.append(
+            f"{checkpoint}: the chat template's prompts with these tools have no form without Jinja; apps that have no"
+            " Jinja cannot offer them"
+        )
     if pair.activation_scales and not pair.rounds_activations:
         warnings.append(
-            f"{pair.target_checkpoint.directory}: was trained with {len(pair.activation_scales)} scales of activations;"
+            f"{checkpoint}: was trained with {len(pair.activation_scales)} scales of activations;"
             " the runtime rounds inputs by their own range instead; --activations checkpoint does what was trained"
         )
     started, kept = time.perf_counter(), calibration_directory(output).with_suffix(".texts")

@@ -16,7 +16,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from exporter.bundle.chat_format import ChatFormat, chat_format
+from exporter.bundle.chat_format import ChatFormat
+from exporter.bundle.plain_chat import plain_chat
 from exporter.checkpoint.special_tokens import SpecialTokens
 from exporter.demo import PAIR
 from runtime_ref.chat import open_template
@@ -175,7 +176,7 @@ def chats(template: str, generator: random.Random) -> tuple[ChatFormat, list[dic
         directory = Path(name)
         shutil.copyfile(BUILT_IN, directory / "tokenizer.json")
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-        form = chat_format(directory, ENDS)
+        form = plain_chat(directory, ENDS).chat
         render = open_template(directory, TextTokenizer(directory, ENDS)).render
         assert form
         blanks = [

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter.bundle.chat_format import ChatFormat, chat_format
+from exporter.bundle.chat_format import ChatFormat
+from exporter.bundle.plain_chat import PlainChat, plain_chat
 from exporter.checkpoint.special_tokens import SpecialTokens
 from exporter.demo import PAIR
 from runtime_ref.chat import Message, open_template
@@ -94,7 +95,7 @@ def chats(form: ChatFormat, pieces: Sequence[str]) -> list[list[Message]]:
 def test_formats(name: str, templated: Callable[[str], Path]) -> None:
     template, form = FORMATS[name]
     directory = templated(template)
-    assert chat_format(directory, TOKENS) == form
+    assert plain_chat(directory, TOKENS).chat == form
     rendered = open_template(directory, TextTokenizer(directory, TOKENS)).render
     pieces = ["x", " ", "\n", "\u00a0", "\x1c", "\u200b", "<bos>", "<turn|>", "<|channel>", "<channel|>", "[end]"]
     for messages in chats(form, pieces):
@@ -105,15 +106,15 @@ def test_formats(name: str, templated: Callable[[str], Path]) -> None:
 def test_no_format(name: str, templated: Callable[[str], Path]) -> None:
     old, new = TEMPLATES_WITHOUT_FORMAT[name]
     assert old in VERBATIM
-    assert chat_format(templated(VERBATIM.replace(old, new)), TOKENS) is None
+    assert plain_chat(templated(VERBATIM.replace(old, new)), TOKENS).chat is None
 
 
 def test_no_format_without_a_tokenizer(templated: Callable[[str], Path]) -> None:
     directory = templated(VERBATIM)
     (directory / "tokenizer.json").write_text("{}")
-    assert chat_format(directory, TOKENS) is None
+    assert plain_chat(directory, TOKENS) == PlainChat()
     (directory / "tokenizer.json").unlink()
-    assert chat_format(directory, TOKENS) is None
+    assert plain_chat(directory, TOKENS) == PlainChat()
 
 
 def test_manifest_has_the_format(chat_bundle: Path, bundle: Callable[[str], Path]) -> None:

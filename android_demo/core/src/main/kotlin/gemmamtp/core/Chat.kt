@@ -2,8 +2,25 @@ package gemmamtp.core
 
 import com.google.gson.JsonObject
 
-/** A message of a chat; [role] is `system`, `user` or `assistant`. */
-class Message(val role: String, val content: String)
+/**
+ * A message of a conversation.
+ *
+ * @property role `system`, `user`, `assistant` or `tool`.
+ * @property content its text: what a tool answered, for `tool`.
+ * @property calls of tools, of an assistant's message; a message of a `tool` follows for each.
+ * @property thought what the assistant thought before.
+ * @property name of the tool, for `tool`.
+ */
+class Message(
+    val role: String,
+    val content: String,
+    val calls: List<ToolCall> = emptyList(),
+    val thought: String = "",
+    val name: String = "",
+)
+
+/** What a tool answered to a call. */
+fun toolMessage(call: ToolCall, content: String) = Message(TOOL, content, name = call.name)
 
 /** The text before and after a message's content. */
 class Turn(val before: String, val after: String)
@@ -41,50 +58,73 @@ fun chatFormat(json: JsonObject): ChatFormat {
     )
 }
 
-/** Turns messages into one prompt, the same as the checkpoint's own template. */
-class ChatTemplate(private val format: ChatFormat) {
+/**
+ * Turns messages into one prompt, the same as the checkpoint's own template.
+ *
+ * @param format for messages alone; null if there is none.
+ * @param conversations for calls, thoughts and what tools answered as well.
+ */
+class ChatTemplate(private val format: ChatFormat?, private val conversations: List<ConversationForm> = emptyList()) {
     /**
      * The prompt that asks for an answer to the last message.
      *
      * It begins with the beginning-of-text token if the template writes one. Special tokens that are spelled out in a
      * message count as special tokens, as in transformers.
      *
-     * @throws InputError the format does not allow the messages.
+     * @param tools whether to offer the manifest's tools.
+     * @param thinking whether the model thinks before it answers; null leaves it to the template.
+     * @throws InputError there is no form of such prompts, or it does not allow the messages.
      */
-    fun render(messages: List<Message>): String {
-        check(messages)
-        val turns = messages.joinToString("") { message ->
-            val turn = format.turns.getValue(message.role)
-            turn.before + content(message) + turn.after
-        }
-        return format.begin + turns + format.answer
-    }
-
-    private fun check(messages: List<Message>) {
+    fun render(messages: List<Message>, tools: Boolean = false, thinking: Boolean? = null): String {
         if (messages.isEmpty()) refuse("there are none")
-        for ((i, message) in messages.withIndex()) {
-            if (message.role !in format.turns) refuse("it knows no role \"${message.role}\"")
-            if (message.role == "system" && i > 0) refuse("a system message must be the first")
-        }
-        val roles = messages.map { it.role }.filter { it != "system" }
-        val takeTurns = roles.withIndex().all { (i, role) -> role == if (i % 2 == 0) "user" else "assistant" }
-        if (format.alternate && !(takeTurns && roles.size % 2 == 1)) {
-            refuse("user and assistant must take turns, and the user begin and end")
-        }
+        conversations.firstOrNull { it.tools == tools && thinking in it.thinking }?.let { return it.render(messages) }
+        if (tools) throw InputError("the bundle has no form of prompts with tools; export it with --tools, or offer none")
+        if (thinking != null) throw InputError("the bundle has no form of prompts with thinking; leave it to the template")
+        if (format == null) throw InputError("the bundle has no form of chats; continue texts instead")
+        return format.render(messages)
     }
-
-    private fun content(message: Message): String {
-        var text = message.content
-        if (format.hidden != null && message.role == "assistant") {
-            val (begin, end) = format.hidden
-            text = text.split(end).joinToString("") { it.substringBefore(begin) }
-        }
-        return if (format.trim) text.trim(::isBlank) else text
-    }
-
-    private fun refuse(reason: String): Nothing =
-        throw InputError("the chat template refuses the messages: $reason; change them")
 }
+
+/** What turns messages into prompts of a bundle; null if it has no form of them. */
+fun chatTemplate(manifest: Manifest): ChatTemplate? =
+    if (manifest.chat == null && manifest.conversations.isEmpty()) null
+    else ChatTemplate(manifest.chat, manifest.conversations)
+
+private fun ChatFormat.render(messages: List<Message>): String {
+    check(messages)
+    val texts = messages.joinToString("") { message ->
+        val turn = turns.getValue(message.role)
+        turn.before + content(message) + turn.after
+    }
+    return begin + texts + answer
+}
+
+private fun ChatFormat.check(messages: List<Message>) {
+    for ((i, message) in messages.withIndex()) {
+        if (message.role !in turns) refuse("it knows no role \"${message.role}\"")
+        if (message.role == "system" && i > 0) refuse("a system message must be the first")
+        if (message.calls.isNotEmpty()) refuse("it knows no calls of tools")
+    }
+    val roles = messages.map { it.role }.filter { it != "system" }
+    val takeTurns = roles.withIndex().all { (i, role) -> role == if (i % 2 == 0) "user" else "assistant" }
+    if (alternate && !(takeTurns && roles.size % 2 == 1)) {
+        refuse("user and assistant must take turns, and the user begin and end")
+    }
+}
+
+private fun ChatFormat.content(message: Message): String {
+    val text = if (message.role == "assistant") shownContent(message.content, hidden) else message.content
+    return if (trim) text.trim(::isBlank) else text
+}
+
+/** What an assistant's content repeats to the model: all but the text between two markers. */
+internal fun shownContent(content: String, hidden: Pair<String, String>?): String {
+    val (begin, end) = hidden ?: return content
+    return content.split(end).joinToString("") { it.substringBefore(begin) }
+}
+
+internal fun refuse(reason: String): Nothing =
+    throw InputError("the chat template refuses the messages: $reason; change them")
 
 /** Whether Python's str.strip() drops a character, which differs from Kotlin's trim() and Unicode's White_Space. */
 internal fun isBlank(char: Char): Boolean =
@@ -92,7 +132,7 @@ internal fun isBlank(char: Char): Boolean =
 
 private const val OTHER_BLANKS = "\u0085\u00A0\u1680\u2028\u2029\u202F\u205F\u3000"
 
-private fun pair(json: JsonObject, name: String): Pair<String, String> {
+internal fun pair(json: JsonObject, name: String): Pair<String, String> {
     val parts = json.required(name).asJsonArray
     require(parts.size() == 2) { "chat: $name has ${parts.size()} parts, expected two" }
     return parts[0].asString to parts[1].asString

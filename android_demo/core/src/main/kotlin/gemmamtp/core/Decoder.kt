@@ -27,7 +27,7 @@ class Token(
  * not run again. Apps call [openDecoder].
  *
  * @property tokenizer the bundle's; null if it has none.
- * @property chat form of the prompts of conversations; null if the bundle has none.
+ * @property chat forms of the prompts of conversations; null if the bundle has none.
  * @param planner chooses the number of drafts of each round.
  * @param clock measures passes and draft steps.
  * @param save called after each text to save measured costs.
@@ -69,12 +69,14 @@ class Decoder(
     /**
      * Answer the last message of a conversation.
      *
-     * @param messages oldest first.
-     * @throws InputError as [stream]; or the bundle has no chat format, or it does not allow the messages.
+     * @param messages oldest first. An answer of this bundle is [Stream.message], what a tool answered is [toolMessage].
+     * @param tools whether the model may call [Manifest.tools].
+     * @param thinking whether the model thinks before it answers; null leaves it to the template.
+     * @throws InputError as [stream]; or the bundle has no form of such prompts, or it does not allow the messages.
      */
-    fun chat(messages: List<Message>, options: Options): Stream {
+    fun chat(messages: List<Message>, options: Options, tools: Boolean = false, thinking: Boolean? = null): Stream {
         val template = chat ?: throw InputError("the bundle has no chat format; export it from a checkpoint that chats")
-        return stream(template.render(messages), options)
+        return stream(template.render(messages, tools, thinking), options)
     }
 
     /** Let the next prompt be run as a whole, whatever it shares with the last text. */
@@ -134,6 +136,9 @@ class Decoder(
                 return channels(TOOL_CALL).filter { it.closed || ended }
                     .map { readCall(it.text, form, "${prompt.size + it.start}".padStart(ID_DIGITS, '0'), it.closed) }
             }
+
+        /** The answer as a message of the conversation, for the next turn; calls that could not be read are left out. */
+        val message: Message get() = Message("assistant", text, calls.filter { it.problem.isEmpty() }, thought)
 
         /** The newest round; null before the first. */
         var lastRound: Round? = null
@@ -237,6 +242,6 @@ fun openDecoder(
         }
         Unit
     }
-    val template = if (tokenizer == null) null else manifest.chat?.let(::ChatTemplate)
+    val template = if (tokenizer == null) null else chatTemplate(manifest)
     return Decoder(engine, tokenizer, template, planner, save = save)
 }

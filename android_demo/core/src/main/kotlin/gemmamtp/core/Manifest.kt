@@ -116,7 +116,9 @@ class TableMetadata(
  * @property suppressed ids of tokens that the target never chooses.
  * @property channels ids of the tokens that begin and end a part of the text that is no answer, by the part's name.
  * @property parts what each channel has around its content, and how calls of tools are written, by the channel's name.
- * @property chat form of the prompts of conversations, null if the bundle has none.
+ * @property chat form of the prompts of chats, null if the bundle has none.
+ * @property conversations forms of the prompts of conversations, with and without tools and thinking.
+ * @property tools what `conversations` can offer to the model: a JSON list of functions with JSON Schemas; null for nothing.
  * @property digest hexadecimal sha256 of the manifest itself, which differs between bundles.
  */
 class Manifest(
@@ -144,6 +146,8 @@ class Manifest(
     val tables: Map<String, TableMetadata>,
     val files: Map<String, FileMetadata>,
     val chat: ChatFormat?,
+    val conversations: List<ConversationForm>,
+    val tools: String?,
     val digest: String,
 )
 
@@ -303,6 +307,8 @@ private fun parse(raw: JsonObject, digest: String, arm64: Boolean): Manifest {
             FileMetadata(file.asJsonObject.get("size").asLong, file.asJsonObject.text("sha256"))
         },
         chat = raw.optional("chat")?.let(::chatFormat),
+        conversations = raw.get("conversations")?.asJsonArray?.map { conversationForm(it.asJsonObject) }.orEmpty(),
+        tools = raw.get("tools")?.toString(),
         digest = digest,
     )
 }

@@ -145,6 +145,13 @@ internal val FORM_3 = both(
             "texts" to text, "sha256" to text, "tokens" to size, "threads" to size, "matrices" to list(text),
         ),
         "source" to obj("target" to exported, "drafter" to origin),
+        "conversations?" to list(
+            obj(
+                "tools" to bool, "thinking" to list(nullable(bool)), "between" to map(map(text)), "trim" to list(text),
+                "hidden" to nullable(twoTexts), "thoughts" to list(text), "names" to bool, "beside" to text,
+            ),
+        ),
+        "tools?" to list { _, _ -> },
     ),
 )
 

@@ -48,6 +48,54 @@ class ChatTest {
     }
 
     @Test
+    fun `conversations become the prompts of jinja2`() {
+        val (forms, rows) = vectors("conversation.json").let { it.rows("conversation_forms") to it.rows("conversations") }
+        for (row in rows) {
+            val form = conversationForm(forms[row["form"].asInt])
+            val template = ChatTemplate(null, listOf(form))
+            val messages = row.rows("messages").map { message ->
+                val calls = if (message.has("calls")) message.texts("calls") else emptyList()
+                val (thought, name) = listOf("reasoning_content", "name").map { message.get(it)?.asString.orEmpty() }
+                val written = calls.map { ToolCall("", "", "{}", it) }
+                Message(message.string("role"), message.string("content"), written, thought, name)
+            }
+            val expected = row["prompt"].takeIf { !it.isJsonNull }?.asString
+            for (thinking in form.thinking) {
+                val actual = try {
+                    template.render(messages, form.tools, thinking)
+                } catch (error: InputError) {
+                    assertContains(error.message!!, "the chat template refuses the messages: ")
+                    null
+                }
+                assertEquals(expected, actual, row.toString())
+            }
+        }
+        assertEquals(setOf(true, false), rows.map { it["prompt"].isJsonNull }.toSet())
+    }
+
+    @Test
+    fun `prompts that the bundle has no form of are refused`() {
+        val messages = listOf(Message("user", "x"))
+        val format = chatFormat(formats[0])
+        val form = conversationForm(vectors("conversation.json").rows("conversation_forms")[1]) // thinking, without tools
+        val template = ChatTemplate(format, listOf(form))
+        assertEquals(ChatTemplate(format).render(messages), template.render(messages))
+        assertContains(template.render(messages, thinking = true), "<|think|>")
+        for ((reason, render) in listOf<Pair<String, () -> String>>(
+            "with tools" to { template.render(messages, tools = true) },
+            "with tools" to { template.render(messages, tools = true, thinking = true) },
+            "with thinking" to { template.render(messages, thinking = false) },
+            "of chats" to { ChatTemplate(null, listOf(form)).render(messages) },
+            "it knows no calls" to { template.render(messages + Message("assistant", "", listOf(ToolCall("", "", "{}", "x")))) },
+            "content beside calls" to {
+                val silent = ConversationForm(false, setOf(null), form.between, form.trim, null, form.thoughts, true, "")
+                val answer = Message("assistant", "x", listOf(ToolCall("", "", "{}", "x")))
+                ChatTemplate(null, listOf(silent)).render(messages + answer)
+            },
+        )) assertContains(assertFailsWith<InputError>(reason) { render() }.message!!, reason)
+    }
+
+    @Test
     fun `malformed formats are refused`() {
         for ((message, change) in listOf<Pair<String, (JsonObject) -> Unit>>(
             "chat.begin is missing" to { it.remove("begin") },

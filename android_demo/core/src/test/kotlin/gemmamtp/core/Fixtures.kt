@@ -17,6 +17,7 @@ fun smallManifest(
     softcap: Double = 0.0,
     suppressed: Set<Int> = emptySet(),
     channels: Map<String, Pair<Int, Int>> = emptyMap(),
+    parts: Map<String, PartForm> = emptyMap(),
 ) = Manifest(
     backend = "fake",
     minRuntime = null,
@@ -41,12 +42,14 @@ fun smallManifest(
     eos = eos,
     suppressed = suppressed,
     channels = channels,
-    parts = emptyMap(),
+    parts = parts,
     kv = kv,
     graphs = emptyMap(),
     tables = tables,
     files = emptyMap(),
     chat = null,
+    conversations = emptyList(),
+    tools = null,
     digest = "",
 )
 

@@ -74,7 +74,7 @@ class ManifestTest {
         assertEquals("key_0", manifest.graphs.getValue("target").inputs.last())
         assertEquals(listOf(true), manifest.kv.map { it.sliding })
         assertEquals("bfloat16", manifest.tables.getValue("embed_tokens_per_layer").scales?.dtype)
-        assertEquals(null, manifest.chat)
+        assertEquals(listOf(null, null, null), listOf(manifest.chat, manifest.tools, chatTemplate(manifest)))
     }
 
     @Test
@@ -90,7 +90,11 @@ class ManifestTest {
         }
         val names = FEATURES.keys - "split-tables"
         json.add("requires", JsonParser.parseString(names.joinToString(",", "[", "]") { """{"name": "$it", "since": "0.2.0"}""" }))
+        val forms = vectors("conversation.json").getAsJsonArray("conversation_forms")
+        json.add("conversations", forms)
+        json.add("tools", JsonParser.parseString("""[{"type": "function"}]"""))
         val manifest = parseManifest(json, "", "d")
+        assertEquals(forms.size() to """[{"type":"function"}]""", manifest.conversations.size to manifest.tools)
         assertEquals(mapOf("thought" to (1 to 2), "tool_call" to (3 to 4)), manifest.channels)
         assertEquals(setOf(EMBEDDING, "head"), manifest.tables.keys)
         assertEquals(KVType.FLOAT16, manifest.kv[0].type)

@@ -4,7 +4,6 @@ import com.google.gson.JsonArray
 import com.google.gson.JsonElement
 import com.google.gson.JsonObject
 import com.google.gson.JsonParser
-import gemmamtp.core.ChatTemplate
 import gemmamtp.core.Clock
 import gemmamtp.core.Costs
 import gemmamtp.core.Decoder
@@ -16,6 +15,7 @@ import gemmamtp.core.Rules
 import gemmamtp.core.Sampling
 import gemmamtp.core.Tokenizer
 import gemmamtp.core.changedFiles
+import gemmamtp.core.chatTemplate
 import gemmamtp.core.loadEngine
 import gemmamtp.core.readManifest
 import gemmamtp.core.uniform
@@ -44,7 +44,7 @@ private fun write(bundle: File, texts: JsonArray): JsonArray {
     val planner = DraftLength(manifest.maxDraftTokens, Costs(manifest.maxDraftTokens, manifest.rowMultiple))
     val tokenizer = Tokenizer(bundle, manifest)
     val engine = loadEngine(bundle, manifest, Engines, threads = 1)
-    return Decoder(engine, tokenizer, manifest.chat?.let(::ChatTemplate), planner, SimulatedClock()).use { decoder ->
+    return Decoder(engine, tokenizer, chatTemplate(manifest), planner, SimulatedClock()).use { decoder ->
         JsonArray().apply { texts.forEach { add(written(decoder, it.asJsonObject)) } }
     }
 }

@@ -1,0 +1,91 @@
+package gemmamtp.core
+
+import com.google.gson.JsonObject
+
+private const val USER = "user"
+private const val ASSISTANT = "assistant"
+internal const val TOOL = "tool"
+private const val BEGIN = "begin"
+private const val ASK = "ask"
+private const val CALL = "call"
+private const val NAME = "name"
+private const val BESIDE = "beside"
+private const val BEFORE = "before"
+private const val AFTER = "after"
+
+/**
+ * The plain form that the exporter derived for conversations with thoughts and calls. FORMAT.md, "Conversations", has the
+ * rule.
+ *
+ * @property tools whether the prompt offers the manifest's tools.
+ * @property thinking for which choices of thinking it holds; null is the template's own.
+ * @property between by the kind of a body, or `begin`, and the kind of the next one, or `ask`, the text between them.
+ * @property trim kinds of bodies around which white space is dropped.
+ * @property hidden the texts that begin and end parts of an assistant's content that are dropped; null if none are.
+ * @property thoughts kinds of bodies before which a thought is repeated, after the user's last message.
+ * @property names whether the tool's name comes ahead of its answer.
+ * @property beside where the content of a message with calls goes: `before` them or `after` their answers; empty if such a
+ *     message has no content.
+ */
+class ConversationForm(
+    val tools: Boolean,
+    val thinking: Set<Boolean?>,
+    val between: Map<String, Map<String, String>>,
+    val trim: Set<String>,
+    val hidden: Pair<String, String>?,
+    val thoughts: Set<String>,
+    val names: Boolean,
+    val beside: String,
+)
+
+/** Read one of the manifest's `conversations`, whose form was checked. */
+fun conversationForm(json: JsonObject) = ConversationForm(
+    json.get("tools").asBoolean,
+    json.getAsJsonArray("thinking").map { if (it.isJsonNull) null else it.asBoolean }.toSet(),
+    json.getAsJsonObject("between").asMap().mapValues { (_, next) -> next.asJsonObject.asMap().mapValues { it.value.asString } },
+    json.getAsJsonArray("trim").map { it.asString }.toSet(),
+    if (json.get("hidden").isJsonNull) null else pair(json, "hidden"),
+    json.getAsJsonArray("thoughts").map { it.asString }.toSet(),
+    json.get("names").asBoolean,
+    json.get("beside").asString,
+)
+
+/** The prompt that asks for an answer to the last message; throws InputError where there is no place for a message. */
+internal fun ConversationForm.render(messages: List<Message>): String {
+    val prompt = StringBuilder()
+    var previous = BEGIN
+    for ((kind, body) in bodies(messages) + (ASK to "")) {
+        prompt.append(between[previous]?.get(kind) ?: refuse("$kind cannot follow $previous")).append(body)
+        previous = kind
+    }
+    return prompt.toString()
+}
+
+/** The bodies of a conversation in the order of its prompt, each with its kind. */
+private fun ConversationForm.bodies(messages: List<Message>): List<Pair<String, String>> = buildList {
+    val asked = messages.indexOfLast { it.role == USER }
+    var kept = "" // content that comes after the answers to its message's calls
+    for ((i, message) in messages.withIndex()) {
+        if (message.role == TOOL) {
+            if (names) add(NAME to message.name)
+            add(TOOL to trimmed(TOOL, message.content))
+            continue
+        }
+        if (kept.isNotEmpty()) add(BESIDE to kept)
+        kept = ""
+        if (message.role != ASSISTANT) {
+            add(message.role to trimmed(message.role, message.content))
+            continue
+        }
+        val body = trimmed(ANSWER, shownContent(message.content, hidden))
+        val first = if (message.calls.isEmpty()) ANSWER else if (body.isNotEmpty() && beside == BEFORE) BESIDE else CALL
+        if (first == CALL && message.content.isNotEmpty() && beside.isEmpty()) refuse("content beside calls has no place")
+        if (message.thought.isNotEmpty() && i > asked && first in thoughts) add(THOUGHT to trimmed(THOUGHT, message.thought))
+        if (first != CALL) add(first to body)
+        for (call in message.calls) add(CALL to call.text)
+        if (first == CALL && beside == AFTER) kept = body
+    }
+    if (kept.isNotEmpty()) add(BESIDE to kept)
+}
+
+private fun ConversationForm.trimmed(kind: String, text: String) = if (kind in trim) text.trim(::isBlank) else text
