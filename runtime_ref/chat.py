@@ -140,7 +140,10 @@ def read_tools(path: Path) -> list[Tool]:
     tools = read_json(path, "a list of tools")
     if not isinstance(tools, list):
         raise InputError(f"{path}: expected a JSON list of tools")
-    return _checked_tools(tools)
+    try:
+        return _checked_tools(tools)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:
