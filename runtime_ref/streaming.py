@@ -9,33 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from runtime_ref.acceptance import common_prefix
-from runtime_ref.arguments import (
-    biases,
-    directory,
-    flag,
-    integer,
-    number,
-    stop_strings,
-    suppressed_ids,
-    text,
-    token_ids,
-)
+from runtime_ref.arguments import directory, flag, integer, stop_strings, text, token_ids
 from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message, Tool, open_template
 from runtime_ref.costs import load_costs, save_costs
-from runtime_ref.decoder import Options, check_options, check_prompt, rounds
+from runtime_ref.decoder import Options, check_prompt, rounds
 from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import Engine, open_engine
 from runtime_ref.errors import InputError
-from runtime_ref.grammar import Grammar, Vocabulary, json_grammar, regex_grammar
+from runtime_ref.grammar import Vocabulary
 from runtime_ref.manifest import Progress
-from runtime_ref.rules import Rules, check_parts
-from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
+from runtime_ref.stream_options import read_grammars, read_options, read_parts, read_rules, read_sampling
 from runtime_ref.text_parts import ANSWER, THOUGHT, TOOL_CALL, PartTracker
 from runtime_ref.text_stream import Channel, TextStream
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 from runtime_ref.tool_calls import ToolCall, read_call
-from runtime_ref.tool_grammar import call_grammar
 
 log = logging.getLogger(__name__)
 
@@ -144,26 +132,13 @@ class Decoder:
             InputError: the prompt cannot be run, an option is of another kind or out of its range, a grammar cannot be
                 used, or there is text to read or write and the bundle has no tokenizer.
         """
-        defaults, usual = self.engine.manifest.sampling, self.engine.manifest.repetition_penalty
-        sampling = Sampling(
-            number("temperature", defaults.temperature if temperature is None else temperature),
-            number("top_p", defaults.top_p if top_p is None else top_p),
-            integer("seed", seed),
-            integer("top_k", defaults.top_k if top_k is None else top_k),
-        )
-        drafts = None if num_draft_tokens is None else integer("num_draft_tokens", num_draft_tokens)
-        rules = Rules(
-            suppressed_ids(suppress),
-            biases(logit_bias),
-            number("repetition_penalty", usual if repetition_penalty is None else repetition_penalty),
-            number("presence_penalty", presence_penalty),
-            number("frequency_penalty", frequency_penalty),
-        )
-        budget = None if thinking_budget is None else integer("thinking_budget", thinking_budget)
-        grammars, stop = self._grammars(json_schema, regex), stop_strings(stop)
-        options = Options(
-            integer("max_new_tokens", max_new_tokens), drafts, sampling, rules, grammars, thinking_budget=budget
-        )
+        manifest = self.engine.manifest
+        sampling = read_sampling(manifest, temperature, top_p, top_k, seed)
+        penalties = repetition_penalty, presence_penalty, frequency_penalty
+        rules = read_rules(manifest, suppress, logit_bias, *penalties)
+        grammars = read_grammars(lambda: self.vocabulary, json_schema, regex)
+        numbers = max_new_tokens, num_draft_tokens, thinking_budget
+        options, stop = read_options(manifest, *numbers, sampling, rules, grammars), stop_strings(stop)
         if self.tokenizer is None and (isinstance(prompt, str) or stop):
             raise InputError(
                 f"{self.bundle}: has no {TOKENIZER}; pass --prompt-ids and no stop strings, or export a checkpoint that"
@@ -173,8 +148,7 @@ class Decoder:
             assert self.tokenizer is not None
             prompt = self.tokenizer.encode(prompt)
         prompt = token_ids(prompt)
-        check_prompt(self.engine.manifest, prompt)
-        check_options(self.engine.manifest, options)
+        check_prompt(manifest, prompt)
         self.current = Stream(self, prompt, options, stop)
         return self.current
 
@@ -209,34 +183,17 @@ class Decoder:
         """
         if self.template is None:
             raise InputError(f"{self.bundle}: {NO_TEMPLATE}")
-        manifest, prompt = self.engine.manifest, self.template.prompt(messages, tools, flag("thinking", thinking))
-        calls = {}
-        if flag("strict_tools", strict_tools):
-            if not tools:
-                raise InputError("strict_tools holds calls to tools, and there are none; pass tools, or leave it out")
-            check_parts(manifest, [TOOL_CALL], (), None)
-            calls = {TOOL_CALL: call_grammar(self.vocabulary, tools, manifest.parts.get(TOOL_CALL, {}))}
-        opens = {*([THOUGHT] if thinking else []), *([TOOL_CALL] if tools else [])} & manifest.channels.keys()
+        prompt = self.template.prompt(messages, tools, flag("thinking", thinking))
+        calls, opens = read_parts(self.engine.manifest, lambda: self.vocabulary, tools, thinking, strict_tools)
         stream = self.stream(prompt, **options)
         # A stream runs nothing before its first token is asked for.
-        grammars = {**stream.options.grammars, **calls}
-        stream.options = replace(stream.options, grammars=grammars, opens=frozenset(opens))
+        stream.options = replace(stream.options, grammars={**stream.options.grammars, **calls}, opens=opens)
         return stream
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """The bundle's tokens as grammars see them; making it takes seconds at full size."""
         return Vocabulary(self.bundle, self.engine.manifest)
-
-    def _grammars(self, json_schema: Any, regex: Any) -> dict[str, Grammar]:
-        """Compile what the answer must match."""
-        if json_schema is None and regex is None:
-            return {}
-        if json_schema is not None and regex is not None:
-            raise InputError("both json_schema and regex are given, expected one of them")
-        if regex is not None:
-            return {ANSWER: regex_grammar(self.vocabulary, text("regex", regex))}
-        return {ANSWER: json_grammar(self.vocabulary, json_schema)}
 
     def forget(self) -> None:
         """Let the next prompt be run as a whole, whatever it shares with the last text."""
