@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtime_ref.acceptance import common_prefix
-from runtime_ref.arguments import directory, flag, integer, stop_strings, text, token_ids
+from runtime_ref.arguments import callback, directory, flag, integer, stop_strings, text, token_ids
 from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message, Tool, open_template
 from runtime_ref.costs import load_costs, save_costs
 from runtime_ref.decoder import Options, check_prompt, rounds
@@ -26,6 +25,8 @@ from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 from runtime_ref.tool_calls import ToolCall, read_call
 
 log = logging.getLogger(__name__)
+
+PrefillProgress = Callable[[int, int], None]  # called with tokens of a prompt that are in the cache, and all of them
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Decoder:
         self.template = template
         self._save = save
         self.current: Stream | None = None
-        self.cached: Stream | None = None  # the stream whose keys and values are in the engine's cache
+        self._reuse = True
 
     def stream(
         self,
@@ -103,6 +104,7 @@ class Decoder:
         json_schema: str | Mapping[str, Any] | None = None,
         regex: str | None = None,
         thinking_budget: int | None = None,
+        progress: PrefillProgress = lambda *_: None,
     ) -> "Stream":
         """Continue a prompt. The same seed gives the same tokens, whatever is drafted.
 
@@ -124,6 +126,8 @@ class Decoder:
             json_schema: JSON Schema that the answer fulfils, as a text or parsed. Needs the extra `grammar`.
             regex: regular expression that the whole answer matches. Needs the extra `grammar`.
             thinking_budget: the largest number of tokens of thoughts, after which a thought is ended; None for any.
+            progress: called with how many tokens of the prompt are in the cache and how many it has, before the prompt
+                is run and after each chunk of it.
 
         Returns:
             The new text's stream, which ends any other of this decoder.
@@ -149,7 +153,8 @@ class Decoder:
             prompt = self.tokenizer.encode(prompt)
         prompt = token_ids(prompt)
         check_prompt(manifest, prompt)
-        self.current = Stream(self, prompt, options, stop)
+        callback("progress", progress)
+        self.current = Stream(self, prompt, options, stop, progress)
         return self.current
 
     def chat(
@@ -197,7 +202,7 @@ class Decoder:
 
     def forget(self) -> None:
         """Let the next prompt be run as a whole, whatever it shares with the last text."""
-        self.cached = None
+        self._reuse = False
 
     def save_costs(self) -> None:
         """Save measured costs for the next time; a failure is logged once, and not tried again."""
@@ -207,17 +212,14 @@ class Decoder:
             log.warning("costs are not saved: %s: %s", error.filename, error.strerror)
             self._save = lambda: None
 
-    def reusable(self, prompt: Sequence[int]) -> int:
-        """Return how many of a prompt's first tokens are in the cache already; its last token is always run.
+    def begin(self, prompt: Sequence[int]) -> int:
+        """Return how many of a prompt's first tokens are in the cache already; called when the prompt is about to run.
 
         Args:
             prompt: token ids.
         """
-        if self.cached is None:
-            return 0
-        cached = [*self.cached.prompt, *self.cached.tokens][: self.engine.position]
-        shared = common_prefix(cached, prompt[:-1])
-        return shared if self.engine.can_resume(shared) else 0
+        reuse, self._reuse = self._reuse, True
+        return self.engine.cache.reusable(prompt) if reuse else 0
 
 
 class Stream:
@@ -229,9 +231,17 @@ class Stream:
         stats: counts and times so far.
         tokens: ids of the new tokens so far.
         text: the answer's text so far.
+        progress: called while the prompt is run, see `Decoder.stream`; may be set until the first token is asked for.
     """
 
-    def __init__(self, decoder: Decoder, prompt: list[int], options: Options, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompt: list[int],
+        options: Options,
+        stop: tuple[str, ...],
+        progress: PrefillProgress = lambda *_: None,
+    ) -> None:
         """Begin a text; applications call `Decoder.stream` or `Decoder.chat`.
 
         Args:
@@ -239,8 +249,9 @@ class Stream:
             prompt: token ids, checked already.
             options: checked already.
             stop: strings that end the text.
+            progress: called while the prompt is run.
         """
-        self.prompt, self.options, self.stats = prompt, options, Stats()
+        self.prompt, self.options, self.stats, self.progress = prompt, options, Stats(), progress
         self.tokens: list[int] = []
         self.text = ""
         self._decoder, self._cancelled = decoder, False
@@ -263,7 +274,10 @@ class Stream:
         return next(self._tokens)
 
     def cancel(self) -> None:
-        """End the text with its next token; may be called from another thread or a signal handler."""
+        """End the text with its next token; may be called from another thread or a signal handler.
+
+        While the prompt is run, the text ends after the current chunk of it, without a token.
+        """
         self._cancelled = True
 
     @property
@@ -296,10 +310,10 @@ class Stream:
 
     def _run(self) -> Iterator[Token]:
         decoder, stats = self._decoder, self.stats
-        engine, start = decoder.engine, decoder.reusable(self.prompt)
-        decoder.cached = None  # until the prefill is done
-        for done in rounds(engine, self.prompt, self.options, stats, decoder.planner, start):
-            decoder.cached = self
+        start = decoder.begin(self.prompt)
+        for done in rounds(
+            decoder.engine, self.prompt, self.options, stats, decoder.planner, start, self._prefill_goes_on
+        ):
             # The text has not ended before the last of these tokens is given out.
             reason, stats.finish_reason = stats.finish_reason, ""
             for i, (token, logprob) in enumerate(zip(done.tokens, done.logprobs, strict=True), start=1):
@@ -318,6 +332,10 @@ class Stream:
                 yield Token(token, piece.text, logprob, piece.part, piece.part_text)
                 if stats.finish_reason:
                     return
+
+    def _prefill_goes_on(self, done: int) -> bool:
+        self.progress(done, len(self.prompt))
+        return not self._cancelled
 
 
 def _no_text(tokens: Sequence[int], special: bool = False) -> str:
