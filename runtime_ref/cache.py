@@ -44,8 +44,13 @@ class Cache:
         """Keep only the rows before a position.
 
         Args:
-            position: how many rows stay valid, at most as many as are.
+            position: how many rows stay valid.
+
+        Raises:
+            ValueError: fewer are valid now.
         """
+        if position > self.position:
+            raise ValueError(f"{position} cache rows asked for, only {self.position} are valid")
         del self.tokens[position:]
 
     def can_resume(self, position: int) -> bool:
