@@ -46,9 +46,9 @@ class OldState(GraphEngine):
     newest: np.ndarray | None = None
     begins = True
 
-    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+    def prefill(self, tokens: Sequence[int], *arguments: Any) -> Round:
         self.newest = None
-        return super().prefill(tokens, sampling, start)
+        return super().prefill(tokens, *arguments)
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
         self.begins = True
@@ -75,8 +75,8 @@ class Advancing(GraphEngine):
 
 
 class Moved(GraphEngine):
-    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
-        done = super().prefill(tokens, sampling, start)
+    def prefill(self, tokens: Sequence[int], *arguments: Any) -> Round:
+        done = super().prefill(tokens, *arguments)
         for buffer in self.cache.buffers.values():
             buffer[:, 1 : len(tokens)] = buffer[:, : len(tokens) - 1].copy()
         return done
