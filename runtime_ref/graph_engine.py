@@ -192,6 +192,7 @@ class GraphEngine:
     def _bind(self) -> None:
         """Let the graphs use the cache's buffers, if they do not yet: they were moved, or it is another cache."""
         if self._bound is not (buffers := self.cache.buffers):
+            self._bound = None  # until all of them are bound
             for graph in self.graphs.values():
                 graph.bind(buffers)
             self._bound = buffers

@@ -214,6 +214,22 @@ def test_growing_happens_to_all_buffers_or_to_none(given: int, monkeypatch: pyte
     assert engine.prefill([*text, 1, 2, 3, 4], Sampling(), 254).tokens == continuation([*text, 1, 2, 3, 4], 1)
 
 
+def test_graphs_are_bound_again_after_ctrl_c_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target has another conversation's buffers by then, the drafter still those of the first, which goes on."""
+
+    def interrupted(cache: Mapping[str, np.ndarray]) -> None:
+        raise KeyboardInterrupt
+
+    engine, text = fake_engine(700), np.random.default_rng(0).integers(0, VOCAB, 60).tolist()
+    engine.prefill(text, Sampling())
+    first, engine.cache = engine.cache, Cache(engine.manifest)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.graphs["drafter"], "bind", interrupted)
+        engine.prefill([1], Sampling())
+    engine.cache = first
+    assert engine.prefill([*text, 1], Sampling(), 60).tokens == continuation([*text, 1], 1)
+
+
 @pytest.mark.parametrize("what", ["prompt", "round"])
 def test_ctrl_c_at_any_line(what: str) -> None:
     """A pass that moves rows and grows buffers is interrupted at each line in turn; the next prompt goes on."""

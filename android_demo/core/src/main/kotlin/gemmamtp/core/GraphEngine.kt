@@ -212,6 +212,7 @@ class GraphEngine(
     private fun bind() {
         val buffers = cache.tensors
         if (bound === buffers) return
+        bound = null // until all of them are bound
         graphs.values.forEach { it.bind(buffers) }
         bound = buffers
     }
