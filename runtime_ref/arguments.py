@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,21 @@ def text(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     raise InputError(f"{name} is {_shown(value)}, expected a text")
+
+
+def callback(name: str, value: Any) -> Callable[..., Any]:
+    """Return a function as it is.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was passed.
+
+    Raises:
+        InputError: it cannot be called.
+    """
+    if callable(value):
+        return value
+    raise InputError(f"{name} is {_shown(value)}, expected a function")
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The decoding loop: prefill, then rounds."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from runtime_ref.acceptance import Round
@@ -69,8 +69,11 @@ def rounds(
     stats: Stats,
     planner: DraftLength | None = None,
     start: int = 0,
+    go_on: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[Round]:
     """Yield the rounds of `generate`, the prefill first; `stats.finish_reason` is set before the last one is yielded.
+
+    Nothing is yielded if the prefill is stopped.
 
     Args:
         engine: a loaded bundle.
@@ -79,6 +82,7 @@ def rounds(
         stats: counts of this text, which are added to.
         planner: plans the rounds if `options.num_draft_tokens` is None.
         start: how many tokens of the prompt are in the engine's cache already.
+        go_on: called in the prefill, as by `Engine.prefill`; False stops it, and the text is `cancelled`.
 
     Raises:
         InputError: as `check_prompt` and `check_options`, or the rules leave no token to choose.
@@ -95,8 +99,11 @@ def rounds(
     drafts = _drafts(engine, options, prompt, planner, rules)
     stats.begin(start)
     started = time.perf_counter()
-    done, source = engine.prefill(prompt, chooser, start), None
+    done, source = engine.prefill(prompt, chooser, start, go_on), None
     stats.prefill_seconds = time.perf_counter() - started
+    if not done.tokens:
+        stats.finish_reason = "cancelled"
+        return
     left = budget
     while True:
         ends = [i + 1 for i, token in enumerate(done.tokens) if token in manifest.eos]

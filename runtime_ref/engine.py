@@ -1,13 +1,14 @@
 """The engine that the decoding loop runs on, and loading one from a bundle."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from runtime_ref.acceptance import Round
+from runtime_ref.cache import Cache
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import MANIFEST, Manifest, Progress, changed_files, read_manifest
@@ -24,30 +25,28 @@ class Engine(Protocol):
 
     Attributes:
         manifest: the bundle's.
-        position: how many rows of the KV cache are valid; the newest token of a text is not among them.
+        cache: the KV cache. The newest token of a text is not in it yet.
     """
 
     manifest: Manifest
-    position: int
+    cache: Cache
 
-    def prefill(self, tokens: Sequence[int], sampling: Chooser, start: int = 0) -> Round:
-        """Run a prompt and choose the token after it.
+    def prefill(
+        self, tokens: Sequence[int], sampling: Chooser, start: int = 0, go_on: Callable[[int], bool] = lambda _: True
+    ) -> Round:
+        """Run a prompt in chunks and choose the token after it.
+
+        Whatever ends it early, the cache has the tokens of the last chunk that was run to its end.
 
         Args:
             tokens: token ids of the whole prompt, at least one.
             sampling: chooses the token.
             start: how many of the tokens are in the cache already, fewer than all of them.
+            go_on: called before the first chunk and after each with how many of the tokens are in the cache; returns
+                whether to go on.
 
         Returns:
-            A round without drafts, of one token.
-        """
-        ...
-
-    def can_resume(self, position: int) -> bool:
-        """Return whether the cache still has every row that tokens from a position on attend to.
-
-        Args:
-            position: index of the first token that is to be run.
+            A round without drafts, of one token; of none if `go_on` returned False.
         """
         ...
 

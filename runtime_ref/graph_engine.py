@@ -1,17 +1,18 @@
 """The engine of a bundle's two graphs, on any runtime: target and drafter over one KV cache in host memory."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from runtime_ref.acceptance import Round, accept
+from runtime_ref.cache import Cache
 from runtime_ref.errors import InputError
-from runtime_ref.manifest import EMBEDDING, HEAD, PER_LAYER, SLIDE_ROWS, Manifest, round_up
+from runtime_ref.manifest import EMBEDDING, HEAD, PER_LAYER, Manifest, round_up
 from runtime_ref.sampling import Chooser
 
-CACHE_STEP_ROWS = 256  # the cache grows by these: short texts stay small, and growing is too rare to matter
 SCORED_ROWS = 2048  # rows of the head that are converted at a time: 25 MB in float64 for E2B
+STOPPED = Round([], 0, [], [])  # what a prefill gives that was stopped
 
 
 class BoundGraph(Protocol):
@@ -46,18 +47,14 @@ class EmbeddingTable(Protocol):
 
 
 class GraphEngine:
-    """Runs the graphs `target` and `drafter` of a bundle. The cache starts small and grows up to `max_seq_len` rows.
-
-    Buffers of sliding layers stop growing at the size of their window; their rows move up in steps of `SLIDE_ROWS`.
+    """Runs the graphs `target` and `drafter` of a bundle over one cache at a time.
 
     Attributes:
         manifest: the bundle's.
-        position: how many positions are valid in the cache.
-        window_start: the position that row 0 of sliding layers' buffers holds.
+        cache: what the graphs read and write; another of the same bundle may take its place between two texts.
         graphs: `target` and `drafter`.
         tables: `EMBEDDING`, [V, E]; `PER_LAYER`, [V, layers * P], unless the model has no PLE; `HEAD`, [V, E], if the
             head is not the embedding.
-        cache: buffers by name, of the manifest's layout and dtype.
     """
 
     def __init__(
@@ -71,27 +68,31 @@ class GraphEngine:
             tables: embedding tables by name.
         """
         self.manifest = manifest
-        self.position = self.window_start = 0
+        self.cache = Cache(manifest)
         self.graphs, self.tables = graphs, tables
         self._state = np.zeros((1, manifest.hidden_size), np.float32)
-        self.cache: dict[str, np.ndarray] = {kv.name: np.zeros(kv.shape(0), kv.dtype) for kv in manifest.kv}
+        self._bound: Mapping[str, np.ndarray] | None = None  # the buffers that the graphs use
 
-    def prefill(self, tokens: Sequence[int], sampling: Chooser, start: int = 0) -> Round:
+    @property
+    def position(self) -> int:
+        """How many rows of the cache are valid."""
+        return self.cache.position
+
+    def prefill(
+        self, tokens: Sequence[int], sampling: Chooser, start: int = 0, go_on: Callable[[int], bool] = lambda _: True
+    ) -> Round:
         """Run a prompt and choose the token after it, as `Engine.prefill`."""
         for first, chunk in chunks(tokens, self.manifest.limits["num_tokens"], start):
-            self.position = first
-            logits, ids, states = self.run_target(chunk, [len(chunk) - 1])
-        self.position = len(tokens)
-        return self._finish([], logits, ids, states, sampling)
-
-    def can_resume(self, position: int) -> bool:
-        """Return whether the cache has every row that tokens from `position` on attend to, as `Engine.can_resume`."""
-        return self.window_start <= self._window_start(position)
+            if not go_on(first):
+                return STOPPED
+            self.cache.roll_back(first)
+            logits, ids, states = self.extend(chunk, [len(chunk) - 1])
+        return self._finish([], logits, ids, states, sampling) if go_on(len(tokens)) else STOPPED
 
     def verify(self, last: int, drafts: Sequence[int], sampling: Chooser) -> Round:
         """Run the newest token and the drafts after it, as `Engine.verify`."""
         logits, ids, states = self.run_target([last, *drafts], range(len(drafts) + 1))
-        self.position += 1
+        self.cache.tokens.append(last)
         return self._finish(drafts, logits, ids, states, sampling)
 
     def _finish(
@@ -112,8 +113,8 @@ class GraphEngine:
                 yield token
 
         accepted, tokens = accept(drafts, choices())
-        # Rollback is by position alone: rejected rows are masked, and overwritten by the next pass.
-        self.position += accepted
+        # Rejected rows need no clearing: they are masked, and overwritten by the next pass.
+        self.cache.tokens += drafts[:accepted]
         self._state = states[accepted : accepted + 1]
         return Round(drafts, accepted, tokens, logprobs)
 
@@ -144,11 +145,12 @@ class GraphEngine:
         Returns:
             The id of the draft token, and its state [1, E] float32.
         """
+        self._bind()
         draft, next_state = self.graphs["drafter"].run(
             embedded=self.tables[EMBEDDING][[token]],
             state=state,
             position=np.array([self.position]),
-            window_start=np.array([self.window_start]),
+            window_start=np.array([self.cache.window_start]),
         )
         return int(draft[0]), next_state
 
@@ -169,46 +171,31 @@ class GraphEngine:
             raise ValueError(f"{end} cache rows asked for, the bundle has {self.manifest.max_seq_len}")
         # Padding is computed and dropped; the cache row that it writes is masked like a rejected one.
         ids, output_rows = (_padded(list(part), self.manifest.row_multiple) for part in (tokens, rows))
-        self._make_room(len(ids))
+        self.cache.make_room(len(ids))
+        self._bind()
         per_layer = {"per_layer": self.tables[PER_LAYER][ids]} if PER_LAYER in self.tables else {}
         outputs = self.graphs["target"].run(
             embedded=self.tables[EMBEDDING][ids],
             **per_layer,
             position=np.array([self.position]),
-            window_start=np.array([self.window_start]),
+            window_start=np.array([self.cache.window_start]),
             output_rows=np.array(output_rows),
         )
         return [output[: len(rows)] for output in outputs]
 
-    def _window_start(self, position: int) -> int:
-        """The last position at which sliding layers' buffers may begin for tokens from `position` on."""
-        return max(0, position - self.manifest.sliding_window - 2) // SLIDE_ROWS * SLIDE_ROWS
+    def extend(self, tokens: Sequence[int], rows: Sequence[int]) -> list[np.ndarray]:
+        """Run the target, as `run_target`, and move `position` on behind the tokens."""
+        outputs = self.run_target(tokens, rows)
+        self.cache.tokens += tokens
+        return outputs
 
-    def _make_room(self, count: int) -> None:
-        """Make room for `count` rows after `position`: move sliding layers' rows up, then grow the buffers."""
-        limits = self.manifest.limits
-        if self.position == 0:
-            self.window_start = 0
-        if self.position + count - self.window_start > limits["window_rows"]:
-            start = self._window_start(self.position)
-            moved = start - self.window_start
-            for kv in self.manifest.kv:
-                if kv.layer_type == "sliding_attention":
-                    rows = np.moveaxis(self.cache[kv.name], kv.rows_axis, 0)
-                    rows[:-moved] = rows[moved:].copy()
-            self.window_start = start
-        grown = False
-        for kv in self.manifest.kv:
-            sliding, old = kv.layer_type == "sliding_attention", self.cache[kv.name]
-            used, allocated = self.position + count - (self.window_start if sliding else 0), old.shape[kv.rows_axis]
-            if used > allocated:
-                num_rows = min(round_up(used, CACHE_STEP_ROWS), limits["window_rows" if sliding else "cache_rows"])
-                self.cache[kv.name] = np.zeros(kv.shape(num_rows), kv.dtype)
-                np.moveaxis(self.cache[kv.name], kv.rows_axis, 0)[:allocated] = np.moveaxis(old, kv.rows_axis, 0)
-                grown = True
-        if grown:
+    def _bind(self) -> None:
+        """Let the graphs use the cache's buffers, if they do not yet: they were moved, or it is another cache."""
+        if self._bound is not (buffers := self.cache.buffers):
+            self._bound = None  # until all of them are bound
             for graph in self.graphs.values():
-                graph.bind(self.cache)
+                graph.bind(buffers)
+            self._bound = buffers
 
 
 def chunks(tokens: Sequence[int], size: int, start: int = 0) -> Iterator[tuple[int, Sequence[int]]]:

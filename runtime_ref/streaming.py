@@ -8,36 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtime_ref.acceptance import common_prefix
-from runtime_ref.arguments import (
-    biases,
-    directory,
-    flag,
-    integer,
-    number,
-    stop_strings,
-    suppressed_ids,
-    text,
-    token_ids,
-)
+from runtime_ref.arguments import callback, directory, flag, integer, stop_strings, text, token_ids
 from runtime_ref.chat import CHAT_TEMPLATE, NO_TEMPLATE, ChatTemplate, Message, Tool, open_template
 from runtime_ref.costs import load_costs, save_costs
-from runtime_ref.decoder import Options, check_options, check_prompt, rounds
+from runtime_ref.decoder import Options, check_prompt, rounds
 from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import Engine, open_engine
 from runtime_ref.errors import InputError
-from runtime_ref.grammar import Grammar, Vocabulary, json_grammar, regex_grammar
+from runtime_ref.grammar import Vocabulary
 from runtime_ref.manifest import Progress
-from runtime_ref.rules import Rules, check_parts
-from runtime_ref.sampling import Sampling
 from runtime_ref.stats import Stats
+from runtime_ref.stream_options import read_grammars, read_options, read_parts, read_rules, read_sampling
 from runtime_ref.text_parts import ANSWER, THOUGHT, TOOL_CALL, PartTracker
 from runtime_ref.text_stream import Channel, TextStream
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 from runtime_ref.tool_calls import ToolCall, read_call
-from runtime_ref.tool_grammar import call_grammar
 
 log = logging.getLogger(__name__)
+
+PrefillProgress = Callable[[int, int], None]  # called with tokens of a prompt that are in the cache, and all of them
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,7 @@ class Decoder:
         self.template = template
         self._save = save
         self.current: Stream | None = None
-        self.cached: Stream | None = None  # the stream whose keys and values are in the engine's cache
+        self._reuse = True
 
     def stream(
         self,
@@ -115,6 +104,7 @@ class Decoder:
         json_schema: str | Mapping[str, Any] | None = None,
         regex: str | None = None,
         thinking_budget: int | None = None,
+        progress: PrefillProgress = lambda *_: None,
     ) -> "Stream":
         """Continue a prompt. The same seed gives the same tokens, whatever is drafted.
 
@@ -136,6 +126,8 @@ class Decoder:
             json_schema: JSON Schema that the answer fulfils, as a text or parsed. Needs the extra `grammar`.
             regex: regular expression that the whole answer matches. Needs the extra `grammar`.
             thinking_budget: the largest number of tokens of thoughts, after which a thought is ended; None for any.
+            progress: called with how many tokens of the prompt are in the cache and how many it has, before the prompt
+                is run and after each chunk of it.
 
         Returns:
             The new text's stream, which ends any other of this decoder.
@@ -144,26 +136,13 @@ class Decoder:
             InputError: the prompt cannot be run, an option is of another kind or out of its range, a grammar cannot be
                 used, or there is text to read or write and the bundle has no tokenizer.
         """
-        defaults, usual = self.engine.manifest.sampling, self.engine.manifest.repetition_penalty
-        sampling = Sampling(
-            number("temperature", defaults.temperature if temperature is None else temperature),
-            number("top_p", defaults.top_p if top_p is None else top_p),
-            integer("seed", seed),
-            integer("top_k", defaults.top_k if top_k is None else top_k),
-        )
-        drafts = None if num_draft_tokens is None else integer("num_draft_tokens", num_draft_tokens)
-        rules = Rules(
-            suppressed_ids(suppress),
-            biases(logit_bias),
-            number("repetition_penalty", usual if repetition_penalty is None else repetition_penalty),
-            number("presence_penalty", presence_penalty),
-            number("frequency_penalty", frequency_penalty),
-        )
-        budget = None if thinking_budget is None else integer("thinking_budget", thinking_budget)
-        grammars, stop = self._grammars(json_schema, regex), stop_strings(stop)
-        options = Options(
-            integer("max_new_tokens", max_new_tokens), drafts, sampling, rules, grammars, thinking_budget=budget
-        )
+        manifest = self.engine.manifest
+        sampling = read_sampling(manifest, temperature, top_p, top_k, seed)
+        penalties = repetition_penalty, presence_penalty, frequency_penalty
+        rules = read_rules(manifest, suppress, logit_bias, *penalties)
+        grammars = read_grammars(lambda: self.vocabulary, json_schema, regex)
+        numbers = max_new_tokens, num_draft_tokens, thinking_budget
+        options, stop = read_options(manifest, *numbers, sampling, rules, grammars), stop_strings(stop)
         if self.tokenizer is None and (isinstance(prompt, str) or stop):
             raise InputError(
                 f"{self.bundle}: has no {TOKENIZER}; pass --prompt-ids and no stop strings, or export a checkpoint that"
@@ -173,9 +152,9 @@ class Decoder:
             assert self.tokenizer is not None
             prompt = self.tokenizer.encode(prompt)
         prompt = token_ids(prompt)
-        check_prompt(self.engine.manifest, prompt)
-        check_options(self.engine.manifest, options)
-        self.current = Stream(self, prompt, options, stop)
+        check_prompt(manifest, prompt)
+        callback("progress", progress)
+        self.current = Stream(self, prompt, options, stop, progress)
         return self.current
 
     def chat(
@@ -209,18 +188,11 @@ class Decoder:
         """
         if self.template is None:
             raise InputError(f"{self.bundle}: {NO_TEMPLATE}")
-        manifest, prompt = self.engine.manifest, self.template.prompt(messages, tools, flag("thinking", thinking))
-        calls = {}
-        if flag("strict_tools", strict_tools):
-            if not tools:
-                raise InputError("strict_tools holds calls to tools, and there are none; pass tools, or leave it out")
-            check_parts(manifest, [TOOL_CALL], (), None)
-            calls = {TOOL_CALL: call_grammar(self.vocabulary, tools, manifest.parts.get(TOOL_CALL, {}))}
-        opens = {*([THOUGHT] if thinking else []), *([TOOL_CALL] if tools else [])} & manifest.channels.keys()
+        prompt = self.template.prompt(messages, tools, flag("thinking", thinking))
+        calls, opens = read_parts(self.engine.manifest, lambda: self.vocabulary, tools, thinking, strict_tools)
         stream = self.stream(prompt, **options)
         # A stream runs nothing before its first token is asked for.
-        grammars = {**stream.options.grammars, **calls}
-        stream.options = replace(stream.options, grammars=grammars, opens=frozenset(opens))
+        stream.options = replace(stream.options, grammars={**stream.options.grammars, **calls}, opens=opens)
         return stream
 
     @functools.cached_property
@@ -228,19 +200,9 @@ class Decoder:
         """The bundle's tokens as grammars see them; making it takes seconds at full size."""
         return Vocabulary(self.bundle, self.engine.manifest)
 
-    def _grammars(self, json_schema: Any, regex: Any) -> dict[str, Grammar]:
-        """Compile what the answer must match."""
-        if json_schema is None and regex is None:
-            return {}
-        if json_schema is not None and regex is not None:
-            raise InputError("both json_schema and regex are given, expected one of them")
-        if regex is not None:
-            return {ANSWER: regex_grammar(self.vocabulary, text("regex", regex))}
-        return {ANSWER: json_grammar(self.vocabulary, json_schema)}
-
     def forget(self) -> None:
         """Let the next prompt be run as a whole, whatever it shares with the last text."""
-        self.cached = None
+        self._reuse = False
 
     def save_costs(self) -> None:
         """Save measured costs for the next time; a failure is logged once, and not tried again."""
@@ -250,17 +212,14 @@ class Decoder:
             log.warning("costs are not saved: %s: %s", error.filename, error.strerror)
             self._save = lambda: None
 
-    def reusable(self, prompt: Sequence[int]) -> int:
-        """Return how many of a prompt's first tokens are in the cache already; its last token is always run.
+    def begin(self, prompt: Sequence[int]) -> int:
+        """Return how many of a prompt's first tokens are in the cache already; called when the prompt is about to run.
 
         Args:
             prompt: token ids.
         """
-        if self.cached is None:
-            return 0
-        cached = [*self.cached.prompt, *self.cached.tokens][: self.engine.position]
-        shared = common_prefix(cached, prompt[:-1])
-        return shared if self.engine.can_resume(shared) else 0
+        reuse, self._reuse = self._reuse, True
+        return self.engine.cache.reusable(prompt) if reuse else 0
 
 
 class Stream:
@@ -272,9 +231,17 @@ class Stream:
         stats: counts and times so far.
         tokens: ids of the new tokens so far.
         text: the answer's text so far.
+        progress: called while the prompt is run, see `Decoder.stream`; may be set until the first token is asked for.
     """
 
-    def __init__(self, decoder: Decoder, prompt: list[int], options: Options, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompt: list[int],
+        options: Options,
+        stop: tuple[str, ...],
+        progress: PrefillProgress = lambda *_: None,
+    ) -> None:
         """Begin a text; applications call `Decoder.stream` or `Decoder.chat`.
 
         Args:
@@ -282,8 +249,9 @@ class Stream:
             prompt: token ids, checked already.
             options: checked already.
             stop: strings that end the text.
+            progress: called while the prompt is run.
         """
-        self.prompt, self.options, self.stats = prompt, options, Stats()
+        self.prompt, self.options, self.stats, self.progress = prompt, options, Stats(), progress
         self.tokens: list[int] = []
         self.text = ""
         self._decoder, self._cancelled = decoder, False
@@ -306,7 +274,10 @@ class Stream:
         return next(self._tokens)
 
     def cancel(self) -> None:
-        """End the text with its next token; may be called from another thread or a signal handler."""
+        """End the text with its next token; may be called from another thread or a signal handler.
+
+        While the prompt is run, the text ends after the current chunk of it, without a token.
+        """
         self._cancelled = True
 
     @property
@@ -339,10 +310,10 @@ class Stream:
 
     def _run(self) -> Iterator[Token]:
         decoder, stats = self._decoder, self.stats
-        engine, start = decoder.engine, decoder.reusable(self.prompt)
-        decoder.cached = None  # until the prefill is done
-        for done in rounds(engine, self.prompt, self.options, stats, decoder.planner, start):
-            decoder.cached = self
+        start = decoder.begin(self.prompt)
+        for done in rounds(
+            decoder.engine, self.prompt, self.options, stats, decoder.planner, start, self._prefill_goes_on
+        ):
             # The text has not ended before the last of these tokens is given out.
             reason, stats.finish_reason = stats.finish_reason, ""
             for i, (token, logprob) in enumerate(zip(done.tokens, done.logprobs, strict=True), start=1):
@@ -361,6 +332,10 @@ class Stream:
                 yield Token(token, piece.text, logprob, piece.part, piece.part_text)
                 if stats.finish_reason:
                     return
+
+    def _prefill_goes_on(self, done: int) -> bool:
+        self.progress(done, len(self.prompt))
+        return not self._cancelled
 
 
 def _no_text(tokens: Sequence[int], special: bool = False) -> str:

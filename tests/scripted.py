@@ -7,6 +7,7 @@ from typing import Any
 
 from exporter.checkpoint.special_tokens import SpecialTokens
 from runtime_ref.acceptance import Round
+from runtime_ref.cache import Cache
 from runtime_ref.chat import ChatTemplate
 from runtime_ref.costs import Costs
 from runtime_ref.draft_length import DraftLength
@@ -28,13 +29,12 @@ class Script:
                 "channels": tokens.channels,
             },
             parts=tokens.parts,
+            kv=(),
+            sliding_window=1,
         )
-        self.position, self._script = 0, iter(script)
+        self.cache, self._script = Cache(self.manifest), iter(script)
 
-    def can_resume(self, position: int) -> bool:
-        return position == 0
-
-    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0, go_on: Any = None) -> Round:
         return self.verify(tokens[-1], [], sampling)
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:

@@ -191,7 +191,7 @@ ANYTHING = st.one_of(
 
 OPTIONS = (
     *("max_new_tokens", "num_draft_tokens", "temperature", "top_p", "top_k", "seed", "stop", "suppress", "logit_bias"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "json_schema", "regex"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "json_schema", "regex", "progress"),
 )
 
 

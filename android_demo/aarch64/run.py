@@ -91,11 +91,11 @@ def rows(engine: GraphEngine) -> tuple[dict[str, np.ndarray], list[dict[str, Any
         prefill(engine, text[:base])
         alone = []
         for i in range(PASS_TOKENS[-1]):
-            engine.position = base + i
-            alone.append([output[0].copy() for output in engine.run_target([text[base + i]], [0])])
+            engine.cache.roll_back(base + i)
+            alone.append([output[0].copy() for output in engine.extend([text[base + i]], [0])])
         kept += alone
         for seen in passes:
-            engine.position = base
+            engine.cache.roll_back(base)
             together = engine.run_target(text[base : base + seen["tokens"]], range(seen["tokens"]))
             for i, one in enumerate(alone[: seen["tokens"]]):
                 several = [output[i] for output in together]
@@ -128,10 +128,9 @@ def distance(one: list[np.ndarray], other: list[np.ndarray]) -> Mapping[str, flo
 
 def prefill(engine: GraphEngine, tokens: list[int]) -> None:
     """Run a text from position 0 on."""
-    for position, chunk in chunks(tokens, engine.manifest.limits["num_tokens"]):
-        engine.position = position
-        engine.run_target(chunk, [len(chunk) - 1])
-    engine.position = len(tokens)
+    engine.cache.roll_back(0)
+    for _, chunk in chunks(tokens, engine.manifest.limits["num_tokens"]):
+        engine.extend(chunk, [len(chunk) - 1])
 
 
 if __name__ == "__main__":

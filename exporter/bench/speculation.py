@@ -1,7 +1,7 @@
 """Speed-up of speculative decoding: computed from the costs of passes, and measured at a forced acceptance rate."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,22 +94,26 @@ class ForcedEngine(GraphEngine):
     scheduled = 0
     _start: tuple[list[int], int, Round, np.ndarray] | None = None
 
-    def prefill(self, tokens: Sequence[int], sampling: Chooser, start: int = 0) -> Round:
+    def prefill(
+        self, tokens: Sequence[int], sampling: Chooser, start: int = 0, go_on: Callable[[int], bool] = lambda _: True
+    ) -> Round:
         """Return to the end of the prompt if the last prefill was of the same tokens and its rows are still there.
 
         Args:
             tokens: token ids of the prompt.
             sampling: chooses the first token.
             start: how many tokens of the prompt are in the cache already.
+            go_on: called if the prompt is run, as by `Engine.prefill`.
 
         Returns:
             The round that adds the first token after the prompt.
         """
-        if self._start is not None and self._start[:2] == (list(tokens), self.window_start):
-            self.position, self._state = len(tokens), self._start[3]
+        if self._start is not None and self._start[:2] == (list(tokens), self.cache.window_start):
+            self.cache.roll_back(len(tokens))
+            self._state = self._start[3]
             return self._start[2]
-        first = super().prefill(tokens, sampling, start)
-        self._start = (list(tokens), self.window_start, first, self._state)
+        first = super().prefill(tokens, sampling, start, go_on)
+        self._start = (list(tokens), self.cache.window_start, first, self._state)
         return first
 
     def forget(self) -> None:

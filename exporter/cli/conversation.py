@@ -21,6 +21,7 @@ NEXT_LINE_SIGN = ". "
 KEYS = "/quit or Ctrl-D ends, Ctrl-C stops an answer, Alt-Enter or a \\ at the end goes on in another line"
 CHAT_GREETING = f"Chat: /new starts a new conversation, /system TEXT one with a system prompt, {KEYS}."
 LINES_GREETING = f"The bundle has no chat template, so each line is continued as a text of its own: {KEYS}."
+NOT_ANSWERED = "Stopped before the answer began: the conversation goes on without this message."
 LEAVING_HINT = "Ctrl-D or /quit ends the chat."
 
 
@@ -81,10 +82,11 @@ def converse(
             elif command == "/system" and decoder.template:
                 messages = start = system_messages(decoder, argument or None)
             elif line.strip():
-                asked: list[Message] = [*messages, {"role": "user", "content": line}]
-                while asked[-1]["role"] != "assistant":
-                    asked = _turn(decoder, asked, all_options)
-                messages = asked if decoder.template else []
+                answered = _answered(decoder, [*messages, {"role": "user", "content": line}], all_options)
+                if decoder.template and answered is None:
+                    err.print(NOT_ANSWERED, style="dim")
+                elif decoder.template and answered:
+                    messages = answered
         except InputError as error:
             err.print(f"error: {error}{', or start over with /new' if messages else ''}")
         except EOFError:
@@ -118,18 +120,24 @@ def _read_message() -> str:
     return message
 
 
-def _turn(decoder: Decoder, asked: list[Message], options: dict[str, Any]) -> list[Message]:
-    """Answer the last message, and return the conversation with the answer and what the tools that it calls answer.
+def _answered(decoder: Decoder, asked: list[Message], options: dict[str, Any]) -> list[Message] | None:
+    """Return the conversation up to the answer to its last message; None if it was stopped before the answer began.
+
+    Between the two are calls of tools, and what these answer.
 
     Raises:
         InputError: it cannot be answered.
     """
     chat = decoder.template is not None
-    stream = decoder.chat(asked, **options) if chat else decoder.stream(asked[-1]["content"], **options)
-    with _interrupts_to(stream.cancel):
-        print_stream(stream)
-    calls = [call for call in stream.calls if not call.problem] if chat else []
-    return [*asked, stream.message, *map(_ask_tool, calls)]
+    while asked[-1]["role"] != "assistant":
+        stream = decoder.chat(asked, **options) if chat else decoder.stream(asked[-1]["content"], **options)
+        with _interrupts_to(stream.cancel):
+            print_stream(stream)
+        if not stream.tokens:
+            return None
+        calls = [call for call in stream.calls if not call.problem] if chat else []
+        asked = [*asked, stream.message, *map(_ask_tool, calls)]
+    return asked
 
 
 def _ask_tool(call: ToolCall) -> Message:

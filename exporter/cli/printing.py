@@ -1,26 +1,35 @@
 """Print generated text while it is generated, and a line of statistics after it."""
 
+import contextlib
+import itertools
 import json
+from collections.abc import Callable, Iterator
 
 import click
 
-from exporter.terminal import err
+from exporter.terminal import err, progress_bar
 from runtime_ref.stats import Stats
-from runtime_ref.streaming import Decoder, Stream
+from runtime_ref.streaming import Decoder, PrefillProgress, Stream
 from runtime_ref.text_parts import THOUGHT
 
 
-def print_stream(stream: Stream, as_text: bool = True) -> None:
+def print_stream(stream: Stream, as_text: bool = True, prompt: str = "") -> None:
     """Print a stream's tokens while they are generated, then its calls of tools, then its statistics.
 
-    Thoughts and statistics go to standard error, so that standard output holds the answer alone.
+    Thoughts and statistics go to standard error, so that standard output holds the answer alone. So does a progress bar
+    while a prompt of several chunks is run, if standard error is a terminal.
 
     Args:
         stream: a stream that was not iterated over before.
         as_text: whether to print text, instead of token ids.
+        prompt: printed before its first token.
     """
+    with _prompt_bar() as stream.progress:
+        first = list(itertools.islice(stream, 1))
+    if prompt:  # not before: the bar erases the line that it is shown in
+        click.secho(prompt, dim=True, nl=False)
     thinking = False
-    for token in stream:
+    for token in itertools.chain(first, stream):
         if token.part == THOUGHT and as_text:
             click.secho(token.part_text, dim=True, nl=False, err=True)
             thinking = thinking or bool(token.part_text)
@@ -44,9 +53,31 @@ def print_continuation(decoder: Decoder, stream: Stream) -> None:
         decoder: the decoder that made the stream.
         stream: a stream that was not iterated over before.
     """
-    if decoder.tokenizer:
-        click.secho(decoder.tokenizer.decode(stream.prompt), dim=True, nl=False)
-    print_stream(stream, as_text=decoder.tokenizer is not None)
+    tokenizer = decoder.tokenizer
+    print_stream(stream, tokenizer is not None, tokenizer.decode(stream.prompt) if tokenizer else "")
+
+
+@contextlib.contextmanager
+def _prompt_bar() -> Iterator[PrefillProgress]:
+    """Show a progress bar in the block, from the first chunk of a prompt that another follows.
+
+    Yields:
+        What to pass as `progress` of `Decoder.stream`.
+    """
+    advance: Callable[[str, int], None] | None = None
+    before: int | None = None  # tokens that were in the cache at the last call
+    with contextlib.ExitStack() as stack:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal advance, before
+            new = done - (before or 0)
+            if advance is None and before is not None and done < total:
+                advance, new = stack.enter_context(progress_bar(err, "reading the prompt", total)), done
+            if advance is not None:
+                advance(f"{done} of {total} tokens", new)
+            before = done
+
+        yield progress
 
 
 def stats_line(stats: Stats, new_tokens: int) -> str:

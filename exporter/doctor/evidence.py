@@ -166,13 +166,14 @@ def probes(engine: GraphEngine, pair: Pair, continuation: Continuation) -> Itera
         next_states = torch.from_numpy(np.concatenate([next_state for _, next_state in calls]))
         kv = {}
         for layer_type, layer in pair.shared_kv.items():
-            first = engine.window_start if layer_type == "sliding_attention" else 0
+            first = engine.cache.window_start if layer_type == "sliding_attention" else 0
             rows = slice(0, position + count + 1 - first)
-            key, value = (torch.from_numpy(engine.cache[f"{n}_{layer}"][:, rows].copy()) for n in ("key", "value"))
+            buffers = (engine.cache.buffers[f"{name}_{layer}"] for name in ("key", "value"))
+            key, value = (torch.from_numpy(buffer[:, rows].copy()) for buffer in buffers)
             kv[layer_type] = (key, value)
         yield Probe(
             position,
-            engine.window_start,
+            engine.cache.window_start,
             torch.cat((torch.tensor(text[position : position + 1]), drafts[:-1])),
             torch.cat((torch.from_numpy(calls[0][0]), next_states[:-1])),
             kv,
@@ -233,7 +234,7 @@ class _Record:
         start, position = int(inputs["window_start"][0]), int(inputs["position"][0])
         for buffer in self.engine.manifest.kv:
             row = position - (start if buffer.layer_type == "sliding_attention" else 0)
-            new = self.engine.cache[buffer.name][:, row : row + len(inputs["embedded"])].copy()
+            new = self.engine.cache.buffers[buffer.name][:, row : row + len(inputs["embedded"])].copy()
             self.written[buffer.name] |= {position + i: new[:, i] for i in range(new.shape[1])}
 
 
@@ -269,9 +270,9 @@ def _snapshot(engine: GraphEngine, record: _Record, tokens: int, first: int) -> 
     """Copy the cache rows from position `first` on, or from the first position that a buffer holds, up to `tokens`."""
     rows, written = {}, {}
     for buffer in engine.manifest.kv:
-        start = engine.window_start if buffer.layer_type == "sliding_attention" else 0
+        start = engine.cache.window_start if buffer.layer_type == "sliding_attention" else 0
         low = max(first, start)
-        part = engine.cache[buffer.name][:, low - start : tokens - start]
+        part = engine.cache.buffers[buffer.name][:, low - start : tokens - start]
         rows[buffer.name] = (low, torch.from_numpy(part.copy()))
         by_target = np.stack([record.written[buffer.name][i] for i in range(low, tokens)], 1)
         written[buffer.name] = torch.from_numpy(by_target)

@@ -10,7 +10,7 @@ from torch.export import Dim
 from exporter.modeling.config import DrafterConfig, TextConfig, shared_kv
 from exporter.modeling.drafter import Drafter, kv_by_type
 from exporter.modeling.target import Target
-from runtime_ref.graph_engine import CACHE_STEP_ROWS
+from runtime_ref.cache import CACHE_STEP_ROWS
 from runtime_ref.manifest import round_up, window_rows
 from runtime_ref.sampling import MAX_TOP_K
 

@@ -166,9 +166,9 @@ def bundle_logits(engine: GraphEngine, text: Sequence[int]) -> tuple[torch.Tenso
         Top logits [T, k] float32, the largest first, their ids [T, k] int64, and states [T, E] float32.
     """
     parts = []
-    for start, tokens in chunks(text, engine.manifest.limits["num_outputs"]):
-        engine.position = start
-        outputs = engine.run_target(tokens, range(len(tokens)))
+    engine.cache.roll_back(0)
+    for _, tokens in chunks(text, engine.manifest.limits["num_outputs"]):
+        outputs = engine.extend(tokens, range(len(tokens)))
         parts.append([torch.from_numpy(output.copy()) for output in outputs])
     logits, ids, states = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return logits, ids, states

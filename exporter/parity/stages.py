@@ -288,22 +288,21 @@ def _check_graphs(
         verify = continuation[: steps + 1]
         kv = empty_kv(pair.target, len(prompt) + len(verify))
         exact_kv = [part.double() for part in kv]
-        engine.position = 0
+        engine.cache.roll_back(0)
         # Prefill returns the last row alone, verify every row: together they cover both uses of the graph.
         prefill = [chunk for _, chunk in chunks(prompt, engine.manifest.limits["num_tokens"])]
         for tokens, rows in [(part, [len(part) - 1]) for part in prefill] + [(verify, list(range(len(verify))))]:
             inputs = torch.tensor(tokens), torch.tensor([engine.position]), torch.tensor(rows)
             eager, exact = target(*inputs, kv), exact_target(*inputs, exact_kv)
-            logits, ids, states = engine.run_target(tokens, rows)
+            logits, ids, states = engine.extend(tokens, rows)
             k, top_ids = ids.shape[1], torch.from_numpy(ids)
             compare("top logits", logits, eager.logits.topk(k).values, exact.logits.topk(k).values)
             compare(LOGITS, logits, eager.logits.gather(1, top_ids), exact.logits.gather(1, top_ids))
             compare("state", states, eager.state, exact.state)
-            engine.position += len(tokens)
         for buffer, part, exact_part in zip(engine.manifest.kv, kv, exact_kv, strict=True):
             name = f"KV cache, {buffer.layer_type.removesuffix('_attention')} layers"
-            start = engine.window_start if buffer.layer_type == "sliding_attention" else 0
-            actual = engine.cache[buffer.name][:, : engine.position - start]
+            start = engine.cache.window_start if buffer.layer_type == "sliding_attention" else 0
+            actual = engine.cache.buffers[buffer.name][:, : engine.position - start]
             compare(name, actual, part[:, start:], exact_part[:, start:])
         shared, exact_shared = kv_by_type(kv, pair.shared_kv), kv_by_type(exact_kv, pair.shared_kv)
         token, state = eager.logits[-1:].argmax(-1), eager.state[-1:]

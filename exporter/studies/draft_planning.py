@@ -98,7 +98,6 @@ def _trace(engine: GraphEngine, tokens: list[int], prompt: int) -> dict[str, obj
     for last in range(prompt, len(tokens)):
         drafts = engine.draft(tokens[last], MAX_DRAFT_TOKENS)
         accepted.append(common_prefix(drafts, tokens[last + 1 :]))
-        engine.position = last
         engine.verify(tokens[last], [], Sampling())
     return {"tokens": tokens, "accepted": accepted, "prompt": prompt}
 

@@ -32,6 +32,7 @@ class HashedEngine(GraphEngine):
     ) -> None:
         manifest: Any = SimpleNamespace(
             **{"vocab_size": vocab_size, "hidden_size": WIDTH, "kv": (), "limits": {"num_tokens": 128}},
+            sliding_window=1,
             **{"max_seq_len": 100_000, "max_draft_tokens": 8, "row_multiple": 1, "eos": frozenset(eos)},
             channels=channels,
             raw={"tokens": {}, "target": {"final_logit_softcapping": SOFTCAP}},

@@ -81,6 +81,7 @@ def test_other_prompts_are_refused(prompt: Any, decoder: Decoder) -> None:
         ({"frequency_penalty": float("nan")}, "frequency penalty is nan"),
         ({"json_schema": {}, "regex": "a"}, "both json_schema and regex are given"),
         ({"regex": 5}, "regex is 5, expected a text"),
+        ({"progress": 5}, "progress is 5, expected a function"),
     ],
 )
 def test_other_options_are_refused(options: dict[str, Any], message: str, decoder: Decoder) -> None:

@@ -154,7 +154,7 @@ def test_reuse_changes_no_answer(drafts: int, sampled: dict[str, Any], decoder: 
         assert (stream.stats.reused_tokens > 0) == (before > 0)
         assert stream.stats.reused_tokens >= before - 1
         before = len(stream.prompt)
-        moved.add(decoder.engine.window_start)  # type: ignore[attr-defined]
+        moved.add(decoder.engine.cache.window_start)
     assert before > 400
     assert len(moved) > 1, "the sliding buffers never moved: make the conversation longer"
 
@@ -163,7 +163,7 @@ def test_window_that_moved_on_is_run_again(decoder: Decoder, chat_bundle: Path) 
     """After a long text, the sliding buffers lack the rows that a short prompt with the same beginning attends to."""
     words = "return the value of the list, " * 65
     finish(decoder.chat([user("Go on. " + words)], max_new_tokens=100, num_draft_tokens=4))
-    assert decoder.engine.window_start > 0  # type: ignore[attr-defined]
+    assert decoder.engine.cache.window_start > 0
     short = [user("Go on. return the value of")]
     stream = finish(decoder.chat(short, max_new_tokens=20, num_draft_tokens=4))
     assert stream.stats.reused_tokens == 0

@@ -34,10 +34,7 @@ class ArithmeticEngine:
             **{"row_multiple": 1, "channels": {}},
         )
 
-    def can_resume(self, position: int) -> bool:
-        return position <= len(self.text)
-
-    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0, go_on: Any = None) -> Round:
         assert self.text[:start] == list(tokens[:start])
         self.text = list(tokens)
         return Round([], 0, [self._next(self.text)], [0.0])

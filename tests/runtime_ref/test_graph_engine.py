@@ -22,14 +22,13 @@ def test_cache_is_written_in_place(backend: str, bundle: Callable[..., Path]) ->
     """A pass writes the rows from `position` on into the host's own buffers, and touches no other."""
     path = bundle("odd", backend)
     engine = load_engine(path, read_manifest(path), threads=1)
-    engine.run_target([3, 4, 5], [2])
-    for buffer in engine.cache.values():
+    engine.extend([3, 4, 5], [2])
+    for buffer in engine.cache.buffers.values():
         assert np.abs(buffer[:, :3]).min() > 0
         buffer[:, 3:] = 9.0
-    before = {name: buffer.copy() for name, buffer in engine.cache.items()}
-    engine.position = 3
+    before = {name: buffer.copy() for name, buffer in engine.cache.buffers.items()}
     engine.run_target([6, 7], [0, 1])
-    for name, buffer in engine.cache.items():
+    for name, buffer in engine.cache.buffers.items():
         untouched = [row for row in range(buffer.shape[1]) if row not in (3, 4)]
         assert np.array_equal(buffer[:, untouched], before[name][:, untouched])
         assert not (buffer[:, 3:5] == 9.0).any()
@@ -73,11 +72,11 @@ def test_a_row_is_the_same_in_every_pass(backend: str, recipe: str, bundle: Call
         prefill(engine, text[:base])
         alone = []
         for i in range(9):
-            engine.position = base + i
-            alone.append(engine.run_target([text[base + i]], [0]))
-            starts.add(engine.window_start)
+            engine.cache.roll_back(base + i)
+            alone.append(engine.extend([text[base + i]], [0]))
+            starts.add(engine.cache.window_start)
         for count in range(2, 10):
-            engine.position = base
+            engine.cache.roll_back(base)
             together = engine.run_target(text[base : base + count], range(count))
             for i in range(count):
                 for actual, expected in zip(together, alone[i], strict=True):
@@ -92,28 +91,26 @@ def test_sliding_buffers_move(backend: str, bundle: Callable[..., Path]) -> None
     manifest = engine.manifest
     text = np.random.default_rng(1).integers(0, manifest.vocab_size, manifest.max_seq_len).tolist()
     prefill(engine, text[:380])
-    early = {name: buffer[:, 250:380].copy() for name, buffer in engine.cache.items()}
-    start = engine.window_start
-    while engine.window_start == start:
-        engine.run_target([text[engine.position]], [0])
-        engine.position += 1
-    assert engine.window_start % SLIDE_ROWS == 0
+    early = {name: buffer[:, 250:380].copy() for name, buffer in engine.cache.buffers.items()}
+    start = engine.cache.window_start
+    while engine.cache.window_start == start:
+        engine.extend([text[engine.position]], [0])
+    assert engine.cache.window_start % SLIDE_ROWS == 0
     for kv in manifest.kv:
         sliding = kv.layer_type == "sliding_attention"
-        assert engine.cache[kv.name].shape[1] <= manifest.limits["window_rows" if sliding else "cache_rows"]
-        first = engine.window_start if sliding else 0
+        assert engine.cache.buffers[kv.name].shape[1] <= manifest.limits["window_rows" if sliding else "cache_rows"]
+        first = engine.cache.window_start if sliding else 0
         kept = np.array([row for row in range(250, 380) if row >= first])
         assert len(kept) > 100
-        assert np.array_equal(engine.cache[kv.name][:, kept - first], early[kv.name][:, kept - 250])
-    assert engine.window_start <= engine.position - manifest.sliding_window - 2
+        assert np.array_equal(engine.cache.buffers[kv.name][:, kept - first], early[kv.name][:, kept - 250])
+    assert engine.cache.window_start <= engine.position - manifest.sliding_window - 2
 
 
 def prefill(engine: GraphEngine, tokens: list[int]) -> None:
     """Write a text from position 0 on."""
-    for position, chunk in chunks(tokens, engine.manifest.limits["num_tokens"]):
-        engine.position = position
-        engine.run_target(chunk, [len(chunk) - 1])
-    engine.position = len(tokens)
+    engine.cache.roll_back(0)
+    for _, chunk in chunks(tokens, engine.manifest.limits["num_tokens"]):
+        engine.extend(chunk, [len(chunk) - 1])
 
 
 @pytest.mark.lowering

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from exporter.graphs.spec import PREFILL_CHUNK_TOKENS
+from runtime_ref.cache import CACHE_STEP_ROWS
 from runtime_ref.costs import Costs
 from runtime_ref.decoder import Options, generate
 from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import load_engine
-from runtime_ref.graph_engine import CACHE_STEP_ROWS, GraphEngine
+from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import read_manifest
 from runtime_ref.rules import Rules
 from runtime_ref.sampling import Sampling, choose
@@ -131,7 +132,7 @@ def test_noise_of_a_sampled_token_is_that_of_its_index(backend: str, bundle: Cal
     text = prompt_of(engine, 5)
     tokens, _ = run(engine, text, Options(12, 3, SAMPLED))
     for token in tokens:
-        engine.position = 0
+        engine.cache.roll_back(0)
         logits, ids, _ = engine.run_target(text, [len(text) - 1])
         assert token == ids[0][choose(logits[0], len(text), SAMPLED)]
         text.append(token)

@@ -149,7 +149,7 @@ def test_a_prompt_in_the_cache_is_not_run_again(engine: ForcedEngine, monkeypatc
     assert (again, passes.count([3, 4, 5])) == (first, 1)
     list(generate(engine, [3, 4, 6], Options(6), Stats()))
     assert list(generate(engine, [3, 4, 5], Options(6), Stats())) == first
-    engine.window_start += 1  # as if rows had moved since
+    engine.cache.window_start += 1  # as if rows had moved since
     assert list(generate(engine, [3, 4, 5], Options(6), Stats())) == first
     assert passes.count([3, 4, 5]) == 3
 

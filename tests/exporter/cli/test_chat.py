@@ -2,6 +2,7 @@
 
 import codecs
 import fcntl
+import io
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import open_pair
@@ -187,6 +189,58 @@ def test_interrupted_answer_stays(
     err = capsys.readouterr().err
     assert err.count("ends the chat") == 1
     assert f"{second[1].stats.reused_tokens} prompt tokens reused" in err
+
+
+LONG = "Return the value of the list, " * 40  # more than one chunk of tokens
+
+
+def test_an_interrupted_prompt_is_left_out(
+    typed: Callable[..., list[Any]], chat_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Ctrl-C while a long message is run: no pass follows, and the conversation goes on as it was before it."""
+    decoder, passes = open_decoder(chat_bundle, threads=1), []
+    engine: Any = decoder.engine
+    run, chunk = engine.run_target, engine.manifest.limits["num_tokens"]
+
+    def interrupted(tokens: Any, rows: Any) -> Any:
+        passes.append(len(tokens))
+        if passes == [chunk, chunk]:
+            signal.raise_signal(signal.SIGINT)
+        return run(tokens, rows)
+
+    first = typed(decoder, ["a", "/quit"])[0]
+    monkeypatch.setattr(engine, "run_target", interrupted)
+    decoder.forget()
+    long, second, again = typed(decoder, [LONG, "a", LONG])
+    assert (long[1].stats.finish_reason, long[1].tokens, long[1].thought) == ("cancelled", [], "")
+    assert (second[0], second[1].tokens) == (["a"], first[1].tokens)
+    assert again[0] == ["a", second[1].text, LONG]
+    assert len(again[1].tokens) == 20
+    err = capsys.readouterr().err
+    assert err.count("0 tokens (cancelled)") == err.count("the conversation goes on without this message") == 1
+    assert "ends the chat" not in err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_prompt_shows_its_progress(
+    terminal: bool, run: Run, chat_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, and only there; standard output holds the text alone, and --json shows nothing."""
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        "exporter.cli.printing.err", Console(file=shown, force_terminal=terminal, width=100, highlight=False)
+    )
+    long = ("generate", chat_bundle, "--prompt", LONG, "--max-new-tokens", 3)
+    _, out, err = run(*long)
+    assert out.startswith(LONG) and "reading" not in out + err
+    progress = re.findall(r"reading the prompt: (\d+) of (\d+) tokens", shown.getvalue())
+    assert bool(progress) == terminal
+    assert len({total for _, total in progress}) == int(terminal)
+    assert "3 tokens (length)" in shown.getvalue()
+    shown.truncate(0)
+    assert run(*long, "--json")[2] == shown.getvalue() == ""
+    run("generate", chat_bundle, "--prompt", "Return the", "--max-new-tokens", 3)
+    assert "reading" not in shown.getvalue()
 
 
 def test_lines_joined_by_a_backslash(typed: Callable[..., list[Any]], chat_bundle: Path) -> None:

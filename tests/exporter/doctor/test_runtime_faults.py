@@ -19,8 +19,8 @@ class Stale(GraphEngine):
     def verify(self, last: int, drafts: Sequence[int], sampling: Sampling) -> Round:
         done = super().verify(last, drafts, sampling)
         if done.accepted < len(drafts):
-            for buffer in self.cache.values():
-                row = self.position - self.window_start
+            for buffer in self.cache.buffers.values():
+                row = self.position - self.cache.window_start
                 buffer[:, row - 1] = buffer[:, row]
         return done
 
@@ -28,7 +28,7 @@ class Stale(GraphEngine):
 class NoNewestRow(GraphEngine):
     def verify(self, last: int, drafts: Sequence[int], sampling: Sampling) -> Round:
         done = super().verify(last, drafts, sampling)
-        for buffer in self.cache.values():
+        for buffer in self.cache.buffers.values():
             buffer[:, self.position - 1] = 0
         return done
 
@@ -36,7 +36,7 @@ class NoNewestRow(GraphEngine):
 class NoRollback(GraphEngine):
     def verify(self, last: int, drafts: Sequence[int], sampling: Sampling) -> Round:
         done = super().verify(last, drafts, sampling)
-        self.position += len(drafts) - done.accepted
+        self.cache.tokens += drafts[done.accepted :]
         return done
 
 
@@ -46,9 +46,9 @@ class OldState(GraphEngine):
     newest: np.ndarray | None = None
     begins = True
 
-    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
+    def prefill(self, tokens: Sequence[int], *arguments: Any) -> Round:
         self.newest = None
-        return super().prefill(tokens, sampling, start)
+        return super().prefill(tokens, *arguments)
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
         self.begins = True
@@ -65,19 +65,19 @@ class Advancing(GraphEngine):
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
         start = self.position
         drafts = super().draft(last, num_draft_tokens)
-        self.position = start
+        self.cache.roll_back(start)
         return drafts
 
     def draft_step(self, token: int, state: np.ndarray) -> tuple[int, np.ndarray]:
         step = super().draft_step(token, state)
-        self.position += 1
+        self.cache.tokens.append(token)
         return step
 
 
 class Moved(GraphEngine):
-    def prefill(self, tokens: Sequence[int], sampling: Sampling, start: int = 0) -> Round:
-        done = super().prefill(tokens, sampling, start)
-        for buffer in self.cache.values():
+    def prefill(self, tokens: Sequence[int], *arguments: Any) -> Round:
+        done = super().prefill(tokens, *arguments)
+        for buffer in self.cache.buffers.values():
             buffer[:, 1 : len(tokens)] = buffer[:, : len(tokens) - 1].copy()
         return done
 
@@ -85,15 +85,15 @@ class Moved(GraphEngine):
 class HalfCache(GraphEngine):
     def run_target(self, tokens: Any, rows: Any) -> list[np.ndarray]:
         outputs = super().run_target(tokens, rows)
-        for buffer in self.cache.values():
+        for buffer in self.cache.buffers.values():
             buffer[:] = buffer.astype(np.float16)
         return outputs
 
 
 class ByteCache(GraphEngine):
     def run_target(self, tokens: Any, rows: Any) -> list[np.ndarray]:
-        outputs, start = super().run_target(tokens, rows), self.position - self.window_start
-        for buffer in self.cache.values():
+        outputs, start = super().run_target(tokens, rows), self.position - self.cache.window_start
+        for buffer in self.cache.buffers.values():
             new = buffer[:, start : start + len(tokens)]
             scale = np.abs(new).max(-1, keepdims=True) / 127
             new[:] = np.round(new / scale) * scale

@@ -47,7 +47,8 @@ class BundleOpener(private val loadGraphs: LoadGraphs, private val costs: File) 
 
 /**
  * The largest number of bytes that an open bundle takes: its weights, which both runtimes repack into their own memory,
- * and the KV cache of a text that fills the context. The per-layer table is mapped, and the system may drop its pages.
+ * and the KV cache of a text that fills the context, twice, because old and new buffers are there while it grows. The
+ * per-layer table is mapped, and the system may drop its pages.
  */
 fun memoryNeeded(manifest: Manifest): Long {
     fun filesOf(table: String) =
@@ -58,7 +59,7 @@ fun memoryNeeded(manifest: Manifest): Long {
         val rows = manifest.limits.getValue(if (it.sliding) "window_rows" else "cache_rows")
         it.type.bytes.toLong() * it.numKeyValueHeads * rows * it.headDim
     }
-    return weights + cache
+    return weights + 2 * cache
 }
 
 private class DecoderModel(private val decoder: Decoder) : Model {

@@ -112,11 +112,11 @@ class BundlesTest {
     }
 
     @Test
-    fun memoryIsWeightsAndAFullCacheWithoutTheMappedTable() {
+    fun memoryIsWeightsAndTwoFullCachesWithoutTheMappedTable() {
         put(pushed, tinyBundle())
         val opener = BundleOpener({ _, _, _ -> error("nothing is loaded") }, newFolder())
         val needed = opener.memoryNeeded(pushed)
-        assertEquals(128 + 4L * 2 * 3 * (500 + 256), needed)
+        assertEquals(128 + 2 * 4L * 2 * 3 * (500 + 256), needed)
     }
 
     @Test

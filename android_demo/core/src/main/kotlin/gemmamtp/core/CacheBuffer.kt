@@ -10,18 +10,16 @@ enum class KVType(val bytes: Int) {
 }
 
 /**
- * Memory of one buffer of the cache, whose rows grow and move.
+ * Memory of one buffer of the cache.
  *
  * Whatever the layout, it is a number of blocks, each of which has all rows.
  */
-internal class CacheBuffer(private val kv: KVBuffer) {
+internal class CacheBuffer(private val kv: KVBuffer, val rows: Int, allocate: (Long) -> ByteBuffer) {
     private val blocks = kv.sizes.take(kv.rowsAxis).product()
     private val rowBytes = kv.sizes.drop(kv.rowsAxis + 1).product() * kv.type.bytes
-    private var bytes = direct(0)
-    var rows = 0
-        private set
+    private val bytes = allocate(blocks.toLong() * rows * rowBytes)
 
-    /** The buffer as graphs take it; another one after each [grow]. */
+    /** The buffer as graphs take it. */
     val tensor: Tensor
         get() {
             val data = if (kv.type == KVType.FLOAT32) bytes.asFloatBuffer() else bytes.asShortBuffer()
@@ -29,25 +27,15 @@ internal class CacheBuffer(private val kv: KVBuffer) {
             return Tensor(data, *shape.toLongArray())
         }
 
-    /** Allocate more rows: the same ones, then zeros. */
-    fun grow(rows: Int) {
-        val larger = direct(blocks.toLong() * rows * rowBytes)
-        for (block in 0 until blocks) part(larger, block, rows, 0, this.rows).put(part(bytes, block, this.rows, 0, this.rows))
-        bytes = larger
-        this.rows = rows
+    /** Copy [count] rows of another buffer, or of this one, from its row [first] on, to the rows from 0 on. */
+    fun copy(from: CacheBuffer, first: Int, count: Int) {
+        for (block in 0 until blocks) part(block, 0, count).put(from.part(block, first, count)) // as memmove: they may overlap
     }
 
-    /** Move the rows towards row 0. */
-    fun moveUp(by: Int) {
-        for (block in 0 until blocks) {
-            part(bytes, block, rows, 0, rows - by).put(part(bytes, block, rows, by, rows - by)) // as memmove: they may overlap
-        }
-    }
-
-    /** [count] rows of a block, from row [first] on, of a buffer whose blocks have [rows] rows. */
-    private fun part(of: ByteBuffer, block: Int, rows: Int, first: Int, count: Int): ByteBuffer {
+    /** [count] rows of a block, from row [first] on. */
+    private fun part(block: Int, first: Int, count: Int): ByteBuffer {
         val start = (block * rows + first) * rowBytes
-        val view: Buffer = of.duplicate() // ByteBuffer's own methods came with Java 9
+        val view: Buffer = bytes.duplicate() // ByteBuffer's own methods came with Java 9
         view.limit(start + count * rowBytes)
         view.position(start)
         return (view as ByteBuffer).slice()

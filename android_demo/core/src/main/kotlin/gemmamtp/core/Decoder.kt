@@ -43,19 +43,29 @@ class Decoder(
     /** The bundle's manifest. */
     val manifest: Manifest get() = engine.manifest
     private var current: Stream? = null
-    private var cached: Stream? = null // the stream whose keys and values are in the engine's cache
+    private var reuse = true
 
     /**
      * Continue a prompt. The same seed gives the same tokens, whatever is drafted.
      *
      * @param stop strings that end the text; they are not part of it.
+     * @param progress see [Stream.progress].
      * @throws InputError the prompt cannot be run, an option is out of its range, or the bundle has no tokenizer.
      */
-    fun stream(prompt: String, options: Options, stop: List<String> = emptyList()): Stream =
-        stream(requireTokenizer().encode(prompt), options, stop)
+    fun stream(
+        prompt: String,
+        options: Options,
+        stop: List<String> = emptyList(),
+        progress: (Int, Int) -> Unit = { _, _ -> },
+    ): Stream = stream(requireTokenizer().encode(prompt), options, stop, progress)
 
     /** Continue a prompt of token ids that begin with the beginning-of-text token, as the other [stream] does. */
-    fun stream(prompt: IntArray, options: Options, stop: List<String> = emptyList()): Stream {
+    fun stream(
+        prompt: IntArray,
+        options: Options,
+        stop: List<String> = emptyList(),
+        progress: (Int, Int) -> Unit = { _, _ -> },
+    ): Stream {
         if (stop.isNotEmpty()) requireTokenizer()
         if (stop.any { it.isEmpty() }) throw InputError("a stop string is empty: expected some text")
         checkPrompt(manifest, prompt.asList())
@@ -63,7 +73,7 @@ class Decoder(
         val ids = prompt.toList()
         val texts = tokenizer?.stream(stop, ids)
             ?: TextStream({ _, _ -> "" }, tracker = PartTracker(manifest.channels, manifest.eos, ids))
-        return Stream(ids, options, texts).also { current = it }
+        return Stream(ids, options, texts, progress).also { current = it }
     }
 
     /**
@@ -72,16 +82,23 @@ class Decoder(
      * @param messages oldest first. An answer of this bundle is [Stream.message], what a tool answered is [toolMessage].
      * @param tools whether the model may call [Manifest.tools].
      * @param thinking whether the model thinks before it answers; null leaves it to the template.
+     * @param progress see [Stream.progress].
      * @throws InputError as [stream]; or the bundle has no form of such prompts, or it does not allow the messages.
      */
-    fun chat(messages: List<Message>, options: Options, tools: Boolean = false, thinking: Boolean? = null): Stream {
+    fun chat(
+        messages: List<Message>,
+        options: Options,
+        tools: Boolean = false,
+        thinking: Boolean? = null,
+        progress: (Int, Int) -> Unit = { _, _ -> },
+    ): Stream {
         val template = chat ?: throw InputError("the bundle has no chat format; export it from a checkpoint that chats")
-        return stream(template.render(messages, tools, thinking), options)
+        return stream(template.render(messages, tools, thinking), options, progress = progress)
     }
 
     /** Let the next prompt be run as a whole, whatever it shares with the last text. */
     fun forget() {
-        cached = null
+        reuse = false
     }
 
     /** Close the engine; neither the decoder nor its streams can be used after that. */
@@ -92,22 +109,21 @@ class Decoder(
     private fun requireTokenizer() =
         tokenizer ?: throw InputError("the bundle has no tokenizer.json; export a checkpoint that has one")
 
-    /** How many of a prompt's first tokens are in the cache already; its last token is always run. */
-    private fun reusable(prompt: List<Int>): Int {
-        val tokens = cached?.let { (it.prompt + it.tokens).take(engine.position) } ?: return 0
-        val shared = commonPrefix(tokens, prompt.dropLast(1))
-        return if (engine.canResume(shared)) shared else 0
-    }
+    /** How many of a prompt's first tokens are in the cache already; called when the prompt is about to run. */
+    private fun begin(prompt: List<Int>): Int = (if (reuse) engine.cache.reusable(prompt) else 0).also { reuse = true }
 
     /**
      * An iterator over the new tokens of one text, which may be left or cancelled at any time.
      *
      * @property stats counts and times so far.
+     * @property progress called with how many tokens of the prompt are in the cache and how many it has, before the prompt is
+     *     run and after each chunk of it; may be set until the first token is asked for.
      */
     inner class Stream internal constructor(
-        internal val prompt: List<Int>,
+        private val prompt: List<Int>,
         private val options: Options,
         private val texts: TextStream,
+        var progress: (Int, Int) -> Unit,
     ) : Iterator<Token> {
         val stats = Stats()
         private val new = ArrayList<Int>()
@@ -144,16 +160,23 @@ class Decoder(
         var lastRound: Round? = null
             private set
 
-        /** End the text with its next token; may be called from any thread. */
+        /**
+         * End the text with its next token; may be called from any thread. While the prompt is run, the text ends after the
+         * current chunk of it, without a token.
+         */
         fun cancel() {
             cancelled = true
         }
 
-        override fun hasNext() = !ended
+        /** Whether there is another token; runs the prompt, if it was not run yet, since it may be cancelled. */
+        override fun hasNext(): Boolean {
+            if (rounds == null && !ended) decide()
+            return !ended
+        }
 
         override fun next(): Token {
-            check(current === this) { "another text was started with this decoder; it generates one at a time" }
-            if (ended) throw NoSuchElementException()
+            checkCurrent()
+            if (!hasNext()) throw NoSuchElementException()
             if (pending.isEmpty()) decide()
             var token = pending.removeFirst()
             val round = checkNotNull(lastRound)
@@ -171,21 +194,25 @@ class Decoder(
             return token
         }
 
+        private fun checkCurrent() =
+            check(current === this) { "another text was started with this decoder; it generates one at a time" }
+
         private fun channels(name: String) = texts.channels.filter { it.name == name }
 
-        /** The tokens of the next round. */
+        /** The tokens of the next round; none, and the text has ended, if the prefill was stopped. */
         private fun decide() {
-            val open = rounds ?: Rounds(engine, prompt, options, stats, planner, reusable(prompt), clock).also {
-                rounds = it
-                cached = null // until the prefill is done
-            }
-            ended = true // where the next line throws: the cache is then in the middle of a round
+            checkCurrent()
+            val open = rounds ?: Rounds(engine, prompt, options, stats, planner, begin(prompt), clock) { done ->
+                progress(done, prompt.size)
+                !cancelled
+            }.also { rounds = it }
+            ended = true // where the next line throws: the text lacks a round then
             val round = open.next()
+            if (round.tokens.isEmpty()) return
             ended = false
             // The text has not ended before the last of these tokens is given out.
             reason = stats.finishReason
             stats.finishReason = ""
-            cached = this
             lastRound = round
             round.tokens.zip(round.logprobs) { id, logprob -> pending.addLast(Token(id, "", logprob)) }
         }

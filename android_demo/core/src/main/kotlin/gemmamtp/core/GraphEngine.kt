@@ -8,9 +8,6 @@ import java.nio.FloatBuffer
 import java.nio.LongBuffer
 import kotlin.math.tanh
 
-/** The cache grows by these: short texts stay small, and growing is too rare to matter. */
-private const val CACHE_STEP_ROWS = 256
-
 /** Loads the graphs of a bundle. */
 fun interface LoadGraphs {
     /**
@@ -26,20 +23,22 @@ fun interface LoadGraphs {
 interface Engine {
     val manifest: Manifest
 
-    /** How many rows of the KV cache are valid; the newest token of a text is not among them. */
-    val position: Int
+    /** The KV cache. The newest token of a text is not in it yet. Another may take its place between two texts. */
+    var cache: Cache
 
     /**
-     * Run a prompt and choose the token after it: a round without drafts, of one token.
+     * Run a prompt in chunks and choose the token after it: a round without drafts, of one token, or of none if [goOn]
+     * returned false.
+     *
+     * Whatever ends it early, the cache has the tokens of the last chunk that was run to its end.
      *
      * @param tokens token ids of the whole prompt, at least one.
      * @param sampling chooses the token.
      * @param start how many of the tokens are in the cache already, fewer than all of them.
+     * @param goOn called before the first chunk and after each with how many of the tokens are in the cache; returns whether
+     *     to go on.
      */
-    fun prefill(tokens: List<Int>, sampling: Chooser, start: Int = 0): Round
-
-    /** Whether the cache still has every row that tokens from this position on attend to. */
-    fun canResume(position: Int): Boolean
+    fun prefill(tokens: List<Int>, sampling: Chooser, start: Int = 0, goOn: (Int) -> Boolean = { true }): Round
 
     /**
      * Draft tokens after the newest token.
@@ -72,27 +71,21 @@ interface Engine {
 /** Outputs of a pass of the target: for each of R rows its largest logits in falling order, their ids, and its state. */
 private class Outputs(val logits: List<FloatArray>, val ids: List<IntArray>, val states: FloatBuffer)
 
-/**
- * Runs the graphs `target` and `drafter` of a bundle. The cache starts small and grows up to `max_seq_len` rows.
- *
- * Buffers of sliding layers stop growing at the size of their window; their rows move up in steps of [SLIDE_ROWS]. One
- * thread at a time may use an engine.
- *
- * @property windowStart the position that row 0 of sliding layers' buffers holds.
- */
+/** What a prefill gives that was stopped. */
+private val STOPPED = Round(emptyList(), 0, emptyList(), emptyList())
+
+/** Runs the graphs `target` and `drafter` of a bundle over one cache at a time. One thread at a time may use an engine. */
 class GraphEngine(
     override val manifest: Manifest,
     private val graphs: Map<String, BoundGraph>,
     private val tables: Map<String, Table>,
 ) : Engine, Closeable {
-    override var position = 0
-        private set
-    var windowStart = 0
-        private set
+    override var cache = Cache(manifest)
+    private var bound: Map<String, Tensor>? = null // the buffers that the graphs use
+    private val position get() = cache.position
     private val hidden = manifest.hiddenSize
     private val state = floats(hidden)
     private val nextState = floats(hidden)
-    private val cache = manifest.kv.associate { it.name to CacheBuffer(it) }
 
     // Inputs, which each pass overwrites: allocated once, for the largest pass.
     private val embedded = floats(manifest.limits.getValue("num_tokens") * hidden)
@@ -103,21 +96,20 @@ class GraphEngine(
 
     private val headRow by lazy { floats(hidden) } // only rules need it
 
-    override fun prefill(tokens: List<Int>, sampling: Chooser, start: Int): Round {
+    override fun prefill(tokens: List<Int>, sampling: Chooser, start: Int, goOn: (Int) -> Boolean): Round {
         lateinit var outputs: Outputs
         for ((first, chunk) in chunks(tokens, manifest.limits.getValue("num_tokens"), start)) {
-            position = first
+            if (!goOn(first)) return STOPPED
+            cache.rollBack(first)
             outputs = runTarget(chunk, listOf(chunk.lastIndex))
+            cache.append(chunk)
         }
-        position = tokens.size
-        return finish(emptyList(), outputs, sampling)
+        return if (goOn(tokens.size)) finish(emptyList(), outputs, sampling) else STOPPED
     }
-
-    override fun canResume(position: Int) = windowStart <= windowStartAt(position)
 
     override fun verify(last: Int, drafts: List<Int>, sampling: Chooser): Round {
         val outputs = runTarget(listOf(last) + drafts, (0..drafts.size).toList())
-        position += 1
+        cache.append(listOf(last))
         return finish(drafts, outputs, sampling)
     }
 
@@ -125,6 +117,7 @@ class GraphEngine(
         val drafts = ArrayList<Int>(numDraftTokens)
         var token = last
         var from = state
+        bind()
         repeat(numDraftTokens) {
             // The position stays that of the newest token in every step, as it was in training.
             tables.getValue(EMBEDDING).read(token, embedded)
@@ -133,7 +126,7 @@ class GraphEngine(
                     "embedded" to Tensor(embedded.first(hidden), 1, hidden.toLong()),
                     "state" to Tensor(from, 1, hidden.toLong()),
                     "position" to Tensor(positionInput.put(0, position.toLong()), 1),
-                    "window_start" to Tensor(windowInput.put(0, windowStart.toLong()), 1),
+                    "window_start" to Tensor(windowInput.put(0, cache.windowStart.toLong()), 1),
                 ),
             )
             token = (outputs.getValue("draft_token").data as LongBuffer).get(0).toInt()
@@ -163,9 +156,9 @@ class GraphEngine(
             }
         }
         val tokens = accept(drafts, choices)
-        // Rollback is by position alone: rejected rows are masked, and overwritten by the next pass.
+        // Rejected rows need no clearing: they are masked, and overwritten by the next pass.
         val accepted = tokens.lastIndex
-        position += accepted
+        cache.append(drafts.take(accepted))
         copy(outputs.states, accepted * hidden, state)
         return Round(drafts, accepted, tokens, logprobs)
     }
@@ -185,7 +178,8 @@ class GraphEngine(
         // Padding is computed and dropped; the cache row that it writes is masked like a rejected one.
         val ids = padded(tokens, manifest.rowMultiple)
         val paddedRows = padded(rows, manifest.rowMultiple)
-        makeRoom(ids.size)
+        cache.makeRoom(ids.size)
+        bind()
         tables.getValue(EMBEDDING).read(ids, embedded)
         paddedRows.forEachIndexed { i, row -> outputRows.put(i, row.toLong()) }
         val count = ids.size.toLong()
@@ -193,7 +187,7 @@ class GraphEngine(
             perLayerInput(ids) + mapOf(
                 "embedded" to Tensor(embedded.first(ids.size * hidden), count, hidden.toLong()),
                 "position" to Tensor(positionInput.put(0, position.toLong()), 1),
-                "window_start" to Tensor(windowInput.put(0, windowStart.toLong()), 1),
+                "window_start" to Tensor(windowInput.put(0, cache.windowStart.toLong()), 1),
                 "output_rows" to Tensor(outputRows.first(paddedRows.size), paddedRows.size.toLong()),
             ),
         )
@@ -214,30 +208,13 @@ class GraphEngine(
         return mapOf("per_layer" to Tensor(rows, ids.size.toLong(), table.columns.toLong()))
     }
 
-    /** The last position at which sliding layers' buffers may begin for tokens from a position on. */
-    private fun windowStartAt(position: Int) =
-        (maxOf(0L, position - manifest.slidingWindow.toLong() - 2) / SLIDE_ROWS * SLIDE_ROWS).toInt()
-
-    /** Make room for [count] rows after [position]: move sliding layers' rows up, then grow the buffers. */
-    private fun makeRoom(count: Int) {
-        val windowRows = manifest.limits.getValue("window_rows")
-        if (position == 0) windowStart = 0
-        if (position + count - windowStart > windowRows) {
-            val start = windowStartAt(position)
-            for (kv in manifest.kv.filter { it.sliding }) cache.getValue(kv.name).moveUp(start - windowStart)
-            windowStart = start
-        }
-        val used = { kv: KVBuffer -> position + count - if (kv.sliding) windowStart else 0 }
-        val short = manifest.kv.filter { used(it) > cache.getValue(it.name).rows }
-        if (short.isEmpty()) return
-        // Graphs release the old buffers first, so that only one buffer at a time exists twice.
-        graphs.values.forEach { it.bind(emptyMap()) }
-        for (kv in short) {
-            val limit = if (kv.sliding) windowRows else manifest.limits.getValue("cache_rows")
-            cache.getValue(kv.name).grow(minOf(roundUp(used(kv), CACHE_STEP_ROWS), limit))
-        }
-        val tensors = cache.mapValues { it.value.tensor }
-        graphs.values.forEach { it.bind(tensors) }
+    /** Let the graphs use the cache's buffers, if they do not yet: it has grown, or it is another cache. */
+    private fun bind() {
+        val buffers = cache.tensors
+        if (bound === buffers) return
+        bound = null // until all of them are bound
+        graphs.values.forEach { it.bind(buffers) }
+        bound = buffers
     }
 
     override fun close() = graphs.values.forEach { it.close() }

@@ -30,13 +30,15 @@ val SYSTEM_CLOCK = Clock { System.nanoTime() / 1e9 }
  * The decoding loop: the prefill, then rounds, as they are decided.
  *
  * Speculative and plain decoding give the same tokens. They stop at the first end token, after `maxNewTokens`, or when
- * prompt and answer together fill the context. `stats.finishReason` is set before the last round is returned.
+ * prompt and answer together fill the context. `stats.finishReason` is set before the last round is returned. A prefill that
+ * is stopped gives a round without tokens, the only one.
  *
  * @param prompt token ids, the first of them the beginning-of-text token.
  * @param stats counts of this text, which are added to.
  * @param planner plans the rounds if the options do not; keep it from text to text, so that it learns.
  * @param start how many tokens of the prompt are in the engine's cache already.
  * @param clock measures passes and draft steps.
+ * @param goOn called in the prefill, as by [Engine.prefill]; false stops it, and the text is `cancelled`.
  * @throws InputError as [checkPrompt] and [checkOptions], or, from [next], the rules leave no token to choose.
  */
 class Rounds(
@@ -47,6 +49,7 @@ class Rounds(
     planner: DraftLength,
     private val start: Int = 0,
     private val clock: Clock = SYSTEM_CLOCK,
+    private val goOn: (Int) -> Boolean = { true },
 ) : Iterator<Round> {
     init {
         checkPrompt(engine.manifest, prompt)
@@ -69,6 +72,10 @@ class Rounds(
         if (!hasNext()) throw NoSuchElementException()
         val before = last
         val done = if (before == null) prefill() else round(before)
+        if (done.tokens.isEmpty()) {
+            stats.finishReason = "cancelled"
+            return done
+        }
         val end = done.tokens.indexOfFirst { it in engine.manifest.eos }
         val kept = done.cut(if (end < 0) done.tokens.size else end + 1)
         left -= kept.tokens.size
@@ -80,7 +87,7 @@ class Rounds(
 
     private fun prefill(): Round {
         val started = clock.seconds()
-        val done = engine.prefill(prompt, chooser, start)
+        val done = engine.prefill(prompt, chooser, start, goOn)
         stats.prefillSeconds = clock.seconds() - started
         return done
     }

@@ -6,6 +6,7 @@ import java.nio.ByteOrder
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
 import java.nio.ShortBuffer
+import java.util.Random
 import kotlin.test.Test
 import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
@@ -25,9 +26,10 @@ private fun chosenAfter(text: List<Int>): Int {
 private class FakeGraph(private val isTarget: Boolean, private val rowsFirst: Boolean) : BoundGraph {
     private var cache = emptyMap<String, Tensor>()
     var closed = false
+    var passes = 0
+    var left = 0 // of the passes up to the one that spoils its rows and fails
 
     override fun bind(cache: Map<String, Tensor>) {
-        assertTrue(cache.isEmpty() || this.cache.isEmpty(), "old buffers are not released while new ones are made")
         this.cache = cache
     }
 
@@ -56,14 +58,17 @@ private class FakeGraph(private val isTarget: Boolean, private val rowsFirst: Bo
             val next = (tokens[0] + 1L) % VOCAB
             return mapOf("draft_token" to Tensor(longs(1).put(0, next), 1), "next_state" to Tensor(floats(1), 1, 1))
         }
+        passes++
+        val spoilt = --left == 0
         assertEquals(0, tokens.size % 2)
         assertEquals(0, windowStart % SLIDE_ROWS)
         for ((i, token) in tokens.withIndex()) {
             for (head in 0..1) {
-                put("key_full", head, position + i, token)
-                put("key_sliding", head, position + i - windowStart, token)
+                put("key_full", head, position + i, if (spoilt) -1 else token)
+                put("key_sliding", head, position + i - windowStart, if (spoilt) -2 else token)
             }
         }
+        if (spoilt) throw InputError("the graph cannot run")
         val rows = inputs.getValue("output_rows").let { at -> List(at.shape[0].toInt()) { (at.data as LongBuffer).get(it).toInt() } }
         val logits = floats(rows.size * 2)
         val ids = longs(rows.size * 2)
@@ -134,7 +139,7 @@ class GraphEngineTest {
                     text.add(token)
                 }
                 assertEquals(900, text.size)
-                assertTrue(engine.windowStart >= 900 - WINDOW - 3 * SLIDE_ROWS)
+                assertTrue(engine.cache.windowStart >= 900 - WINDOW - 3 * SLIDE_ROWS)
             }
         }
     }
@@ -158,8 +163,89 @@ class GraphEngineTest {
     fun resumesWhereTheWindowHasAllRows() = inTemporaryDirectory { directory ->
         val engine = engine(directory)
         engine.prefill(List(600) { 3 }, Sampling())
-        assertTrue(engine.canResume(599))
-        assertEquals(false, engine.canResume(100))
+        assertTrue(engine.cache.canResume(599))
+        assertEquals(false, engine.cache.canResume(100))
+    }
+
+    /** Texts that share beginnings, cancelled or failing at any chunk, or not: nothing is run in vain, and nothing is lost. */
+    @Test
+    fun promptsThatEndEarlyLoseNothing() = inTemporaryDirectory { directory ->
+        val random = Random(0)
+        val engine = engine(directory)
+        val target = graphs.getValue("target")
+        val decoder = Decoder(engine, null, null, DraftLength(5, Costs(5, 2)))
+        var text = listOf(1)
+        repeat(150) {
+            val new = List(1 + random.nextInt(70)) { random.nextInt(VOCAB) }
+            val prompt = (text.take(1 + random.nextInt(text.size)) + new).take(880)
+            val reused = engine.cache.reusable(prompt)
+            val stopsAfter = random.nextInt((prompt.size - reused + 15) / 16 + 1)
+            val ends = reused + 16 * stopsAfter
+            val (cancels, fails) = random.nextInt(3).let { (it == 1) to (it == 2 && stopsAfter > 0) }
+            val (passes, seen) = target.passes to ArrayList<Int>()
+            if (fails) target.left = stopsAfter
+            lateinit var stream: Stream
+            stream = decoder.stream(prompt.toIntArray(), Options(8, 3)) { done, total ->
+                assertEquals(prompt.size, total)
+                seen.add(done)
+                if (cancels && seen.size == stopsAfter + 1) stream.cancel()
+            }
+            text = prompt
+            if (fails) {
+                assertFailsWith<InputError> { stream.next() }
+                assertEquals(prompt.take(ends - 16), engine.cache.tokens)
+            } else if (cancels) {
+                assertEquals(false, stream.hasNext())
+                assertEquals("cancelled", stream.stats.finishReason)
+                assertEquals(stopsAfter, target.passes - passes)
+                assertEquals((0..stopsAfter).map { minOf(reused + 16 * it, prompt.size) }, seen)
+                if (stopsAfter > 0) assertEquals(prompt.take(ends), engine.cache.tokens)
+            } else {
+                for (token in stream) text = text.also { assertEquals(chosenAfter(it), token.id) } + token.id
+                assertEquals(prompt.size + 8, text.size)
+                assertEquals(prompt.size, seen.last())
+            }
+            assertEquals(reused, stream.stats.reusedTokens)
+        }
+    }
+
+    /** Memory for so many of two larger buffers is there: what was in the cache goes on as if nothing had been tried. */
+    @Test
+    fun growingHappensToAllBuffersOrToNone() = inTemporaryDirectory { directory ->
+        for (given in 0..1) {
+            val engine = engine(directory, numTokens = 200)
+            var left = Int.MAX_VALUE
+            engine.cache = Cache(engine.manifest) { if (left-- > 0) direct(it) else throw OutOfMemoryError() }
+            val text = List(250) { it * 7 % VOCAB }
+            engine.prefill(text, Sampling())
+            val tensors = engine.cache.tensors
+            left = given
+            assertFailsWith<OutOfMemoryError> { engine.prefill(text + List(10) { it }, Sampling(), 250) }
+            assertTrue(tensors === engine.cache.tensors)
+            assertEquals(text, engine.cache.tokens)
+            assertEquals(listOf(chosenAfter(text + 3)), engine.prefill(text + 3, Sampling(), 250).tokens)
+            left = 2
+            val longer = text + List(10) { it }
+            assertEquals(listOf(chosenAfter(longer)), engine.prefill(longer, Sampling(), 250).tokens)
+            assertEquals(0, left)
+        }
+    }
+
+    @Test
+    fun anotherCacheTakesItsPlace() = inTemporaryDirectory { directory ->
+        val engine = engine(directory)
+        val caches = List(2) { Cache(engine.manifest) }
+        var texts = listOf(List(40) { it }, List(300) { it * 7 % VOCAB })
+        repeat(3) {
+            texts = texts.mapIndexed { i, text ->
+                engine.cache = caches[i]
+                val next = engine.prefill(text, Sampling(), engine.cache.reusable(text)).tokens.single()
+                assertEquals(chosenAfter(text), next)
+                val round = engine.verify(next, engine.draft(next, 3), Sampling())
+                round.tokens.fold(text + next) { before, token -> before.also { assertEquals(chosenAfter(it), token) } + token }
+            }
+        }
+        assertEquals(texts.map { it.size - 1 }, caches.map { it.position })
     }
 
     @Test

@@ -53,7 +53,7 @@ internal class HashedEngine private constructor(
         FloatArray(NUM_LOGITS) { logits[state][target.ids[state][it]] } to target.ids[state]
 
     override fun draft(last: Int, numDraftTokens: Int): List<Int> {
-        val at = position + 1 - PROMPT.size
+        val at = cache.position + 1 - PROMPT.size
         return List(numDraftTokens) {
             if (random.nextDouble() < 0.4) random.nextInt(target.vocabSize) else answer.getOrElse(at + it) { 0 }
         }

@@ -12,15 +12,13 @@ private val CALL_MARKS = 2042 to 2043
 
 /** An engine that writes given tokens, and remembers what it was asked. */
 private class ScriptedEngine(override val manifest: Manifest, private val script: Iterator<Int>) : Engine {
-    override val position = 0
+    override var cache = Cache(manifest)
     var prompt = emptyList<Int>()
 
-    override fun prefill(tokens: List<Int>, sampling: Chooser, start: Int): Round {
+    override fun prefill(tokens: List<Int>, sampling: Chooser, start: Int, goOn: (Int) -> Boolean): Round {
         prompt = tokens
         return verify(tokens.last(), emptyList(), sampling)
     }
-
-    override fun canResume(position: Int) = position == 0
 
     override fun draft(last: Int, numDraftTokens: Int) = emptyList<Int>()
 

@@ -17,23 +17,23 @@ private fun choiceAfter(text: List<Int>): Int {
 
 /** An engine whose target follows [choiceAfter] and whose drafter always drafts the next id. */
 private class CountingEngine(override val manifest: Manifest) : Engine {
-    override val position get() = text.size
-    private var text = mutableListOf<Int>()
+    override var cache = Cache(manifest)
+    private val text get() = cache.tokens
 
-    override fun prefill(tokens: List<Int>, sampling: Chooser, start: Int): Round {
+    override fun prefill(tokens: List<Int>, sampling: Chooser, start: Int, goOn: (Int) -> Boolean): Round {
         assertEquals(text.take(start), tokens.take(start))
-        text = tokens.toMutableList()
+        if (!goOn(start)) return Round(emptyList(), 0, emptyList(), emptyList())
+        cache.rollBack(start)
+        cache.append(tokens.drop(start))
         return Round(emptyList(), 0, listOf(choiceAfter(text)), listOf(0.0))
     }
-
-    override fun canResume(position: Int) = true
 
     override fun draft(last: Int, numDraftTokens: Int) = (1..numDraftTokens).map { (last + it) % VOCAB }
 
     override fun verify(last: Int, drafts: List<Int>, sampling: Chooser): Round {
         val run = listOf(last) + drafts
         val tokens = accept(drafts, run.indices.asSequence().map { choiceAfter(text + run.take(it + 1)) })
-        text.addAll(run.take(tokens.size))
+        cache.append(run.take(tokens.size))
         return Round(drafts, tokens.lastIndex, tokens, tokens.map { 0.0 })
     }
 
@@ -123,6 +123,34 @@ class RoundsTest {
         stream.next()
         assertEquals(false, stream.hasNext())
         assertEquals("cancelled", stream.stats.finishReason)
+    }
+
+    @Test
+    fun aStreamThatIsCancelledBeforeItsPromptIsRunHasNoToken() {
+        val engine = CountingEngine(manifest)
+        val decoder = Decoder(engine, null, null, DraftLength(8, Costs(8)))
+        val seen = ArrayList<Pair<Int, Int>>()
+        val stream = decoder.stream(intArrayOf(5, 6), Options(50, 4)) { done, total -> seen.add(done to total) }
+        stream.cancel()
+        assertEquals(false, stream.hasNext())
+        assertFailsWith<NoSuchElementException> { stream.next() }
+        assertEquals("cancelled", stream.stats.finishReason)
+        assertEquals(listOf(0 to 2), seen)
+        assertEquals(0, engine.cache.position)
+    }
+
+    @Test
+    fun forgottenTextsAreRunAgainEvenIfTheirStreamGoesOn() {
+        val decoder = Decoder(CountingEngine(manifest), null, null, DraftLength(8, Costs(8)))
+        val stream = decoder.stream(intArrayOf(4, 7), Options(12, 4))
+        stream.next()
+        decoder.forget()
+        assertEquals(plain(listOf(4, 7), 12).drop(1), stream.asSequence().map { it.id }.toList())
+        for (reused in listOf(0, 1)) {
+            val again = decoder.stream(intArrayOf(4, 7), Options(12, 4))
+            assertEquals(plain(listOf(4, 7), 12), again.asSequence().map { it.id }.toList())
+            assertEquals(reused, again.stats.reusedTokens)
+        }
     }
 
     @Test

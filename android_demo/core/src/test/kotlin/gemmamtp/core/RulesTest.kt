@@ -149,7 +149,7 @@ class RulesTest {
         assertEquals(listOf(9, 9), round.tokens)
         assertEquals(1, round.accepted)
         assertEquals(listOf(-1.0, -1.0), round.logprobs)
-        assertEquals(5, engine.position)
+        assertEquals(5, engine.cache.position)
         assertFailsWith<InputError> { engine.verify(9, listOf(9), chooser) }
     }
 
@@ -194,7 +194,7 @@ class RulesTest {
         assertEquals(listOf(3, 4, 5, 6), asked)
         assertEquals(listOf(9, 9, 9), round.tokens)
         assertEquals(2, round.accepted)
-        assertEquals(6, engine.position)
+        assertEquals(6, engine.cache.position)
     }
 
     @Test
