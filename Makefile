@@ -94,4 +94,4 @@ aarch64-parity: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo-bundle demo-bundle.costs.json
+	rm -rf .venv build dist demo-bundle demo-bundle.device

@@ -1,4 +1,4 @@
-"""Times of passes and draft steps on a device: measured while it decodes, and kept in a file beside the bundle."""
+"""Times of passes and draft steps on a device: measured while it decodes, and kept in the device's folder."""
 
 import functools
 import hashlib
@@ -6,13 +6,13 @@ import json
 import os
 import platform
 import re
-import tempfile
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime_ref.device_folder import device_folder, write_whole
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
 from runtime_ref.locks import locked
@@ -157,9 +157,8 @@ class Costs:
 
 
 def costs_file(bundle: Path) -> Path:
-    """Return the file of a bundle's costs: beside the bundle, which is the same on every device while they are not."""
-    bundle = bundle.resolve()
-    return bundle.parent / f"{bundle.name}.costs.json"
+    """Return the file of a bundle's costs, which may not exist."""
+    return device_folder(bundle) / "costs.json"
 
 
 def load_costs(bundle: Path, threads: int | None, max_drafts: int, row_multiple: int = 1) -> Costs:
@@ -181,27 +180,21 @@ def save_costs(costs: Costs, bundle: Path, threads: int | None) -> None:
 
     Args:
         costs: what was measured.
-        bundle: directory of the bundle; the file lies beside it.
+        bundle: directory of the bundle.
         threads: threads inside an operation, as for `load_costs`.
 
     Raises:
         OSError: the file cannot be written.
     """
     file = costs_file(bundle)
+    file.parent.mkdir(exist_ok=True)
     with locked(file.with_name(f".{file.name}.lock")):
         saved, key = _saved(bundle), _key(threads)
         before, new = _restored(saved.get(key)).as_dict(), costs.as_dict()
         new["verify_seconds"] = before["verify_seconds"] | new["verify_seconds"]
         new["draft_step_seconds"] = new["draft_step_seconds"] or before["draft_step_seconds"]
         document = {"version": COSTS_VERSION, "bundle": _digest(bundle), "devices": {**saved, key: new}}
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
-            aside = Path(stream.name)
-            try:
-                json.dump(document, stream)
-                stream.close()
-                aside.replace(file)
-            finally:
-                aside.unlink(missing_ok=True)
+        write_whole(file, json.dumps(document))
 
 
 def _restored(entry: Any, max_drafts: int = 0, row_multiple: int = 1) -> Costs:

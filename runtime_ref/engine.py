@@ -9,9 +9,10 @@ import numpy as np
 
 from runtime_ref.acceptance import Round
 from runtime_ref.cache import Cache
+from runtime_ref.checked_files import first_changed_file
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
-from runtime_ref.manifest import MANIFEST, Manifest, Progress, changed_files, read_manifest
+from runtime_ref.manifest import MANIFEST, Manifest, Progress, read_manifest
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 from runtime_ref.sampling import Chooser
 from runtime_ref.tables import Table
@@ -89,23 +90,28 @@ class Engine(Protocol):
 
 
 def open_engine(
-    bundle: Path, threads: int | None = None, progress: Progress = lambda *_: None, digest: str | None = None
+    bundle: Path,
+    threads: int | None = None,
+    progress: Progress = lambda *_: None,
+    digest: str | None = None,
+    verify: bool = False,
 ) -> GraphEngine:
-    """Load a bundle after checking every file against the manifest.
+    """Load a bundle after checking its files against the manifest, as `checked_files.first_changed_file`.
 
     Args:
         bundle: directory written by `export`.
         threads: threads inside an operation; None lets the backend choose.
         progress: called with the name of a file and the number of its bytes that were checked since the last call.
         digest: hexadecimal sha256 that the manifest must have; None for any.
+        verify: whether to read every file, not only those that may have changed since they were read.
 
     Raises:
         InputError: not a bundle, another one than `digest` says, incomplete, changed since it was exported, in need of
             what this version does not know, or for a backend that is not installed.
     """
     manifest = read_manifest(bundle, digest)
-    if changed := changed_files(bundle, manifest, progress):
-        raise InputError(f"{bundle / changed[0]}: sha256 differs from the manifest's; export or copy the bundle again")
+    if changed := first_changed_file(bundle, manifest, progress, verify):
+        raise InputError(f"{bundle / changed}: sha256 differs from the manifest's; export or copy the bundle again")
     return load_engine(bundle, manifest, threads)
 
 

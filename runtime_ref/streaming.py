@@ -349,22 +349,26 @@ def open_decoder(
     threads: int | None = None,
     progress: Progress = lambda *_: None,
     digest: str | None = None,
+    verify: bool = False,
 ) -> Decoder:
-    """Load a bundle after checking every file against the manifest.
+    """Load a bundle after checking its files against the manifest.
 
-    Times of passes are measured while it generates, and saved beside the bundle for the next time.
+    Times of passes are measured while it generates, and saved in a folder beside the bundle for the next time, with a
+    record of the files that were checked: those that have not changed since are not read again.
 
     Args:
         bundle: directory written by `export`.
         threads: threads inside an operation; None lets the backend choose.
         progress: called with the name of a file and the number of its bytes that were checked since the last call.
         digest: hexadecimal sha256 of the manifest, as `export` printed it: another bundle is refused. None for any.
+        verify: whether to read every file.
 
     Raises:
         InputError: as `engine.open_engine`; or the tokenizer or the chat template cannot be read.
     """
     bundle, threads = directory(bundle), None if threads is None else integer("threads", threads)
-    engine = open_engine(bundle, threads, progress, None if digest is None else text("digest", digest))
+    digest = None if digest is None else text("digest", digest)
+    engine = open_engine(bundle, threads, progress, digest, bool(flag("verify", verify)))
     tokenizer = TextTokenizer(bundle, engine.manifest) if (bundle / TOKENIZER).exists() else None
     template = open_template(bundle, tokenizer) if tokenizer and (bundle / CHAT_TEMPLATE).exists() else None
     manifest = engine.manifest

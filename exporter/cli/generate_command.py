@@ -77,6 +77,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Seed of sampling.")
 @rule_options
+@click.option("--verify", is_flag=True, help="Check every file of the bundle, not only those that may have changed.")
 @json_option
 def generate(
     bundle: Path,
@@ -96,6 +97,7 @@ def generate(
     top_p: float | None,
     top_k: int | None,
     seed: int,
+    verify: bool,
     as_json: bool,
     **rules: Any,
 ) -> None:
@@ -123,7 +125,7 @@ def generate(
         prompt = _read_prompt(prompt, prompt_file)
     if strict_tools and tools is None:
         raise click.UsageError("--strict-tools goes with --tools")
-    decoder = open_bundle(bundle)
+    decoder = open_bundle(bundle, verify)
     if (chat or given_of_chats) and decoder.template is None:
         option = "--chat" if chat else given_of_chats[0]
         raise InputError(f"{bundle}: {NO_TEMPLATE.replace('--chat', option)}")
@@ -178,11 +180,12 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     return prompt
 
 
-def open_bundle(bundle: Path) -> "Decoder":
+def open_bundle(bundle: Path, verify: bool = False) -> "Decoder":
     """Open a bundle for generation, with a progress bar while its files are checked.
 
     Args:
         bundle: bundle directory.
+        verify: whether to read every file, not only those that may have changed since they were read.
 
     Raises:
         InputError: the directory is not a bundle, or the bundle cannot be loaded.
@@ -190,4 +193,4 @@ def open_bundle(bundle: Path) -> "Decoder":
     from runtime_ref.streaming import open_decoder
 
     with progress_bar(err, "checking files", sum(size for size, _ in read_manifest(bundle).files.values())) as progress:
-        return open_decoder(bundle, progress=progress)
+        return open_decoder(bundle, progress=progress, verify=verify)

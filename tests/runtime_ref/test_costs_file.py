@@ -32,8 +32,8 @@ def measured(drafts: int, seconds: float) -> Costs:
 
 def test_costs_lie_beside_the_bundle(path: Path) -> None:
     save_costs(measured(8, 0.1), path, threads=1)
-    assert costs_file(path) == path.with_name("bundle.costs.json")
-    assert sorted(file.name for file in path.parent.iterdir()) == ["bundle", "bundle.costs.json"]
+    assert costs_file(path) == path.with_name("bundle.device") / "costs.json"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["bundle", "bundle.device"]
     assert load_costs(path, 1, 8).step_seconds == pytest.approx(0.1 / 8)
     assert load_costs(path, 2, 8).step_seconds is None  # other threads, other costs
     assert platform.node() not in costs_file(path).read_text() or not platform.node()
@@ -49,6 +49,7 @@ def test_costs_lie_beside_the_bundle(path: Path) -> None:
     ],
 )
 def test_a_damaged_or_older_file_does_not_count(content: str, path: Path) -> None:
+    costs_file(path).parent.mkdir()
     costs_file(path).write_text(content)
     assert load_costs(path, 1, 8).as_dict() == Costs(8).as_dict()
     save_costs(measured(8, 0.1), path, 1)
@@ -66,6 +67,7 @@ def test_impossible_costs_do_not_count(value: object, path: Path) -> None:
 
 
 def test_a_bundle_opens_whatever_the_file_holds(bundle: Callable[[str], Path]) -> None:
+    costs_file(bundle("tiny")).parent.mkdir(exist_ok=True)
     costs_file(bundle("tiny")).write_text("")
     decoder = open_decoder(bundle("tiny"), 1)
     assert len([*decoder.stream([3, 4], max_new_tokens=3)]) == 3
@@ -89,4 +91,4 @@ def test_decoders_that_share_the_file_lose_nothing(kind: Callable, path: Path) -
     assert sorted(load_costs(path, 1, 8).as_dict()["verify_seconds"], key=int) == [str(k + 1) for k in SIZES]
     for drafts in SIZES:
         assert [*load_costs(path, drafts + 2, 8).as_dict()["verify_seconds"]] == [str(drafts + 1)]
-    assert sorted(file.name for file in path.parent.iterdir()) == ["bundle", "bundle.costs.json"]
+    assert [file.name for file in costs_file(path).parent.iterdir()] == ["costs.json"]

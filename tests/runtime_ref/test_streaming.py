@@ -38,7 +38,7 @@ def test_examples_run(bundle: Callable[[str], Path], tmp_path: Path, monkeypatch
     names: dict[str, object] = {}
     for block in BLOCKS:
         exec(compile(block, PAGE.name, "exec"), names)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.costs.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.device"]
 
 
 @pytest.mark.parametrize("drafts", [0, 3, None])
@@ -142,13 +142,13 @@ def test_costs_that_cannot_be_saved_are_no_error(
     decoder: Decoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", "bundle.costs.json")
+        raise OSError(28, "No space left on device", "costs.json")
 
-    monkeypatch.setattr("runtime_ref.costs.tempfile.NamedTemporaryFile", full)
+    monkeypatch.setattr("runtime_ref.costs.write_whole", full)
     for _ in range(2):
         assert list(decoder.stream(PROMPT, max_new_tokens=4))
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
-        "costs are not saved: bundle.costs.json: No space left on device"
+        "costs are not saved: costs.json: No space left on device"
     ]
 
 
