@@ -141,8 +141,9 @@ def read_tools(path: Path) -> list[Tool]:
     if not isinstance(tools, list):
         raise InputError(f"{path}: expected a JSON list of tools")
     try:
+        json.dumps(tools, allow_nan=False)
         return _checked_tools(tools)
-    except InputError as error:
+    except (InputError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
 
 

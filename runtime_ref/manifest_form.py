@@ -8,6 +8,7 @@ MAX_SIZE = 1 << 62  # of a file, in bytes: more cannot be true
 MAX_COUNT = 1 << 31
 MAX_NUMBER = 1e300
 REPETITION_RANGE = (0.01, 100)  # peers take any positive number; far beyond these, float64 would overflow
+BESIDE_PLACES = ("before", "after", "")  # where what is said beside calls of tools goes
 VERSION = r"[0-9]{1,9}(\.[0-9]{1,9}){0,5}([^0-9.].*)?"
 
 # A form is a type (`object` is any value), the forms of an object's keys (optional ones end in `?`), the one form of a
@@ -59,6 +60,12 @@ def two_texts(value: Any) -> None:
     """Accept a list of two texts."""
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(text, str) for text in value):
         raise ValueError(f"is {value!r:.60}, expected two texts")
+
+
+def beside(value: Any) -> None:
+    """Accept a place for what is said beside calls of tools."""
+    if value not in BESIDE_PLACES:
+        raise ValueError(f"is {value!r:.60}, expected before, after or an empty text")
 
 
 _PORT = {"name": str}
@@ -123,7 +130,8 @@ FORM_3: Form = {
             "hidden": (None, two_texts),
             "thoughts": [str],
             "names": bool,
-            "beside": str,
+            "beside": beside,
+            "blanks": bool,
         }
     ],
     "tools?": [object],

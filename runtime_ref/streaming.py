@@ -297,12 +297,15 @@ class Stream:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The answer as a message of the conversation, for the next turn; calls that could not be read are left out."""
+        """The answer as a message of the conversation, for the next turn.
+
+        Calls that could not be read are left out, and blank content beside calls, which some templates would count.
+        """
         message: dict[str, Any] = {"role": "assistant", "content": self.text}
         if self.thought:
             message["reasoning_content"] = self.thought
         if calls := [call.as_message() for call in self.calls if not call.problem]:
-            message["tool_calls"] = calls
+            message |= {"content": self.text if self.text.strip() else "", "tool_calls": calls}
         return message
 
     def _channels(self, name: str) -> list[Channel]:

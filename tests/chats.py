@@ -30,7 +30,7 @@ TEMPLATE = """\
     {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
         {{- raise_exception("Conversation roles must alternate\\nuser/assistant/user/assistant/...") }}
     {% endif %}
-    {% if message['content'] == 'skip the rest' %}{% break %}{% endif %}
+    {% if message['content'] | length == 97 %}{% break %}{% endif %}
     {% if message['role'] == 'assistant' %}
         {%- generation -%}
             {%- set state.asked = none -%}
@@ -41,7 +41,7 @@ TEMPLATE = """\
         {{ turn(message['role'], message['content']) }}
     {%- endif %}
 {% endfor %}
-{% if state.asked and 'json' in state.asked['content'] %}{{ state.asked | tojson }}{{ eos_token }}{% endif %}
+{% if state.asked and state.asked['content'] | length == 98 %}{{ state.asked | tojson }}{{ eos_token }}{% endif %}
 {% if add_generation_prompt %}
     {{- '<|turn>model\\n' }}
 {%- endif %}

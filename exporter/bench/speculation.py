@@ -113,7 +113,8 @@ class ForcedEngine(GraphEngine):
             self._state = self._start[3]
             return self._start[2]
         first = super().prefill(tokens, sampling, start, go_on)
-        self._start = (list(tokens), self.cache.window_start, first, self._state)
+        if first.tokens:  # it was not stopped
+            self._start = (list(tokens), self.cache.window_start, first, self._state)
         return first
 
     def forget(self) -> None:

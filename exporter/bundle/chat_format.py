@@ -74,12 +74,13 @@ def shown_content(content: str, hidden: tuple[str, str] | None) -> str:
     return "".join(part.split(begin)[0] for part in content.split(end))
 
 
-def find_chat_format(render: Render, markers: Sequence[str]) -> ChatFormat | None:
+def find_chat_format(render: Render, markers: Sequence[str], words: Sequence[str]) -> ChatFormat | None:
     """Return the first format that gives the template's prompt for every probe; None if no format does.
 
     Args:
         render: the template: it returns the prompt for messages, or raises InputError for messages that it refuses.
-        markers: texts that the template may treat in a special way.
+        markers: texts that the template may treat in a special way, wherever they are.
+        words: texts that it may look for.
     """
     try:
         full = _turns(render)
@@ -91,23 +92,24 @@ def find_chat_format(render: Render, markers: Sequence[str]) -> ChatFormat | Non
         for alternate in (False, True):
             for trim in (True, False):
                 candidate = replace(full, turns=turns, alternate=alternate, trim=trim, hidden=hidden)
-                if all(_same_prompt(render, candidate, messages) for messages in probes(candidate, markers)):
+                if all(_same_prompt(render, candidate, messages) for messages in probes(candidate, markers, words)):
                     return candidate
     return None
 
 
-def probes(candidate: ChatFormat, markers: Sequence[str]) -> Iterator[list[Message]]:
+def probes(candidate: ChatFormat, markers: Sequence[str], words: Sequence[str]) -> Iterator[list[Message]]:
     """Yield chats for which a format must give the template's prompt; those that most likely fail come first.
 
     Args:
         candidate: the format to compare with the template.
-        markers: texts that the template may treat in a special way.
+        markers: as for `find_chat_format`.
+        words: as for `find_chat_format`.
     """
     for roles in _role_orders(candidate):
         yield [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
     systems: tuple[Roles, ...] = ((), ("system",)) if "system" in candidate.turns else ((),)
     marked = [text for marker in markers for text in (marker, f"a{marker}b", f" {marker}\n")]
-    for content in (*PROBE_CONTENTS, *marked):
+    for content in (*PROBE_CONTENTS, *marked, *(text for word in words for text in (word, f"a {word} b"))):
         for start in systems:
             yield [{"role": role, "content": content} for role in (*start, "user", "assistant", "user")]
     generator = random.Random(0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from exporter.bundle.chat_format import shown_content
 from runtime_ref.chat import Message
@@ -12,7 +13,7 @@ SYSTEM, USER, TOOL, ASSISTANT = "system", "user", "tool", "assistant"
 THOUGHT, ANSWER, CALL, NAME, BESIDE = "thought", "answer", "call", "name", "beside"
 BEFORE, AFTER = "before", "after"
 
-Call = Mapping[str, object]
+Call = Mapping[str, Any]
 Written = Callable[[Call], str]
 
 
@@ -30,6 +31,7 @@ class ConversationForm:
         names: whether the tool's name comes ahead of its answer.
         beside: where the content of a message with calls goes: `before` the calls or `after` their answers; empty if
             such a message has no content.
+        blanks: whether content beside calls of which nothing is left counts as none; otherwise it has no place.
     """
 
     tools: bool
@@ -40,12 +42,13 @@ class ConversationForm:
     thoughts: tuple[str, ...] = ()
     names: bool = False
     beside: str = ""
+    blanks: bool = True
 
     def render(self, messages: Sequence[Message], written: Written) -> str:
         """Return the prompt for the answer to the last message.
 
         Args:
-            messages: a conversation as chat templates know it; tools answer each message that calls them.
+            messages: a conversation as chat templates know it, in which each call is answered.
             written: gives the text of a call between its marks.
 
         Raises:
@@ -67,16 +70,25 @@ class ConversationForm:
             written: as for `render`.
 
         Raises:
-            ValueError: a message with calls has content as well, and the form has no place for it.
+            ValueError: a message has another role, an answer of a tool has no name, a message with calls has content
+                that has no place, or calls have no answers or too many.
         """
         asked = max((i for i, message in enumerate(messages) if message["role"] == USER), default=-1)
         kept = ""  # content that comes after the answers to its message's calls
+        unanswered = 0
         for i, message in enumerate(messages):
             role, content = message["role"], message["content"]
+            if role not in (SYSTEM, USER, ASSISTANT, TOOL):
+                raise ValueError(f"{role} is no role")
+            if (unanswered > 0) != (role == TOOL):
+                raise ValueError(f"calls without an answer before a message of {role}: {unanswered}")
             if role == TOOL:
+                if self.names and not message.get("name"):
+                    raise ValueError("an answer of a tool has no name")
                 if self.names:
                     yield NAME, message["name"]
                 yield TOOL, self._trimmed(TOOL, content)
+                unanswered -= 1
                 continue
             if kept:
                 yield BESIDE, kept
@@ -85,8 +97,9 @@ class ConversationForm:
                 yield role, self._trimmed(role, content)
                 continue
             body, calls = self._trimmed(ANSWER, shown_content(content, self.hidden)), message.get("tool_calls", ())
-            if calls and content and not self.beside:
+            if calls and content and not (self.beside and (body or self.blanks)):
                 raise ValueError("content beside calls has no place")
+            unanswered = len(calls)
             first = ANSWER if not calls else BESIDE if body and self.beside == BEFORE else CALL
             if (thought := message.get("reasoning_content")) and i > asked and first in self.thoughts:
                 yield THOUGHT, self._trimmed(THOUGHT, thought)
@@ -95,6 +108,8 @@ class ConversationForm:
             yield from ((CALL, written(call)) for call in calls)
             if calls and self.beside == AFTER:
                 kept = body
+        if unanswered:
+            raise ValueError(f"calls without an answer: {unanswered}")
         if kept:
             yield BESIDE, kept
 

@@ -11,6 +11,8 @@ from exporter.bundle.conversation_form import ASSISTANT, SYSTEM, TOOL, USER
 from runtime_ref.chat import Message
 
 NUM_RANDOM_PROBES = 200
+PROBE = "Qzx-content-"  # tools' descriptions may have likelier texts
+JSON_TEXTS = ("[1, 2]", '{"a": 1}', "5", "-0.5", "null", "true", '"x"', "[", "{")
 CALL_ID = "{:09d}"  # some templates ask for nine characters
 ARGUMENTS: tuple[dict[str, Any], ...] = (
     {},
@@ -111,11 +113,11 @@ def _call(number: int) -> dict[str, Any]:
 def distinct() -> Callable[[], str]:
     """Return what gives contents that are nowhere else in a prompt."""
     number = count()
-    return lambda: f"Content{next(number)}."
+    return lambda: f"{PROBE}{next(number)}."
 
 
 def probes(
-    scope: Scope, systems: Sequence[bool], pieces: Sequence[str], markers: Sequence[str]
+    scope: Scope, systems: Sequence[bool], pieces: Sequence[str], markers: Sequence[str], words: Sequence[str]
 ) -> Iterator[list[Message]]:
     """Yield conversations that most likely show a difference, with odd contents; then random ones.
 
@@ -123,16 +125,21 @@ def probes(
         scope: which conversations the form is for.
         systems: whether there is a system message: True, False or both.
         pieces: what random contents have more often than others.
-        markers: texts that the template may treat in a special way.
+        markers: texts that the template may treat in a special way, wherever they are.
+        words: texts that it may look for.
     """
     order: Order = (QUESTION, PLAIN, QUESTION)
+    last: Order = ()
     if scope.calls:
         first, second, third = Turn(scope.beside, 1, True), Turn(scope.beside, 3, True), Turn(scope.beside, 1)
-        order = (QUESTION, first, PLAIN, QUESTION, second, third)
+        order, last = (QUESTION, first, PLAIN, QUESTION), (second, third)
     marked = [text for marker in markers for text in (marker, f"a{marker}b", f" {marker}\n")]
-    for content in (*PROBE_CONTENTS, *marked):
+    for content in (*PROBE_CONTENTS, *JSON_TEXTS, *marked):
         for system in systems:
-            yield conversation(order, system, repeat(content).__next__)
+            yield conversation((*order, *last), system, repeat(content).__next__)
+    for content in (text for word in words for text in (word, f"a {word} b")):
+        for turns in (order, (*order, *last)):
+            yield conversation(turns, systems[-1], repeat(content).__next__)
     generator = random.Random(0)
     more = ["a", "b", " ", "\n", "\u3000", *list(pieces) * 6, *generator.sample(markers, min(len(markers), 8))]
     choices = scope.orders()

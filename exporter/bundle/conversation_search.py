@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, pairwise
 
-from exporter.bundle.chat_format import Render, hidden_markers, texts_around
+from exporter.bundle.chat_format import Render, hidden_markers, shown_content, texts_around
 from exporter.bundle.conversation_form import (
     AFTER,
     ANSWER,
     ASK,
+    ASSISTANT,
     BEFORE,
     BEGIN,
     BESIDE,
@@ -22,7 +23,17 @@ from exporter.bundle.conversation_form import (
     Call,
     ConversationForm,
 )
-from exporter.bundle.conversation_probes import PLAIN, QUESTION, Order, Scope, Turn, conversation, distinct, probes
+from exporter.bundle.conversation_probes import (
+    PLAIN,
+    PROBE,
+    QUESTION,
+    Order,
+    Scope,
+    Turn,
+    conversation,
+    distinct,
+    probes,
+)
 from runtime_ref.chat import ChatTemplate, Message, Tool
 from runtime_ref.errors import InputError
 
@@ -38,7 +49,11 @@ SHOWN: Mapping[str, tuple[Order, bool, int]] = {
 
 
 def conversation_forms(
-    template: ChatTemplate, tools: Sequence[Tool], marks: tuple[str, str] | None, markers: Sequence[str]
+    template: ChatTemplate,
+    tools: Sequence[Tool],
+    marks: tuple[str, str] | None,
+    markers: Sequence[str],
+    words: Sequence[str],
 ) -> list[ConversationForm]:
     """Return forms that give a template's prompts, as far as there are any.
 
@@ -46,7 +61,8 @@ def conversation_forms(
         template: the chat template.
         tools: what the model may call; forms are for prompts that offer all of these, and for prompts that offer none.
         marks: texts of the tokens between which calls are written; None if there are none.
-        markers: texts that the template may treat in a special way.
+        markers: texts that the template may treat in a special way, wherever they are.
+        words: texts that it may look for.
     """
     forms: list[ConversationForm] = []
     has_switch = _has_switch(template)
@@ -55,7 +71,7 @@ def conversation_forms(
     for offered in (False, True) if tools else (False,):
         for thinking in (None, True, False) if has_switch else (None,):
             render = partial(template.render, tools=list(tools) if offered else None, thinking=thinking)
-            found = _Search(render, marks, tuple(markers)).find(offered)
+            found = _Search(render, marks, tuple(markers), tuple(words)).find(offered)
             if found is None:
                 continue
             found = replace(found, tools=offered)
@@ -77,6 +93,12 @@ def _has_switch(template: ChatTemplate) -> bool:
         return False
 
 
+def _has_blanks(form: ConversationForm, messages: Sequence[Message]) -> bool:
+    """Whether nothing is left of the content of a message with calls."""
+    contents = (message["content"] for message in messages if message.get("tool_calls"))
+    return any(content and not shown_content(content, form.hidden).strip() for content in contents)
+
+
 @dataclass
 class _Search:
     """Looks for a form of a template's prompts, with or without tools and thinking.
@@ -85,12 +107,14 @@ class _Search:
         render: the template.
         marks: as for `conversation_forms`.
         markers: as for `conversation_forms`.
+        words: as for `conversation_forms`.
         texts: of calls between their marks, by the calls.
     """
 
     render: Render
     marks: tuple[str, str] | None
     markers: tuple[str, ...]
+    words: tuple[str, ...]
     texts: dict[str, str] = field(default_factory=dict)
 
     def find(self, offered: bool) -> ConversationForm | None:
@@ -105,18 +129,20 @@ class _Search:
             return None
         calls = self.marks is not None and self._fate(TOOL) is not None
         systems = (False, True) if self._fate(SYSTEM) is not None else (False,)
-        candidates = [(True, form.beside), (True, "")] if calls else []
+        ways = [(form.beside, True), (form.beside, False), ("", True)] if form.beside else [("", True)]
+        candidates = [(True, *way) for way in ways] if calls else []
         if not offered:
-            candidates.append((False, ""))
-        for has_calls, beside in dict.fromkeys(candidates):
+            candidates.append((False, "", True))
+        for has_calls, beside, blanks in candidates:
             for alternate in (False, True):
                 scope = Scope(has_calls, bool(beside), alternate)
                 thoughts = tuple(kind for kind in form.thoughts if beside or kind != BESIDE)
-                found = self._with_texts(replace(form, beside=beside, thoughts=thoughts), scope, systems)
+                candidate = replace(form, beside=beside, thoughts=thoughts, blanks=blanks)
+                found = self._with_texts(candidate, scope, systems)
                 if found is None:
                     continue
-                tried = probes(scope, systems, form.hidden or (), self.markers)
-                if all(self._same(found, messages) for messages in tried):
+                tried = probes(scope, systems, form.hidden or (), self.markers, self.words)
+                if all(self._same(found, messages) for messages in tried if blanks or not _has_blanks(found, messages)):
                     return found
                 break  # contents make the difference, in whatever order messages are
         return None
@@ -153,7 +179,7 @@ class _Search:
         """
         order, system, i = SHOWN.get(kind, ((QUESTION, turn), False, 1))
         number = count()
-        messages = conversation(order, system, lambda: f" \n Content{next(number)}. \n ")
+        messages = conversation(order, system, lambda: f" \n {PROBE}{next(number)}. \n ")
         body = messages[i]["reasoning_content" if kind == THOUGHT else "content"]
         try:
             prompt = self.render(messages)
@@ -173,10 +199,10 @@ class _Search:
                 except InputError:
                     refused.append(messages)
                     continue
-                kinds, bodies = zip(*form.bodies(messages, self.written), strict=True)
                 try:
+                    kinds, bodies = zip(*form.bodies(messages, self.written), strict=True)
                     texts = texts_around(prompt, bodies)
-                except ValueError:
+                except (InputError, ValueError):
                     return None
                 for (previous, kind), text in zip(pairwise((BEGIN, *kinds, ASK)), texts, strict=True):
                     if between.setdefault(previous, {}).setdefault(kind, text) != text:
@@ -206,11 +232,11 @@ class _Search:
         """
         key = json.dumps(call)
         if key not in self.texts:
-            question = "Question before a call."
+            question = distinct()()
             messages: list[Message] = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-                {"role": "tool", "name": "probe", "content": "Result.", "tool_call_id": call["id"]},
+                {"role": USER, "content": question},
+                {"role": ASSISTANT, "content": "", "tool_calls": [call]},
+                {"role": TOOL, "name": call["function"]["name"], "content": "Result.", "tool_call_id": call["id"]},
             ]
             begin, end = self.marks or ("", "")
             rest = self.render(messages).partition(question)[2]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from exporter.bundle.plain_chat import plain_chat
+from exporter.bundle.plain_chat import PlainChat, plain_chat
 from exporter.calibration.calibrate import calibrate
 from exporter.checkpoint.folding import FOLDING, folding_bytes
 from exporter.checkpoint.origin import model_origin
@@ -31,7 +31,7 @@ from exporter.quantization.recipes import CLUSTERS as CLUSTERED_HEAD
 from exporter.quantization.recipes import DENSE_HEAD, Recipe, check_recipe, matrices
 from exporter.quantization.widths import by_width
 from exporter.texts.token_texts import TokenTexts
-from runtime_ref.chat import CHAT_TEMPLATE, Tool
+from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import EMBEDDING, FORMAT_VERSION, HEAD, MANIFEST, SAMPLING_KEYS, Progress, file_sha256
 from runtime_ref.requirements import FLOAT32, HEADS_FIRST, required_features
@@ -58,7 +58,7 @@ class ExportOptions:
         max_file_bytes: largest size of each file of weights; None for as few files as possible.
         calibration: texts by which the target is folded, and matrices of 4 bits that lie on no grid are rounded; None
             to fold nothing and to round each number to the nearest.
-        tools: what an app without Jinja can offer the model, as `ChatTemplate.render` takes them.
+        chat: forms of the chat template's prompts; None to derive them, without tools.
     """
 
     backend: str
@@ -69,7 +69,7 @@ class ExportOptions:
     check_room: bool = True
     max_file_bytes: int | None = None
     calibration: TokenTexts | None = None
-    tools: tuple[Tool, ...] = ()
+    chat: PlainChat | None = None
 
 
 def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Progress = lambda *_: None) -> str:
@@ -89,14 +89,14 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
 
     Raises:
         InputError: the output exists or cannot be written, `max_seq_len` is too large, disk or memory do not suffice, a
-            file cannot be as small as `max_file_bytes`, a weight is not finite, the chat template is not valid, or
-            there are tools that it has no place for. The output is then as it was before.
+            file cannot be as small as `max_file_bytes`, a weight is not finite, or the chat template is not valid. The
+            output is then as it was before.
     """
     check_output(output, options.force)
     max_seq_len = plan_export(pair, output, options)
     backend, recipe = load_backend(options.backend), options.recipe
     template = chat_template(pair.target_checkpoint.directory)
-    chat = plain_chat(pair.target_checkpoint.directory, pair.tokens, options.tools)
+    chat = options.chat or plain_chat(pair.target_checkpoint.directory, pair.tokens)
     steps = calibration_directory(output)
     with replacing(output, lambda: _check_replaceable(output, options.force)) as directory:
         if options.calibration is not None:

@@ -10,7 +10,7 @@ from exporter.bundle.conversation_form import ConversationForm
 from exporter.bundle.conversation_search import conversation_forms
 from exporter.checkpoint.side_files import chat_template
 from exporter.checkpoint.special_tokens import SpecialTokens
-from exporter.checkpoint.template_marks import template_markers
+from exporter.checkpoint.template_marks import template_markers, template_words
 from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate, Tool
 from runtime_ref.errors import InputError
 from runtime_ref.text_parts import TOOL_CALL
@@ -61,6 +61,8 @@ def plain_chat(checkpoint: Path, tokens: SpecialTokens, tools: Sequence[Tool] = 
     try:
         tokenizer = TextTokenizer(checkpoint, tokens)
     except InputError:  # the bundle runs on token ids alone
+        if tools and (checkpoint / TOKENIZER).exists():
+            raise
         source = None
     if source is None:
         if tools:
@@ -79,5 +81,6 @@ def plain_chat(checkpoint: Path, tokens: SpecialTokens, tools: Sequence[Tool] = 
     markers = tuple(dict.fromkeys([*template_markers(source), *tokenizer.special_tokens.values()]))
     ids = tokens.channels.get(TOOL_CALL)
     marks = (tokenizer.decode([ids[0]], special=True), tokenizer.decode([ids[1]], special=True)) if ids else None
-    forms = conversation_forms(template, tools, marks, markers)
-    return PlainChat(find_chat_format(template.render, markers), tuple(forms), tuple(tools))
+    words = [word for word in template_words(source) if word not in markers]
+    forms = conversation_forms(template, tools, marks, markers, words)
+    return PlainChat(find_chat_format(template.render, markers, words), tuple(forms), tuple(tools))

@@ -15,6 +15,12 @@ def template_markers(source: str) -> list[str]:
     return list(dict.fromkeys(MARKER.findall(source)))
 
 
+def template_words(source: str) -> list[str]:
+    """Return the texts that a template has between quotes, in the order in which they first occur."""
+    quoted = re.findall(r"""'((?:[^'\\\n]|\\.)*)'|"((?:[^"\\\n]|\\.)*)\"""", source)
+    return list(dict.fromkeys((one or other).replace("\\n", "\n") for one, other in quoted if one or other))
+
+
 def end_of_turn(template: ChatTemplate, added_tokens: Mapping[str, int]) -> int | None:
     """Return the token that a template writes after an answer; None if it writes none.
 

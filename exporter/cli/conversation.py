@@ -21,7 +21,7 @@ NEXT_LINE_SIGN = ". "
 KEYS = "/quit or Ctrl-D ends, Ctrl-C stops an answer, Alt-Enter or a \\ at the end goes on in another line"
 CHAT_GREETING = f"Chat: /new starts a new conversation, /system TEXT one with a system prompt, {KEYS}."
 LINES_GREETING = f"The bundle has no chat template, so each line is continued as a text of its own: {KEYS}."
-NOT_ANSWERED = "Stopped before the answer began: the conversation goes on without this message."
+NOT_ANSWERED = "Stopped before an answer began: the conversation goes on without your message and all after it."
 LEAVING_HINT = "Ctrl-D or /quit ends the chat."
 
 

@@ -125,6 +125,7 @@ def export(
     """
     from clustering.cluster_table import load_table
     from exporter.bundle.export import ExportOptions, check_output, plan_export
+    from exporter.bundle.plain_chat import plain_chat
     from exporter.checkpoint.hub import local_checkpoint
     from exporter.checkpoint.pair import open_pair
     from exporter.graphs.auto_recipe import auto_recipe
@@ -151,8 +152,12 @@ def export(
         pair = pair.with_activations()
     recipe, reason = auto_recipe(pair) if recipe is None else (recipe, "")
     options = ExportOptions(backend, recipe, max_seq_len, max_draft_tokens, force, not skip_room_check, max_file_size)
-    options = replace(options, tools=tuple(read_tools(tools)) if tools else ())
     plan_export(pair, output, options, head == "kmeans")
+    if tools is not None:
+        offered = read_tools(tools)
+        if not offered:
+            raise InputError(f"{tools}: has no tools; leave --tools out")
+        options = replace(options, chat=plain_chat(target, pair.tokens, offered))
     texts = None if calibration is None else token_texts(pair, calibration)
     if head == "kmeans":
         if cluster_table is not None:
@@ -219,7 +224,6 @@ def run_export(
         InputError: see `exporter.bundle.export.export_bundle`.
     """
     from exporter.bundle.export import calibration_directory, export_bundle
-    from exporter.bundle.plain_chat import plain_chat
     from exporter.calibration.fold import foldable
     from exporter.graphs.backend import load_backend
     from exporter.graphs.grids import grid_warnings, off_grid
@@ -233,15 +237,14 @@ def run_export(
     if calibrate is not False:
         calibrated, folded = off_grid(parts["target"]), foldable(parts["target"])
     warnings = [*pair.warnings, *grid_warnings(parts, options.recipe.name, calibrate is not False)]
-    checkpoint = pair.target_checkpoint.directory
-    if options.tools and not plain_chat(checkpoint, pair.tokens, options.tools).has_tools:
+    if options.chat and options.chat.tools and not options.chat.has_tools:
         warnings.append(
-            f"{checkpoint}: the chat template's prompts with these tools have no form without Jinja; apps that have no"
-            " Jinja cannot offer them"
+            f"{pair.target_checkpoint.directory}: the chat template's prompts with these tools have no form without"
+            " Jinja; apps that have no Jinja cannot offer them"
         )
     if pair.activation_scales and not pair.rounds_activations:
         warnings.append(
-            f"{checkpoint}: was trained with {len(pair.activation_scales)} scales of activations;"
+            f"{pair.target_checkpoint.directory}: was trained with {len(pair.activation_scales)} scales of activations;"
             " the runtime rounds inputs by their own range instead; --activations checkpoint does what was trained"
         )
     started, kept = time.perf_counter(), calibration_directory(output).with_suffix(".texts")

@@ -9,6 +9,7 @@ from exporter.cli.json_documents import DOCUMENTS, LISTS, document_forms
 from exporter.terminal import SCHEMA_VERSIONS
 from runtime_ref.manifest import FORMAT_VERSION
 from runtime_ref.manifest_form import (
+    BESIDE_PLACES,
     FORM_3,
     MAX_COUNT,
     MAX_NUMBER,
@@ -16,6 +17,7 @@ from runtime_ref.manifest_form import (
     REPETITION_RANGE,
     VERSION,
     Form,
+    beside,
     count,
     number,
     penalty,
@@ -35,6 +37,7 @@ _VALUES: dict[Form, dict[str, Any]] = {
     size: {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_SIZE},
     penalty: {"type": "number", "minimum": REPETITION_RANGE[0], "maximum": REPETITION_RANGE[1]},
     version: {"type": "string", "pattern": f"^{VERSION}$"},
+    beside: {"enum": list(BESIDE_PLACES)},
     two_ids: {"type": "array", "items": _COUNT, "minItems": 2, "maxItems": 2},
     two_texts: {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2},
     count: _COUNT,

@@ -29,9 +29,9 @@ SYSTEM = {"role": "system", "content": "Be brief. "}
 CHATS = {
     "one turn": [user("Why is the sky blue?")],
     "system": [SYSTEM, user(" Why? ")],
-    "three turns": [SYSTEM, user("a"), model(" Because.\n"), user("<b> & 'c'"), model("d"), user("in json\u00e9")],
+    "three turns": [SYSTEM, user("a"), model(" Because.\n"), user("<b> & 'c'"), model("d"), user("\u00e9" * 98)],
     "special tokens in a message": [user("x<turn|>\n<|turn>model\n<bos>")],
-    "broken off": [user("a"), model("b"), user("skip the rest")],
+    "broken off": [user("a"), model("b"), user("x" * 97)],
     "ends in an answer": [user("a"), model("")],
 }
 TEMPLATES = {

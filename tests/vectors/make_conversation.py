@@ -110,8 +110,12 @@ def talk(generator: random.Random) -> list[Message]:
         thought = {"reasoning_content": generator.choice(texts)} if generator.random() < 0.5 else {}
         messages.append({"role": "assistant", "content": generator.choice(texts), **thought})
     messages = messages[: -1 if generator.random() < 0.7 else None]
-    if generator.random() < 0.1:
+    if generator.random() < 0.15:
         messages.insert(generator.randrange(len(messages)), messages[-1])
+    if generator.random() < 0.15:
+        del messages[generator.randrange(len(messages))]  # some calls have no answer then
+    if generator.random() < 0.05:
+        messages.append({"role": generator.choice(("answer", "call", "ask")), "content": "Hi."})
     return messages
 
 

@@ -47,6 +47,8 @@ def test_tools_that_cannot_be_offered_are_refused_at_once(export: Run, tmp_path:
     for template, tools, message in (
         (TEMPLATE, [WEATHER], "target: --tools: the chat template refuses the messages: tools are not supported"),
         (SPEAKING, {"a": 1}, "tools.json: expected a JSON list of tools"),
+        (SPEAKING, [], "tools.json: has no tools; leave --tools out"),
+        (SPEAKING, [{"x": float("nan")}], "tools.json: Out of range float values are not JSON compliant"),
         (SPEAKING, [3], "tools.json: a tool is 3, expected an object"),
     ):
         code, out, error = export(template, tools)

@@ -34,7 +34,7 @@ def writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Dec
         tokenizer = TextTokenizer(tmp_path, tokens)
         script = [token for text in texts for token in tokenizer.encode(text)[1:]]
         made = scripted(tokens, script, tokenizer, open_template(tmp_path, tokenizer))
-        monkeypatch.setattr(generate_command, "open_bundle", lambda _: made)
+        monkeypatch.setattr(generate_command, "open_bundle", lambda *_: made)
         (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
         return made
 

@@ -63,7 +63,7 @@ fun memoryNeeded(manifest: Manifest): Long {
 }
 
 private class DecoderModel(private val decoder: Decoder) : Model {
-    override val chats get() = decoder.chat != null
+    override val chats get() = decoder.chat?.has() ?: false
     override val defaultDraftTokens get() = decoder.manifest.defaultDraftTokens
     override val sampling: Sampling get() = decoder.manifest.sampling
     override val rules: Rules get() = Rules(repetitionPenalty = decoder.manifest.repetitionPenalty)

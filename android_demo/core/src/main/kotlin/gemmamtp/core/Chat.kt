@@ -77,12 +77,28 @@ class ChatTemplate(private val format: ChatFormat?, private val conversations: L
      */
     fun render(messages: List<Message>, tools: Boolean = false, thinking: Boolean? = null): String {
         if (messages.isEmpty()) refuse("there are none")
-        conversations.firstOrNull { it.tools == tools && thinking in it.thinking }?.let { return it.render(messages) }
-        if (tools) throw InputError("the bundle has no form of prompts with tools; export it with --tools, or offer none")
-        if (thinking != null) throw InputError("the bundle has no form of prompts with thinking; leave it to the template")
+        val form = conversations.firstOrNull { it.tools == tools && thinking in it.thinking }
+        if (form != null) {
+            try {
+                return form.render(messages)
+            } catch (error: InputError) { // `format` may have a place for them
+                val plain = messages.all { it.calls.isEmpty() && it.thought.isEmpty() && it.role != TOOL }
+                if (tools || thinking != null || format == null || !plain) throw error
+            }
+        }
+        if (tools && conversations.none { it.tools }) {
+            throw InputError("the bundle has no form of prompts with tools; export it with --tools, or offer none")
+        }
+        if (tools || thinking != null) {
+            throw InputError("the bundle has no form of prompts with thinking ${thinking ?: "unsaid"}; choose another")
+        }
         if (format == null) throw InputError("the bundle has no form of chats; continue texts instead")
         return format.render(messages)
     }
+
+    /** Whether there is a form of such prompts. */
+    fun has(tools: Boolean = false, thinking: Boolean? = null): Boolean =
+        conversations.any { it.tools == tools && thinking in it.thinking } || (format != null && !tools && thinking == null)
 }
 
 /** What turns messages into prompts of a bundle; null if it has no form of them. */
@@ -104,6 +120,7 @@ private fun ChatFormat.check(messages: List<Message>) {
         if (message.role !in turns) refuse("it knows no role \"${message.role}\"")
         if (message.role == "system" && i > 0) refuse("a system message must be the first")
         if (message.calls.isNotEmpty()) refuse("it knows no calls of tools")
+        if (message.thought.isNotEmpty()) refuse("it knows no thoughts, repeat it without")
     }
     val roles = messages.map { it.role }.filter { it != "system" }
     val takeTurns = roles.withIndex().all { (i, role) -> role == if (i % 2 == 0) "user" else "assistant" }

@@ -2,6 +2,7 @@ package gemmamtp.core
 
 import com.google.gson.JsonObject
 
+private const val SYSTEM = "system"
 private const val USER = "user"
 private const val ASSISTANT = "assistant"
 internal const val TOOL = "tool"
@@ -26,6 +27,7 @@ private const val AFTER = "after"
  * @property names whether the tool's name comes ahead of its answer.
  * @property beside where the content of a message with calls goes: `before` them or `after` their answers; empty if such a
  *     message has no content.
+ * @property blanks whether content beside calls of which nothing is left counts as none; otherwise it has no place.
  */
 class ConversationForm(
     val tools: Boolean,
@@ -36,6 +38,7 @@ class ConversationForm(
     val thoughts: Set<String>,
     val names: Boolean,
     val beside: String,
+    val blanks: Boolean,
 )
 
 /** Read one of the manifest's `conversations`, whose form was checked. */
@@ -48,6 +51,7 @@ fun conversationForm(json: JsonObject) = ConversationForm(
     json.getAsJsonArray("thoughts").map { it.asString }.toSet(),
     json.get("names").asBoolean,
     json.get("beside").asString,
+    json.get("blanks").asBoolean,
 )
 
 /** The prompt that asks for an answer to the last message; throws InputError where there is no place for a message. */
@@ -55,18 +59,31 @@ internal fun ConversationForm.render(messages: List<Message>): String {
     val prompt = StringBuilder()
     var previous = BEGIN
     for ((kind, body) in bodies(messages) + (ASK to "")) {
-        prompt.append(between[previous]?.get(kind) ?: refuse("$kind cannot follow $previous")).append(body)
+        val text = between[previous]?.get(kind) ?: refuse("${SAID[kind]} cannot come after ${SAID[previous]}")
+        prompt.append(text).append(body)
         previous = kind
     }
     return prompt.toString()
 }
 
+private val SAID = mapOf(
+    BEGIN to "the beginning", ASK to "a request for an answer", SYSTEM to "a system message", USER to "a user's message",
+    ANSWER to "an answer", THOUGHT to "a thought", CALL to "a call", NAME to "a tool's answer", TOOL to "a tool's answer",
+    BESIDE to "what is said beside calls",
+)
+
 /** The bodies of a conversation in the order of its prompt, each with its kind. */
 private fun ConversationForm.bodies(messages: List<Message>): List<Pair<String, String>> = buildList {
     val asked = messages.indexOfLast { it.role == USER }
     var kept = "" // content that comes after the answers to its message's calls
+    var unanswered = 0
     for ((i, message) in messages.withIndex()) {
+        if (message.role !in listOf(SYSTEM, USER, ASSISTANT, TOOL)) refuse("it knows no role \"${message.role}\"")
+        if (message.role == TOOL && unanswered == 0) refuse("a tool answers, and no call is left to answer")
+        if (message.role != TOOL && unanswered > 0) refuse("calls without an answer: $unanswered")
         if (message.role == TOOL) {
+            unanswered--
+            if (names && message.name.isEmpty()) refuse("a tool's answer has no name; make it with toolMessage")
             if (names) add(NAME to message.name)
             add(TOOL to trimmed(TOOL, message.content))
             continue
@@ -79,12 +96,15 @@ private fun ConversationForm.bodies(messages: List<Message>): List<Pair<String, 
         }
         val body = trimmed(ANSWER, shownContent(message.content, hidden))
         val first = if (message.calls.isEmpty()) ANSWER else if (body.isNotEmpty() && beside == BEFORE) BESIDE else CALL
-        if (first == CALL && message.content.isNotEmpty() && beside.isEmpty()) refuse("content beside calls has no place")
+        val allowed = message.content.isEmpty() || (beside.isNotEmpty() && (body.isNotEmpty() || blanks))
+        if (message.calls.isNotEmpty() && !allowed) refuse("there is no place for content beside calls; repeat it without")
+        unanswered = message.calls.size
         if (message.thought.isNotEmpty() && i > asked && first in thoughts) add(THOUGHT to trimmed(THOUGHT, message.thought))
         if (first != CALL) add(first to body)
         for (call in message.calls) add(CALL to call.text)
         if (first == CALL && beside == AFTER) kept = body
     }
+    if (unanswered > 0) refuse("calls without an answer: $unanswered")
     if (kept.isNotEmpty()) add(BESIDE to kept)
 }
 

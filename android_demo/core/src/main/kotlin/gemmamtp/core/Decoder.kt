@@ -153,8 +153,16 @@ class Decoder(
                     .map { readCall(it.text, form, "${prompt.size + it.start}".padStart(ID_DIGITS, '0'), it.closed) }
             }
 
-        /** The answer as a message of the conversation, for the next turn; calls that could not be read are left out. */
-        val message: Message get() = Message("assistant", text, calls.filter { it.problem.isEmpty() }, thought)
+        /**
+         * The answer as a message of the conversation, for the next turn. Calls that could not be read are left out, and
+         * blank content beside calls, which some templates would count.
+         */
+        val message: Message
+            get() {
+                val whole = calls.filter { it.problem.isEmpty() }
+                val content = if (whole.isNotEmpty() && text.all(::isBlank)) "" else text
+                return Message("assistant", content, whole, thought)
+            }
 
         /** The newest round; null before the first. */
         var lastRound: Round? = null

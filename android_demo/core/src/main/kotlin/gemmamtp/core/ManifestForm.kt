@@ -41,6 +41,8 @@ private val version = form("a version such as 1.32.0") { isText(it) && VERSION.m
 private val twoIds = form("two token ids") { isPair(it) { id -> (whole(id) ?: -1) in 0 until MAX_COUNT } }
 private val twoTexts = form("two texts") { isPair(it, ::isText) }
 
+private val beside = form("before, after or an empty text") { isText(it) && it.asString in listOf("before", "after", "") }
+
 private fun isText(value: JsonElement) = value.isJsonPrimitive && value.asJsonPrimitive.isString
 private fun isPair(value: JsonElement, accepts: (JsonElement) -> Boolean) =
     value.isJsonArray && value.asJsonArray.size() == 2 && value.asJsonArray.all(accepts)
@@ -148,7 +150,7 @@ internal val FORM_3 = both(
         "conversations?" to list(
             obj(
                 "tools" to bool, "thinking" to list(nullable(bool)), "between" to map(map(text)), "trim" to list(text),
-                "hidden" to nullable(twoTexts), "thoughts" to list(text), "names" to bool, "beside" to text,
+                "hidden" to nullable(twoTexts), "thoughts" to list(text), "names" to bool, "beside" to beside, "blanks" to bool,
             ),
         ),
         "tools?" to list { _, _ -> },

@@ -84,11 +84,18 @@ class ChatTest {
         for ((reason, render) in listOf<Pair<String, () -> String>>(
             "with tools" to { template.render(messages, tools = true) },
             "with tools" to { template.render(messages, tools = true, thinking = true) },
+            "a system message cannot come after a user's message" to {
+                template.render(messages + Message("system", "x"), thinking = true)
+            },
+            "it knows no role" to { template.render(listOf(Message("answer", "x")), thinking = true) },
+            "calls without an answer: 1" to {
+                template.render(messages + Message("assistant", "", listOf(ToolCall("", "", "{}", "x"))), thinking = true)
+            },
             "with thinking" to { template.render(messages, thinking = false) },
             "of chats" to { ChatTemplate(null, listOf(form)).render(messages) },
             "it knows no calls" to { template.render(messages + Message("assistant", "", listOf(ToolCall("", "", "{}", "x")))) },
-            "content beside calls" to {
-                val silent = ConversationForm(false, setOf(null), form.between, form.trim, null, form.thoughts, true, "")
+            "no place for content beside calls" to {
+                val silent = ConversationForm(false, setOf(null), form.between, form.trim, null, form.thoughts, true, "", true)
                 val answer = Message("assistant", "x", listOf(ToolCall("", "", "{}", "x")))
                 ChatTemplate(null, listOf(silent)).render(messages + answer)
             },

@@ -52,7 +52,7 @@ class MessageTest {
             "tool" to mapOf("beside" to ";"),
             "beside" to mapOf("ask" to "!"),
         )
-        val form = ConversationForm(true, setOf(true), between, emptySet(), null, setOf("call"), true, "after")
+        val form = ConversationForm(true, setOf(true), between, emptySet(), null, setOf("call"), true, "after", true)
         val decoder = Decoder(engine, tokenizer, ChatTemplate(null, listOf(form)), DraftLength(4, Costs(4)))
         val messages = mutableListOf(Message("user", "Rain?"))
         val options = Options(numDraftTokens = 0)
