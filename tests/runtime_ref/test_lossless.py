@@ -20,6 +20,8 @@ from runtime_ref.sampling import Sampling, choose
 from runtime_ref.stats import Stats
 from tests.exports import SMALL_BUNDLES
 
+MISTAKES = (0.0, 0.3, 1.0)  # of the drafts: all are accepted, every pattern occurs, none is
+LONG = PREFILL_CHUNK_TOKENS + 1
 GREEDY, SAMPLED = Sampling(), Sampling(0.8, 0.95, seed=11)
 
 
@@ -72,8 +74,14 @@ def plainly(engine: ScriptedEngine, prompt: list[int], options: Options) -> list
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("length", [1, 5, PREFILL_CHUNK_TOKENS + 1])
-@pytest.mark.parametrize("mistakes", [0.0, 0.3, 1.0], ids=["all", "mixed", "none"])
+@pytest.mark.parametrize(
+    ("length", "mistakes"),
+    [
+        *((length, mistakes) for length in (1, 5) for mistakes in MISTAKES),
+        (LONG, 0.3),
+        *(pytest.param(LONG, mistakes, marks=pytest.mark.slow) for mistakes in (0.0, 1.0)),
+    ],
+)
 def test_speculative_equals_plain(engine: ScriptedEngine, sampling: Sampling, length: int, mistakes: float) -> None:
     """Accept-all, mixed and accept-none, past the window, across a growth of the cache for the long prompt."""
     random.seed(length)
