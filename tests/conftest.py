@@ -40,8 +40,8 @@ Run = Callable[..., tuple[int, str, str]]
 OPEN = ("doctor", "inspect")  # commands whose documents have keys that depend on what was measured
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Mark tests with `executorch` among their parameters as `lowering`, and keep those of a bundle in one process.
 
     Another process would wait for the bundle while the first one makes it. A test that has neither a shape nor a recipe
@@ -56,6 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("lowering") and not item.get_closest_marker("xdist_group"):
             names = words & set(SHAPES) or words & {*RECIPES} - {"fp32"} or {"odd"}
             item.add_marker(pytest.mark.xdist_group(f"lowering {min(names)}"))
+    yield
+    for item in items:
+        # pytest-xdist 3.8 adds the group to `_nodeid`, which pytest 9.2 does not read any more.
+        if (with_group := getattr(item, "_nodeid", item.nodeid)) != item.nodeid:
+            item._id = type(item._id).parse(with_group)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session", autouse=True)
