@@ -138,7 +138,7 @@ def documents(request: pytest.FixtureRequest) -> tuple[list[str], list[str]]:
 
 @pytest.fixture
 def few_held_out_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `parity` and `report` compare on a text of each kind and language in four; the figures stay of their kind."""
+    """Let `parity` and `report` compare on every fourth of the held-out texts."""
     real = stages.token_texts
 
     def few(*arguments: Any, **options: Any) -> TokenTexts:
