@@ -8,9 +8,9 @@ PIP_INSTALL = pip install --quiet --disable-pip-version-check --constraint const
 demo: .venv/installed
 	$(BIN)/gemma-mtp-export demo
 
-# What to run while working: all but the tests that make bundles for ExecuTorch, which take minutes of processor time.
+# What to run while working: all but the tests that make bundles for ExecuTorch, and repetitions at a larger scale.
 check: lint types
-	$(BIN)/pytest --numprocesses auto --dist loadgroup -m "not lowering"
+	$(BIN)/pytest --numprocesses auto --dist loadgroup -m "not lowering and not slow"
 
 test: .venv/installed-dev
 	$(BIN)/pytest --numprocesses auto --dist loadgroup

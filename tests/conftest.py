@@ -6,7 +6,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 # transformers reads the first when it is imported. Two threads on a busy machine can be a hundred times slower.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -21,10 +23,12 @@ from exporter.cli.schemas import document_schema
 from exporter.demo import PAIR
 from exporter.graphs import onnx
 from exporter.graphs.backend import BACKENDS
+from exporter.parity import stages
 from exporter.quantization.recipes import RECIPES
+from exporter.texts.token_texts import TokenTexts
 from tests.chats import save_chat_pair
 from tests.exports import export
-from tests.kept import delete_unused, keeping_traces, kept_bundle
+from tests.kept import delete_unused, keeping_traces, kept_bundle, kept_documents
 from tests.pairs import SHAPES, save_pair
 
 torch.set_num_threads(1)
@@ -36,8 +40,8 @@ Run = Callable[..., tuple[int, str, str]]
 OPEN = ("doctor", "inspect")  # commands whose documents have keys that depend on what was measured
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Mark tests with `executorch` among their parameters as `lowering`, and keep those of a bundle in one process.
 
     Another process would wait for the bundle while the first one makes it. A test that has neither a shape nor a recipe
@@ -52,6 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("lowering") and not item.get_closest_marker("xdist_group"):
             names = words & set(SHAPES) or words & {*RECIPES} - {"fp32"} or {"odd"}
             item.add_marker(pytest.mark.xdist_group(f"lowering {min(names)}"))
+    yield
+    for item in items:
+        # pytest-xdist 3.8 adds the group to `_nodeid`, which pytest 9.2 does not read any more.
+        if (with_group := getattr(item, "_nodeid", item.nodeid)) != item.nodeid:
+            item._id = type(item._id).parse(with_group)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,7 +75,7 @@ def kept_traces(request: pytest.FixtureRequest) -> Iterator[None]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Delete what was kept and not used for a week, in the process that the others belong to."""
     if not hasattr(session.config, "workerinput") and session.config.cache is not None:
-        for name in ("traces", "bundles"):
+        for name in ("traces", "bundles", "texts"):
             delete_unused(session.config.cache.mkdir(name))
 
 
@@ -119,6 +128,24 @@ def chat_pair(tmp_path_factory: pytest.TempPathFactory) -> Directories:
 def chat_bundle(chat_pair: Directories, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX bundle of `chat_pair`."""
     return export(tmp_path_factory.mktemp("chat") / "bundle", *chat_pair, "onnx")
+
+
+@pytest.fixture(scope="session")
+def documents(request: pytest.FixtureRequest) -> tuple[list[str], list[str]]:
+    """The texts that the built-in pair was trained on, and those that were held out: reading them takes seconds."""
+    return kept_documents(request.config.cache.mkdir("texts"))
+
+
+@pytest.fixture
+def few_held_out_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `parity` and `report` compare on every fourth of the held-out texts."""
+    real = stages.token_texts
+
+    def few(*arguments: Any, **options: Any) -> TokenTexts:
+        texts = real(*arguments, **options)
+        return replace(texts, texts=texts.texts[::4], kinds=texts.kinds[::4])
+
+    monkeypatch.setattr(stages, "token_texts", few)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,4 +1,4 @@
-"""Traces and bundles that tests make once and keep in pytest's cache directory, named by what they depend on.
+"""Traces, bundles and texts that tests make once and keep in pytest's cache directory, named by what they depend on.
 
 Exports are reproducible to the byte, so a kept one is what a new one would be. A fresh checkout has none. What no test
 has used for a week is deleted; `pytest --cache-clear` deletes all of it.
@@ -7,6 +7,7 @@ has used for a week is deleted; `pytest --cache-clear` deletes all of it.
 import ast
 import hashlib
 import inspect
+import json
 import platform
 import shutil
 import time
@@ -22,6 +23,7 @@ from filelock import FileLock
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from exporter.demo import corpus
 from exporter.graphs.spec import GraphSpec
 from exporter.modeling.layers import Ops
 
@@ -71,6 +73,17 @@ def kept_bundle(directory: Path, make: Callable[[Path], object], *facts: object)
         if missing:
             make(path)
     return path
+
+
+def kept_documents(directory: Path) -> tuple[list[str], list[str]]:
+    """Return `exporter.demo.corpus.documents()`, whose texts depend on that module and on the version of Python."""
+    path = directory / f"{_digest(_code(Path(corpus.__file__)), platform.python_version())}.json"
+    with kept(path) as missing:
+        if missing:
+            (part := path.with_suffix(".part")).write_text(json.dumps(corpus.documents()))
+            part.rename(path)
+    training, held_out = json.loads(path.read_text())
+    return training, held_out
 
 
 def keeping_traces(trace_graph: TraceGraph, directory: Path) -> TraceGraph:

@@ -32,10 +32,10 @@ from runtime_ref.streaming import Decoder, open_decoder
 from tests.conftest import Directories
 from tests.edges import VALUES, spoilt
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 fuzz = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=FIXTURES, derandomize=EXAMPLES <= 60, database=None
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=FIXTURES, derandomize=EXAMPLES <= 25, database=None
 )
 
 

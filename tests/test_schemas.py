@@ -21,7 +21,7 @@ from tests.handmade import FEATURES, handmade
 
 DIRECTORY = Path(__file__).parents[1] / "docs" / "schemas"
 MANIFEST_SCHEMA = schemas()[f"manifest-{FORMAT_VERSION}.schema.json"]
-MUTATIONS = int(os.environ.get("FUZZ_EXAMPLES", "500"))
+MUTATIONS = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 
 
 def test_files_are_those_of_the_forms() -> None:

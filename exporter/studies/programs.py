@@ -6,11 +6,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 import torch
-from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import export
 
-from exporter.graphs.executorch import delegate, emit
 from exporter.graphs.onnx import OPSET
 from runtime_ref.quiet import EXECUTORCH_LOGGERS, quiet
 
@@ -28,6 +26,10 @@ def lowered(module: nn.Module, *examples: Tensor) -> Run:
         A function that runs the module on inputs like the examples.
     """
     with quiet(*EXECUTORCH_LOGGERS):
+        from executorch.runtime import Runtime  # seconds, which `converted` need not take
+
+        from exporter.graphs.executorch import delegate, emit
+
         program = Runtime.get().load_program(
             emit(delegate({"forward": export(module.eval(), examples, strict=False)})).buffer
         )

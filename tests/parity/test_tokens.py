@@ -44,7 +44,7 @@ def test_built_in_pair_equals_reference_in_no_more_passes(
     tokenizer = TextTokenizer(bundle("demo"), engine.manifest)
     text = " ".join(topics["assert"].split()) + " " + " ".join(topics["del"].split())
     rounds = passes = accepted = 0
-    for length in (1, 6, 20, 90, 130, 180):
+    for length in (1, 20, 90, 180):
         prompt = tokenizer.encode(text)[:length]
         expected, reference_passes = reference_greedy(reference, prompt, 60, sorted(engine.manifest.eos), assistant, 4)
         stats = Stats()

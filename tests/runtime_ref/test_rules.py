@@ -82,8 +82,8 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
         processors.insert(0, SequenceBiasLogitsProcessor(biases))
     processors.append(SuppressTokensLogitsProcessor(sorted(rules.suppressed)))
     beyond = 0
-    for i in range(400):
-        row = i % len(engine.all_logits)
+    for i in range(400 if name in BEYOND else 150):
+        row = i
         scores, counts = torch.tensor(engine.all_logits[row])[None].double(), Counter(answer)
         for processor in processors:
             scores = processor(torch.tensor([[*PROMPT, *answer]]), scores)
@@ -98,9 +98,10 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     assert beyond or name not in BEYOND
 
 
+@pytest.mark.parametrize("budget", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rules", EACH_RULE.values(), ids=EACH_RULE)
-def test_ten_thousand_sampled_tokens_are_those_of_plain_decoding(rules: Rules) -> None:
-    engine, budget = HashedEngine(VOCAB), 10_000
+def test_sampled_tokens_are_those_of_plain_decoding(rules: Rules, budget: int) -> None:
+    engine = HashedEngine(VOCAB)
     plain, _ = run(engine, Options(budget, 0, SAMPLED, rules))
     assert len(plain) == budget
     assert not rules.suppressed & set(plain)
@@ -108,8 +109,8 @@ def test_ten_thousand_sampled_tokens_are_those_of_plain_decoding(rules: Rules) -
     speculative, stats = run(engine, Options(budget, 5, SAMPLED, rules))
     assert speculative == plain
     assert stats.acceptance_rate is not None and 0.1 < stats.acceptance_rate < 0.9
-    planned, _ = run(engine, Options(1000, None, SAMPLED, rules), DraftLength(8, Costs(8)))
-    assert planned == plain[:1000]
+    planned, _ = run(engine, Options(budget // 10, None, SAMPLED, rules), DraftLength(8, Costs(8)))
+    assert planned == plain[: budget // 10]
     if rules != Rules():
         assert plain[:500] != run(engine, Options(500, 0, SAMPLED))[0]
 

@@ -23,6 +23,7 @@ from runtime_ref.stats import Stats
 from tests.conftest import Run
 
 Bundle = Callable[..., Path]
+in_one_process = pytest.mark.xdist_group("bench")  # which measures the document once
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,7 @@ def test_number_of_turns_is_between_min_and_max() -> None:
     assert len(in_turns(calls, 60.0, max_turns=5)["b"]) == 5
 
 
+@in_one_process
 def test_document(document: dict[str, Any], bundle: Bundle) -> None:
     manifest = read_manifest(bundle("e2b"))
     assert json.loads(json.dumps(document)) == document
@@ -90,6 +92,7 @@ def test_document(document: dict[str, Any], bundle: Bundle) -> None:
     assert [row["acceptance"] for row in document["speedup"]] == [0.3, 0.5, 0.7, 0.9] * 2
 
 
+@in_one_process
 def test_load_is_measured_in_a_process_of_its_own(document: dict[str, Any]) -> None:
     load = document["load"]
     assert load["seconds"]["min"] > 0
@@ -103,6 +106,7 @@ def test_load_is_measured_in_a_process_of_its_own(document: dict[str, Any]) -> N
         assert resident["generated"]["anonymous"]["total_bytes"] >= resident["loaded"]["anonymous"]["total_bytes"]
 
 
+@in_one_process
 def test_generation_is_measured_at_the_first_context(document: dict[str, Any]) -> None:
     generation = document["generation"]
     assert (generation["context"], generation["acceptance"], generation["same_tokens"]) == (20, 0.7, True)
@@ -172,6 +176,7 @@ def test_contexts_that_do_not_fit_are_left_out(bundle: Bundle) -> None:
         fitting_contexts(path, replace(manifest, max_seq_len=40), (), warnings.append)
 
 
+@in_one_process
 def test_tables(document: dict[str, Any]) -> None:
     titles = [str(table.title) for table in bench_tables(document)]
     assert len(titles) == 4

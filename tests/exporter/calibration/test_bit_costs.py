@@ -61,7 +61,7 @@ def untied(pair_dirs: Pairs, tmp_path: Path, name: str = "e2b") -> tuple[Path, P
 def test_costs_are_those_of_recipes_that_round_one_class(name: str, pair_dirs: Pairs, tmp_path: Path) -> None:
     """The divergence is that of the whole target with the stored weights of such a recipe."""
     own_head = name == "untied"
-    pair, texts = open_pair(*(untied(pair_dirs, tmp_path) if own_head else pair_dirs(name))), random_texts(0)
+    pair, texts = open_pair(*(untied(pair_dirs, tmp_path) if own_head else pair_dirs(name))), random_texts(0, 3)
     costs, positions = measure_costs(pair, load_backend("onnx"), texts, None)
     assert [(cost.matrices, cost.width) for cost in costs] == candidates(own_head)
     assert positions == texts.num_tokens

@@ -19,7 +19,6 @@ from exporter.calibration.calibrate import calibrate
 from exporter.checkpoint.pair import Pair, open_pair
 from exporter.checkpoint.tensors import IntegerReader
 from exporter.demo import PAIR
-from exporter.demo.corpus import documents
 from exporter.graphs.tables import PER_LAYER
 from exporter.modeling.target import empty_kv
 from exporter.parity.quality import kl_divergence, logits_after
@@ -65,11 +64,11 @@ def off_its_grid(source: Path, output: Path) -> tuple[Path, Path]:
     return output / "target", output / "drafter"
 
 
-def test_a_trained_pair_keeps_more_of_what_it_says(tmp_path: Path) -> None:
+def test_a_trained_pair_keeps_more_of_what_it_says(documents: tuple[list[str], list[str]], tmp_path: Path) -> None:
     """Calibrated on texts of its kind, it diverges less on others; PLE in 3 bits, which stays as it is, has a part."""
     pair = open_pair(*off_its_grid(PAIR, tmp_path / "pair"))
     tokenizer = TextTokenizer(pair.target_checkpoint.directory, pair.tokens)
-    encoded = [tokenizer.encode(text)[:48] for text in documents()[1] if len(text) > 250]
+    encoded = [tokenizer.encode(text)[:48] for text in documents[1] if len(text) > 250]
     texts, others = TokenTexts(tuple(map(tuple, encoded[:40])), "documentation"), encoded[40:55]
     calibrated = calibrate(pair, RECIPES["int4"], Scales(), texts, tmp_path / "steps")
     exact = Reference(pair, RECIPES["fp32"]).target()

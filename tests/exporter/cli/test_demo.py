@@ -43,6 +43,7 @@ def test_the_example_job_is_a_workflow(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.usefixtures("few_held_out_texts")
 def test_the_example_job_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert JOB is not None
 

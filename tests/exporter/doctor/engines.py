@@ -10,7 +10,7 @@ from runtime_ref.graph_engine import BoundGraph, GraphEngine
 from runtime_ref.manifest import read_manifest
 from tests.conftest import Directories
 
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 STATE, ROWS, WINDOW = "state after the final norm", "KV rows", "sliding window"
 SOFTCAP, HEAD, KV = "softcap in the drafter", "clusters of the head", "precision of the KV cache"
 

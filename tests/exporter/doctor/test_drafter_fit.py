@@ -16,6 +16,7 @@ from exporter.parity.reference import Reference
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.costs import Costs
 from runtime_ref.errors import InputError
+from runtime_ref.graph_engine import GraphEngine
 from runtime_ref.manifest import read_manifest
 from tests.conftest import Run
 from tests.exporter.checkpoint.forms import edit_json, edit_tensors
@@ -59,13 +60,14 @@ def test_a_target_that_was_led_away_from_its_drafter(bundle: Bundle, pair_dirs: 
     pair, manifest = open_pair(tuned, drafter), read_manifest(bundle("demo"))
     beginnings = [[manifest.bos, token] for token in range(300, 308)]
 
-    def study(pair: Pair) -> Study:
-        study = Study(Reference(pair, RECIPES["fp32"]).engine(manifest), pair)
+    def study(pair: Pair, engine: GraphEngine) -> Study:
+        study = Study(engine, pair)
         for beginning in beginnings:
             study.add(beginning, 24, is_text=True)
         return study
 
-    after, before = study(pair), study(base_pair(pair, target))
+    after = study(pair, Reference(pair, RECIPES["fp32"]).engine(manifest))
+    before = study(base_pair(pair, target), load_bundle(bundle("demo")))
     fallen, same = against_base(after, before), against_base(before, before)
     assert fallen.verdict == "finding", fallen.detail
     assert fallen.figures["gain"] > 0.05

@@ -1,4 +1,7 @@
-"""The exported program: one copy of the weights, the cache outside of it, the arithmetic delegated to XNNPACK."""
+"""The exported program: one copy of the weights, the cache outside of it, the arithmetic delegated to XNNPACK.
+
+ExecuTorch is imported where it is used: it takes seconds, also in runs that leave these tests out.
+"""
 
 import json
 import shutil
@@ -9,9 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from executorch.exir._serialize._program import deserialize_pte_binary
-from executorch.exir.schema import Tensor as PteTensor
-from executorch.runtime import Runtime
 from torch import nn
 
 from exporter.bundle.export import ExportOptions, export_bundle
@@ -33,6 +33,8 @@ Pairs = Callable[[str], tuple[Path, Path]]
 
 def test_weights_are_stored_once(bundle: Callable[..., Path], pair_dirs: Pairs) -> None:
     """The program holds each weight once, also the token embedding, and neither the cache nor PLE."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
     parts = graph_parts(open_pair(*pair_dirs("odd")), RECIPES["fp32"])
     weights = sum(4 * prod(part.shapes[name]) for part in parts.values() for name in part.weights)
     file = bundle("odd", "executorch") / "model.pte"
@@ -47,6 +49,9 @@ def test_weights_are_stored_once(bundle: Callable[..., Path], pair_dirs: Pairs) 
 
 def test_drafter_head_stays_sparse(bundle: Callable[..., Path]) -> None:
     """No tensor of the method has V as a dimension; the embeddings of a cluster are one row of the head's weight."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+    from executorch.exir.schema import Tensor as PteTensor
+
     path = bundle("odd", "executorch")
     manifest = json.loads((path / "manifest.json").read_text())
     vocab_size, sizes = manifest["target"]["vocab_size"], manifest["two_stage"]
@@ -60,6 +65,8 @@ def test_drafter_head_stays_sparse(bundle: Callable[..., Path]) -> None:
 
 def test_cache_is_no_part_of_the_program(bundle: Callable[..., Path]) -> None:
     """Methods take the cache as inputs that no memory is planned for, and do not return it."""
+    from executorch.runtime import Runtime
+
     manifest = json.loads((bundle("odd", "executorch") / "manifest.json").read_text())
     program = Runtime.get().load_program(bundle("odd", "executorch") / "model.pte")
     for name, graph in manifest["graphs"].items():

@@ -137,6 +137,7 @@ def test_what_was_not_measured_fails(figures: dict[str, float | None]) -> None:
     assert (check.passed, check.detail) == (False, "not measured (at most 1 asked for)")
 
 
+@pytest.mark.usefixtures("few_held_out_texts")
 def test_a_good_bundle_passes_and_a_spoilt_one_fails(
     run: Run, bundle: Callable[..., Path], pair_dirs: Pairs, tmp_path: Path
 ) -> None:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import open_pair
-from exporter.demo.corpus import documents
 from exporter.graphs.onnx import stored_weights
 from exporter.parity.quality import measure_quality
 from exporter.parity.stages import run_parity
@@ -27,7 +26,9 @@ Pairs = Callable[[str], tuple[Path, Path]]
 Bundle = Callable[..., Path]
 
 
-def test_int4_keeps_the_built_in_pairs_choices(bundle: Bundle, pair_dirs: Pairs) -> None:
+def test_int4_keeps_the_built_in_pairs_choices(
+    bundle: Bundle, pair_dirs: Pairs, documents: tuple[list[str], list[str]]
+) -> None:
     """At least 97 % of the chosen tokens are the same, on texts that the pair was not trained on.
 
     The pair's weights lie on the grids of this recipe.
@@ -35,7 +36,7 @@ def test_int4_keeps_the_built_in_pairs_choices(bundle: Bundle, pair_dirs: Pairs)
     path = bundle("demo", "onnx", "int4")
     engine = load_engine(path, read_manifest(path), threads=1)
     tokenizer = TextTokenizer(path, engine.manifest)
-    prompts = [tokenizer.encode(text)[:60] for text in documents()[1][:9]]
+    prompts = [tokenizer.encode(text)[:60] for text in documents[1][:9]]
     quality = measure_quality(engine, open_pair(*pair_dirs("demo")), prompts, 12)
     assert quality.whole.positions > 400
     assert quality.whole.agreement >= 0.97

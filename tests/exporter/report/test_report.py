@@ -35,6 +35,7 @@ from runtime_ref.stats import Stats
 from tests.conftest import Directories, Run
 
 Bundle = Callable[..., Path]
+pytestmark = pytest.mark.xdist_group("report")  # in one process, which measures the document once
 
 SECTIONS = ["acceptance", "rounds", "speed", "costs", "sample", "recall", "memory", "parity"]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
