@@ -104,8 +104,8 @@ def generate(
     Without a prompt and --json, and with a terminal as standard input, it starts a chat, or continues each message by
     itself if the bundle has no chat template. With several prompts, --json prints a list.
     """
-    from exporter.cli.conversation import converse, system_messages
     from exporter.cli.printing import print_continuation, print_stream
+    from exporter.cli.terminal_chat import converse, system_messages
     from runtime_ref.chat import NO_TEMPLATE, Message, read_tools
 
     given = sum(source is not None for source in (prompt, prompt_file, prompt_ids))

@@ -9,8 +9,9 @@ import click
 
 from exporter.terminal import err, progress_bar
 from runtime_ref.stats import Stats
-from runtime_ref.streaming import Decoder, PrefillProgress, Stream
+from runtime_ref.streaming import Decoder
 from runtime_ref.text_parts import THOUGHT
+from runtime_ref.token_stream import PrefillProgress, Stream
 
 
 def print_stream(stream: Stream, as_text: bool = True, prompt: str = "") -> None:

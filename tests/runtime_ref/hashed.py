@@ -43,11 +43,10 @@ class HashedEngine(GraphEngine):
         super().__init__(manifest, {}, {"embed_tokens": self.head})
         self.all_logits = np.stack([self.score(state, range(vocab_size)) for state in self.states])
         self.ids = np.argsort(-self.all_logits, axis=1, kind="stable")[:, :NUM_LOGITS]
-        self.text: list[int] = []
 
     def run_target(self, tokens: Sequence[int], rows: Sequence[int]) -> list[np.ndarray]:
-        self.text[self.position :] = tokens
-        at = [self.row(self.text[: self.position + row + 1]) for row in rows]
+        text = [*self.cache.tokens, *tokens]
+        at = [self.row(text[: self.position + row + 1]) for row in rows]
         return [np.take_along_axis(self.all_logits[at], self.ids[at], 1), self.ids[at], self.states[at]]
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:

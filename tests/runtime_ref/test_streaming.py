@@ -16,8 +16,9 @@ from exporter.demo import PAIR
 from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
 from runtime_ref.sampling import MAX_TOP_K
-from runtime_ref.streaming import Decoder, Stream, open_decoder
+from runtime_ref.streaming import Decoder, open_decoder
 from runtime_ref.text_stream import TextStream
+from runtime_ref.token_stream import Stream
 from tests.pairs import load_reference
 
 PAGE = Path(__file__).parents[2] / "runtime_ref" / "README.md"
