@@ -1,15 +1,17 @@
 """A conversation with an open bundle: what one of several keeps for itself."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from runtime_ref.arguments import callback, flag, stop_strings, token_ids
+from runtime_ref.arguments import callback, file_path, flag, stop_strings, token_ids
 from runtime_ref.cache import Cache
 from runtime_ref.chat import NO_TEMPLATE, Message, Tool
 from runtime_ref.decoder import check_prompt
 from runtime_ref.errors import InputError
+from runtime_ref.session_file import Session, save_session
 from runtime_ref.stream_options import read_grammars, read_options, read_parts, read_rules, read_sampling
 from runtime_ref.token_stream import PrefillProgress, Stream
 from runtime_ref.tokenizer import TOKENIZER
@@ -28,16 +30,18 @@ class Conversation:
         decoder: the open bundle.
         cache: keys and values, and the tokens that they belong to.
         current: the newest stream; None before the first.
+        messages: of a chat, for `save`, as an application sets them; an opened session's. Nothing else reads them.
     """
 
-    def __init__(self, decoder: "Decoder", cache: Cache) -> None:
+    def __init__(self, decoder: "Decoder", cache: Cache, messages: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Begin a conversation; applications call `Decoder.conversation`.
 
         Args:
             decoder: the open bundle.
             cache: of its manifest.
+            messages: those of a chat so far.
         """
-        self.decoder, self.cache = decoder, cache
+        self.decoder, self.cache, self.messages = decoder, cache, messages
         self.current: Stream | None = None
         self._reuse = True
 
@@ -175,6 +179,22 @@ class Conversation:
     def forget(self) -> None:
         """Let the next prompt be run as a whole, whatever it shares with the last text."""
         self._reuse = False
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Save the conversation for `Decoder.open_session`, as a whole or not at all; passes wait meanwhile.
+
+        Saved are the tokens in the KV cache, their keys and values, what the planner has learned, and `messages`. The
+        newest token of an answer is not in the cache yet; the next prompt has it, and runs it.
+
+        Args:
+            file: the session file; an existing one is replaced.
+
+        Raises:
+            InputError: the file cannot be written, or the messages are not JSON.
+            RuntimeError: the decoder was closed.
+        """
+        with self.decoder.turns.turn():
+            save_session(file_path(file), Session(self.cache, self.decoder.planner.as_dict(), self.messages))
 
     def begin(self, prompt: Sequence[int]) -> int:
         """Return how many of a prompt's first tokens are in the cache already; called when the prompt is about to run.

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from runtime_ref.arguments import directory, integer, text
+from runtime_ref.arguments import directory, file_path, integer, text
 from runtime_ref.cache import Cache
 from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate, Message, open_template
 from runtime_ref.conversation import Conversation
@@ -17,6 +17,7 @@ from runtime_ref.draft_length import DraftLength
 from runtime_ref.engine import Engine, open_engine
 from runtime_ref.grammar import Vocabulary
 from runtime_ref.manifest import Progress
+from runtime_ref.session_file import malformed, open_session
 from runtime_ref.token_stream import Stream
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 from runtime_ref.turns import Turns
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 class Decoder:
     """An open bundle, which generates texts, one at a time in each conversation.
 
-    `stream`, `chat` and `forget` are those of its own conversation; `conversation` begins others. `close`, or the end
+    `stream`, `chat` and `forget` are those of its own conversation; `conversation` begins others, and `open_session`
+    goes on with saved ones. `close`, or the end
     of a `with` block, frees the graphs.
 
     Attributes:
@@ -89,6 +91,32 @@ class Decoder:
         """
         self.turns.check_open()
         return Conversation(self, Cache(self.engine.manifest))
+
+    def open_session(self, file: str | os.PathLike[str]) -> Conversation:
+        """Open a conversation that `Conversation.save` saved with this bundle; it goes on as if it had not been closed.
+
+        Its keys and values are mapped into memory and read from the file as they are needed; the file stays as it is.
+        What the planner had learned counts if this decoder's has learned nothing yet.
+
+        Args:
+            file: the session file. It may be replaced while the conversation goes on, but not changed in place.
+
+        Raises:
+            InputError: it is no session file, incomplete, malformed, of another version, or of another bundle.
+            RuntimeError: the decoder was closed.
+        """
+        self.turns.check_open()
+        path = file_path(file)
+        session = open_session(path, self.engine.manifest)
+        with self.turns.turn():
+            try:
+                read = DraftLength(self.engine.manifest.max_draft_tokens, self.planner.costs)
+                read.restore(session.planner)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise malformed(path, error) from error
+            if self.planner.is_new:
+                self.planner.restore(session.planner)
+        return Conversation(self, session.cache, session.messages)
 
     def close(self) -> None:
         """Free the graphs, after the pass that is running; later calls do nothing.
