@@ -36,7 +36,7 @@ def test_saved_and_opened_at_any_time(seed: int, tmp_path: Path) -> None:
     for turn in range(12):
         new = random.integers(0, VOCAB, random.integers(1, 120)).tolist()
         prompt = [*text[: len(text) if random.random() < 0.8 else random.integers(0, len(text) + 1)], *new][:900]
-        count, drafts = int(random.integers(1, 40)), [None, 0, 3, 7][random.integers(4)]
+        count, drafts = int(random.integers(1, 40)), [0, 3, 7][random.integers(3)]  # None goes by measured times
         streams = [
             one.stream(prompt, max_new_tokens=40, num_draft_tokens=drafts) for one in (conversation, never_closed)
         ]
@@ -45,9 +45,8 @@ def test_saved_and_opened_at_any_time(seed: int, tmp_path: Path) -> None:
                 next(stream)
         text = [*prompt, *continuation(prompt, count)]
         assert [*streams[0].prompt, *streams[0].tokens] == text
-        if drafts is not None:  # otherwise by measured times, which differ
-            assert conversation.cache.tokens == never_closed.cache.tokens
-            assert streams[0].stats.reused_tokens == streams[1].stats.reused_tokens
+        assert conversation.cache.tokens == never_closed.cache.tokens
+        assert streams[0].stats.reused_tokens == streams[1].stats.reused_tokens
         if random.random() < 0.7:
             conversation.save(file)
             content, before = file.read_bytes(), conversation.cache
