@@ -35,11 +35,11 @@ def decoder(bundle: Callable[[str], Path], tmp_path: Path) -> Decoder:
 def test_examples_run(bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(bundle("demo"), tmp_path / "bundle")
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 12
+    assert len(BLOCKS) == 14
     names: dict[str, object] = {}
     for block in BLOCKS:
         exec(compile(block, PAGE.name, "exec"), names)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.costs.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.costs.json", "chat.session"]
 
 
 @pytest.mark.parametrize("drafts", [0, 3, None])
