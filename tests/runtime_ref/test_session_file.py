@@ -123,12 +123,24 @@ def test_sizes_at_the_edges(tokens: int, tmp_path: Path) -> None:
     assert [token.id for token in conversation.stream(prompt, max_new_tokens=9)] == continuation(prompt, 9)
 
 
+def test_a_text_that_was_thrown_away_after_its_window_moved(tmp_path: Path) -> None:
+    """As after Ctrl-C in the first chunk of another prompt: nothing is valid, and the next text begins at 0."""
+    conversation = fake_decoder().conversation()
+    list(conversation.stream([1] * 300, max_new_tokens=2))
+    conversation.cache.roll_back(0)
+    assert conversation.cache.window_start > 0
+    conversation.save(tmp_path / "session")
+    opened = fake_decoder().open_session(tmp_path / "session")
+    assert (opened.position, opened.cache.window_start, opened.num_bytes) == (0, 0, 0)
+    assert [token.id for token in opened.stream([1, 2], max_new_tokens=5)] == continuation([1, 2], 5)
+
+
 def test_buffers_of_other_dtypes_and_layouts(tmp_path: Path) -> None:
     """float32 is ahead of float16, so that each begins at a multiple of its item size, whatever the sizes are."""
     rows_first = ("rows", "num_key_value_heads", "head_dim")
     kv = (
         KVBuffer("a", 0, "sliding_attention", 1, 3, "float16"),
-        KVBuffer("b", 1, "full_attention", 3, 1, "float16", rows_first),
+        KVBuffer("b", 1, "full_attention", 2, 1, "float16", rows_first),
         KVBuffer("c", 2, "full_attention", 2, 5),
     )
     limits = {"cache_rows": 301, "window_rows": 301}
