@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from runtime_ref.cache import Cache
@@ -22,7 +20,6 @@ from runtime_ref.errors import InputError
 from runtime_ref.manifest import KVBuffer
 from runtime_ref.session_file import Session, open_session, save_session
 from runtime_ref.streaming import Decoder, open_decoder
-from tests.edges import spoilt
 from tests.runtime_ref.fake_graphs import MAX_DRAFTS, VOCAB, continuation, fake_decoder
 
 
@@ -316,44 +313,6 @@ def test_no_file(path: str, message: str, tmp_path: Path) -> None:
         fake_decoder().conversation().save(tmp_path / "none" / "b")
     assert [*tmp_path.iterdir()] == []
 
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_spoilt_files(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Other bytes of the header, other values in it, or another length: one line, or a session with as many tokens."""
-    if not SPOILT:
-        SPOILT.append(saved(tmp_path_factory.mktemp("spoilt")))
-        SPOILT.append(SPOILT[0].read_bytes())
-    file, content = SPOILT
-    size = int.from_bytes(content[:8], "little")
-    header = content[8 : 8 + size].rstrip()
-    kind = data.draw(st.sampled_from(["byte", "length", "value", "text"]))
-    if kind == "byte":
-        at = data.draw(st.integers(0, 7 + len(header)))
-        content = content[:at] + bytes([data.draw(st.integers(0, 255))]) + content[at + 1 :]
-    elif kind == "length":
-        content = content[: data.draw(st.integers(0, len(content)))]
-    else:
-        document = json.loads(header)
-        if kind == "value":
-            document = data.draw(spoilt(document))
-        else:
-            name = data.draw(st.sampled_from(["planner", "messages"]))
-            value = data.draw(spoilt(json.loads(document["__metadata__"][name])))
-            document["__metadata__"][name] = json.dumps(value)
-        text = json.dumps(document).encode()
-        text += b" " * (size - len(text))
-        content = len(text).to_bytes(8, "little") + text + content[8 + size :]
-    file.write_bytes(content)
-    try:
-        conversation = fake_decoder().open_session(file)
-    except InputError as error:
-        assert "\n" not in str(error) and str(file) in str(error)
-    else:
-        assert conversation.position == 300
-
-
-SPOILT: list[Any] = []
 
 KILLED = """
 import os, sys
