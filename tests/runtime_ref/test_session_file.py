@@ -250,6 +250,9 @@ def in_tensor(name: str, **values: Any) -> Callable[[dict[str, Any]], object]:
         (in_tensor("tokens", dtype="I64"), "tensor tokens"),
         (in_tensor("tokens", shape=[1001]), "there are 1001 tokens, the bundle's context has 1000"),
         (in_tensor("tokens", shape=[]), "malformed"),
+        (in_tensor("tokens", shape=3), "malformed"),
+        (in_tensor("full", data_offsets=None), "malformed"),
+        (in_metadata(messages="[" * 100_000), "malformed .maximum recursion"),
         (without("tokens"), "'tokens' is missing"),
     ],
 )
