@@ -97,7 +97,20 @@ def _exit_code_and_line(error: Exception) -> tuple[int, str]:
 
 # Versions of the documents that commands print with `--json`. A new key keeps the version, other changes raise it.
 SCHEMA_VERSIONS = dict.fromkeys(
-    ("export", "generate", "parity", "inspect", "bench", "cluster", "doctor", "recipe", "report", "synthetic"), 1
+    (
+        "export",
+        "generate",
+        "prefill",
+        "parity",
+        "inspect",
+        "bench",
+        "cluster",
+        "doctor",
+        "recipe",
+        "report",
+        "synthetic",
+    ),
+    1,
 )
 
 

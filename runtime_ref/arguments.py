@@ -149,6 +149,21 @@ def directory(path: Any) -> Path:
         raise InputError(f"{_shown(path)}: expected the path of a bundle's directory") from None
 
 
+def file_path(path: Any) -> Path:
+    """Return a file's path.
+
+    Args:
+        path: a text or a path.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        return Path(os.fsdecode(path))
+    except TypeError:
+        raise InputError(f"{_shown(path)}: expected the path of a file") from None
+
+
 def text(name: str, value: Any) -> str:
     """Return a text.
 

@@ -22,6 +22,7 @@ class Cache:
             rows, and cut off before a pass that overwrites them, so that they are right whatever ends a pass early.
         window_start: the position that row 0 of sliding layers' buffers holds.
         buffers: by name, of the manifest's layout and dtype; another mapping whenever one of them is another array.
+        state: [1, E] float32, the target's of the newest token of a text that goes on, from which drafting starts.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -34,11 +35,17 @@ class Cache:
         self.tokens: list[int] = []
         self.window_start = 0
         self.buffers: Mapping[str, np.ndarray] = {kv.name: allocate(kv, 0) for kv in manifest.kv}
+        self.state = np.zeros((1, manifest.hidden_size), np.float32)
 
     @property
     def position(self) -> int:
         """How many rows are valid, and so the position of the next token."""
         return len(self.tokens)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers, those of rows that are not valid yet among them."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
 
     def roll_back(self, position: int) -> None:
         """Keep only the rows before a position.

@@ -7,6 +7,7 @@ is measured. Both are estimated while text is generated, so nobody has to know t
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from runtime_ref.costs import DRAFTER, Costs
 
@@ -23,6 +24,8 @@ PRIOR_ACCEPTANCE, PRIOR_OBSERVATIONS = 0.9, 2.0
 # What drafting may lose against plain decoding: a fraction of the tokens, and passes at the start. Passes that it saved
 # may be lost again, up to a maximum.
 LOSS_PASSES_PER_TOKEN, INITIAL_LOSS_PASSES, MAX_SAVED_PASSES = 0.01, 2.0, 16.0
+
+MAX_SAVED = 1e6  # no number that was learned is larger: counts fade, and losses are bounded
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,31 @@ class AcceptanceEstimate:
                 self._accepted[i][position] += 1
             if accepted < drafted:
                 self._rejected[i][accepted] += 1
+        self._estimate()
+
+    def as_dict(self) -> dict[str, list]:
+        """Return what was observed, by half-life: `accepted` and `rejected` by position of the draft, and `scores`."""
+        accepted, rejected = ([list(counts) for counts in table] for table in (self._accepted, self._rejected))
+        return {"accepted": accepted, "rejected": rejected, "scores": list(self._scores)}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take over what was observed before.
+
+        Args:
+            saved: what `as_dict` returned.
+
+        Raises:
+            ValueError: a number is out of its range, or there are more or fewer than here. KeyError or TypeError are
+                raised for a document of another form.
+        """
+        accepted, rejected = (
+            [[_number(count, 0) for count in counts] for counts in saved[name]] for name in ("accepted", "rejected")
+        )
+        scores = [-_number(-score, 0) for score in saved["scores"]]
+        sizes = [len(counts) for counts in (*accepted, *rejected)]
+        if sizes != [len(counts) for counts in (*self._accepted, *self._rejected)] or len(scores) != len(self._scores):
+            raise ValueError("acceptance has other sizes")
+        self._accepted, self._rejected, self._scores = accepted, rejected, scores
         self._estimate()
 
     def _estimate(self) -> None:
@@ -162,6 +190,32 @@ class DraftLength:
         self._loss_passes += cost - tokens * (1 + LOSS_PASSES_PER_TOKEN)
         self._loss_passes = max(self._loss_passes, -MAX_SAVED_PASSES)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it has learned nothing yet."""
+        return not self._sources and self._loss_passes == -INITIAL_LOSS_PASSES
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what it has learned, apart from the costs, which are a device's."""
+        sources = {source: estimate.as_dict() for source, estimate in sorted(self._sources.items())}
+        return {"loss_passes": self._loss_passes, "sources": sources}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take over what was learned before, in place of what this has learned.
+
+        Args:
+            saved: what `as_dict` returned.
+
+        Raises:
+            ValueError: a number is out of its range, or sizes are those of another K. KeyError, TypeError or
+                AttributeError are raised for a document of another form.
+        """
+        loss, sources = _number(saved["loss_passes"], -MAX_SAVED_PASSES), {}
+        for source, estimate in saved["sources"].items():
+            sources[source] = AcceptanceEstimate(self._max_drafts)
+            sources[source].restore(estimate)
+        self._loss_passes, self._sources = loss, sources
+
     def _affordable(self, source: str, drafts: int) -> bool:
         """Whether the loss stays within the allowance even if no draft is accepted."""
         return self._loss_passes + self.costs.relative(source, drafts) - 1 <= 0
@@ -170,3 +224,12 @@ class DraftLength:
         if source not in self._sources:
             self._sources[source] = AcceptanceEstimate(self._max_drafts)
         return self._sources[source]
+
+
+def _number(value: Any, smallest: float) -> float:
+    """A saved number in its range; Python's `float` would take texts as well."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r:.20} is not a number")
+    if not smallest <= value <= MAX_SAVED:
+        raise ValueError(f"{value!r:.20} is out of range")
+    return float(value)

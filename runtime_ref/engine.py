@@ -22,11 +22,12 @@ GRAPH_MODULES = {"onnx": "runtime_ref.graphs_onnx", "executorch": "runtime_ref.g
 
 
 class Engine(Protocol):
-    """A loaded bundle: its graphs, the KV cache, and the state that drafting starts from.
+    """A loaded bundle: its graphs, and the KV cache that they run over.
 
     Attributes:
         manifest: the bundle's.
-        cache: the KV cache. The newest token of a text is not in it yet.
+        cache: the KV cache, with the state that drafting starts from. The newest token of a text is not in it yet.
+            Another of the same bundle may take its place between two passes.
     """
 
     manifest: Manifest
@@ -86,6 +87,10 @@ class Engine(Protocol):
         Returns:
             [n] float32, after the softcap.
         """
+        ...
+
+    def close(self) -> None:
+        """Free what the bundle takes in memory; nothing can be run afterwards."""
         ...
 
 

@@ -51,7 +51,7 @@ class GraphEngine:
 
     Attributes:
         manifest: the bundle's.
-        cache: what the graphs read and write; another of the same bundle may take its place between two texts.
+        cache: what the graphs read and write; another of the same bundle may take its place between two passes.
         graphs: `target` and `drafter`.
         tables: `EMBEDDING`, [V, E]; `PER_LAYER`, [V, layers * P], unless the model has no PLE; `HEAD`, [V, E], if the
             head is not the embedding.
@@ -70,7 +70,6 @@ class GraphEngine:
         self.manifest = manifest
         self.cache = Cache(manifest)
         self.graphs, self.tables = graphs, tables
-        self._state = np.zeros((1, manifest.hidden_size), np.float32)
         self._bound: Mapping[str, np.ndarray] | None = None  # the buffers that the graphs use
 
     @property
@@ -115,7 +114,7 @@ class GraphEngine:
         accepted, tokens = accept(drafts, choices())
         # Rejected rows need no clearing: they are masked, and overwritten by the next pass.
         self.cache.tokens += drafts[:accepted]
-        self._state = states[accepted : accepted + 1]
+        self.cache.state = states[accepted : accepted + 1].copy()  # of a pass after which other caches may be used
         return Round(drafts, accepted, tokens, logprobs)
 
     def score(self, state: np.ndarray, ids: Sequence[int]) -> np.ndarray:
@@ -129,7 +128,7 @@ class GraphEngine:
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
         """Return draft tokens after the newest token, as `Engine.draft`."""
-        token, state, drafts = last, self._state, []
+        token, state, drafts = last, self.cache.state, []
         for _ in range(num_draft_tokens):
             token, state = self.draft_step(token, state)
             drafts.append(token)
@@ -188,6 +187,11 @@ class GraphEngine:
         outputs = self.run_target(tokens, rows)
         self.cache.tokens += tokens
         return outputs
+
+    def close(self) -> None:
+        """Free graphs, tables and the cache, as `Engine.close`."""
+        self.graphs, self.tables, self._bound = {}, {}, None
+        self.cache = Cache(self.manifest)
 
     def _bind(self) -> None:
         """Let the graphs use the cache's buffers, if they do not yet: they were moved, or it is another cache."""

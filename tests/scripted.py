@@ -31,6 +31,7 @@ class Script:
             parts=tokens.parts,
             kv=(),
             sliding_window=1,
+            hidden_size=1,
         )
         self.cache, self._script = Cache(self.manifest), iter(script)
 

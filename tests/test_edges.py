@@ -31,6 +31,7 @@ from runtime_ref.manifest import MANIFEST, read_manifest
 from runtime_ref.streaming import Decoder, open_decoder
 from tests.conftest import Directories
 from tests.edges import VALUES, spoilt
+from tests.runtime_ref.fake_graphs import fake_decoder
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -225,3 +226,42 @@ MESSAGE = st.fixed_dictionaries(
 def test_chats_of_any_messages(messages: Any, decoder: Decoder) -> None:
     with one_line():
         next(decoder.chat(messages), None)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A session of 300 tokens, past a sliding window, with a message and what the planner has learned."""
+    file, decoder = tmp_path_factory.mktemp("session") / "session", fake_decoder()
+    conversation = decoder.conversation()
+    list(conversation.stream([3] * 290, max_new_tokens=11))
+    decoder.planner.learn("drafter", 4, 2)
+    conversation.messages = [{"role": "user", "content": "a"}]
+    conversation.save(file)
+    return file, file.read_bytes()
+
+
+@fuzz
+@given(data=st.data())
+def test_spoilt_sessions(data: st.DataObject, session: tuple[Path, bytes]) -> None:
+    """Other bytes of the header, other values in it, or another length: one line, or a session with as many tokens."""
+    file, content = session
+    size = int.from_bytes(content[:8], "little")
+    document = json.loads(content[8 : 8 + size])
+    way = data.draw(st.sampled_from(["byte", "length", "header", "planner", "messages"]))
+    if way == "byte":
+        at = data.draw(st.integers(0, 7 + len(content[8 : 8 + size].rstrip())))
+        content = content[:at] + bytes([data.draw(st.integers(0, 255))]) + content[at + 1 :]
+    elif way == "length":
+        content = content[: data.draw(st.integers(0, len(content)))]
+    else:
+        if way == "header":
+            document = data.draw(spoilt(document))
+        else:
+            texts = document["__metadata__"]
+            texts[way] = dump(data.draw(spoilt(json.loads(texts[way])))).decode()
+        header = dump(document).ljust(size)
+        content = len(header).to_bytes(8, "little") + header + content[8 + size :]
+    with replaced(file, content), one_line():
+        conversation = fake_decoder().open_session(file)
+        assert conversation.position == 300
+        conversation.save(file)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runtime_ref import decoder as decoder_module
-from runtime_ref import streaming
+from runtime_ref import streaming, token_stream
 from runtime_ref.chat import CHAT_TEMPLATE, open_template
 from runtime_ref.costs import Costs
 from runtime_ref.draft_length import DraftLength
@@ -64,7 +64,7 @@ def in_python(bundle: Path, requests: list[dict[str, Any]], monkeypatch: pytest.
                 rounds.append({"drafts": list(done.drafts), "accepted": done.accepted, "tokens": done.tokens})
                 yield done
 
-        monkeypatch.setattr(streaming, "rounds", recorded)
+        monkeypatch.setattr(token_stream, "rounds", recorded)
         options = {key: text[key] for key in OPTIONS}
         biases = {int(token): bias for token, bias in text["logit_bias"].items()}
         chats = isinstance(text["prompt"][:1], list) and isinstance(text["prompt"][0], dict)

@@ -110,11 +110,11 @@ class ForcedEngine(GraphEngine):
         """
         if self._start is not None and self._start[:2] == (list(tokens), self.cache.window_start):
             self.cache.roll_back(len(tokens))
-            self._state = self._start[3]
+            self.cache.state = self._start[3]
             return self._start[2]
         first = super().prefill(tokens, sampling, start, go_on)
         if first.tokens:  # it was not stopped
-            self._start = (list(tokens), self.cache.window_start, first, self._state)
+            self._start = (list(tokens), self.cache.window_start, first, self.cache.state)
         return first
 
     def forget(self) -> None:

@@ -30,13 +30,14 @@ def demo(output: Path, backend: str) -> None:
 
     pair = open_pair(PAIR / "target", PAIR / "drafter")
     run_export(pair, output, ExportOptions(backend, RECIPES["fp32"], max_seq_len=512, force=True))
-    decoder, prompts = open_bundle(output), []
-    for text in PROMPTS:
-        click.echo()
-        print_continuation(decoder, stream := decoder.stream(text, max_new_tokens=96))
-        prompts.append(stream.prompt)
+    prompts = []
+    # Parity opens the bundle with one thread, and ExecuTorch has one thread pool for a process.
+    with open_bundle(output) as decoder:
+        for text in PROMPTS:
+            click.echo()
+            print_continuation(decoder, stream := decoder.stream(text, max_new_tokens=96))
+            prompts.append(stream.prompt)
     click.echo()
-    del decoder, stream  # parity opens the bundle with one thread, and ExecuTorch has one thread pool for a process
     checks, _ = check_parity(output, pair, prompts, 64, Gate())
     out.print(parity_table(checks))
     out.print(f"The bundle is in {output}. Next: gemma-mtp-export generate {output} --prompt 'Return the'")

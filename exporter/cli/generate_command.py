@@ -9,6 +9,7 @@ import click
 
 from exporter.cli.options import PATH, DraftTokens, bundle_argument, json_option, prompt_ids_option, utf8_text
 from exporter.cli.rule_options import FROM_CHECKPOINT, rule_options, rules_of
+from exporter.files import check_file
 from exporter.terminal import err, print_json, progress_bar
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
@@ -75,6 +76,12 @@ if TYPE_CHECKING:
     help="Sample from this number of most probable tokens, 1 to 64.",
     show_default=FROM_CHECKPOINT,
 )
+@click.option(
+    "--session",
+    type=PATH,
+    help="File that the conversation goes on from, if it exists, and that it is saved in; what a prompt shares with it "
+    "is not run again.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Seed of sampling.")
 @rule_options
 @click.option("--verify", is_flag=True, help="Check every file of the bundle, not only those that may have changed.")
@@ -96,6 +103,7 @@ def generate(
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
+    session: Path | None,
     seed: int,
     verify: bool,
     as_json: bool,
@@ -104,10 +112,11 @@ def generate(
     """Generate text with a bundle: continue a prompt, or chat.
 
     Without a prompt and --json, and with a terminal as standard input, it starts a chat, or continues each message by
-    itself if the bundle has no chat template. With several prompts, --json prints a list.
+    itself if the bundle has no chat template. With several prompts, --json prints a list. With --session, a chat goes
+    on with the messages that the file has.
     """
-    from exporter.cli.conversation import converse, system_messages
     from exporter.cli.printing import print_continuation, print_stream
+    from exporter.cli.terminal_chat import converse, open_conversation, system_messages
     from runtime_ref.chat import NO_TEMPLATE, Message, read_tools
 
     given = sum(source is not None for source in (prompt, prompt_file, prompt_ids))
@@ -122,14 +131,21 @@ def generate(
     if given_of_chats and not chat and not interactive:
         raise click.UsageError(f"{given_of_chats[0]} goes with --chat")
     if prompt_ids is None and not interactive:
-        prompt = _read_prompt(prompt, prompt_file)
+        prompt = read_prompt(prompt, prompt_file)
     if strict_tools and tools is None:
         raise click.UsageError("--strict-tools goes with --tools")
+    prompts: list[Any] = [prompt] if prompt_ids is None else list(read_prompt_ids(prompt_ids))
+    if session is not None:
+        if len(prompts) > 1:
+            raise click.UsageError(f"--session goes with one prompt, {prompt_ids} has {len(prompts)}")
+        check_file(session, force=True)
     decoder = open_bundle(bundle, verify)
     if (chat or given_of_chats) and decoder.template is None:
         option = "--chat" if chat else given_of_chats[0]
         raise InputError(f"{bundle}: {NO_TEMPLATE.replace('--chat', option)}")
     start, functions = system_messages(decoder, system), read_tools(tools) if tools else None
+    conversation = None if session is None else open_conversation(decoder, session, system)
+    texts = conversation or decoder
     chat_options: dict[str, Any] = {"tools": functions, "strict_tools": strict_tools, "thinking": thinking}
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -142,29 +158,42 @@ def generate(
         **rules_of(rules),
     }
     if interactive:
-        converse(decoder, options, system, chat_options)
+        try:
+            converse(decoder, options, system, chat_options, conversation)
+        finally:
+            if conversation is not None and session is not None:
+                conversation.save(session)
         return
-    prompts: list[Any] = [prompt] if prompt_ids is None else list(read_prompt_ids(prompt_ids))
     results = []
     for item in prompts:
         decoder.forget()  # so that every prompt of a file is measured from its first token on
-        messages: list[Message] = [*start, {"role": "user", "content": item}]
-        stream = decoder.chat(messages, **chat_options, **options) if chat else decoder.stream(item, **options)
+        earlier = start if conversation is None else conversation.messages or start
+        messages: list[Message] = [*earlier, {"role": "user", "content": item}]
+        stream = texts.chat(messages, **chat_options, **options) if chat else texts.stream(item, **options)
         if not as_json:
             print_stream(stream) if chat else print_continuation(decoder, stream)
-            continue
         for _ in stream:
             pass
+        if conversation is not None and session is not None:
+            conversation.messages = [*messages, stream.message] if chat else None
+            conversation.save(session)
+        if not as_json:
+            continue
         text = stream.text if decoder.tokenizer else None
         calls = [asdict(call) for call in stream.calls]
         parts = {"text": text, "thought": stream.thought, "tool_calls": calls}
-        results.append({"tokens": stream.tokens, **parts, **stream.stats.as_dict()})
+        saved = {} if session is None else {"session": str(session)}
+        results.append({"tokens": stream.tokens, **parts, **stream.stats.as_dict(), **saved})
     if as_json:
         print_json("generate", results[0] if len(results) == 1 else results)
 
 
-def _read_prompt(prompt: str | None, file: Path | None) -> str:
+def read_prompt(prompt: str | None, file: Path | None) -> str:
     """Return the text to continue, from the command line, standard input or a file.
+
+    Args:
+        prompt: the text; `-` for standard input.
+        file: a file with the text; None for none.
 
     Raises:
         InputError: the file cannot be read, or the text is not UTF-8, or empty.

@@ -112,7 +112,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
     "generate": (
         {
             "tokens": [size],
-            **keys(str, "thought? finish_reason"),
+            **keys(str, "thought? finish_reason session?"),
             "text": (None, str),
             "tool_calls?": [{**keys(str, "id name text problem"), "arguments": {"*": object}}],
             **keys(size, "rounds drafted accepted reused_prompt_tokens"),
@@ -123,6 +123,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             **keys(number, "prefill_seconds decode_seconds"),
         },
     ),
+    "prefill": ({"session": str, **keys(size, "tokens bytes"), "seconds": number},),
     "parity": (
         {
             "passed": bool,

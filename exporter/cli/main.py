@@ -16,6 +16,7 @@ COMMANDS: Mapping[str, str] = {
     "demo": "Export the built-in pair, generate text with it, and check parity.",
     "export": "Export a target and its drafter into a bundle.",
     "generate": "Generate text with a bundle: continue a prompt, or chat.",
+    "prefill": "Run a prompt once and save it as a session, which texts that begin with it go on from.",
     "parity": "Check a bundle: files, weights, outputs of the graphs, plain and speculative tokens.",
     "report": "Measure a bundle and write an HTML page about it: drafts, speed, memory, parity.",
     "doctor": "Find out why few drafts are accepted, with an experiment for each known cause.",

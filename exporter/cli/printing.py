@@ -9,8 +9,9 @@ import click
 
 from exporter.terminal import err, progress_bar
 from runtime_ref.stats import Stats
-from runtime_ref.streaming import Decoder, PrefillProgress, Stream
+from runtime_ref.streaming import Decoder
 from runtime_ref.text_parts import THOUGHT
+from runtime_ref.token_stream import PrefillProgress, Stream
 
 
 def print_stream(stream: Stream, as_text: bool = True, prompt: str = "") -> None:
@@ -24,7 +25,7 @@ def print_stream(stream: Stream, as_text: bool = True, prompt: str = "") -> None
         as_text: whether to print text, instead of token ids.
         prompt: printed before its first token.
     """
-    with _prompt_bar() as stream.progress:
+    with prompt_bar() as stream.progress:
         first = list(itertools.islice(stream, 1))
     if prompt:  # not before: the bar erases the line that it is shown in
         click.secho(prompt, dim=True, nl=False)
@@ -58,7 +59,7 @@ def print_continuation(decoder: Decoder, stream: Stream) -> None:
 
 
 @contextlib.contextmanager
-def _prompt_bar() -> Iterator[PrefillProgress]:
+def prompt_bar() -> Iterator[PrefillProgress]:
     """Show a progress bar in the block, from the first chunk of a prompt that another follows.
 
     Yields:

@@ -43,7 +43,6 @@ class HashedEngine(GraphEngine):
         self.states = self.random.standard_normal((STATES, WIDTH)).astype(np.float32)
         super().__init__(manifest, {}, {"embed_tokens": self.head})
         self.all_logits, self.ids = self._logits_and_ids(vocab_size, seed, scale)
-        self.text: list[int] = []
 
     def _logits_and_ids(self, *key: float) -> tuple[np.ndarray, np.ndarray]:
         """The logits of every state, and its largest; kept, since tests make the same engine many times."""
@@ -55,8 +54,8 @@ class HashedEngine(GraphEngine):
         return MADE[key]
 
     def run_target(self, tokens: Sequence[int], rows: Sequence[int]) -> list[np.ndarray]:
-        self.text[self.position :] = tokens
-        at = [self.row(self.text[: self.position + row + 1]) for row in rows]
+        text = [*self.cache.tokens, *tokens]
+        at = [self.row(text[: self.position + row + 1]) for row in rows]
         return [np.take_along_axis(self.all_logits[at], self.ids[at], 1), self.ids[at], self.states[at]]
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType, SimpleNamespace
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -12,100 +12,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from runtime_ref.cache import CACHE_STEP_ROWS, Cache, allocate
-from runtime_ref.graph_engine import GraphEngine
-from runtime_ref.manifest import SLIDE_ROWS, KVBuffer, round_up, window_rows
+from runtime_ref.cache import Cache, allocate
+from runtime_ref.manifest import SLIDE_ROWS, KVBuffer
 from runtime_ref.sampling import Sampling
+from tests.runtime_ref.fake_graphs import MAX_DRAFTS, VOCAB, WINDOW, continuation, fake_engine
 
-VOCAB, WINDOW, PASS_TOKENS, MAX_DRAFTS = 17, 5, 8, 7
 # Tokens after which the sliding buffer may begin a step later than before.
 KEPT_AT_A_MOVE = st.sampled_from([SLIDE_ROWS * steps + WINDOW + more for steps in (1, 2, 3) for more in range(-3, 4)])
-LATER_STEP = -1.0  # the fake drafter's state after its first step
-
-
-def fingerprint(text: Sequence[int]) -> int:
-    value = 7
-    for token in text:
-        value = (value * 31 + token + 1) % 1_000_003
-    return value
-
-
-def continuation(text: Sequence[int], count: int) -> list[int]:
-    """The tokens that plain decoding gives after a text."""
-    whole = list(text)
-    for _ in range(count):
-        whole.append(fingerprint(whole) % VOCAB)
-    return whole[len(text) :]
-
-
-class FakeTarget:
-    """Its next token is a hash of every row that a full layer sees; its state as well."""
-
-    interrupted = False
-
-    def bind(self, cache: Mapping[str, np.ndarray]) -> None:
-        self.cache = cache
-
-    def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
-        position, start = int(inputs["position"][0]), int(inputs["window_start"][0])
-        assert start % SLIDE_ROWS == 0
-        end = position + len(inputs["embedded"])
-        for name, first in (("full", 0), ("sliding", start)):
-            assert 0 <= position - first < end - first <= self.cache[name].shape[1]
-            self.cache[name][0, position - first : end - first] = inputs["embedded"] - 9 * self.interrupted
-        if self.interrupted:
-            raise KeyboardInterrupt
-        texts = [seen(self.cache, position + int(row), start, WINDOW) for row in inputs["output_rows"]]
-        chosen = [fingerprint(text) % VOCAB for text in texts]
-        logits = np.tile(np.array([3, 1], np.float32), (len(texts), 1))
-        states = np.array([[fingerprint(text)] for text in texts], np.float32)
-        return [logits, np.array([[token, (token + 1) % VOCAB] for token in chosen]), states]
-
-
-class FakeDrafter:
-    """It always drafts 0, and expects the target's state of the last row that it sees, later the state that it gave."""
-
-    first_step = True
-
-    def bind(self, cache: Mapping[str, np.ndarray]) -> None:
-        self.cache = cache
-
-    def run(self, **inputs: np.ndarray) -> list[np.ndarray]:
-        text = seen(self.cache, int(inputs["position"][0]) - 1, int(inputs["window_start"][0]), WINDOW + 1)
-        assert inputs["state"] == (fingerprint(text) if self.first_step else LATER_STEP)
-        self.first_step = False
-        return [np.array([0]), np.full((1, 1), LATER_STEP)]
-
-
-def seen(cache: Mapping[str, np.ndarray], last: int, start: int, window: int) -> list[int]:
-    """The text that a full layer sees up to a position; a sliding layer sees the end of the same text."""
-    first = max(0, last - window + 1)
-    assert first >= start
-    full, sliding = cache["full"][0, : last + 1, 0], cache["sliding"][0, first - start : last + 1 - start, 0]
-    assert np.array_equal(full[first:], sliding)
-    return full.astype(int).tolist()
-
-
-class Rows:
-    def __getitem__(self, ids: Sequence[int]) -> np.ndarray:
-        return np.array(ids, np.float32)[:, None]
-
-
-def fake_engine(max_seq_len: int, row_multiple: int = 1) -> GraphEngine:
-    cache_rows = round_up(max_seq_len + 3, CACHE_STEP_ROWS)
-    limits = {"num_tokens": PASS_TOKENS, "num_outputs": MAX_DRAFTS + 1, "cache_rows": cache_rows}
-    limits["window_rows"] = min(cache_rows, window_rows(WINDOW, PASS_TOKENS))
-    kv = KVBuffer("full", 0, "full_attention", 1, 1), KVBuffer("sliding", 1, "sliding_attention", 1, 1)
-    manifest: Any = SimpleNamespace(
-        max_seq_len=max_seq_len,
-        hidden_size=1,
-        sliding_window=WINDOW,
-        row_multiple=row_multiple,
-        limits=limits,
-        kv=kv,
-    )
-    tables = {"embed_tokens": Rows(), "embed_tokens_per_layer": Rows()}
-    return GraphEngine(manifest, {"target": FakeTarget(), "drafter": FakeDrafter()}, tables)
 
 
 def short_of_memory(left: int) -> Callable[[KVBuffer, int], np.ndarray]:
@@ -132,7 +45,7 @@ class CacheMachine(RuleBasedStateMachine):
     def load(self, max_seq_len: int, row_multiple: int) -> None:
         self.engine = fake_engine(max_seq_len, row_multiple)
         graphs: Any = self.engine.graphs
-        self.target, self.drafter = graphs["target"], graphs["drafter"]
+        self.target = graphs["target"]
         self.text, self.other, self.answered = [], ([], Cache(self.engine.manifest)), False
 
     # A list of tokens as a strategy is rarely long.
@@ -183,7 +96,6 @@ class CacheMachine(RuleBasedStateMachine):
         count = min(count, self.engine.manifest.max_seq_len - len(self.text) - 1)
         right = min(right, count)
         expected = continuation(self.text, right + 1)
-        self.drafter.first_step = True
         drafts = self.engine.draft(self.text[-1], count)
         drafts[:right] = expected[:right]
         if right < count:

@@ -13,7 +13,8 @@ import pytest
 from runtime_ref.costs import Costs
 from runtime_ref.draft_length import DraftLength
 from runtime_ref.sampling import Sampling
-from runtime_ref.streaming import Decoder, Stream, open_decoder
+from runtime_ref.streaming import Decoder, open_decoder
+from runtime_ref.token_stream import Stream
 from tests.runtime_ref.hashed import HashedEngine
 
 VOCAB, CHUNK = 97, 4

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from runtime_ref.chat import ChatTemplate, open_template
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
-from runtime_ref.streaming import Decoder, Stream, open_decoder
+from runtime_ref.streaming import Decoder, open_decoder
+from runtime_ref.token_stream import Stream
 from runtime_ref.tokenizer import TextTokenizer
 from tests.chats import END_OF_TURN, TURN, with_template
 from tests.conftest import Directories

@@ -16,7 +16,7 @@ from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens
 from exporter.checkpoint.template_parts import call_form, call_marks
 from runtime_ref.chat import ChatTemplate, open_template, read_tools
 from runtime_ref.errors import InputError
-from runtime_ref.streaming import Stream
+from runtime_ref.token_stream import Stream
 from runtime_ref.tokenizer import TextTokenizer
 from runtime_ref.tool_calls import ToolCall, read_call
 from tests.chats import MARK, TALKING, TEMPLATE, WEATHER, save_talking
@@ -179,7 +179,7 @@ def test_a_thought_that_the_prompt_begins(answer: Any) -> None:
 
 def test_a_call_counts_once_it_ends(answer: Any) -> None:
     stream, _ = answer("a", max_new_tokens=1)
-    tokens = stream._decoder.tokenizer.encode("<|tool_call>call:a{}<tool_call|>")[1:]
+    tokens = stream._conversation.decoder.tokenizer.encode("<|tool_call>call:a{}<tool_call|>")[1:]
     stream.stats.finish_reason = ""  # as while it is generated
     counts = []
     for token in tokens:

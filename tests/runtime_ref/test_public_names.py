@@ -9,7 +9,18 @@ from pathlib import Path
 
 import runtime_ref
 
-NAMES = {"open_decoder", "Decoder", "Stream", "Token", "ToolCall", "Stats", "Sampling", "InputError", "CheckError"}
+NAMES = {
+    "open_decoder",
+    "Decoder",
+    "Conversation",
+    "Stream",
+    "Token",
+    "ToolCall",
+    "Stats",
+    "Sampling",
+    "InputError",
+    "CheckError",
+}
 README = (Path(runtime_ref.__file__).parent / "README.md").read_text(encoding="utf-8")
 RUNTIMES = {"torch", "onnxruntime", "executorch"}
 TEXT_LIBRARIES = {"tokenizers", "jinja2"}

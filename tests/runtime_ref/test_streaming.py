@@ -16,8 +16,9 @@ from exporter.demo import PAIR
 from runtime_ref.acceptance import Round
 from runtime_ref.errors import InputError
 from runtime_ref.sampling import MAX_TOP_K
-from runtime_ref.streaming import Decoder, Stream, open_decoder
+from runtime_ref.streaming import Decoder, open_decoder
 from runtime_ref.text_stream import TextStream
+from runtime_ref.token_stream import Stream
 from tests.pairs import load_reference
 
 PAGE = Path(__file__).parents[2] / "runtime_ref" / "README.md"
@@ -34,11 +35,11 @@ def decoder(bundle: Callable[[str], Path], tmp_path: Path) -> Decoder:
 def test_examples_run(bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(bundle("demo"), tmp_path / "bundle")
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 12
+    assert len(BLOCKS) == 14
     names: dict[str, object] = {}
     for block in BLOCKS:
         exec(compile(block, PAGE.name, "exec"), names)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.device"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.device", "chat.session"]
 
 
 @pytest.mark.parametrize("drafts", [0, 3, None])

@@ -25,7 +25,7 @@ from rich.console import Console
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.checkpoint.pair import open_pair
 from exporter.checkpoint.side_files import chat_template
-from exporter.cli.conversation import converse
+from exporter.cli.terminal_chat import converse
 from exporter.quantization.recipes import RECIPES
 from runtime_ref.engine import open_engine
 from runtime_ref.errors import InputError
@@ -336,7 +336,7 @@ main()
 WAITING = """
 import os
 from runtime_ref.graph_engine import GraphEngine
-from runtime_ref.streaming import Stream
+from runtime_ref.token_stream import Stream
 verify, cancel, passes, (stopped, stop) = GraphEngine.verify, Stream.cancel, [], os.pipe()
 def waiting(*arguments):
     passes.append(arguments)

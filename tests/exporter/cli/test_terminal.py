@@ -19,7 +19,7 @@ COMMAND = Path(sys.executable).parent / "gemma-mtp-export"
 
 
 def test_an_unexpected_error_is_one_line_with_a_code_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Path) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("no such\nthing")
 
     monkeypatch.setattr(generate_command, "open_bundle", broken)

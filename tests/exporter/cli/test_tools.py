@@ -10,7 +10,7 @@ import pytest
 
 from exporter.checkpoint.special_tokens import special_tokens
 from exporter.cli import generate_command
-from exporter.cli.conversation import converse
+from exporter.cli.terminal_chat import converse
 from runtime_ref.chat import open_template
 from runtime_ref.errors import InputError
 from runtime_ref.streaming import Decoder

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 from exporter.cli.printing import print_stream
 from exporter.terminal import err
 from runtime_ref.chat import Message
+from runtime_ref.conversation import Conversation
 from runtime_ref.errors import InputError
 from runtime_ref.streaming import Decoder
 from runtime_ref.tokenizer import TOKENIZER
@@ -43,11 +45,31 @@ def system_messages(decoder: Decoder, system: str | None) -> list[Message]:
     return start
 
 
+def open_conversation(decoder: Decoder, session: Path, system: str | None) -> Conversation:
+    """Return the conversation of a session file, or an empty one if there is no such file.
+
+    Args:
+        decoder: an open bundle.
+        session: the file.
+        system: the system prompt that was asked for; None for none.
+
+    Raises:
+        InputError: as `Decoder.open_session`, or there is a system prompt and the session has messages.
+    """
+    if not session.exists():
+        return decoder.conversation()
+    conversation = decoder.open_session(session)
+    if system is not None and conversation.messages:
+        raise InputError(f"{session}: has a chat already; leave out --system, or choose another file")
+    return conversation
+
+
 def converse(
     decoder: Decoder,
     options: dict[str, Any],
     system: str | None = None,
     chat_options: Mapping[str, Any] = MappingProxyType({}),
+    conversation: Conversation | None = None,
 ) -> None:
     """Answer messages from the terminal until the user leaves.
 
@@ -59,6 +81,7 @@ def converse(
         options: keyword arguments of `Decoder.stream`.
         system: the conversation's system prompt, which needs a chat template; None for none.
         chat_options: those of `Decoder.chat`: tools, whose answers the user types, and thinking.
+        conversation: goes on from its messages and gets those that follow; None for the decoder's own, from the start.
 
     Raises:
         InputError: the bundle has no tokenizer.
@@ -68,7 +91,10 @@ def converse(
     _edit_lines()
     err.print(CHAT_GREETING if decoder.template else LINES_GREETING, style="dim")
     start = system_messages(decoder, system)
-    messages = start
+    texts = conversation or decoder
+    messages = [*conversation.messages] if conversation is not None and conversation.messages else start
+    if decoder.template and len(messages) > len(start):
+        err.print(f"The conversation goes on after {len(messages)} messages.", style="dim")
     all_options = {**options, **(chat_options if decoder.template else {})}
     hint = LEAVING_HINT  # shown at the first Ctrl-C only
     while True:
@@ -82,11 +108,15 @@ def converse(
             elif command == "/system" and decoder.template:
                 messages = start = system_messages(decoder, argument or None)
             elif line.strip():
-                answered = _answered(decoder, [*messages, {"role": "user", "content": line}], all_options)
+                answered = _answered(
+                    texts, decoder.template is not None, [*messages, {"role": "user", "content": line}], all_options
+                )
                 if decoder.template and answered is None:
                     err.print(NOT_ANSWERED, style="dim")
                 elif decoder.template and answered:
                     messages = answered
+            if conversation is not None and decoder.template:
+                conversation.messages = messages
         except InputError as error:
             err.print(f"error: {error}{', or start over with /new' if messages else ''}")
         except EOFError:
@@ -120,7 +150,9 @@ def _read_message() -> str:
     return message
 
 
-def _answered(decoder: Decoder, asked: list[Message], options: dict[str, Any]) -> list[Message] | None:
+def _answered(
+    texts: Decoder | Conversation, chat: bool, asked: list[Message], options: dict[str, Any]
+) -> list[Message] | None:
     """Return the conversation up to the answer to its last message; None if it was stopped before the answer began.
 
     Between the two are calls of tools, and what these answer.
@@ -128,9 +160,8 @@ def _answered(decoder: Decoder, asked: list[Message], options: dict[str, Any]) -
     Raises:
         InputError: it cannot be answered.
     """
-    chat = decoder.template is not None
     while asked[-1]["role"] != "assistant":
-        stream = decoder.chat(asked, **options) if chat else decoder.stream(asked[-1]["content"], **options)
+        stream = texts.chat(asked, **options) if chat else texts.stream(asked[-1]["content"], **options)
         with _interrupts_to(stream.cancel):
             print_stream(stream)
         if not stream.tokens:

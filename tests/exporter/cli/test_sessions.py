@@ -1,0 +1,160 @@
+"""`generate --session` and `prefill`: conversations that are kept in files."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from exporter.cli import generate_command
+from runtime_ref.streaming import open_decoder
+from tests.conftest import Run
+
+PROMPT = "Return the value of the "
+
+
+def generated(run: Run, *arguments: object) -> dict[str, Any]:
+    code, printed, error = run("generate", *arguments, "--max-new-tokens", 8, "--json")
+    assert code == 0, error
+    return json.loads(printed)
+
+
+def test_a_text_goes_on_from_its_session(run: Run, bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    session = tmp_path / "session"
+    first = generated(run, bundle("demo"), "--prompt", PROMPT, "--session", session)
+    assert first["session"] == str(session)
+    tokens = load_file(session)["tokens"].tolist()
+    assert tokens[-7:] == first["tokens"][:7]
+    (tmp_path / "ids").write_text(json.dumps([*tokens, first["tokens"][-1], 77, 78]))
+    again = generated(run, bundle("demo"), "--prompt-ids", tmp_path / "ids", "--session", session)
+    alone = generated(run, bundle("demo"), "--prompt-ids", tmp_path / "ids")
+    assert again["tokens"] == alone["tokens"]
+    assert (again["reused_prompt_tokens"], alone["reused_prompt_tokens"]) == (len(tokens), 0)
+    assert "session" not in alone
+    assert load_file(session)["tokens"].tolist()[: len(tokens)] == tokens
+
+
+def test_a_chat_goes_on_from_its_session(run: Run, chat_bundle: Path, tmp_path: Path) -> None:
+    chat = chat_bundle, "--chat", "--session", tmp_path / "session"
+    first = generated(run, *chat, "--prompt", "Return the")
+    second = generated(run, *chat, "--prompt", "And the other one")
+    messages = [
+        {"role": "user", "content": "Return the"},
+        {"role": "assistant", "content": first["text"]},
+        {"role": "user", "content": "And the other one"},
+    ]
+    with open_decoder(chat_bundle, threads=1) as decoder:
+        assert [token.id for token in decoder.chat(messages, max_new_tokens=8)] == second["tokens"]
+        conversation = decoder.open_session(tmp_path / "session")
+        assert conversation.messages == [*messages, {"role": "assistant", "content": second["text"]}]
+    assert second["reused_prompt_tokens"] > 5
+    code, printed, error = run("generate", *chat, "--system", "Be brief.", "--prompt", "a")
+    assert (code, printed) == (2, "")
+    assert error.endswith("has a chat already; leave out --system, or choose another file\n")
+
+
+def test_a_chat_on_a_terminal_is_saved_when_it_ends(
+    run: Run, chat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["Return the", EOFError])
+
+    def line(_: str) -> str:
+        if isinstance(typed := next(lines), str):
+            return typed
+        raise typed
+
+    def chat() -> Any:
+        assert run("generate", chat_bundle, "--session", tmp_path / "session", "--max-new-tokens", 4)[0] == 0
+        with open_decoder(chat_bundle, threads=1) as decoder:
+            return decoder.open_session(tmp_path / "session").messages
+
+    monkeypatch.setattr("builtins.input", line)
+    monkeypatch.setattr(generate_command.sys.stdin, "isatty", lambda: True, raising=False)
+    first = chat()
+    assert [message["role"] for message in first] == ["user", "assistant"]
+    lines = iter(["More", "/quit"])
+    assert [message["content"] for message in chat()[:3]] == [*(message["content"] for message in first), "More"]
+    lines = iter([EOFError])
+    assert len(chat()) == 4
+    lines = iter(["/new", EOFError])
+    assert chat() == []
+
+
+def test_prefill_of_a_text(run: Run, bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """All tokens of the prompt are in the file; what follows it is run alone."""
+    session = tmp_path / "session"
+    command = "prefill", bundle("demo"), "--prompt", PROMPT * 30, "--output", session
+    code, printed, error = run(*command, "--json")
+    assert code == 0, error
+    document = json.loads(printed)
+    with open_decoder(bundle("demo"), threads=1) as decoder:
+        assert decoder.tokenizer is not None
+        tokens = decoder.tokenizer.encode(PROMPT * 30)
+    assert load_file(session)["tokens"].tolist() == tokens
+    assert (document["session"], document["tokens"], document["bytes"]) == (
+        str(session),
+        len(tokens),
+        session.stat().st_size,
+    )
+    (tmp_path / "ids").write_text(json.dumps([*tokens, 77]))
+    again = generated(run, bundle("demo"), "--prompt-ids", tmp_path / "ids", "--session", session)
+    assert again["reused_prompt_tokens"] == len(tokens)
+    code, _, error = run(*command)
+    assert code == 2 and "exists already" in error
+    code, printed, _ = run(*command, "--force")
+    assert code == 0 and f"{len(tokens)} tokens, run in" in printed
+    assert load_file(session)["tokens"].tolist() == tokens
+
+
+def test_prefill_of_a_chat(run: Run, chat_bundle: Path, tmp_path: Path) -> None:
+    """What is in the file is reused, whatever the first message of the user is."""
+    session = tmp_path / "session"
+    code, printed, error = run(
+        "prefill", chat_bundle, "--prompt", "Return the shortest answer.", "--chat", "--output", session, "--json"
+    )
+    assert code == 0, error
+    tokens = json.loads(printed)["tokens"]
+    content = session.read_bytes()
+    for message in ("Return", "0", "é", "Why?"):
+        session.write_bytes(content)
+        answer = generated(run, chat_bundle, "--chat", "--prompt", message, "--session", session)
+        asked = "--chat", "--prompt", message, "--system", "Return the shortest answer."
+        assert answer["tokens"] == generated(run, chat_bundle, *asked)["tokens"]
+        assert answer["reused_prompt_tokens"] >= tokens - 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prefill", "B", "--output", "s"), "give one of --prompt"),
+        (("prefill", "B", "--prompt", "a", "--output", "none/s"), "its directory is missing"),
+        (("prefill", "B", "--prompt-ids", "ids", "--output", "s"), "has 2 prompts, expected one"),
+        (("prefill", "B", "--prompt-ids", "ids", "--chat", "--output", "s"), "--chat cannot be used"),
+        (
+            ("prefill", "B", "--prompt", "a", "--thinking", "--output", "s"),
+            "--thinking or --no-thinking goes with --chat",
+        ),
+        (("prefill", "B", "--prompt", "a", "--chat", "--output", "s"), "no chat template|has no chat_template"),
+        (("generate", "B", "--prompt-ids", "ids", "--session", "s"), "--session goes with one prompt"),
+        (("generate", "B", "--prompt", "a", "--session", "none/s"), "its directory is missing"),
+        (("generate", "B", "--prompt", "a", "--session", "ids"), "not a session file"),
+        (("generate", "B", "--prompt", "a", "--session", "."), "exists and is not a file"),
+    ],
+)
+def test_errors(
+    arguments: tuple[str, ...],
+    message: str,
+    run: Run,
+    bundle: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ids").write_text("[[1, 2], [3]]")
+    code, printed, error = run(*(str(bundle("demo")) if word == "B" else word for word in arguments))
+    assert (code, printed, error.count("\n")) == (2, "", 1), error
+    assert re.search(message, error), error
+    assert [path.name for path in tmp_path.iterdir()] == ["ids"]
