@@ -103,6 +103,8 @@ def test_kotlin_does_what_python_does(name: str, tmp_path: Path, monkeypatch: py
     kotlin = in_kotlin(bundle, requests, tmp_path)
     python = in_python(bundle, requests, monkeypatch)
     assert compare(requests, kotlin, python) == []
+    reopened = in_kotlin(bundle, requests, tmp_path, tmp_path / "session")
+    assert compare(requests, reopened, python) == []
     # The texts cover accepted and rejected drafts of both sources, and all ways to end.
     assert 0 < sum(text["accepted"] for text in python) < sum(text["drafted"] for text in python)
     assert {source.split()[0] for text in python for source in text["sources"]} == {"drafter", "lookup"}

@@ -35,6 +35,7 @@ internal class FakeGraph(
     private var cache = emptyMap<String, Tensor>()
     @Volatile var closed = false
     @Volatile var inPass = {}
+    private val states = floats(16) // the next pass overwrites them
     var passes = 0
     var left = 0 // of the passes up to the one that spoils its rows and fails
 
@@ -93,7 +94,6 @@ internal class FakeGraph(
         val rows = inputs.getValue("output_rows").let { at -> List(at.shape[0].toInt()) { (at.data as LongBuffer).get(it).toInt() } }
         val logits = floats(rows.size * 2)
         val ids = longs(rows.size * 2)
-        val states = floats(rows.size)
         for ((i, row) in rows.withIndex()) {
             val end = position + row + 1
             val seen = List(end) { at ->

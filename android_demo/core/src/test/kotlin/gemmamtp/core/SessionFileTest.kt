@@ -107,13 +107,23 @@ class SessionFileTest {
         assertTrue(moved in 4..20, "$moved windows had moved")
     }
 
+    /** A new one, and one whose window had moved before another prompt failed. */
     @Test
     fun emptyConversationsAreSavedToo() = inTemporaryDirectory { directory ->
         val file = File(directory, "session")
-        FakeBundle(directory).decoder().conversation().save(file)
-        val opened = FakeBundle(directory).decoder().openSession(file)
-        assertEquals(listOf(0L, 900L), listOf(opened.numBytes, opened.tokensLeft.toLong()))
-        assertEquals(chosenAfter(listOf(3)), opened.stream(intArrayOf(3), Options()).next().id)
+        for (used in listOf(false, true)) {
+            val bundle = FakeBundle(directory)
+            val conversation = bundle.decoder().conversation()
+            if (used) {
+                conversation.stream(IntArray(400) { 3 }, Options(1)).next()
+                bundle.target.left = 1
+                assertFailsWith<InputError> { conversation.stream(IntArray(9) { 4 }, Options(1)).next() }
+            }
+            conversation.save(file)
+            val opened = FakeBundle(directory).decoder().openSession(file)
+            assertEquals(listOf(0L, 900L), listOf(opened.numBytes, opened.tokensLeft.toLong()))
+            assertEquals(chosenAfter(listOf(3)), opened.stream(intArrayOf(3), Options()).next().id)
+        }
     }
 
     @Test
