@@ -190,8 +190,10 @@ class DraftLength(private val maxDrafts: Int, val costs: Costs) {
 
     /** What it has learnt, as sessions keep it; costs are the device's own. */
     fun toJson() = JsonObject().apply {
-        add("estimates", JsonObject().apply { TreeMap(sources).forEach { (source, estimate) -> add(source, estimate.toJson()) } })
         addProperty("loss_passes", lossPasses)
+        val estimates = JsonObject() // in one order, so that equal estimates are equal bytes
+        TreeMap(sources).forEach { (source, estimate) -> estimates.add(source, estimate.toJson()) }
+        add("sources", estimates)
     }
 
     /**
@@ -201,14 +203,14 @@ class DraftLength(private val maxDrafts: Int, val costs: Costs) {
      */
     fun restore(saved: JsonElement) {
         require(saved is JsonObject) { "the planner is no object" }
-        val estimates = saved.get("estimates")
-        require(estimates is JsonObject) { "estimates of the planner are no object" }
+        val estimates = saved.get("sources")
+        require(estimates is JsonObject) { "sources of the planner are no object" }
         val read = estimates.entrySet().associate { (source, estimate) ->
             require(estimate is JsonObject) { "the estimate of \"$source\" is no object" }
             source to AcceptanceEstimate(maxDrafts).apply { restore(estimate) }
         }
         val loss = number(saved.get("loss_passes"), -MAX_SAVED_PASSES, MAX_SAVED, "loss_passes")
-        if (sources.isNotEmpty()) return
+        if (sources.isNotEmpty() || lossPasses != -INITIAL_LOSS_PASSES) return
         sources.putAll(read)
         lossPasses = loss
     }
@@ -235,6 +237,6 @@ private fun fill(numbers: DoubleArray, saved: JsonElement?, least: Double, most:
 
 private fun number(saved: JsonElement?, least: Double, most: Double, name: String): Double {
     val number = saved?.takeIf { it.isJsonPrimitive && it.asJsonPrimitive.isNumber }?.asString?.toDoubleOrNull()
-    require(number != null && number >= least && number <= most) { "$name is $saved, expected a number from $least to $most" }
+    require(number != null && number in least..most) { "$name is $saved, expected a number from $least to $most" }
     return number
 }

@@ -10,7 +10,6 @@ import java.io.RandomAccessFile
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
 import java.nio.channels.FileChannel
-import kotlin.text.Charsets.UTF_8
 
 private const val SESSION_FORMAT = "gemma-mtp-session"
 private const val SESSION_VERSION = 1
@@ -45,7 +44,7 @@ internal fun writeSession(file: File, manifest: Manifest, cache: Cache, planner:
         writeWhole(file) { stream ->
             val write = { bytes: ByteBuffer -> while (bytes.hasRemaining()) stream.channel.write(bytes) }
             write(ByteBuffer.wrap(header))
-            for (kv in manifest.kv) cache.write(kv, write)
+            for (kv in ordered(manifest)) cache.write(kv, write)
             write(tokens)
         }
     } catch (error: IOException) {
@@ -79,6 +78,9 @@ private fun sessionHeader(manifest: Manifest, cache: Cache, planner: DraftLength
     return bytes
 }
 
+/** The manifest's buffers as they are written: larger numbers first, so that each begins at a multiple of its numbers' size. */
+private fun ordered(manifest: Manifest) = manifest.kv.sortedByDescending { it.type.bytes }
+
 /** The file's tensors by name, in order: the manifest's buffers, then the token ids. */
 private fun tensors(manifest: Manifest, position: Int, windowStart: Int): Map<String, Stored> {
     val stored = LinkedHashMap<String, Stored>()
@@ -88,7 +90,7 @@ private fun tensors(manifest: Manifest, position: Int, windowStart: Int): Map<St
         end += shape.fold(itemBytes.toLong(), Long::times)
         stored[name] = Stored(dtype, shape, begin, end)
     }
-    for (kv in manifest.kv) {
+    for (kv in ordered(manifest)) {
         val rows = bufferRows(manifest, kv, usedRows(kv, position, windowStart))
         add(kv.name, DTYPES.getValue(kv.type), kv.shape(rows), kv.type.bytes)
     }
@@ -113,8 +115,8 @@ internal fun readSession(file: File, manifest: Manifest, planner: DraftLength): 
     } catch (error: StackOverflowError) {
         throw InputError("$file: not a session that is whole (its header is nested too deep); $REMEDY", error)
     } catch (error: RuntimeException) { // whatever is missing, of another type, or does not fit
-        val reason = if (error is IllegalArgumentException) oneLine(error) else "${error.javaClass.simpleName}: ${oneLine(error)}"
-        throw InputError("$file: not a session that is whole ($reason); $REMEDY", error)
+        val type = if (error is IllegalArgumentException) "" else "${error.javaClass.simpleName}: "
+        throw InputError("$file: not a session that is whole ($type${oneLine(error)}); $REMEDY", error)
     }
 }
 
@@ -155,12 +157,13 @@ private class SessionReader(private val file: File, private val channel: FileCha
         if (version != "$SESSION_VERSION") {
             val isNewer = WHOLE.matches(version) && version.toInt() > SESSION_VERSION
             val remedy = if (isNewer) "update the app" else REMEDY
-            throw InputError("$file: version is ${shown(entry.get("version"))}, this version reads $SESSION_VERSION; $remedy")
+            val found = shown(entry.get("version"))
+            throw InputError("$file: version is $found, this version reads $SESSION_VERSION; $remedy")
         }
         if (text("bundle") != manifest.digest) {
             throw InputError(
-                "$file: was saved with another bundle, whose manifest's sha256 is ${entry.get("bundle").toString().take(66)}, expected" +
-                    " ${manifest.digest}; run the prompt again, or open that bundle",
+                "$file: was saved with another bundle, whose manifest's sha256 is ${entry.get("bundle").toString().take(66)}," +
+                    " expected ${manifest.digest}; run the prompt again, or open that bundle",
             )
         }
         return listOf("window_start", "planner").associateWith(::text)

@@ -132,6 +132,7 @@ internal class FakeBundle(
     type: KVType = KVType.FLOAT32,
     layout: List<String> = HEADS_FIRST,
     digest: String = "",
+    fullType: KVType = type,
 ) {
     val running = AtomicInteger()
     val target = FakeGraph(true, layout[0] == "rows", running)
@@ -152,7 +153,10 @@ internal class FakeBundle(
             slidingWindow = FAKE_WINDOW,
             numTokens = numTokens,
             rowMultiple = 2,
-            kv = listOf("key_full", "key_sliding").map { KVBuffer(it, it == "key_sliding", 2, 1, type, layout) },
+            kv = listOf(
+                KVBuffer("key_full", false, 2, 1, fullType, layout),
+                KVBuffer("key_sliding", true, 2, 1, type, layout),
+            ),
             tables = listOf(EMBEDDING, PER_LAYER).associateWith { metadata },
             digest = digest,
         )

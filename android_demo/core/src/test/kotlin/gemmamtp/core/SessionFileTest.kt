@@ -76,7 +76,9 @@ class SessionFileTest {
         for (run in 0 until 24) {
             val type = KVType.values()[run % 2]
             val layout = if (run % 4 < 2) HEADS_FIRST else rowsFirst
-            val conversation = FakeBundle(directory, type = type, layout = layout).decoder().conversation()
+            val fullType = if (run % 5 == 0) KVType.FLOAT16 else type
+            fun decoder() = FakeBundle(directory, type = type, layout = layout, fullType = fullType).decoder()
+            val conversation = decoder().conversation()
             var text = emptyList<Int>()
             for (most in listOf(250, 100)) {
                 text = text + tokens(random, most)
@@ -86,10 +88,12 @@ class SessionFileTest {
             conversation.save(file)
             val saved = file.readBytes()
             assertEquals(0, (saved.size - raw(saved).data.size) % 4096)
+            val dtypes = raw(saved).header.asJsonObject.entrySet().mapNotNull { it.value.asJsonObject.get("dtype")?.asString }
+            assertEquals(dtypes.take(2).sortedDescending() + "I32", dtypes)
             checkRows(raw(saved), layout == rowsFirst)
             if (conversation.cache.windowStart > 0) moved++
 
-            val opened = FakeBundle(directory, type = type, layout = layout).decoder().openSession(file)
+            val opened = decoder().openSession(file)
             assertEquals(conversation.cache.tokens, opened.cache.tokens)
             val again = File(directory, "again")
             opened.save(again)
@@ -170,10 +174,10 @@ class SessionFileTest {
         "window_start is ²" to { obj(it, METADATA).addProperty("window_start", "²") },
         "JsonSyntaxException" to { obj(it, METADATA).addProperty("planner", "{") },
         "the planner is no object" to { obj(it, METADATA).addProperty("planner", "[]") },
-        "estimates of the planner" to { obj(it, METADATA).addProperty("planner", "{\"loss_passes\": 0}") },
-        "loss_passes is null" to { obj(it, METADATA).addProperty("planner", "{\"estimates\": {}}") },
-        "loss_passes is \"NaN\"" to { obj(it, METADATA).addProperty("planner", "{\"estimates\": {}, \"loss_passes\": NaN}") },
-        "the estimate of \"x\"" to { obj(it, METADATA).addProperty("planner", "{\"estimates\": {\"x\": 1}, \"loss_passes\": 0}") },
+        "sources of the planner" to { obj(it, METADATA).addProperty("planner", "{\"loss_passes\": 0}") },
+        "loss_passes is null" to { obj(it, METADATA).addProperty("planner", "{\"sources\": {}}") },
+        "loss_passes is \"NaN\"" to { obj(it, METADATA).addProperty("planner", "{\"sources\": {}, \"loss_passes\": NaN}") },
+        "the estimate of \"x\"" to { obj(it, METADATA).addProperty("planner", "{\"sources\": {\"x\": 1}, \"loss_passes\": 0}") },
         "accepted of an estimate is no list of 5" to { header ->
             val small = DraftLength(4, Costs(4)).apply { learn(DRAFTER, 4, 2) }
             obj(header, METADATA).addProperty("planner", small.toJson().toString())
