@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from runtime_ref.arguments import directory, file_path, integer, text
+from runtime_ref.arguments import directory, file_path, flag, integer, text
 from runtime_ref.cache import Cache
 from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate, Message, open_template
 from runtime_ref.conversation import Conversation

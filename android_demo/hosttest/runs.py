@@ -98,11 +98,14 @@ def in_python(bundle: Path, requests: list[dict[str, Any]], monkeypatch: pytest.
     return results
 
 
-def in_kotlin(bundle: Path, requests: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
-    """Generate the texts with the app's core."""
+def in_kotlin(
+    bundle: Path, requests: list[dict[str, Any]], directory: Path, session: Path | None = None
+) -> list[dict[str, Any]]:
+    """Generate the texts with the app's core; after each, save and open the conversation, if a session is given."""
     file = directory / "texts.json"
     file.write_text(json.dumps(requests))
-    done = subprocess.run(["bash", BUILD / "host", bundle, file], capture_output=True, text=True, check=False)
+    command = ["bash", BUILD / "host", bundle, file, *([session] if session else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

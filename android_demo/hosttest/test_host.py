@@ -3,6 +3,7 @@
 Run by `make android-test`, which builds the app's core and the bundles.
 """
 
+import copy
 import json
 import shutil
 from dataclasses import asdict
@@ -100,9 +101,10 @@ def texts(bundle: Path) -> list[dict[str, Any]]:
 def test_kotlin_does_what_python_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = BUILD / f"bundle-{name}"
     requests = texts(bundle)
-    kotlin = in_kotlin(bundle, requests, tmp_path)
     python = in_python(bundle, requests, monkeypatch)
-    assert compare(requests, kotlin, python) == []
+    for session in (None, tmp_path / "session"):
+        kotlin = in_kotlin(bundle, requests, tmp_path, session)
+        assert compare(requests, kotlin, copy.deepcopy(python)) == []
     # The texts cover accepted and rejected drafts of both sources, and all ways to end.
     assert 0 < sum(text["accepted"] for text in python) < sum(text["drafted"] for text in python)
     assert {source.split()[0] for text in python for source in text["sources"]} == {"drafter", "lookup"}

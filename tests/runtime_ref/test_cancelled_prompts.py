@@ -121,6 +121,16 @@ def test_forgotten_texts_are_run_again_even_if_their_stream_goes_on(after: int) 
     assert again.tokens == alone.tokens
 
 
+def test_what_is_forgotten_stays_forgotten_where_the_next_prompt_is_stopped() -> None:
+    decoder, prompt = hashed_decoder(), [2, *range(3, 20)]
+    written(decoder, prompt, 0)
+    decoder.forget()
+    stopped = decoder.stream(prompt)
+    stopped.cancel()
+    assert [*stopped] == []
+    assert written(decoder, prompt, 0).stats.reused_tokens == 0
+
+
 @pytest.mark.parametrize("way", ["cancelled", "interrupted"])
 def test_a_bundle_goes_on_from_the_last_chunk(way: str, bundle: Callable[[str], Path]) -> None:
     """Cancelled from another thread between two chunks, or by Ctrl-C in one; also past the sliding window."""

@@ -15,14 +15,16 @@ private const val CACHE_STEP_ROWS = 256
  * @param manifest of the bundle whose keys and values it holds.
  * @param allocate gives so many bytes of zeros in direct memory of native byte order: what masked rows hold is multiplied by
  *     0, so it must be a number.
- * @property windowStart the position that row 0 of sliding layers' buffers holds.
+ * @property state the target's of the newest token of the last pass, E numbers, from which drafting goes on.
+ * @property windowStart the position that row 0 of sliding layers' buffers holds; 0 while no row is valid.
  * @property tensors the buffers by name, as graphs take them; another map whenever one of them is in another place.
  */
 class Cache(private val manifest: Manifest, private val allocate: (Long) -> ByteBuffer = ::direct) {
     private val ids = ArrayList<Int>()
     private var buffers = manifest.kv.associate { it.name to CacheBuffer(it, 0, allocate) }
-    var windowStart = 0
-        private set
+    val state = floats(manifest.hiddenSize)
+    private var slidingStart = 0
+    val windowStart: Int get() = if (ids.isEmpty()) 0 else slidingStart
     var tensors = buffers.mapValues { it.value.tensor }
         private set
 
@@ -34,6 +36,9 @@ class Cache(private val manifest: Manifest, private val allocate: (Long) -> Byte
 
     /** How many rows are valid, and so the position of the next token. */
     val position: Int get() = ids.size
+
+    /** Bytes of all buffers. */
+    val numBytes: Long get() = buffers.values.sumOf { it.numBytes }
 
     /** Count these tokens as valid: a pass has written their rows from [position] on. */
     fun append(tokens: List<Int>) {
@@ -47,7 +52,7 @@ class Cache(private val manifest: Manifest, private val allocate: (Long) -> Byte
     }
 
     /** Whether it still has every row that tokens from this position on attend to. */
-    fun canResume(position: Int) = windowStart <= windowStartAt(position)
+    fun canResume(position: Int) = windowStart <= windowStartAt(manifest, position)
 
     /** How many of a prompt's first tokens need not be run again; its last token always is. */
     fun reusable(prompt: List<Int>): Int {
@@ -62,19 +67,17 @@ class Cache(private val manifest: Manifest, private val allocate: (Long) -> Byte
      */
     fun makeRoom(count: Int) {
         val windowRows = manifest.limits.getValue("window_rows")
-        var start = if (position == 0) 0 else windowStart
-        if (position + count - start > windowRows) start = windowStartAt(position)
-        val moved = if (position == 0) 0 else start - windowStart
+        var start = windowStart
+        if (position + count - start > windowRows) start = windowStartAt(manifest, position)
+        val moved = start - windowStart
         val larger = HashMap<String, CacheBuffer>()
         for (kv in manifest.kv) {
-            val used = position + count - if (kv.sliding) start else 0
-            val limit = if (kv.sliding) windowRows else manifest.limits.getValue("cache_rows")
-            if (used > buffers.getValue(kv.name).rows) {
-                larger[kv.name] = CacheBuffer(kv, minOf(roundUp(used, CACHE_STEP_ROWS), limit), allocate)
-            }
+            val used = usedRows(kv, position + count, start)
+            if (used <= buffers.getValue(kv.name).rows) continue
+            larger[kv.name] = CacheBuffer(kv, bufferRows(manifest, kv, used), allocate)
         }
         if (larger.isEmpty() && moved == 0) {
-            windowStart = start
+            slidingStart = start
             return
         }
         val all = buffers + larger
@@ -83,16 +86,43 @@ class Cache(private val manifest: Manifest, private val allocate: (Long) -> Byte
         ids.clear() // until all rows are where they belong, whatever happens here
         for (kv in manifest.kv) {
             val by = if (kv.sliding) moved else 0
-            val kept = valid.size - if (kv.sliding) start else 0
+            val kept = usedRows(kv, valid.size, start)
             if (by > 0 || kv.name in larger) all.getValue(kv.name).copy(buffers.getValue(kv.name), by, kept)
         }
         buffers = all
         tensors = allTensors
-        windowStart = start
+        slidingStart = start
         ids.addAll(valid)
     }
 
-    /** The last position at which sliding layers' buffers may begin for tokens from a position on. */
-    private fun windowStartAt(position: Int) =
-        (maxOf(0L, position - manifest.slidingWindow.toLong() - 2) / SLIDE_ROWS * SLIDE_ROWS).toInt()
+    /**
+     * Take these keys and values in place of what it holds.
+     *
+     * @param tokens whose they are.
+     * @param saved a buffer for each of the manifest's.
+     */
+    internal fun restore(tokens: List<Int>, windowStart: Int, saved: Map<String, CacheBuffer>) {
+        ids.clear()
+        buffers = saved
+        tensors = saved.mapValues { it.value.tensor }
+        slidingStart = windowStart
+        ids.addAll(tokens)
+    }
+
+    /** Write a buffer's rows as [CacheBuffer.write] does, of which only those of [tokens] are not zeros. */
+    internal fun write(kv: KVBuffer, out: (ByteBuffer) -> Unit) {
+        val used = usedRows(kv, position, windowStart)
+        buffers.getValue(kv.name).write(used, bufferRows(manifest, kv, used), out)
+    }
 }
+
+/** How many rows of a buffer belong to the tokens before [position]. */
+internal fun usedRows(kv: KVBuffer, position: Int, windowStart: Int) = position - if (kv.sliding) windowStart else 0
+
+/** Rows of a buffer that is made for [used] of them. */
+internal fun bufferRows(manifest: Manifest, kv: KVBuffer, used: Int) =
+    minOf(roundUp(used, CACHE_STEP_ROWS), manifest.limits.getValue(if (kv.sliding) "window_rows" else "cache_rows"))
+
+/** The last position at which sliding layers' buffers may begin for tokens from a position on. */
+internal fun windowStartAt(manifest: Manifest, position: Int) =
+    (maxOf(0L, position - manifest.slidingWindow.toLong() - 2) / SLIDE_ROWS * SLIDE_ROWS).toInt()

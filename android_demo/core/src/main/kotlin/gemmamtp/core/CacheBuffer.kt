@@ -19,17 +19,27 @@ internal class CacheBuffer(private val kv: KVBuffer, val rows: Int, allocate: (L
     private val rowBytes = kv.sizes.drop(kv.rowsAxis + 1).product() * kv.type.bytes
     private val bytes = allocate(blocks.toLong() * rows * rowBytes)
 
+    val numBytes get() = bytes.capacity().toLong()
+
     /** The buffer as graphs take it. */
     val tensor: Tensor
         get() {
             val data = if (kv.type == KVType.FLOAT32) bytes.asFloatBuffer() else bytes.asShortBuffer()
-            val shape = kv.sizes.mapIndexed { axis, size -> if (axis == kv.rowsAxis) rows.toLong() else size.toLong() }
-            return Tensor(data, *shape.toLongArray())
+            return Tensor(data, *kv.shape(rows).toLongArray())
         }
 
     /** Copy [count] rows of another buffer, or of this one, from its row [first] on, to the rows from 0 on. */
     fun copy(from: CacheBuffer, first: Int, count: Int) {
         for (block in 0 until blocks) part(block, 0, count).put(from.part(block, first, count)) // as memmove: they may overlap
+    }
+
+    /** Write its first [used] rows, as those of a buffer of [size] rows whose other rows are zeros. */
+    fun write(used: Int, size: Int, out: (ByteBuffer) -> Unit) {
+        val zeros = ByteBuffer.allocate((size - used) * rowBytes)
+        for (block in 0 until blocks) {
+            out(part(block, 0, used))
+            out(zeros.duplicate())
+        }
     }
 
     /** [count] rows of a block, from row [first] on. */

@@ -2,7 +2,6 @@ package gemmamtp.core
 
 import com.google.gson.JsonObject
 import java.io.File
-import java.io.FileOutputStream
 import java.io.IOException
 import java.util.TreeMap
 
@@ -150,17 +149,11 @@ fun loadCosts(file: File, manifest: Manifest, threads: Int?): Costs {
     return costs
 }
 
-/** Write costs to the file that [loadCosts] reads: to another name first, then renamed. */
+/** Write costs to the file that [loadCosts] reads, whole or not at all. */
 @Throws(IOException::class)
 fun saveCosts(costs: Costs, file: File, manifest: Manifest, threads: Int?) {
-    val aside = File(file.path + ".new")
     val text = costs.toJson().apply { add("of", identity(manifest, threads)) }.toString()
-    FileOutputStream(aside).use {
-        it.write(text.toByteArray())
-        // Else it may be empty after the battery fails, and the bundle is refused until somebody deletes it.
-        it.fd.sync()
-    }
-    if (!aside.renameTo(file)) throw IOException("$file: cannot be replaced")
+    writeWhole(file) { it.write(text.toByteArray()) }
 }
 
 /** What costs depend on besides the device, whose storage has them: threads, and the bundle, by its manifest's digest. */

@@ -1,5 +1,9 @@
 package gemmamtp.core
 
+import com.google.gson.JsonArray
+import com.google.gson.JsonElement
+import com.google.gson.JsonObject
+import java.util.TreeMap
 import kotlin.math.exp
 import kotlin.math.ln
 import kotlin.math.pow
@@ -27,6 +31,9 @@ private const val PRIOR_OBSERVATIONS = 2.0
 private const val LOSS_PASSES_PER_TOKEN = 0.01
 private const val INITIAL_LOSS_PASSES = 2.0
 private const val MAX_SAVED_PASSES = 16.0
+
+/** No count and no sum of logarithms of a saved estimate is beyond it. */
+private const val MAX_SAVED = 1e6
 
 /**
  * The drafts of the next round.
@@ -75,6 +82,23 @@ class AcceptanceEstimate(maxDrafts: Int) {
             for (position in 0 until acceptedDrafts) accepted[i][position] += 1.0
             if (ended) rejected[i][acceptedDrafts] += 1.0
         }
+        estimate()
+    }
+
+    /** The observations, as they are saved. */
+    fun toJson() = JsonObject().apply {
+        add("accepted", rows(accepted))
+        add("rejected", rows(rejected))
+        add("scores", row(scores))
+    }
+
+    /** Replace the observations by saved ones; throws IllegalArgumentException for those of another form. */
+    fun restore(saved: JsonObject) {
+        for ((key, counts) in listOf("accepted" to accepted, "rejected" to rejected)) {
+            val lists = items(saved.get(key), counts.size, key)
+            counts.indices.forEach { fill(counts[it], lists[it], 0.0, MAX_SAVED, key) }
+        }
+        fill(scores, saved.get("scores"), -MAX_SAVED, 0.0, "scores")
         estimate()
     }
 
@@ -164,8 +188,55 @@ class DraftLength(private val maxDrafts: Int, val costs: Costs) {
         lossPasses = maxOf(lossPasses, -MAX_SAVED_PASSES)
     }
 
+    /** What it has learnt, as sessions keep it; costs are the device's own. */
+    fun toJson() = JsonObject().apply {
+        addProperty("loss_passes", lossPasses)
+        val estimates = JsonObject() // in one order, so that equal estimates are equal bytes
+        TreeMap(sources).forEach { (source, estimate) -> estimates.add(source, estimate.toJson()) }
+        add("sources", estimates)
+    }
+
+    /**
+     * Go on from what another planner had learnt, unless this one has learnt something: that is newer.
+     *
+     * @param saved what [toJson] returned; for anything else IllegalArgumentException is thrown.
+     */
+    fun restore(saved: JsonElement) {
+        require(saved is JsonObject) { "the planner is no object" }
+        val estimates = saved.get("sources")
+        require(estimates is JsonObject) { "sources of the planner are no object" }
+        val read = estimates.entrySet().associate { (source, estimate) ->
+            require(estimate is JsonObject) { "the estimate of \"$source\" is no object" }
+            source to AcceptanceEstimate(maxDrafts).apply { restore(estimate) }
+        }
+        val loss = number(saved.get("loss_passes"), -MAX_SAVED_PASSES, MAX_SAVED, "loss_passes")
+        if (sources.isNotEmpty() || lossPasses != -INITIAL_LOSS_PASSES) return
+        sources.putAll(read)
+        lossPasses = loss
+    }
+
     /** Whether the loss stays within the allowance even if no draft is accepted. */
     private fun affordable(source: String, drafts: Int) = lossPasses + costs.relative(source, drafts) - 1 <= 0
 
     private fun acceptance(source: String) = sources.getOrPut(source) { AcceptanceEstimate(maxDrafts) }
+}
+
+private fun row(numbers: DoubleArray) = JsonArray().apply { numbers.forEach { add(it) } }
+
+private fun rows(numbers: Array<DoubleArray>) = JsonArray().apply { numbers.forEach { add(row(it)) } }
+
+private fun items(saved: JsonElement?, count: Int, name: String): JsonArray {
+    require(saved is JsonArray && saved.size() == count) { "$name of an estimate is no list of $count" }
+    return saved
+}
+
+private fun fill(numbers: DoubleArray, saved: JsonElement?, least: Double, most: Double, name: String) {
+    val list = items(saved, numbers.size, name)
+    numbers.indices.forEach { numbers[it] = number(list[it], least, most, name) }
+}
+
+private fun number(saved: JsonElement?, least: Double, most: Double, name: String): Double {
+    val number = saved?.takeIf { it.isJsonPrimitive && it.asJsonPrimitive.isNumber }?.asString?.toDoubleOrNull()
+    require(number != null && number in least..most) { "$name is $saved, expected a number from $least to $most" }
+    return number
 }

@@ -19,11 +19,11 @@ fun interface LoadGraphs {
     fun load(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph>
 }
 
-/** A loaded bundle: its graphs, the KV cache, and the state that drafting starts from. */
+/** A loaded bundle: its graphs, and the cache of the conversation that they run. */
 interface Engine {
     val manifest: Manifest
 
-    /** The KV cache. The newest token of a text is not in it yet. Another may take its place between two texts. */
+    /** The KV cache. The newest token of a text is not in it yet. Another may take its place between two passes. */
     var cache: Cache
 
     /**
@@ -36,7 +36,7 @@ interface Engine {
      * @param sampling chooses the token.
      * @param start how many of the tokens are in the cache already, fewer than all of them.
      * @param goOn called before the first chunk and after each with how many of the tokens are in the cache; returns whether
-     *     to go on.
+     *     to go on. Except after the last chunk, it may run other passes on other caches, if it puts this one back.
      */
     fun prefill(tokens: List<Int>, sampling: Chooser, start: Int = 0, goOn: (Int) -> Boolean = { true }): Round
 
@@ -84,7 +84,6 @@ class GraphEngine(
     private var bound: Map<String, Tensor>? = null // the buffers that the graphs use
     private val position get() = cache.position
     private val hidden = manifest.hiddenSize
-    private val state = floats(hidden)
     private val nextState = floats(hidden)
 
     // Inputs, which each pass overwrites: allocated once, for the largest pass.
@@ -116,7 +115,7 @@ class GraphEngine(
     override fun draft(last: Int, numDraftTokens: Int): List<Int> {
         val drafts = ArrayList<Int>(numDraftTokens)
         var token = last
-        var from = state
+        var from = cache.state
         bind()
         repeat(numDraftTokens) {
             // The position stays that of the newest token in every step, as it was in training.
@@ -159,7 +158,7 @@ class GraphEngine(
         // Rejected rows need no clearing: they are masked, and overwritten by the next pass.
         val accepted = tokens.lastIndex
         cache.append(drafts.take(accepted))
-        copy(outputs.states, accepted * hidden, state)
+        copy(outputs.states, accepted * hidden, cache.state)
         return Round(drafts, accepted, tokens, logprobs)
     }
 

@@ -61,6 +61,9 @@ class KVBuffer(
     /** Dimensions in order; that of the rows is 0. */
     val sizes: List<Int> =
         layout.map { mapOf("num_key_value_heads" to numKeyValueHeads, "head_dim" to headDim)[it] ?: 0 }
+
+    /** Dimensions in order, with so many rows. */
+    fun shape(rows: Int): List<Long> = sizes.mapIndexed { axis, size -> (if (axis == rowsAxis) rows else size).toLong() }
 }
 
 /** A graph: the name of its file in the bundle, and the names of its inputs and outputs, in order. */
@@ -222,7 +225,7 @@ private fun readBytes(path: File, expected: String): ByteArray =
         throw InputError("$path: cannot be read (${error.message}); expected $expected", error)
     }
 
-private fun parseJson(content: ByteArray, path: File, expected: String): JsonElement =
+internal fun parseJson(content: ByteArray, path: File, expected: String): JsonElement =
     try {
         JsonParser.parseString(String(content, StandardCharsets.UTF_8))
     } catch (error: JsonParseException) {

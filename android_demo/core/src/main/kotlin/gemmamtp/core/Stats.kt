@@ -31,7 +31,7 @@ class SourceStats {
  * @property sources counts by the source of drafts, of rounds that had drafts.
  * @property lastDrafted drafts of the newest round.
  * @property reusedTokens tokens of the prompt that were in the cache already.
- * @property prefillSeconds time of the prefill.
+ * @property prefillSeconds time of the prefill, and of what other conversations ran between its chunks.
  * @property decodeSeconds time of all rounds.
  * @property finishReason `eos`, `length`, `max_seq_len`, `stop` or `cancelled`; empty while text is generated.
  */

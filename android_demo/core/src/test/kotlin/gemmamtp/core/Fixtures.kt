@@ -18,6 +18,7 @@ fun smallManifest(
     suppressed: Set<Int> = emptySet(),
     channels: Map<String, Pair<Int, Int>> = emptyMap(),
     parts: Map<String, PartForm> = emptyMap(),
+    digest: String = "",
 ) = Manifest(
     backend = "fake",
     minRuntime = null,
@@ -50,7 +51,7 @@ fun smallManifest(
     chat = null,
     conversations = emptyList(),
     tools = null,
-    digest = "",
+    digest = digest,
 )
 
 /** Run [work] with a new directory, and remove the directory. */

@@ -151,6 +151,11 @@ class RoundsTest {
             assertEquals(plain(listOf(4, 7), 12), again.asSequence().map { it.id }.toList())
             assertEquals(reused, again.stats.reusedTokens)
         }
+        decoder.forget() // also where the next prompt is stopped at once
+        assertEquals(false, decoder.stream(intArrayOf(4, 7), Options(12, 4)).apply { cancel() }.hasNext())
+        val again = decoder.stream(intArrayOf(4, 7), Options(12, 4))
+        again.next()
+        assertEquals(0, again.stats.reusedTokens)
     }
 
     @Test

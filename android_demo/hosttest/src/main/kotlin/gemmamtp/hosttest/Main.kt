@@ -5,6 +5,7 @@ import com.google.gson.JsonElement
 import com.google.gson.JsonObject
 import com.google.gson.JsonParser
 import gemmamtp.core.Clock
+import gemmamtp.core.Conversation
 import gemmamtp.core.Costs
 import gemmamtp.core.Decoder
 import gemmamtp.core.DraftLength
@@ -25,27 +26,36 @@ import kotlin.system.exitProcess
 
 /**
  * Generates the texts that a JSON document asks for, and prints each with its rounds as JSON, for `test_host.py` to
- * compare with runtime_ref. Arguments: the bundle, and the file of the JSON document. Exit status 2 and one line for an
- * [InputError].
+ * compare with runtime_ref. Arguments: the bundle, the file of the JSON document, and optionally that of a session, which the
+ * conversation is saved in and opened from after each text. Exit status 2 and one line for an [InputError].
  */
 fun main(arguments: Array<String>) {
     val (bundle, file) = arguments.map(::File)
+    val session = arguments.getOrNull(2)?.let(::File)
     try {
-        println(write(bundle, JsonParser.parseString(file.readText()).asJsonArray))
+        println(write(bundle, JsonParser.parseString(file.readText()).asJsonArray, session))
     } catch (error: InputError) {
         System.err.println(error.message)
         exitProcess(2)
     }
 }
 
-private fun write(bundle: File, texts: JsonArray): JsonArray {
+private fun write(bundle: File, texts: JsonArray, session: File?): JsonArray {
     val manifest = readManifest(bundle)
     changedFiles(bundle, manifest).firstOrNull()?.let { throw InputError("$it: sha256 differs from the manifest's") }
     val planner = DraftLength(manifest.maxDraftTokens, Costs(manifest.maxDraftTokens, manifest.rowMultiple))
     val tokenizer = Tokenizer(bundle, manifest)
     val engine = loadEngine(bundle, manifest, Engines, threads = 1)
     return Decoder(engine, tokenizer, chatTemplate(manifest), planner, SimulatedClock()).use { decoder ->
-        JsonArray().apply { texts.forEach { add(written(decoder, it.asJsonObject)) } }
+        var conversation = decoder.conversation()
+        val results = JsonArray()
+        for (text in texts) {
+            results.add(written(conversation, text.asJsonObject))
+            if (session == null) continue
+            conversation.save(session)
+            conversation = decoder.openSession(session)
+        }
+        results
     }
 }
 
@@ -60,7 +70,7 @@ private class SimulatedClock : Clock {
     }
 }
 
-private fun written(decoder: Decoder, text: JsonObject): JsonObject {
+private fun written(conversation: Conversation, text: JsonObject): JsonObject {
     val options = Options(
         text.get("max_new_tokens").asInt,
         text.get("num_draft_tokens").takeIf { !it.isJsonNull }?.asInt,
@@ -81,9 +91,9 @@ private fun written(decoder: Decoder, text: JsonObject): JsonObject {
     val stop = text.getAsJsonArray("stop").map { it.asString }
     val prompt = text.get("prompt")
     val stream = when {
-        prompt.isJsonPrimitive -> decoder.stream(prompt.asString, options, stop)
-        prompt.asJsonArray.get(0).isJsonObject -> decoder.chat(messages(prompt), options)
-        else -> decoder.stream(prompt.asJsonArray.map { it.asInt }.toIntArray(), options, stop)
+        prompt.isJsonPrimitive -> conversation.stream(prompt.asString, options, stop)
+        prompt.asJsonArray.get(0).isJsonObject -> conversation.chat(messages(prompt), options)
+        else -> conversation.stream(prompt.asJsonArray.map { it.asInt }.toIntArray(), options, stop)
     }
     val cancelAfter = text.get("cancel_after")?.asInt
     val pieces = JsonArray()
