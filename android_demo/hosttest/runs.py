@@ -101,7 +101,7 @@ def in_python(bundle: Path, requests: list[dict[str, Any]], monkeypatch: pytest.
 def in_kotlin(
     bundle: Path, requests: list[dict[str, Any]], directory: Path, session: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Generate the texts with the app's core; after each, save and open the conversation, if a session is given."""
+    """Generate the texts with the app's core; open the session before and after each, and save it, if one is given."""
     file = directory / "texts.json"
     file.write_text(json.dumps(requests))
     command = ["bash", BUILD / "host", bundle, file, *([session] if session else [])]

@@ -17,6 +17,7 @@ from exporter.bundle.plain_chat import plain_chat
 from exporter.checkpoint.special_tokens import SpecialTokens
 from runtime_ref.chat import CHAT_TEMPLATE
 from runtime_ref.manifest import read_manifest
+from runtime_ref.streaming import open_decoder
 from runtime_ref.tokenizer import TextTokenizer
 from tests.handmade import listed_files
 
@@ -111,6 +112,24 @@ def test_kotlin_does_what_python_does(name: str, tmp_path: Path, monkeypatch: py
     reasons = {text["finish_reason"] for text in python}
     assert reasons >= {"length", "max_seq_len", "stop", "cancelled"}
     assert any(text["reused"] for text in python)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_sessions_go_from_one_language_to_the_other(name: str, tmp_path: Path) -> None:
+    bundle, file = BUILD / f"bundle-{name}", tmp_path / "session"
+    options: dict[str, Any] = {"max_new_tokens": 20, "num_draft_tokens": 4, "temperature": 0.0}
+    with open_decoder(bundle, threads=1) as decoder:
+        conversation = decoder.conversation()
+        prompt = TEXT + "".join(token.text for token in conversation.stream(TEXT, **options))
+        for _ in range(2):
+            conversation.save(file)
+            expected = conversation.stream(prompt, **options)
+            answer = "".join(token.text for token in expected)
+            (kotlin,) = in_kotlin(bundle, [DEFAULTS | options | {"prompt": prompt}], tmp_path, file)
+            assert kotlin["tokens"] == expected.tokens
+            assert kotlin["reused"] == expected.stats.reused_tokens > 30
+            conversation = decoder.open_session(file)  # as Kotlin saved it
+            prompt += answer
 
 
 def test_kotlin_chats_as_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

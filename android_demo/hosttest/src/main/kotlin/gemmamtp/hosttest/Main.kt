@@ -27,7 +27,8 @@ import kotlin.system.exitProcess
 /**
  * Generates the texts that a JSON document asks for, and prints each with its rounds as JSON, for `test_host.py` to
  * compare with runtime_ref. Arguments: the bundle, the file of the JSON document, and optionally that of a session, which the
- * conversation is saved in and opened from after each text. Exit status 2 and one line for an [InputError].
+ * conversation is opened from if it exists, and saved in and opened from after each text. Exit status 2 and one line for an
+ * [InputError].
  */
 fun main(arguments: Array<String>) {
     val (bundle, file) = arguments.map(::File)
@@ -47,7 +48,7 @@ private fun write(bundle: File, texts: JsonArray, session: File?): JsonArray {
     val tokenizer = Tokenizer(bundle, manifest)
     val engine = loadEngine(bundle, manifest, Engines, threads = 1)
     return Decoder(engine, tokenizer, chatTemplate(manifest), planner, SimulatedClock()).use { decoder ->
-        var conversation = decoder.conversation()
+        var conversation = if (session?.exists() == true) decoder.openSession(session) else decoder.conversation()
         val results = JsonArray()
         for (text in texts) {
             results.add(written(conversation, text.asJsonObject))
