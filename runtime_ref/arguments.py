@@ -134,34 +134,20 @@ def biases(logit_bias: Any) -> dict[int, float]:
     }
 
 
-def directory(path: Any) -> Path:
-    """Return a directory's path.
+def path(value: Any, expected: str) -> Path:
+    """Return a path.
 
     Args:
-        path: a text or a path.
+        value: a text or a path.
+        expected: whose path it is, for the message.
 
     Raises:
         InputError: it is neither.
     """
     try:
-        return Path(os.fsdecode(path))
+        return Path(os.fsdecode(value))
     except TypeError:
-        raise InputError(f"{_shown(path)}: expected the path of a bundle's directory") from None
-
-
-def file_path(path: Any) -> Path:
-    """Return a file's path.
-
-    Args:
-        path: a text or a path.
-
-    Raises:
-        InputError: it is neither.
-    """
-    try:
-        return Path(os.fsdecode(path))
-    except TypeError:
-        raise InputError(f"{_shown(path)}: expected the path of a file") from None
+        raise InputError(f"{_shown(value)}: expected the path of {expected}") from None
 
 
 def text(name: str, value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from runtime_ref.arguments import callback, file_path, flag, stop_strings, token_ids
+from runtime_ref.arguments import callback, flag, path, stop_strings, token_ids
 from runtime_ref.cache import Cache
 from runtime_ref.chat import NO_TEMPLATE, Message, Tool
 from runtime_ref.decoder import check_prompt
@@ -194,7 +194,7 @@ class Conversation:
             RuntimeError: the decoder was closed.
         """
         with self.decoder.turns.turn():
-            save_session(file_path(file), Session(self.cache, self.decoder.planner.as_dict(), self.messages))
+            save_session(path(file, "a file"), Session(self.cache, self.decoder.planner.as_dict(), self.messages))
 
     def begin(self, prompt: Sequence[int]) -> int:
         """Return how many of a prompt's first tokens are in the cache already; called when the prompt is about to run.

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from runtime_ref.arguments import directory, file_path, flag, integer, text
+from runtime_ref.arguments import flag, integer, path, text
 from runtime_ref.cache import Cache
 from runtime_ref.chat import CHAT_TEMPLATE, ChatTemplate, Message, open_template
 from runtime_ref.conversation import Conversation
@@ -106,14 +106,14 @@ class Decoder:
             RuntimeError: the decoder was closed.
         """
         self.turns.check_open()
-        path = file_path(file)
-        session = open_session(path, self.engine.manifest)
+        opened = path(file, "a file")
+        session = open_session(opened, self.engine.manifest)
         with self.turns.turn():
             try:
                 read = DraftLength(self.engine.manifest.max_draft_tokens, self.planner.costs)
                 read.restore(session.planner)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise malformed(path, error) from error
+                raise malformed(opened, error) from error
             if self.planner.is_new:
                 self.planner.restore(session.planner)
         return Conversation(self, session.cache, session.messages)
@@ -177,7 +177,7 @@ def open_decoder(
     Raises:
         InputError: as `engine.open_engine`; or the tokenizer or the chat template cannot be read.
     """
-    bundle, threads = directory(bundle), None if threads is None else integer("threads", threads)
+    bundle, threads = path(bundle, "a bundle's directory"), None if threads is None else integer("threads", threads)
     digest = None if digest is None else text("digest", digest)
     engine = open_engine(bundle, threads, progress, digest, bool(flag("verify", verify)))
     tokenizer = TextTokenizer(bundle, engine.manifest) if (bundle / TOKENIZER).exists() else None
