@@ -1,7 +1,9 @@
 """Check a bundle's files against its manifest, and those again that may have changed since they were checked."""
 
+import contextlib
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -35,6 +37,8 @@ def first_changed_file(
     record = {} if verify else _recorded(bundle, manifest)
     found, now = {}, time.time_ns()
     for name, (size, sha256) in manifest.files.items():
+        if name not in record:
+            _flush(bundle / name)
         state = _state(bundle / name)
         if record.get(name) == state:
             progress(name, size)
@@ -46,6 +50,12 @@ def first_changed_file(
     if found != record:
         _keep(bundle, manifest, found)
     return None
+
+
+def _flush(file: Path) -> None:
+    """Write a file's changes in memory to the disk: until then, programs that map it change it at the same times."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _state(file: Path) -> list[int]:

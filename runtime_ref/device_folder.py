@@ -1,6 +1,6 @@
 """The folder beside a bundle for what belongs to a device: measured costs, and which files were checked."""
 
-import tempfile
+import secrets
 from pathlib import Path
 
 
@@ -24,11 +24,11 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
-        aside = Path(stream.name)
-        try:
+    # Not a temporary file, which its owner alone may read: other users run the bundle as well.
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    try:
+        with aside.open("x") as stream:
             stream.write(text)
-            stream.close()
-            aside.replace(file)
-        finally:
-            aside.unlink(missing_ok=True)
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ PRIOR_ACCEPTANCE, PRIOR_OBSERVATIONS = 0.9, 2.0
 # may be lost again, up to a maximum.
 LOSS_PASSES_PER_TOKEN, INITIAL_LOSS_PASSES, MAX_SAVED_PASSES = 0.01, 2.0, 16.0
 
-MAX_SAVED = 1e6  # no number that was learned is larger: counts fade, and losses are bounded
+MAX_SAVED = 1e6  # no number that was learned is larger: counts fade, and a loss beyond it says no more
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class DraftLength:
         if verified < plan.num_draft_tokens:
             cost += self.costs.relative("", verified) - self.costs.relative("", plan.num_draft_tokens)
         self._loss_passes += cost - tokens * (1 + LOSS_PASSES_PER_TOKEN)
-        self._loss_passes = max(self._loss_passes, -MAX_SAVED_PASSES)
+        self._loss_passes = min(max(self._loss_passes, -MAX_SAVED_PASSES), MAX_SAVED)
 
     @property
     def is_new(self) -> bool:

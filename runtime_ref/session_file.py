@@ -4,6 +4,7 @@ They are safetensors files. They are written and read without a library, so that
 """
 
 import contextlib
+import errno
 import glob
 import json
 import mmap
@@ -66,8 +67,11 @@ def save_session(file: Path, session: Session) -> None:
     if session.messages is not None:
         try:
             metadata["messages"] = json.dumps(list(session.messages), allow_nan=False)
+            _messages(metadata["messages"])
         except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"messages of a session are not JSON ({error}); leave out what is not") from error
+            raise InputError(
+                f"messages of a session are not objects of JSON ({error}); leave out what is not"
+            ) from error
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, (dtype, shape) in _tensors(cache.manifest, cache.position, _start(cache)).items():
@@ -120,11 +124,9 @@ def open_session(file: Path, manifest: Manifest) -> Session:
     try:
         cache = _read_cache(content, data, header, metadata["window_start"], manifest)
         planner = _json(metadata["planner"])
-        messages = _json(metadata["messages"]) if "messages" in metadata else None
-        if not isinstance(planner, dict) or not isinstance(messages, list | None):
-            raise ValueError("planner is no object, or messages are no list")
-        if not all(isinstance(message, dict) for message in messages or ()):
-            raise ValueError("a message is no object")
+        messages = _messages(metadata["messages"]) if "messages" in metadata else None
+        if not isinstance(planner, dict):
+            raise ValueError("planner is no object")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise malformed(file, error) from error
     return Session(cache, planner, messages)
@@ -172,6 +174,13 @@ def _header(content: mmap.mmap) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
+def _messages(text: str) -> list[dict[str, Any]]:
+    messages = _json(text)
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError("messages are no list of objects")
+    return messages
+
+
 def _json(text: str) -> Any:
     """Parse JSON strictly: without NaN, infinity, and keys that are there twice."""
     return json.loads(text, parse_constant=_refused, object_pairs_hook=_distinct)
@@ -207,7 +216,7 @@ def _read_cache(content: mmap.mmap, data: int, header: Mapping[str, Any], start:
     places = {}
     for name, (dtype, shape) in expected.items():
         begin, end = (_count(offset) for offset in header[name]["data_offsets"])
-        found = header[name]["dtype"], header[name]["shape"]
+        found = header[name]["dtype"], [_count(size) for size in header[name]["shape"]]
         if found != (dtype, list(shape)) or end - begin != _num_bytes(dtype, shape):
             raise ValueError(f"tensor {name} is {found} of {end - begin} bytes, expected {dtype} {list(shape)}"[:200])
         places[name] = begin, end
@@ -291,6 +300,8 @@ def _write_whole(file: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Write a file aside, and rename it; what a killed process left there is removed before."""
     try:
         target = file.resolve()
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is read only", str(target))
         prefix = f".{target.name}.partial-"
         with locked(target.with_name(f".{target.name}.lock")) as is_locked:
             for leftover in target.parent.glob(f"{glob.escape(prefix)}*") if is_locked else ():

@@ -20,7 +20,7 @@ from runtime_ref.manifest import Progress
 from runtime_ref.session_file import malformed, open_session
 from runtime_ref.token_stream import Stream
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
-from runtime_ref.turns import Turns
+from runtime_ref.turns import DecoderClosedError, Turns
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,7 @@ class Decoder:
     """An open bundle, which generates texts, one at a time in each conversation.
 
     `stream`, `chat` and `forget` are those of its own conversation; `conversation` begins others, and `open_session`
-    goes on with saved ones. `close`, or the end
-    of a `with` block, frees the graphs.
+    goes on with saved ones. `close`, or the end of a `with` block, frees the graphs.
 
     Attributes:
         bundle: directory of the bundle.
@@ -84,7 +83,9 @@ class Decoder:
         self._own.forget()
 
     def conversation(self) -> Conversation:
-        """Begin another conversation, with an empty cache. Its memory is freed when nothing refers to it any more.
+        """Begin another conversation, with an empty cache.
+
+        Its memory is freed when nothing refers to it any more and another conversation has run.
 
         Raises:
             RuntimeError: the decoder was closed.
@@ -145,6 +146,8 @@ class Decoder:
         try:
             with self.turns.turn():  # no other thread measures meanwhile
                 self._save()
+        except DecoderClosedError:
+            pass  # the text was complete before
         except OSError as error:
             log.warning("costs are not saved: %s: %s", error.filename, error.strerror)
             self._save = lambda: None

@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 CLOSED = "the decoder is closed; open the bundle again"
 
 
+class DecoderClosedError(RuntimeError):
+    """The decoder was closed."""
+
+
 class Turns:
     """Who may run passes. Threads that wait for a turn get it in any order."""
 
@@ -27,7 +31,7 @@ class Turns:
             RuntimeError: it was called.
         """
         if self._closed:
-            raise RuntimeError(CLOSED)
+            raise DecoderClosedError(CLOSED)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -39,9 +43,9 @@ class Turns:
         if self._owner == threading.get_ident():
             raise RuntimeError("a pass is running in this thread; wait until it ends")
         with self._lock:
-            self.check_open()
-            self._owner = threading.get_ident()
+            self._owner = threading.get_ident()  # first: a signal handler that closes must see it
             try:
+                self.check_open()
                 yield
             finally:
                 self._owner = 0

@@ -145,7 +145,14 @@ def generate(
         raise InputError(f"{bundle}: {NO_TEMPLATE.replace('--chat', option)}")
     start, functions = system_messages(decoder, system), read_tools(tools) if tools else None
     conversation = None if session is None else open_conversation(decoder, session, system)
+    if conversation is not None and conversation.messages and not (chat or interactive):
+        raise InputError(f"{session}: has a chat, which a text would replace; pass --chat, or choose another file")
     texts = conversation or decoder
+
+    def save() -> None:
+        if conversation is not None and session is not None and conversation.position:
+            conversation.save(session)
+
     chat_options: dict[str, Any] = {"tools": functions, "strict_tools": strict_tools, "thinking": thinking}
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -159,10 +166,9 @@ def generate(
     }
     if interactive:
         try:
-            converse(decoder, options, system, chat_options, conversation)
+            converse(decoder, options, system, chat_options, conversation, save)
         finally:
-            if conversation is not None and session is not None:
-                conversation.save(session)
+            save()
         return
     results = []
     for item in prompts:
@@ -170,13 +176,15 @@ def generate(
         earlier = start if conversation is None else conversation.messages or start
         messages: list[Message] = [*earlier, {"role": "user", "content": item}]
         stream = texts.chat(messages, **chat_options, **options) if chat else texts.stream(item, **options)
-        if not as_json:
-            print_stream(stream) if chat else print_continuation(decoder, stream)
-        for _ in stream:
-            pass
-        if conversation is not None and session is not None:
-            conversation.messages = [*messages, stream.message] if chat else None
-            conversation.save(session)
+        try:
+            if not as_json:
+                print_stream(stream) if chat else print_continuation(decoder, stream)
+            for _ in stream:
+                pass
+            if conversation is not None and chat:
+                conversation.messages = [*messages, stream.message]
+        finally:
+            save()
         if not as_json:
             continue
         text = stream.text if decoder.tokenizer else None

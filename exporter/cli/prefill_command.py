@@ -54,6 +54,7 @@ def prefill(
     """Run a prompt once and save it as a session, which texts that begin with it go on from.
 
     `generate --session`, `Decoder.open_session` and the Kotlin runtime go on from the file without running the prompt.
+    `generate` saves over it, so give it a copy, and the same --tools and --thinking: they are part of the prompt.
     """
     from exporter.cli.printing import prompt_bar
     from exporter.cli.terminal_chat import system_messages

@@ -70,6 +70,7 @@ def converse(
     system: str | None = None,
     chat_options: Mapping[str, Any] = MappingProxyType({}),
     conversation: Conversation | None = None,
+    save: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer messages from the terminal until the user leaves.
 
@@ -82,6 +83,7 @@ def converse(
         system: the conversation's system prompt, which needs a chat template; None for none.
         chat_options: those of `Decoder.chat`: tools, whose answers the user types, and thinking.
         conversation: goes on from its messages and gets those that follow; None for the decoder's own, from the start.
+        save: called after each answer: a terminal may close at any time.
 
     Raises:
         InputError: the bundle has no tokenizer.
@@ -117,6 +119,7 @@ def converse(
                     messages = answered
             if conversation is not None and decoder.template:
                 conversation.messages = messages
+            save()
         except InputError as error:
             err.print(f"error: {error}{', or start over with /new' if messages else ''}")
         except EOFError:

@@ -1,6 +1,7 @@
 """A bundle's files are read once, and again where they may have changed."""
 
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -73,6 +74,17 @@ def test_files_that_changed_are_read_again(copy: Path, read: Callable[..., tuple
     shutil.copyfile(file, replaced)
     replaced.replace(file)
     assert read() == (None, {file.name})
+
+
+def test_changes_through_a_mapping_are_seen(copy: Path, read: Callable[..., tuple[str | None, set[str]]]) -> None:
+    """Until pages reach the disk, another store to one changes no time."""
+    file = copy / "target.weights"
+    with file.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as mapped:
+        mapped[0] = mapped[0]
+        assert read()[0] is None
+        assert read() == (None, set())
+        mapped[0] ^= 1
+        assert read() == (file.name, {file.name})
 
 
 def test_a_copy_of_bundle_and_record_is_read(copy: Path, read: Callable[..., tuple[str | None, set[str]]]) -> None:

@@ -237,8 +237,8 @@ def in_tensor(name: str, **values: Any) -> Callable[[dict[str, Any]], object]:
         (in_planner(rejected=[[-1.0] * 7] * 2), "-1.0 is out of range"),
         (in_planner(scores=[1.0, 0.0]), "-1.0 is out of range"),
         (in_planner(scores=["0", 0.0]), "malformed"),
-        (in_metadata(messages="3"), "messages are no list"),
-        (in_metadata(messages='["a"]'), "a message is no object"),
+        (in_metadata(messages="3"), "messages are no list of objects"),
+        (in_metadata(messages='["a"]'), "messages are no list of objects"),
         (in_metadata(more=3), "metadata are not texts"),
         (without("full"), "tensor 'full' is missing"),
         (lambda header: header.update(extra=header["full"]), "tensor 'extra' is not expected"),
@@ -308,10 +308,11 @@ def test_no_file(path: str, message: str, tmp_path: Path) -> None:
         fake_decoder().open_session(tmp_path / path)
     with pytest.raises(InputError, match="expected the path of a file"):
         fake_decoder().open_session(3)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="not JSON"):
-        conversation = fake_decoder().conversation()
-        conversation.messages = [{"a": object()}]
-        conversation.save(tmp_path / "b")
+    conversation = fake_decoder().conversation()
+    unread: tuple[Any, ...] = ([{"a": object()}], [1], "abc", {"a": 1}, [{1: 0, "1": 0}], [{"a": float("nan")}])
+    for conversation.messages in unread:  # what could not be opened is not saved
+        with pytest.raises(InputError, match="messages of a session are not objects of JSON"):
+            conversation.save(tmp_path / "b")
     with pytest.raises(InputError, match="the session cannot be written"):
         fake_decoder().conversation().save(tmp_path / "none" / "b")
     assert [*tmp_path.iterdir()] == []

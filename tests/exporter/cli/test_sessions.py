@@ -54,6 +54,11 @@ def test_a_chat_goes_on_from_its_session(run: Run, chat_bundle: Path, tmp_path: 
     code, printed, error = run("generate", *chat, "--system", "Be brief.", "--prompt", "a")
     assert (code, printed) == (2, "")
     assert error.endswith("has a chat already; leave out --system, or choose another file\n")
+    before = (tmp_path / "session").read_bytes()
+    code, printed, error = run("generate", chat_bundle, "--session", tmp_path / "session", "--prompt", "a")
+    assert (code, printed) == (2, "")
+    assert error.endswith("has a chat, which a text would replace; pass --chat, or choose another file\n")
+    assert (tmp_path / "session").read_bytes() == before
 
 
 def test_a_chat_on_a_terminal_is_saved_when_it_ends(
@@ -81,6 +86,35 @@ def test_a_chat_on_a_terminal_is_saved_when_it_ends(
     assert len(chat()) == 4
     lines = iter(["/new", EOFError])
     assert chat() == []
+
+
+def test_a_chat_is_saved_after_each_answer(
+    run: Run, chat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing ends it as a user would: the terminal is closed, and the process is killed."""
+    seen = []
+
+    def line(_: str) -> str:
+        with open_decoder(chat_bundle, threads=1) as decoder:
+            seen.append(len(decoder.open_session(session).messages or []) if session.exists() else None)
+        return "Return the" if len(seen) < 3 else "/quit"
+
+    session = tmp_path / "session"
+    monkeypatch.setattr("builtins.input", line)
+    monkeypatch.setattr(generate_command.sys.stdin, "isatty", lambda: True, raising=False)
+    assert run("generate", chat_bundle, "--session", session, "--max-new-tokens", 4)[0] == 0
+    assert seen == [None, 2, 4]
+
+
+def test_an_interrupted_text_is_saved(
+    run: Run, bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("exporter.cli.printing.stats_line", interrupted)
+    assert run("generate", bundle("demo"), "--prompt", PROMPT, "--session", tmp_path / "session")[0] != 0
+    assert len(load_file(tmp_path / "session")["tokens"]) > 10
 
 
 def test_prefill_of_a_text(run: Run, bundle: Callable[[str], Path], tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class DraftLength(private val maxDrafts: Int, val costs: Costs) {
         var cost = costs.relative(plan.source, plan.numDraftTokens)
         if (verified < plan.numDraftTokens) cost += costs.relative("", verified) - costs.relative("", plan.numDraftTokens)
         lossPasses += cost - tokens * (1 + LOSS_PASSES_PER_TOKEN)
-        lossPasses = maxOf(lossPasses, -MAX_SAVED_PASSES)
+        lossPasses = lossPasses.coerceIn(-MAX_SAVED_PASSES, MAX_SAVED)
     }
 
     /** What it has learnt, as sessions keep it; costs are the device's own. */

@@ -287,24 +287,23 @@ class SessionFileTest {
 
     @Test
     fun aFileIsWrittenWholeOrNotAtAll() = inTemporaryDirectory { directory ->
-        val (file, aside) = File(directory, "session") to File(directory, "session.new")
+        val (file, other) = File(directory, "session") to File(directory, "session.new")
         val decoder = FakeBundle(directory).decoder()
-        aside.writeText("left by a killed process")
+        other.writeText("another file")
+        val before = directory.list()!!.toSet()
         decoder.save(file)
         val old = file.readBytes()
-        assertFalse(aside.exists())
         assertFailsWith<IOException> {
             writeWhole(file) {
                 it.write(old, 0, 100)
                 throw IOException("no space left")
             }
         }
-        assertFalse(aside.exists())
+        assertEquals(before + "session", directory.list()!!.toSet()) // nothing is left aside
         assertContentEquals(old, file.readBytes())
-        assertTrue(File(aside, "in the way").mkdirs())
-        val message = assertFailsWith<InputError> { decoder.save(file) }.message!!
-        assertTrue(message.startsWith("$file: cannot be written") && '\n' !in message, message)
-        assertContentEquals(old, file.readBytes())
-        assertFailsWith<InputError> { decoder.save(File(directory, "none/session")) }
+        val missing = File(directory, "none/session")
+        val message = assertFailsWith<InputError> { decoder.save(missing) }.message!!
+        assertTrue(message.startsWith("$missing: cannot be written") && '\n' !in message, message)
+        assertEquals("another file", other.readText())
     }
 }
