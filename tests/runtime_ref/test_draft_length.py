@@ -24,7 +24,7 @@ from exporter.studies.simulation import (
 )
 from runtime_ref.acceptance import Round
 from runtime_ref.costs import DRAFTER, Costs
-from runtime_ref.draft_length import AcceptanceEstimate, DraftLength
+from runtime_ref.draft_length import AcceptanceEstimate, DraftLength, Plan
 from runtime_ref.lookup import Lookup
 
 pytestmark = pytest.mark.xdist_group("draft length")  # in one process, which keeps the rates
@@ -202,6 +202,17 @@ def test_a_plan_never_exceeds_the_available_drafts() -> None:
         planner.costs.record(drafts, 1.0, 0.0)
     for available in range(9):
         assert planner.plan({DRAFTER: available}).num_draft_tokens == available
+
+
+def test_what_was_learned_in_a_round_that_took_minutes_can_be_restored() -> None:
+    """A process may be stopped in the middle of a round."""
+    costs = Costs(8)
+    costs.record(0, 0.0003)
+    costs.record(0, 0.0003)
+    costs.record(1, 400.0, 0.0001)
+    planner = DraftLength(8, costs)
+    planner.record_loss(Plan(DRAFTER, 1), 1, 1)
+    DraftLength(8, costs).restore(planner.as_dict())
 
 
 def test_rounds_are_cut() -> None:
