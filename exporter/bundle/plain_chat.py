@@ -77,7 +77,7 @@ def plain_chat(checkpoint: Path, tokens: SpecialTokens, tools: Sequence[Tool] = 
         except InputError as error:
             raise InputError(f"{checkpoint}: --tools: {error}") from error
     if "strftime_now" in source:  # its prompts depend on the date
-        return PlainChat()
+        return PlainChat(tools=tuple(tools))
     markers = tuple(dict.fromkeys([*template_markers(source), *tokenizer.special_tokens.values()]))
     ids = tokens.channels.get(TOOL_CALL)
     marks = (tokenizer.decode([ids[0]], special=True), tokenizer.decode([ids[1]], special=True)) if ids else None

@@ -212,7 +212,9 @@ def test_what_was_learned_in_a_round_that_took_minutes_can_be_restored() -> None
     costs.record(1, 400.0, 0.0001)
     planner = DraftLength(8, costs)
     planner.record_loss(Plan(DRAFTER, 1), 1, 1)
-    DraftLength(8, costs).restore(planner.as_dict())
+    restored = DraftLength(8, costs)
+    restored.restore(planner.as_dict())
+    assert restored.as_dict() == planner.as_dict()
 
 
 def test_rounds_are_cut() -> None:
