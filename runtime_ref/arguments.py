@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +183,19 @@ def callback(name: str, value: Any) -> Callable[..., Any]:
 def _shown(value: Any) -> str:
     """A value in one line of a message, shortened."""
     return f"{' '.join(repr(value).split()):.60}"
+
+
+def choice(name: str, value: Any, expected: Collection[str]) -> str:
+    """Return one of several words.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was passed.
+        expected: the words.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if isinstance(value, str) and value in expected:
+        return value
+    raise InputError(f"{name} is {_shown(value)}, expected {' or '.join(expected)}")

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from runtime_ref.arguments import callback, flag, path, stop_strings, token_ids
+from runtime_ref.arguments import callback, choice, flag, path, stop_strings, token_ids
 from runtime_ref.cache import Cache
 from runtime_ref.chat import NO_TEMPLATE, Message, Tool
 from runtime_ref.decoder import check_prompt
 from runtime_ref.errors import InputError
+from runtime_ref.full_context import SHIFT, STOP, WHEN_FULL, ChatShift, TextShift
 from runtime_ref.session_file import Session, save_session
 from runtime_ref.stream_options import read_grammars, read_options, read_parts, read_rules, read_sampling
 from runtime_ref.token_stream import PrefillProgress, Stream
@@ -79,6 +80,7 @@ class Conversation:
         json_schema: str | Mapping[str, Any] | None = None,
         regex: str | None = None,
         thinking_budget: int | None = None,
+        when_full: str = STOP,
         progress: PrefillProgress = lambda *_: None,
     ) -> Stream:
         """Continue a prompt. The same seed gives the same tokens, whatever is drafted.
@@ -101,8 +103,10 @@ class Conversation:
             json_schema: JSON Schema that the answer fulfils, as a text or parsed. Needs the extra `grammar`.
             regex: regular expression that the whole answer matches. Needs the extra `grammar`.
             thinking_budget: the largest number of tokens of thoughts, after which a thought is ended; None for any.
+            when_full: what happens where prompt and answer fill the context: `stop` ends the text; `shift` leaves out
+                its oldest tokens, all but the first, and runs the newest again, up to half of the context.
             progress: called with how many tokens of the prompt are in the cache and how many it has, before the prompt
-                is run and after each chunk of it.
+                is run and after each chunk of it; likewise where a full context is shifted.
 
         Returns:
             The new text's stream, which ends any other of this conversation.
@@ -132,7 +136,9 @@ class Conversation:
         prompt = token_ids(prompt)
         check_prompt(manifest, prompt)
         callback("progress", progress)
+        shifts = choice("when_full", when_full, WHEN_FULL) == SHIFT
         self.current = Stream(self, prompt, options, stop, progress)
+        self.current.context = TextShift(prompt, manifest.max_seq_len) if shifts else None
         return self.current
 
     def chat(
@@ -155,7 +161,9 @@ class Conversation:
             strict_tools: whether each call must be one of `tools`, with arguments that fulfil its JSON Schema. Needs
                 the extra `grammar`.
             options: those of `stream`. With `json_schema` or `regex`, the answer may come after a thought, if
-                `thinking` is true, and after calls, if there are tools; these need not match.
+                `thinking` is true, and after calls, if there are tools; these need not match. With `when_full="shift"`,
+                the oldest turns of a chat that does not fit are left out, also in the middle of an answer: the system
+                prompt and the newest turns are run again, see `full_context.ChatShift`.
 
         Returns:
             The answer's stream.
@@ -167,11 +175,21 @@ class Conversation:
         """
         decoder = self.decoder
         decoder.turns.check_open()
-        if decoder.template is None:
+        if decoder.template is None or decoder.tokenizer is None:
             raise InputError(f"{decoder.bundle}: {NO_TEMPLATE}")
-        prompt = decoder.template.prompt(messages, tools, flag("thinking", thinking))
+        template, encode = decoder.template, decoder.tokenizer.encode
+        prompt = template.prompt(messages, tools, flag("thinking", thinking))
         calls, opens = read_parts(decoder.engine.manifest, lambda: decoder.vocabulary, tools, thinking, strict_tools)
-        stream = self.stream(prompt, **options)
+        if choice("when_full", options.get("when_full", STOP), WHEN_FULL) == SHIFT:
+            shift = ChatShift(
+                messages,
+                lambda kept: encode(template.render(kept, tools=tools, thinking=thinking)),
+                decoder.engine.manifest.max_seq_len,
+            )
+            stream = self.stream(shift.begin(self.cache.reusable), **options)
+            stream.context = shift
+        else:
+            stream = self.stream(prompt, **options)
         # A stream runs nothing before its first token is asked for.
         stream.options = replace(stream.options, grammars={**stream.options.grammars, **calls}, opens=opens)
         return stream

@@ -9,10 +9,11 @@ from runtime_ref.draft_length import DraftLength
 from runtime_ref.drafts import FixedDrafts, PlannedDrafts
 from runtime_ref.engine import Engine
 from runtime_ref.errors import InputError
+from runtime_ref.full_context import Shift
 from runtime_ref.grammar import Grammar
 from runtime_ref.manifest import Manifest
 from runtime_ref.rules import RuledChooser, Rules, check_parts, check_rules, text_chooser
-from runtime_ref.sampling import Sampling
+from runtime_ref.sampling import Chooser, Displaced, Sampling
 from runtime_ref.stats import Stats
 
 
@@ -70,10 +71,12 @@ def rounds(
     planner: DraftLength | None = None,
     start: int = 0,
     go_on: Callable[[int], bool] = lambda _: True,
+    shift: Shift = lambda _: None,
 ) -> Iterator[Round]:
     """Yield the rounds of `generate`, the prefill first; `stats.finish_reason` is set before the last one is yielded.
 
-    Nothing is yielded if the prefill is stopped.
+    Nothing is yielded if the prefill is stopped. Where the context is full and `shift` says what stays, that is run
+    before the round that filled it is yielded: a text that is stopped meanwhile ends with that round.
 
     Args:
         engine: a loaded bundle.
@@ -82,7 +85,9 @@ def rounds(
         stats: counts of this text, which are added to.
         planner: plans the rounds if `options.num_draft_tokens` is None.
         start: how many tokens of the prompt are in the engine's cache already.
-        go_on: called in the prefill, as by `Engine.prefill`; False stops it, and the text is `cancelled`.
+        go_on: called in each prefill, as by `Engine.prefill`; False stops it, and the text is `cancelled`.
+        shift: called when the context is full with the new tokens so far; returns the tokens that go on in place of
+            prompt and answer, or None to end the text.
 
     Raises:
         InputError: as `check_prompt` and `check_options`, or the rules leave no token to choose.
@@ -91,11 +96,10 @@ def rounds(
     manifest = engine.manifest
     check_prompt(manifest, prompt)
     check_options(manifest, options)
-    room = manifest.max_seq_len - len(prompt)
-    budget, out_of_budget = min((options.max_new_tokens, "length"), (room, "max_seq_len"))
     of_parts = (options.grammars, options.opens, options.thinking_budget)
     rules = text_chooser(engine, prompt, options.sampling, options.rules, *of_parts)
-    chooser = options.sampling if rules is None else rules
+    of_text: Chooser = options.sampling if rules is None else rules
+    chooser = of_text
     drafts = _drafts(engine, options, prompt, planner, rules)
     stats.begin(start)
     started = time.perf_counter()
@@ -104,21 +108,35 @@ def rounds(
     if not done.tokens:
         stats.finish_reason = "cancelled"
         return
-    left = budget
+    left, room, answer = options.max_new_tokens, manifest.max_seq_len - len(prompt), list[int]()
     while True:
         ends = [i + 1 for i, token in enumerate(done.tokens) if token in manifest.eos]
         kept = done.cut(min(ends, default=len(done.tokens)))
-        left -= len(kept.tokens)
+        left, room = left - len(kept.tokens), room - len(kept.tokens)
+        answer += kept.tokens
         if source is not None:
             stats.add(kept, source)
-        if ends or not left:
-            stats.finish_reason = "eos" if ends else out_of_budget
+        stays = shift(answer) if not room and left and not ends else None
+        if stays is not None:
+            room = manifest.max_seq_len - len(stays)
+            dropped = len(prompt) + len(answer) - len(stays)
+            chooser, started = Displaced(of_text, dropped), time.perf_counter()
+            done = engine.prefill(stays, chooser, engine.cache.reusable(stays), go_on)
+            stats.prefill_seconds += time.perf_counter() - started
+        if ends or not (left and room):
+            stats.finish_reason = "eos" if ends else "max_seq_len" if left else "length"
+        elif not done.tokens:
+            stats.finish_reason = "cancelled"
         yield kept
         if stats.finish_reason:
             return
+        if stays is not None:
+            stats.shift(dropped)
+            source = None
+            continue
         started = time.perf_counter()
         # The bonus token takes one token of the budget as well.
-        proposed = drafts.make(done.tokens[-1], min(manifest.max_draft_tokens, left - 1))
+        proposed = drafts.make(done.tokens[-1], min(manifest.max_draft_tokens, left - 1, room - 1))
         drafted = time.perf_counter()
         done, source = engine.verify(done.tokens[-1], proposed, chooser), drafts.source
         ended = time.perf_counter()

@@ -69,6 +69,23 @@ class Sampling:
         return int(ids[rank]), float(log_probabilities(logits)[rank])
 
 
+@dataclass(frozen=True)
+class Displaced:
+    """Chooses tokens of a text whose oldest tokens were left out, by their positions in the whole text.
+
+    Attributes:
+        chooser: chooses the tokens.
+        dropped: how many tokens were left out.
+    """
+
+    chooser: Chooser
+    dropped: int
+
+    def pick(self, logits: np.ndarray, ids: np.ndarray, state: np.ndarray, position: int) -> tuple[int, float]:
+        """Choose a token, as `Chooser.pick`; `position` counts the tokens that stayed."""
+        return self.chooser.pick(logits, ids, state, position + self.dropped)
+
+
 def uniform(seed: int, position: int) -> float:
     """Return the noise for the token at a position: the top 24 bits of SplitMix64 (Steele, Lea & Flood 2014).
 

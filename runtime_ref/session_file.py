@@ -61,6 +61,7 @@ def save_session(file: Path, session: Session) -> None:
         "format": FORMAT,
         "version": str(VERSION),
         "bundle": cache.manifest.digest,
+        "max_seq_len": str(cache.manifest.max_seq_len),
         "window_start": str(_start(cache)),
         "planner": json.dumps(session.planner),
     }
@@ -102,20 +103,7 @@ def open_session(file: Path, manifest: Manifest) -> Session:
         InputError: it is no session file, incomplete, malformed, of another version, or of another bundle.
     """
     content = _mapped(file)
-    try:
-        header, data = _header(content)
-        metadata = header.pop("__metadata__")
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r:.40}, expected {FORMAT!r}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: not a session file ({_reason(error)}); {AGAIN}") from error
-    version = metadata.get("version")
-    if version != str(VERSION):
-        newer = version is not None and version.isdecimal() and len(version) < 9 and int(version) > VERSION
-        raise InputError(
-            f"{file}: version of its format is {version!r:.20}, this version reads '{VERSION}';"
-            f" {'update it' if newer else AGAIN}"
-        )
+    header, data, metadata = _checked_header(file, content)
     if metadata.get("bundle") != manifest.digest:
         raise InputError(
             f"{file}: was saved with another bundle, whose manifest has the sha256 {metadata.get('bundle')!r:.70},"
@@ -130,6 +118,52 @@ def open_session(file: Path, manifest: Manifest) -> Session:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise malformed(file, error) from error
     return Session(cache, planner, messages)
+
+
+def session_sizes(file: Path) -> dict[str, Any]:
+    """Return what a session file says of itself, without its bundle: the JSON document of `inspect --json`.
+
+    Args:
+        file: a session file.
+
+    Raises:
+        InputError: it is no session file, malformed, or of another version.
+    """
+    content = _mapped(file)
+    header, _, metadata = _checked_header(file, content)
+    try:
+        tokens, bundle = _count(header[TOKENS]["shape"][0]), metadata["bundle"]
+        sizes = {"kind": "session", "digest": bundle, "tokens": tokens}
+        if "max_seq_len" in metadata:
+            sizes |= {"max_seq_len": int(metadata["max_seq_len"]), "tokens_left": int(metadata["max_seq_len"]) - tokens}
+        if "messages" in metadata:
+            sizes["messages"] = len(_messages(metadata["messages"]))
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise malformed(file, error) from error
+    return {**sizes, "total_bytes": len(content)}
+
+
+def _checked_header(file: Path, content: mmap.mmap) -> tuple[dict[str, Any], int, dict[str, str]]:
+    """The entries of a session's tensors, where their data begins, and its metadata.
+
+    Raises:
+        InputError: it is no session file, or of another version.
+    """
+    try:
+        header, data = _header(content)
+        metadata = header.pop("__metadata__")
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r:.40}, expected {FORMAT!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file}: not a session file ({_reason(error)}); {AGAIN}") from error
+    version = metadata.get("version")
+    if version != str(VERSION):
+        newer = version is not None and version.isdecimal() and len(version) < 9 and int(version) > VERSION
+        raise InputError(
+            f"{file}: version of its format is {version!r:.20}, this version reads '{VERSION}';"
+            f" {'update it' if newer else AGAIN}"
+        )
+    return header, data, metadata
 
 
 def malformed(file: Path, error: Exception) -> InputError:

@@ -39,7 +39,8 @@ class Stats:
         drafted_lengths: rounds by their number of drafts.
         sources: counts by the source of drafts, of rounds that had drafts.
         reused_tokens: tokens of the prompt that were in the cache already.
-        prefill_seconds: time of the prefill.
+        dropped_tokens: tokens of prompt and answer that were left out because the context was full.
+        prefill_seconds: time of the prefill, and of what was run again because the context was full.
         decode_seconds: time of all rounds.
         finish_reason: `eos`, `length`, `max_seq_len`, `stop` or `cancelled`; empty while text is generated.
     """
@@ -53,6 +54,7 @@ class Stats:
     drafted_lengths: Counter[int] = field(default_factory=Counter)
     sources: dict[str, SourceStats] = field(default_factory=dict)
     reused_tokens: int = 0
+    dropped_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     finish_reason: str = ""
@@ -61,6 +63,10 @@ class Stats:
     def begin(self, reused_tokens: int) -> None:
         """Begin a text, so many of whose prompt's tokens are in the cache already."""
         self.reused_tokens, self.finish_reason, self._newest = reused_tokens, "", None
+
+    def shift(self, dropped_tokens: int) -> None:
+        """Go on after a prefill, with so many tokens left out in all."""
+        self.dropped_tokens, self._newest = dropped_tokens, None
 
     def add(self, done: Round, source: str) -> None:
         """Add a round.
@@ -131,6 +137,7 @@ class Stats:
             "rounds_by_num_draft_tokens": {str(drafts): n for drafts, n in sorted(self.drafted_lengths.items())},
             "drafts_by_source": {source: vars(counts) for source, counts in self.sources.items()},
             "reused_prompt_tokens": self.reused_tokens,
+            "dropped_tokens": self.dropped_tokens,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
         }

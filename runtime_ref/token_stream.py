@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime_ref.acceptance import Round
 from runtime_ref.decoder import Options, rounds
+from runtime_ref.full_context import ChatShift, TextShift
 from runtime_ref.stats import Stats
 from runtime_ref.text_parts import ANSWER, THOUGHT, TOOL_CALL, PartTracker
 from runtime_ref.text_stream import Channel, TextStream
@@ -48,6 +49,7 @@ class Stream:
         text: the answer's text so far.
         progress: called while the prompt is run, see `Conversation.stream`; may be set until the first token is asked
             for.
+        context: what stays of a full context; None to end the text where it is full.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class Stream:
             progress: called while the prompt is run.
         """
         self.prompt, self.options, self.stats, self.progress = prompt, options, Stats(), progress
+        self.context: TextShift | ChatShift | None = None
         self.tokens: list[int] = []
         self.text = ""
-        self._conversation, self._cancelled = conversation, False
+        self._conversation, self._cancelled, self._to_run = conversation, False, len(prompt)
         self._manifest, tokenizer = conversation.decoder.engine.manifest, conversation.decoder.tokenizer
         tracker = PartTracker(self._manifest.channels, self._manifest.eos, prompt)
         self._texts = tokenizer.stream(stop, prompt) if tokenizer else TextStream(_no_text, (), tracker)
@@ -95,6 +98,17 @@ class Stream:
         While the prompt is run, the text ends after the current chunk of it, without a token.
         """
         self._cancelled = True
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens there is room for after the newest one."""
+        taken = len(self.prompt) + len(self.tokens) - self.stats.dropped_tokens
+        return self._manifest.max_seq_len - taken
+
+    @property
+    def dropped_messages(self) -> int:
+        """How many messages of a chat, after its system prompt, were left out because the context was full."""
+        return self.context.dropped_messages if self.context else 0
 
     @property
     def thought(self) -> str:
@@ -157,14 +171,18 @@ class Stream:
     def _passes(self) -> Iterator[Round]:
         """Yield the rounds; each is run in a turn of the conversation."""
         decoder, start = self._conversation.decoder, self._conversation.begin(self.prompt)
-        yield from rounds(
-            decoder.engine, self.prompt, self.options, self.stats, decoder.planner, start, self._prefill_goes_on
-        )
+        given = decoder.engine, self.prompt, self.options, self.stats, decoder.planner, start
+        yield from rounds(*given, self._prefill_goes_on, self._shift)
 
     def _prefill_goes_on(self, done: int) -> bool:
         with self._conversation.pause(self):
-            self.progress(done, len(self.prompt))
+            self.progress(done, self._to_run)
         return not self._cancelled
+
+    def _shift(self, answer: Sequence[int]) -> list[int] | None:
+        stays = self.context.shift(answer) if self.context else None
+        self._to_run = len(stays or ())
+        return stays
 
 
 def _no_text(tokens: Sequence[int], special: bool = False) -> str:

@@ -15,23 +15,26 @@ from exporter.checkpoint.values import read_object
 from exporter.quantization.widths import by_width
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, Manifest, changed_files, read_manifest
+from runtime_ref.session_file import session_sizes
 
 if TYPE_CHECKING:
     from exporter.checkpoint.tensors import Checkpoint
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Return the properties of a bundle or a checkpoint, as the JSON document of `inspect --json`.
+    """Return the properties of a bundle, a checkpoint or a session, as the JSON document of `inspect --json`.
 
     A checkpoint's names and shapes are checked as an export would check them. Files of a bundle whose digests differ
     from the manifest's are listed in `changed_files`.
 
     Args:
-        path: directory of a bundle, a target or a drafter.
+        path: directory of a bundle, a target or a drafter, or a session's file.
 
     Raises:
-        InputError: the path is neither a bundle nor a Gemma 4 checkpoint, or what it holds is broken.
+        InputError: the path is neither of them, or what it holds is broken.
     """
+    if path.is_file():
+        return session_sizes(path)
     if not path.is_dir():
         raise InputError(f"{path}: not a directory; pass the directory of a bundle or a checkpoint")
     if (path / MANIFEST).exists():

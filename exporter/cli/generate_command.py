@@ -12,6 +12,7 @@ from exporter.cli.rule_options import FROM_CHECKPOINT, rule_options, rules_of
 from exporter.files import check_file
 from exporter.terminal import err, print_json, progress_bar
 from runtime_ref.errors import InputError
+from runtime_ref.full_context import SHIFT, STOP, WHEN_FULL
 from runtime_ref.manifest import read_manifest
 from runtime_ref.prompts import read_prompt_ids
 
@@ -82,6 +83,13 @@ if TYPE_CHECKING:
     help="File that the conversation goes on from, if it exists, and that it is saved in; what a prompt shares with it "
     "is not run again.",
 )
+@click.option(
+    "--when-full",
+    type=click.Choice(WHEN_FULL),
+    help="Where the context is full: stop; or shift: go on without the oldest turns of a chat, or the oldest tokens of "
+    "a text, and run the rest again.",
+    show_default="shift in a chat on a terminal, else stop",
+)
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Seed of sampling.")
 @rule_options
 @click.option("--verify", is_flag=True, help="Check every file of the bundle, not only those that may have changed.")
@@ -104,6 +112,7 @@ def generate(
     top_p: float | None,
     top_k: int | None,
     session: Path | None,
+    when_full: str | None,
     seed: int,
     verify: bool,
     as_json: bool,
@@ -162,6 +171,7 @@ def generate(
         "top_k": top_k,
         "seed": seed,
         "stop": stop,
+        "when_full": when_full or (SHIFT if interactive and decoder.template else STOP),
         **rules_of(rules),
     }
     if interactive:
@@ -191,7 +201,8 @@ def generate(
         calls = [asdict(call) for call in stream.calls]
         parts = {"text": text, "thought": stream.thought, "tool_calls": calls}
         saved = {} if session is None else {"session": str(session)}
-        results.append({"tokens": stream.tokens, **parts, **stream.stats.as_dict(), **saved})
+        room = {"tokens_left": stream.tokens_left, "dropped_messages": stream.dropped_messages}
+        results.append({"tokens": stream.tokens, **parts, **stream.stats.as_dict(), **room, **saved})
     if as_json:
         print_json("generate", results[0] if len(results) == 1 else results)
 

@@ -1,4 +1,4 @@
-"""The command `inspect`, which shows what a bundle or a checkpoint contains."""
+"""The command `inspect`, which shows what a bundle, a checkpoint or a session contains."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,10 +44,11 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 @click.argument("path", type=PATH)
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Show what a bundle or a checkpoint contains.
+    """Show what a bundle, a checkpoint or a session contains.
 
-    PATH is a bundle, a target's checkpoint or a drafter's checkpoint, or the id of one on the Hugging Face Hub. For
-    ExecuTorch bundles it also shows which operations and weights are delegated to XNNPACK.
+    PATH is a bundle, a target's checkpoint or a drafter's checkpoint, the id of one on the Hugging Face Hub, or a
+    session's file, whose context has room for so many `tokens_left`. For ExecuTorch bundles it also shows which
+    operations and weights are delegated to XNNPACK.
     """
     if not path.exists():
         from exporter.checkpoint.hub import local_checkpoint

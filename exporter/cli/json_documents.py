@@ -116,6 +116,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             "text": (None, str),
             "tool_calls?": [{**keys(str, "id name text problem"), "arguments": {"*": object}}],
             **keys(size, "rounds drafted accepted reused_prompt_tokens"),
+            **keys(size, "dropped_tokens tokens_left dropped_messages"),
             **keys(NULLABLE, "acceptance_rate mean_tokens_per_round"),
             "acceptance_by_position": [number],
             "rounds_by_num_draft_tokens": {"*": size},
@@ -151,6 +152,7 @@ DOCUMENTS: dict[str, tuple[Form, ...]] = {
             "source": {"target": {**_ORIGIN, "adapters?": [_ORIGIN]}, "drafter": _ORIGIN},
             **_FILES,
         },
+        {**keys(str, "kind digest"), **keys(size, "tokens total_bytes max_seq_len? tokens_left? messages?")},
         {"kind": str, "target": _SIZES, "widths?": _WIDTHS, **_CHECKPOINT},
         {
             "kind": str,

@@ -23,7 +23,7 @@ COMMANDS: Mapping[str, str] = {
     "cluster": "Cluster a drafter's vocabulary for a two-stage head, and measure its recall.",
     "recipe": "Measure what bits cost each class of matrices, and choose widths for a number of bytes.",
     "bench": "Time a bundle on this machine: passes, draft steps, memory, speed-up by drafting.",
-    "inspect": "Show what a bundle or a checkpoint contains.",
+    "inspect": "Show what a bundle, a checkpoint or a session contains.",
 }
 
 

@@ -27,6 +27,7 @@ def print_stream(stream: Stream, as_text: bool = True, prompt: str = "") -> None
     """
     with prompt_bar() as stream.progress:
         first = list(itertools.islice(stream, 1))
+    stream.progress = lambda *_: None  # no bar in the middle of a text, where a full context is shifted
     if prompt:  # not before: the bar erases the line that it is shown in
         click.secho(prompt, dim=True, nl=False)
     thinking = False
@@ -44,7 +45,10 @@ def print_stream(stream: Stream, as_text: bool = True, prompt: str = "") -> None
             err.print(f"a call of a tool cannot be read ({call.problem}): {call.text}")
         else:
             click.echo(f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})")
-    err.print(stats_line(stream.stats, len(stream.tokens)), style="dim")
+    line = f"{stats_line(stream.stats, len(stream.tokens))}, {stream.tokens_left} tokens left"
+    if stream.dropped_messages:
+        line += f", the oldest {stream.dropped_messages} messages are no longer in the context"
+    err.print(line, style="dim")
 
 
 def print_continuation(decoder: Decoder, stream: Stream) -> None:

@@ -156,6 +156,7 @@ def test_a_bundle_goes_on_from_the_last_chunk(way: str, bundle: Callable[[str], 
         assert [*stream] == []
         assert stream.stats.finish_reason == "cancelled"
         printed = {"tokens": [], "text": stream.text, "thought": "", "tool_calls": [], **stream.stats.as_dict()}
+        printed |= {"tokens_left": stream.tokens_left, "dropped_messages": stream.dropped_messages}
         jsonschema.validate({"schema_version": 1, **printed}, json.loads(SCHEMA.read_text()))
     assert seen == [(i * chunk, len(prompt)) for i in range(3)]
     assert decoder.engine.cache.tokens == prompt[: 2 * chunk]

@@ -83,7 +83,7 @@ def test_what_the_library_reads(tmp_path: Path) -> None:
     text = (np.arange(290) % VOCAB).tolist()
     text += continuation(text, 10)
     assert (tensors["tokens"].dtype, tensors["tokens"].tolist()) == (np.int32, text)
-    assert texts.keys() == {"format", "version", "bundle", "window_start", "planner", "messages"}
+    assert texts.keys() == {"format", "version", "bundle", "max_seq_len", "window_start", "planner", "messages"}
     assert (texts["format"], texts["version"], texts["bundle"]) == ("gemma-mtp-session", "1", "0" * 64)
     start = int(texts["window_start"])
     assert start == 128

@@ -35,7 +35,7 @@ def decoder(bundle: Callable[[str], Path], tmp_path: Path) -> Decoder:
 def test_examples_run(bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(bundle("demo"), tmp_path / "bundle")
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 14
+    assert len(BLOCKS) == 15
     names: dict[str, object] = {}
     for block in BLOCKS:
         exec(compile(block, PAGE.name, "exec"), names)

@@ -36,6 +36,7 @@ def test_generate_json(run: Run, backend: str, bundle: Callable[..., Path], ids:
         ),
         *("acceptance_by_position", "mean_tokens_per_round", "rounds_by_num_draft_tokens", "drafts_by_source"),
         *("reused_prompt_tokens", "prefill_seconds", "decode_seconds", "schema_version"),
+        *("dropped_tokens", "tokens_left", "dropped_messages"),
     }
     path = ids([[3, 4, 5], [7]])
     common = ["generate", bundle("odd", backend), "--prompt-ids", path, "--max-new-tokens", 9, "--json"]
