@@ -53,7 +53,8 @@ def check_file(file: Path, force: bool) -> None:
         InputError: the file exists and may not be replaced, the path is not that of a file, or its directory is missing
             or cannot be written to.
     """
-    if not os.access(file.parent, os.W_OK | os.X_OK) or not file.parent.is_dir():
+    directory = file.resolve().parent  # of what a symbolic link leads to
+    if not os.access(directory, os.W_OK | os.X_OK) or not directory.is_dir():
         raise InputError(f"{file}: its directory is missing or cannot be written to; create it, or choose another file")
     if file.exists() and not file.is_file():
         raise InputError(f"{file}: exists and is not a file; choose another one")

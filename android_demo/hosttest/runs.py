@@ -26,11 +26,12 @@ DEFAULTS: dict[str, Any] = {
     **{"temperature": 0.0, "top_p": 1.0, "top_k": 64, "seed": "0"},
     **{"suppress": [], "logit_bias": {}},
     **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+    "when_full": "stop",
 }
 # Those that `Decoder.stream` takes as they are.
 OPTIONS = (
     *("max_new_tokens", "num_draft_tokens", "temperature", "top_p", "top_k", "stop", "suppress"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "when_full"),
 )
 
 
@@ -89,6 +90,9 @@ def in_python(bundle: Path, requests: list[dict[str, Any]], monkeypatch: pytest.
                 "accepted": stats.accepted,
                 "num_rounds": stats.rounds,
                 "reused": stats.reused_tokens,
+                "dropped_tokens": stats.dropped_tokens,
+                "dropped_messages": stream.dropped_messages,
+                "tokens_left": stream.tokens_left,
                 "decode_seconds": stats.decode_seconds,
                 "drafted_by_position": stats.drafted_by_position,
                 "accepted_by_position": stats.accepted_by_position,

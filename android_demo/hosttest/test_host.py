@@ -78,6 +78,15 @@ def texts(bundle: Path) -> list[dict[str, Any]]:
         {"prompt": ids[: manifest.max_seq_len - 9], "num_draft_tokens": drafts, "max_new_tokens": 50}
         for drafts in (0, 4, None)
     ]
+    # To a full context, and beyond it twice.
+    ends += [
+        {"prompt": ids[: manifest.max_seq_len - 9], "num_draft_tokens": drafts, "when_full": "shift", **options}
+        for drafts in (0, 4, None)
+        for options in (
+            {"max_new_tokens": 25},
+            {"max_new_tokens": manifest.max_seq_len, "temperature": 1.5, "seed": "4", "frequency_penalty": 0.5},
+        )
+    ]
     budgets = [{"prompt": ids[:12], "num_draft_tokens": 4, "max_new_tokens": count} for count in (1, 2, 3)]
     written = [
         {"prompt": "Return the", "num_draft_tokens": None, "max_new_tokens": 120},
@@ -152,9 +161,17 @@ def test_kotlin_chats_as_the_template(tmp_path: Path, monkeypatch: pytest.Monkey
     chats = [talk[:1], talk, [system, *talk[:1]], [system, *talk]]
     options = DEFAULTS | {"num_draft_tokens": None, "max_new_tokens": 30}
     requests = [options | {"prompt": chat} for chat in chats]
+    # Longer than the context from some turn on: what was left out stays so, and the cache is used.
+    long = [message | {"content": message["content"] + TEXT} for message in talk[:2]]
+    context = manifest["max_seq_len"]
+    for turns in range(3, 3 + context // 30):
+        requests.append(options | {"prompt": [system, *(long * turns)[:-1]], "when_full": "shift"})
     python = in_python(bundle, requests, monkeypatch)
     assert compare(requests, in_kotlin(bundle, requests, tmp_path), python) == []
     assert python[1]["reused"] > 10
+    dropped = [text["dropped_messages"] for text in python]
+    assert dropped[-1] > max(dropped[4:6])
+    assert sum(text["reused"] > 100 for text in python[-10:]) > 5
 
 
 @pytest.mark.parametrize("name", BUNDLES)

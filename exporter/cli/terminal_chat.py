@@ -94,7 +94,10 @@ def converse(
     err.print(CHAT_GREETING if decoder.template else LINES_GREETING, style="dim")
     start = system_messages(decoder, system)
     texts = conversation or decoder
-    messages = [*conversation.messages] if conversation is not None and conversation.messages else start
+    messages = start
+    if conversation is not None and conversation.messages:
+        messages = [*conversation.messages]
+        start = messages[: messages[0]["role"] == "system"]  # for the conversations after it as well
     if decoder.template and len(messages) > len(start):
         err.print(f"The conversation goes on after {len(messages)} messages.", style="dim")
     all_options = {**options, **(chat_options if decoder.template else {})}

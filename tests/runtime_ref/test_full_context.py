@@ -1,6 +1,7 @@
 """A full context: the text ends, or its oldest part is left out; drafts change no token, and nothing is lost."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from runtime_ref.streaming import Decoder, open_decoder
 from runtime_ref.token_stream import Stream
 from tests.runtime_ref.fake_graphs import continuation, fake_decoder
 from tests.runtime_ref.hashed import HashedEngine
+from tests.vectors import make_full_context
 
+VECTORS = json.loads(make_full_context.FILE.read_text())
 CONTEXT = 64
 PROMPT = [2, 5, 9, 11, 4]
 
@@ -118,20 +121,34 @@ def test_positions_count_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [*range(len(PROMPT), len(PROMPT) + 200)]
 
 
-def encoded(messages: Sequence[Any]) -> list[int]:
-    """A prompt of as many tokens as the contents say, each its message's number."""
-    tokens = [2]
-    for message in messages:
-        number, count = message["content"]
-        tokens += [number] * count
-    return [*tokens, 3]
+def test_the_vectors_are_those_of_their_script() -> None:
+    assert make_full_context.FILE.read_text() == make_full_context.text()
+    chats = VECTORS["chats"]
+    assert sum(chat["dropped_messages"][0] > 0 for chat in chats) > 20
+    assert sum(len(chat["shifts"]) > 0 for chat in chats) > 20
+
+
+@pytest.mark.parametrize(
+    "case", VECTORS["chats"], ids=lambda case: f"{len(case['messages'])} messages in {case['max_seq_len']}"
+)
+def test_what_stays_of_a_chat(case: dict[str, Any]) -> None:
+    shift = ChatShift(case["messages"], make_full_context.encoded, case["max_seq_len"])
+    assert shift.begin(lambda prompt: common_prefix(case["cache"], prompt[:-1])) == case["prompt"]
+    dropped = [shift.dropped_messages]
+    for count, length in case["shifts"]:
+        stays = shift.shift([7] * count)
+        assert stays is not None and len(stays) == length and stays[len(stays) - count :] == [7] * count
+        dropped.append(shift.dropped_messages)
+    assert dropped == case["dropped_messages"]
+    if len(case["prompt"]) < case["max_seq_len"]:
+        assert shift.shift([7] * case["last_answer"]) is None
 
 
 def chat(*lengths: int, system: int = 0) -> list[Any]:
     """Turns of a user's message and an answer, each of so many tokens; the last is the user's alone."""
-    start = [{"role": "system", "content": (90, system)}] if system else []
+    start = [{"role": "system", "content": f"90 {system}"}] if system else []
     roles = itertools.cycle(["user", "assistant"])
-    return [*start, *({"role": next(roles), "content": (10 + i, n)} for i, n in enumerate(lengths))]
+    return [*start, *({"role": next(roles), "content": f"{10 + i} {n}"} for i, n in enumerate(lengths))]
 
 
 def nothing(tokens: Sequence[int]) -> int:
@@ -152,18 +169,18 @@ def nothing(tokens: Sequence[int]) -> int:
     ],
 )
 def test_a_chat_that_does_not_fit_begins_later(messages: list[Any], dropped: int) -> None:
-    shift = ChatShift(messages, encoded, CONTEXT)
+    shift = ChatShift(messages, make_full_context.encoded, CONTEXT)
     prompt = shift.begin(nothing)
     system = messages[0]["role"] == "system"
     assert shift.dropped_messages == dropped
-    assert prompt == encoded([*messages[:system], *messages[system + dropped :]])
+    assert prompt == make_full_context.encoded([*messages[:system], *messages[system + dropped :]])
 
 
 def test_what_was_left_out_stays_left_out() -> None:
     """Turn after turn, the cache is used: a new cut comes when the context is full again, not before."""
     lengths, cache, cuts = [9], list[int](), list[int]()
     for _ in range(60):
-        shift = ChatShift(chat(*lengths, system=6), encoded, CONTEXT)
+        shift = ChatShift(chat(*lengths, system=6), make_full_context.encoded, CONTEXT)
         prompt = shift.begin(lambda tokens: common_prefix(cache, tokens))
         cuts.append(shift.dropped_messages)
         run = len(prompt) - common_prefix(cache, prompt)
@@ -179,7 +196,7 @@ def test_a_template_that_refuses_the_rest_ends_the_text() -> None:
     def refusing(messages: Sequence[Any]) -> list[int]:
         if len(messages) < 3:
             raise InputError("no")
-        return encoded(messages)
+        return make_full_context.encoded(messages)
 
     shift = ChatShift(chat(20, 20, 10), refusing, CONTEXT)
     assert len(shift.begin(nothing)) == 52
@@ -188,10 +205,10 @@ def test_a_template_that_refuses_the_rest_ends_the_text() -> None:
 
 
 def test_an_answer_that_fills_the_context_alone_ends() -> None:
-    shift = ChatShift(chat(10, 10, 10), encoded, CONTEXT)
+    shift = ChatShift(chat(10, 10, 10), make_full_context.encoded, CONTEXT)
     shift.begin(nothing)
     stays = shift.shift([7] * 32)
-    assert stays == [*encoded(chat(10, 10, 10)[2:]), *[7] * 32]
+    assert stays == [*make_full_context.encoded(chat(10, 10, 10)[2:]), *[7] * 32]
     assert shift.dropped_messages == 2
     assert shift.shift([7] * 52) is None  # only the newest turn is left
 

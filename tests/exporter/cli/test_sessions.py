@@ -192,3 +192,32 @@ def test_errors(
     assert (code, printed, error.count("\n")) == (2, "", 1), error
     assert re.search(message, error), error
     assert [path.name for path in tmp_path.iterdir()] == ["ids"]
+
+
+def test_a_new_chat_keeps_the_system_prompt_of_its_session(
+    run: Run, chat_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, system = tmp_path / "session", {"role": "system", "content": "Be brief."}
+    chat = "generate", chat_bundle, "--session", session, "--max-new-tokens", 2
+    assert run(*chat, "--chat", "--system", "Be brief.", "--prompt", "Return the")[0] == 0
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(generate_command.sys.stdin, "isatty", lambda: True, raising=False)
+    lines = iter(["/new", "Another", "/quit"])
+    assert run(*chat)[0] == 0
+    with open_decoder(chat_bundle, threads=1) as decoder:
+        messages = decoder.open_session(session).messages or []
+    assert messages[:2] == [system, {"role": "user", "content": "Another"}]
+    assert len(messages) == 3
+
+
+def test_a_link_that_leads_nowhere_is_refused_before_the_text(
+    run: Run, bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    session = tmp_path / "link"
+    session.symlink_to(tmp_path / "missing" / "session")
+    code, printed, error = run("generate", bundle("demo"), "--prompt", PROMPT, "--session", session)
+    assert (code, printed) == (2, "")
+    assert (
+        error
+        == f"error: {session}: its directory is missing or cannot be written to; create it, or choose another file\n"
+    )

@@ -18,23 +18,21 @@ import java.io.File
 /**
  * Opens bundles on disk.
  *
- * @param costs folder for the costs that are measured on this device.
+ * @param devices has a folder for each bundle, see [deviceFolder].
  */
-class BundleOpener(private val loadGraphs: LoadGraphs, private val costs: File) : Opener {
+class BundleOpener(private val loadGraphs: LoadGraphs, private val devices: File) : Opener {
     override fun memoryNeeded(bundle: File): Long = memoryNeeded(readManifest(bundle))
 
-    override fun open(bundle: File, verify: Boolean, report: Report): Model {
+    override fun open(bundle: File, report: Report): Model {
         val manifest = readManifest(bundle)
         val total = manifest.files.values.sumOf { it.size }
-        costs.mkdirs()
         try {
-            val costsFile = File(costs, "${manifest.digest}.json")
             val load = LoadGraphs { folder, checked, threads ->
                 report.at(Work(Step.LOADING, 0, 0))
                 loadGraphs.load(folder, checked, threads)
             }
             val progress = counted(Step.CHECKING, total, report)
-            return DecoderModel(openDecoder(bundle, load, null, costsFile, verify, progress))
+            return DecoderModel(openDecoder(bundle, load, null, deviceFolder(devices, manifest), false, progress))
         } catch (error: LinkageError) { // native libraries that are not in the APK, or not for this processor
             throw InputError(
                 "$bundle: this app has no ${manifest.backend} libraries for this device (${error.message}); build it" +
@@ -44,6 +42,9 @@ class BundleOpener(private val loadGraphs: LoadGraphs, private val costs: File) 
         }
     }
 }
+
+/** The folder of what belongs to a bundle on this device: measured costs, and which files were checked. */
+fun deviceFolder(devices: File, manifest: Manifest) = File(devices, manifest.digest)
 
 /**
  * The largest number of bytes that an open bundle takes: its weights, which both runtimes repack into their own memory,
@@ -64,6 +65,7 @@ fun memoryNeeded(manifest: Manifest): Long {
 
 private class DecoderModel(private val decoder: Decoder) : Model {
     override val chats get() = decoder.chat?.has() ?: false
+    override val contextTokens get() = decoder.manifest.maxSeqLen
     override val defaultDraftTokens get() = decoder.manifest.defaultDraftTokens
     override val sampling: Sampling get() = decoder.manifest.sampling
     override val rules: Rules get() = Rules(repetitionPenalty = decoder.manifest.repetitionPenalty)
@@ -81,7 +83,8 @@ private class StreamWriting(private val stream: Stream) : Writing {
         get() = stream.stats.let {
             val last = if (it.rounds > 0) it.lastDrafted else null
             Counts(
-                stream.tokens.size, it.decodeSeconds, it.acceptanceRate, it.meanTokensPerRound, last, it.finishReason,
+                stream.tokens.size, it.decodeSeconds, it.acceptanceRate, it.meanTokensPerRound, last,
+                stream.tokensLeft, stream.droppedMessages, it.finishReason,
             )
         }
 

@@ -3,7 +3,7 @@ package gemmamtp.demo
 import gemmamtp.core.InputError
 import gemmamtp.core.MANIFEST
 import gemmamtp.core.Progress
-import gemmamtp.core.changedFiles
+import gemmamtp.core.firstChangedFile
 import gemmamtp.core.readManifest
 import java.io.Closeable
 import java.io.File
@@ -11,13 +11,8 @@ import java.io.FileOutputStream
 import java.io.IOException
 import java.io.InputStream
 
-/**
- * A bundle that can be opened.
- *
- * @property dir its directory.
- * @property verified whether its files were checked when they were copied here.
- */
-data class BundleFolder(val dir: File, val verified: Boolean) {
+/** A bundle that can be opened: its directory. */
+data class BundleFolder(val dir: File) {
     val name: String get() = dir.name
 }
 
@@ -40,8 +35,9 @@ private const val OLD_PREFIX = ".old-"
  *
  * @param installed the folder of the app's own copies.
  * @param pushed folders outside of the app that have bundles in them, or are bundles.
+ * @param devices see [BundleOpener]: what is checked here is not read again when it is opened.
  */
-class Bundles(private val installed: File, private val pushed: List<File>) {
+class Bundles(private val installed: File, private val pushed: List<File>, private val devices: File) {
     init {
         clean()
     }
@@ -49,11 +45,9 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
     /** All bundles, by name; folders that cannot be read have none. */
     fun list(): List<BundleFolder> {
         val others = pushed.flatMap { folder -> listOf(folder) + folder.listFiles().orEmpty().sorted() }
-        return bundlesIn(installed.listFiles().orEmpty().sorted(), true) + bundlesIn(others, false)
+        return (installed.listFiles().orEmpty().sorted() + others)
+            .filter { !it.name.startsWith(".") && File(it, MANIFEST).isFile }.map(::BundleFolder)
     }
-
-    private fun bundlesIn(folders: List<File>, verified: Boolean) =
-        folders.filter { !it.name.startsWith(".") && File(it, MANIFEST).isFile }.map { BundleFolder(it, verified) }
 
     /**
      * Copy a bundle into the app's storage: to another name first, then checked against its manifest and renamed.
@@ -83,7 +77,7 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
             check(name, aside, report)
             replace(place, aside)
         }
-        return BundleFolder(place, true)
+        return BundleFolder(place)
     }
 
     private fun copy(name: String, files: List<SourceFile>, aside: File, report: Report) {
@@ -114,9 +108,9 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
     private fun check(name: String, aside: File, report: Report) {
         val manifest = readManifest(aside)
         val total = manifest.files.values.sumOf { it.size }
-        val changed = changedFiles(aside, manifest, counted(Step.CHECKING, total, report))
-        if (changed.isNotEmpty()) {
-            throw InputError("$name: ${changed.joinToString()}: not as $MANIFEST says; copy it to the phone again")
+        val progress = counted(Step.CHECKING, total, report)
+        firstChangedFile(aside, manifest, deviceFolder(devices, manifest), progress = progress)?.let {
+            throw InputError("$name: $it: not as $MANIFEST says; copy it to the phone again")
         }
     }
 

@@ -16,17 +16,18 @@ private const val FRAME_MILLIS = 66L
 
 /** Holds the session, which outlives activities, so a rotation neither stops an answer nor opens a bundle again. */
 class DemoApp : Application() {
+    private val devices by lazy { File(noBackupFilesDir, "devices") }
     val bundles: Bundles by lazy {
         val pushed = listOfNotNull(getExternalFilesDir("bundles"), File("/data/local/tmp/gemma-mtp"))
-        Bundles(File(filesDir, "bundles").apply { mkdirs() }, pushed)
+        Bundles(File(filesDir, "bundles").apply { mkdirs() }, pushed, devices)
     }
     val session: Session by lazy {
         Session(
             bundles,
-            BundleOpener(Engines, File(noBackupFilesDir, "costs")),
+            BundleOpener(Engines, devices),
             ::availableMemory,
             Executors.newSingleThreadExecutor { Thread(it, "decoder") },
-            pace::request,
+            changed = pace::request,
         )
     }
     private val main = Handler(Looper.getMainLooper())

@@ -13,6 +13,9 @@ interface Model : Closeable {
     /** Whether it answers conversations; otherwise it continues the last message as text. */
     val chats: Boolean
 
+    /** How many tokens of a conversation the model sees at most. */
+    val contextTokens: Int
+
     /** The default number of drafts a round, K, of the bundle. */
     val defaultDraftTokens: Int
 
@@ -46,6 +49,8 @@ interface Writing : Iterator<Token> {
  * @property acceptanceRate accepted drafts / drafts; null if there were none.
  * @property tokensPerRound mean tokens per round; null before the first round.
  * @property lastDrafted drafts of the newest round; null before the first.
+ * @property tokensLeft tokens that the context has room for after the newest one.
+ * @property droppedMessages how many of the oldest messages are no longer in the context.
  * @property finish why the text ended, as `Stats.finishReason`; empty while it is generated.
  */
 data class Counts(
@@ -54,6 +59,8 @@ data class Counts(
     val acceptanceRate: Double? = null,
     val tokensPerRound: Double? = null,
     val lastDrafted: Int? = null,
+    val tokensLeft: Int = 0,
+    val droppedMessages: Int = 0,
     val finish: String = "",
 ) {
     /** Without the first token, which comes from the prefill; null before the second. */
@@ -65,6 +72,6 @@ interface Opener {
     /** The largest number of bytes that an open bundle takes; throws InputError if the directory is no bundle. */
     fun memoryNeeded(bundle: File): Long
 
-    /** Open a bundle; with [verify], check every file against the manifest first. Throws InputError. */
-    fun open(bundle: File, verify: Boolean, report: Report): Model
+    /** Open a bundle, after checking the files that may have changed since they were checked. Throws InputError. */
+    fun open(bundle: File, report: Report): Model
 }

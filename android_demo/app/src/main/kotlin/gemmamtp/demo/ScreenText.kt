@@ -58,7 +58,8 @@ class ScreenText(private val context: Context) {
 
     private fun finished(counts: Counts): String {
         val reason = FINISHED[counts.finish]?.let(::string) ?: counts.finish
-        return string(R.string.finished, counts.tokens, reason)
+        val line = string(R.string.finished, counts.tokens, reason, counts.tokensLeft)
+        return if (counts.droppedMessages == 0) line else "$line ${string(R.string.dropped, counts.droppedMessages)}"
     }
 
     private fun size(bytes: Long): String = Formatter.formatShortFileSize(context, bytes)

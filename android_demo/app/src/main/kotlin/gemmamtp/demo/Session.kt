@@ -3,10 +3,9 @@ package gemmamtp.demo
 import gemmamtp.core.InputError
 import gemmamtp.core.Message
 import gemmamtp.core.Options
+import gemmamtp.core.WhenFull
+import java.security.SecureRandom
 import java.util.concurrent.Executor
-
-/** The largest number of tokens of an answer. */
-const val MAX_NEW_TOKENS = 512
 
 /**
  * The app's state and its one worker: a bundle, a conversation, and the work in progress.
@@ -16,6 +15,7 @@ const val MAX_NEW_TOKENS = 512
  *
  * @param available gives the bytes of memory that a bundle may take now.
  * @param worker runs one job at a time, in order.
+ * @param seed gives the seed of each answer.
  * @param changed called after each change of [screen], on whichever thread made it.
  */
 class Session(
@@ -23,6 +23,7 @@ class Session(
     private val opener: Opener,
     private val available: () -> Long,
     private val worker: Executor,
+    private val seed: () -> Long = SecureRandom()::nextLong,
     private val changed: () -> Unit,
 ) {
     @Volatile
@@ -65,7 +66,11 @@ class Session(
         val answer = StringBuilder()
         val before = screen.talk
         update { it.copy(talk = before + Exchange(prompt, ""), counts = null) }
-        val options = Options(MAX_NEW_TOKENS, draftTokens(model), model.sampling, model.rules)
+        // A model that finds no end stops after as many tokens as its context has; before that, the user may stop it.
+        val options = Options(
+            model.contextTokens, draftTokens(model), model.sampling.copy(seed = seed()), model.rules,
+            whenFull = WhenFull.SHIFT,
+        )
         write(model.write(messages, options)) { token, counts ->
             answer.append(token)
             update { it.copy(talk = before + Exchange(prompt, answer.toString()), counts = counts) }
@@ -137,7 +142,7 @@ class Session(
             return
         }
         report(Work(Step.LOADING, 0, 0))
-        val opened = opener.open(bundle.dir, !bundle.verified, ::report)
+        val opened = opener.open(bundle.dir, ::report)
         model = opened
         update { it.copy(chats = opened.chats) }
     }

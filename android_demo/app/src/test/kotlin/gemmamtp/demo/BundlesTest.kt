@@ -1,6 +1,8 @@
 package gemmamtp.demo
 
 import gemmamtp.core.InputError
+import gemmamtp.core.firstChangedFile
+import gemmamtp.core.readManifest
 import java.io.File
 import kotlin.test.Test
 import kotlin.test.assertEquals
@@ -10,7 +12,8 @@ import kotlin.test.assertTrue
 class BundlesTest {
     private val installed = newFolder()
     private val pushed = newFolder()
-    private val bundles = Bundles(installed, listOf(pushed, File("/nowhere")))
+    private val devices = newFolder()
+    private val bundles = Bundles(installed, listOf(pushed, File("/nowhere")), devices)
 
     private fun refused(source: BundleSource): String {
         val before = content()
@@ -27,13 +30,27 @@ class BundlesTest {
         val files = tinyBundle()
         val works = ArrayList<Work>()
         val bundle = bundles.install(FakeSource("toy", files)) { works.add(it) }
-        assertEquals(BundleFolder(File(installed, "toy"), true), bundle)
+        assertEquals(BundleFolder(File(installed, "toy")), bundle)
         val copied = bundle.dir.listFiles().orEmpty().associate { it.name to it.readText() }
         assertEquals(files.mapValues { String(it.value) }, copied)
         val total = files.values.sumOf { it.size }.toLong()
         assertEquals(Work(Step.COPYING, total, total), works.last { it.step == Step.COPYING })
         val checked = total - files.getValue("manifest.json").size
         assertEquals(Work(Step.CHECKING, checked, checked), works.last())
+    }
+
+    @Test
+    fun whatWasCheckedWhileInstallingIsNotReadAgain() {
+        val toy = bundles.install(FakeSource("toy", tinyBundle())) {}
+        val manifest = readManifest(toy.dir)
+        val device = deviceFolder(devices, manifest)
+        // Files of a real bundle are large, and were written seconds before they are checked.
+        firstChangedFile(toy.dir, manifest, device, settled = -1_000_000_000)
+        val moved = File(installed, "moved").also { toy.dir.renameTo(it) }
+        val works = ArrayList<Work>()
+        val opener = BundleOpener({ _, _, _ -> throw InputError("loading is not what is tested") }, devices)
+        assertFailsWith<InputError> { opener.open(moved) { works.add(it) } }
+        assertEquals(2, works.count { it.step == Step.CHECKING }) // one for each file, not for each block of it
     }
 
     @Test
@@ -86,7 +103,7 @@ class BundlesTest {
     fun leftoversOfAKilledProcessAreNoBundlesAndGo() {
         put(File(installed, ".new-toy"), tinyBundle())
         assertEquals(emptyList(), bundles.list())
-        Bundles(installed, emptyList())
+        Bundles(installed, emptyList(), devices)
         assertEquals(emptyList(), installed.list().orEmpty().toList())
     }
 
@@ -96,7 +113,7 @@ class BundlesTest {
         put(File(installed, ".new-toy"), tinyBundle())
         put(File(installed, ".old-done"), tinyBundle())
         put(File(installed, "done"), tinyBundle("n".repeat(128)))
-        Bundles(installed, emptyList())
+        Bundles(installed, emptyList(), devices)
         assertEquals(listOf("done", "toy"), installed.list().orEmpty().sorted())
         assertEquals("n".repeat(128), File(installed, "done/model.pte").readText())
     }
@@ -106,7 +123,7 @@ class BundlesTest {
         put(File(installed, "b"), tinyBundle())
         put(File(pushed, "a"), tinyBundle())
         put(File(pushed, "no-manifest"), tinyBundle() - "manifest.json")
-        assertEquals(listOf("b" to true, "a" to false), bundles.list().map { it.name to it.verified })
+        assertEquals(listOf("b", "a"), bundles.list().map { it.name })
         put(pushed, tinyBundle())
         assertEquals(listOf("b", pushed.name, "a"), bundles.list().map { it.name })
     }
@@ -123,7 +140,7 @@ class BundlesTest {
     fun missingNativeLibrariesAreOneLine() {
         put(pushed, tinyBundle())
         val opener = BundleOpener({ _, _, _ -> throw UnsatisfiedLinkError("no libexecutorch.so") }, newFolder())
-        val line = assertFailsWith<InputError> { opener.open(pushed, true) {} }.message.orEmpty()
+        val line = assertFailsWith<InputError> { opener.open(pushed) {} }.message.orEmpty()
         assertTrue("no executorch libraries for this device (no libexecutorch.so)" in line, line)
     }
 }

@@ -25,6 +25,7 @@ class ManualWorker : Executor {
 
 /** Generates "0 1 2 ..."; a token takes one second plain, and half a second with drafts. */
 class FakeModel(override val chats: Boolean = true, private val length: Int = 5) : Model {
+    override val contextTokens = 600
     override val defaultDraftTokens = 4
     override val sampling = Sampling(temperature = 0.7)
     override val rules = Rules(repetitionPenalty = 1.1)
@@ -45,7 +46,7 @@ class FakeModel(override val chats: Boolean = true, private val length: Int = 5)
             override val counts
                 get() = Counts(
                     at, (at - 1) * if (options.numDraftTokens == 0) 1.0 else 0.5, 0.5, 2.0, options.numDraftTokens,
-                    if (hasNext()) "" else if (cancelled) "cancelled" else "eos",
+                    finish = if (hasNext()) "" else if (cancelled) "cancelled" else "eos",
                 )
 
             override fun hasNext() = at < minOf(length, options.maxNewTokens) && !(cancelled && at > 0)
@@ -73,12 +74,12 @@ class FakeModel(override val chats: Boolean = true, private val length: Int = 5)
 class FakeOpener(var needed: Long = 100) : Opener {
     var model = FakeModel()
     var failure: Throwable? = null
-    val verified = ArrayList<Boolean>()
+    var opened = 0
 
     override fun memoryNeeded(bundle: File) = needed
 
-    override fun open(bundle: File, verify: Boolean, report: Report): Model {
-        verified.add(verify)
+    override fun open(bundle: File, report: Report): Model {
+        opened++
         failure?.let { throw it }
         report.at(Work(Step.CHECKING, 1, 2))
         return model

@@ -1,6 +1,7 @@
 package gemmamtp.demo
 
 import gemmamtp.core.InputError
+import gemmamtp.core.WhenFull
 import java.io.File
 import java.util.concurrent.CountDownLatch
 import java.util.concurrent.Executors
@@ -17,8 +18,8 @@ class SessionTest {
     private val installed = newFolder()
     private val seen = ArrayList<Screen>()
     private var free = 1000L
-    private val session: Session = Session(Bundles(installed, emptyList()), opener, { free }, worker) { see() }
-    private val bundle = BundleFolder(File("pair"), verified = true)
+    private val session: Session = Session(Bundles(installed, emptyList(), newFolder()), opener, { free }, worker) { see() }
+    private val bundle = BundleFolder(File("pair"))
     private val model get() = opener.model
 
     private fun see() {
@@ -56,6 +57,16 @@ class SessionTest {
     }
 
     @Test
+    fun answersDifferAndGoOnInAFullContext() {
+        opened()
+        repeat(3) { ask("hello") }
+        val options = model.options
+        assertEquals(3, options.map { it.sampling.seed }.distinct().size)
+        assertTrue(options.all { it.sampling.copy(seed = 0) == model.sampling })
+        assertTrue(options.all { it.whenFull == WhenFull.SHIFT && it.maxNewTokens == model.contextTokens })
+    }
+
+    @Test
     fun requestsAreRefusedUnlessReady() {
         assertFalse(session.send("hello"))
         assertFalse(session.benchmark("hello"))
@@ -89,7 +100,7 @@ class SessionTest {
             ask("x")
         }
         assertEquals(listOf(0, 4, null), model.options.map { it.numDraftTokens })
-        assertEquals(setOf(model.sampling to model.rules), model.options.map { it.sampling to it.rules }.toSet())
+        assertEquals(setOf(model.sampling to model.rules), model.options.map { it.sampling.copy(seed = 0) to it.rules }.toSet())
     }
 
     @Test
@@ -153,20 +164,12 @@ class SessionTest {
     }
 
     @Test
-    fun whatWasPushedIsVerifiedAndWhatWasInstalledIsNot() {
-        opened()
-        session.open(bundle.copy(verified = false))
-        worker.runAll()
-        assertEquals(listOf(false, true), opener.verified)
-    }
-
-    @Test
     fun shortMemoryIsReportedBeforeOpeningAndCanBeOverruled() {
         opener.needed = 1001
         opened()
         assertEquals(Problem.MemoryShort(1001, 1000), session.screen.problem)
         assertEquals(Phase.IDLE, session.screen.phase)
-        assertEquals(emptyList(), opener.verified)
+        assertEquals(0, opener.opened)
         assertTrue(session.screen.canReopen)
         session.reopen()
         worker.runAll()
@@ -253,7 +256,7 @@ class SessionTest {
         ask("one")
         opened()
         assertEquals(1, session.screen.talk.size)
-        session.open(BundleFolder(File("other"), true))
+        session.open(BundleFolder(File("other")))
         worker.runAll()
         assertEquals(emptyList(), session.screen.talk)
     }
@@ -303,7 +306,7 @@ class SessionTest {
         val done = CountDownLatch(1)
         opener.model = FakeModel(length = Int.MAX_VALUE)
         lateinit var session: Session
-        session = Session(Bundles(installed, emptyList()), opener, { free }, thread) {
+        session = Session(Bundles(installed, emptyList(), newFolder()), opener, { free }, thread) {
             if (session.screen.ready && session.screen.talk.isNotEmpty()) done.countDown()
         }
         session.open(bundle)

@@ -42,19 +42,33 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
         stop: List<String> = emptyList(),
         progress: (Int, Int) -> Unit = { _, _ -> },
     ): Stream {
+        val ids = prompt.toList()
+        val shift = if (options.whenFull == WhenFull.SHIFT) TextShift(ids, decoder.manifest.maxSeqLen) else null
+        return stream(ids, options, stop, shift, progress)
+    }
+
+    private fun stream(
+        ids: List<Int>,
+        options: Options,
+        stop: List<String>,
+        context: FullContext?,
+        progress: (Int, Int) -> Unit,
+    ): Stream {
         decoder.checkOpen()
         if (stop.isNotEmpty()) requireTokenizer()
         if (stop.any { it.isEmpty() }) throw InputError("a stop string is empty: expected some text")
-        checkPrompt(decoder.manifest, prompt.asList())
+        checkPrompt(decoder.manifest, ids)
         checkOptions(decoder.manifest, options)
-        val ids = prompt.toList()
         val tracker = PartTracker(decoder.manifest.channels, decoder.manifest.eos, ids)
         val texts = decoder.tokenizer?.stream(stop, ids) ?: TextStream({ _, _ -> "" }, tracker = tracker)
-        return Stream(this, decoder, ids, options, texts, progress).also { current = it }
+        return Stream(this, decoder, ids, options, texts, context, progress).also { current = it }
     }
 
     /**
      * Answer the last message of a conversation.
+     *
+     * With [WhenFull.SHIFT], the oldest turns of a chat that does not fit are left out, also in the middle of an answer. Pass
+     * all messages in each turn all the same: what was left out before is left out again, and the cache is used.
      *
      * @param messages oldest first. An answer of this bundle is [Stream.message], what a tool answered is [toolMessage].
      * @param tools whether the model may call [Manifest.tools].
@@ -70,7 +84,13 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
         progress: (Int, Int) -> Unit = { _, _ -> },
     ): Stream {
         val template = decoder.chat ?: throw InputError("the bundle has no chat format; export it from a checkpoint that chats")
-        return stream(template.render(messages, tools, thinking), options, progress = progress)
+        val prompt = { kept: List<Message> ->
+            requireTokenizer().encode(template.render(kept, tools, thinking)).toList()
+        }
+        if (options.whenFull == WhenFull.STOP) return stream(prompt(messages), options, emptyList(), null, progress)
+        if (messages.isEmpty()) refuse("there are none")
+        val shift = ChatShift(messages, decoder.manifest.maxSeqLen, prompt)
+        return stream(shift.begin(cache::reusable), options, emptyList(), shift, progress)
     }
 
     /** Let the next prompt be run as a whole, whatever it shares with the last text. */

@@ -6,6 +6,8 @@ import java.io.IOException
 import java.util.concurrent.locks.ReentrantLock
 import kotlin.concurrent.withLock
 
+private const val COSTS = "costs.json" // in a device's folder
+
 /**
  * An open bundle, and any number of conversations with it. Any thread may use any of them: one runs at a time, the others
  * wait, and between the chunks of a prompt and between rounds they take turns. Apps call [openDecoder].
@@ -116,15 +118,16 @@ class Decoder(
 /**
  * Load a bundle.
  *
- * Times of passes are measured while it generates, and saved in [costsFile] for the next time.
+ * Times of passes are measured while it generates, and kept in [deviceFolder] for the next time, with a record of the files
+ * that were checked: those that have not changed since are not read again.
  *
  * @param bundle directory written by `export`.
  * @param loadGraphs the runtimes.
  * @param threads threads inside an operation; null lets the backend choose.
- * @param costsFile a file outside of the bundle, which is the same on all devices; null saves nothing. One that cannot be
- *     read is replaced.
- * @param verify compare every file's sha256 with the manifest's, needed once after a bundle was copied.
- * @param progress receives the files as they are verified.
+ * @param deviceFolder a folder for what belongs to this bundle on this device, outside of the bundle, which is the same on all
+ *     devices; null keeps nothing. What cannot be read in it is replaced.
+ * @param verify whether to read every file, not only those that may have changed since they were read.
+ * @param progress receives the files as they are checked.
  * @param digest hexadecimal sha256 of the manifest, as `export` printed it: another bundle is refused. null for any.
  * @throws InputError the directory is no bundle, or an incomplete or changed one, or none for these runtimes.
  */
@@ -132,17 +135,16 @@ fun openDecoder(
     bundle: File,
     loadGraphs: LoadGraphs,
     threads: Int? = null,
-    costsFile: File? = null,
-    verify: Boolean = true,
+    deviceFolder: File? = null,
+    verify: Boolean = false,
     progress: Progress = Progress { _, _ -> },
     digest: String? = null,
 ): Decoder {
     val manifest = readManifest(bundle, digest)
-    if (verify) {
-        changedFiles(bundle, manifest, progress).firstOrNull()?.let {
-            throw InputError("${File(bundle, it)}: sha256 differs from the manifest's; copy the bundle again")
-        }
+    firstChangedFile(bundle, manifest, deviceFolder, verify, progress)?.let {
+        throw InputError("${File(bundle, it)}: sha256 differs from the manifest's; copy the bundle again")
     }
+    val costsFile = deviceFolder?.let { File(it, COSTS) }
     val tokenizer = if (File(bundle, TOKENIZER).exists()) Tokenizer(bundle, manifest) else null
     val costs = try {
         costsFile?.let { loadCosts(it, manifest, threads) }
@@ -153,7 +155,10 @@ fun openDecoder(
     val engine = loadEngine(bundle, manifest, loadGraphs, threads)
     val save = {
         try {
-            costsFile?.let { saveCosts(costs, it, manifest, threads) }
+            costsFile?.let {
+                it.parentFile.mkdirs()
+                saveCosts(costs, it, manifest, threads)
+            }
         } catch (error: IOException) {
             // There is no room left: costs are measured again next time, in a few rounds.
         }

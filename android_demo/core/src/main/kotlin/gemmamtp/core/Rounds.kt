@@ -8,6 +8,7 @@ package gemmamtp.core
  * @property sampling how tokens are chosen.
  * @property rules what changes logits before that.
  * @property thinkingBudget the largest number of tokens of thoughts, after which a thought is ended; null for any.
+ * @property whenFull what happens where prompt and answer fill the context.
  */
 data class Options(
     val maxNewTokens: Int = 128,
@@ -15,6 +16,7 @@ data class Options(
     val sampling: Sampling = Sampling(),
     val rules: Rules = Rules(),
     val thinkingBudget: Int? = null,
+    val whenFull: WhenFull = WhenFull.STOP,
 )
 
 /** A clock that never goes back. */
@@ -30,15 +32,18 @@ val SYSTEM_CLOCK = Clock { System.nanoTime() / 1e9 }
  * The decoding loop: the prefill, then rounds, as they are decided.
  *
  * Speculative and plain decoding give the same tokens. They stop at the first end token, after `maxNewTokens`, or when
- * prompt and answer together fill the context. `stats.finishReason` is set before the last round is returned. A prefill that
- * is stopped gives a round without tokens, the only one.
+ * prompt and answer together fill the context, unless [shift] says what stays. That is run before the round that filled it is
+ * returned: a text that is stopped meanwhile ends with that round. `stats.finishReason` is set before the last round is
+ * returned. A prompt's prefill that is stopped gives a round without tokens, the only one.
  *
  * @param prompt token ids, the first of them the beginning-of-text token.
  * @param stats counts of this text, which are added to.
  * @param planner plans the rounds if the options do not; keep it from text to text, so that it learns.
  * @param start how many tokens of the prompt are in the engine's cache already.
  * @param clock measures passes and draft steps.
- * @param goOn called in the prefill, as by [Engine.prefill]; false stops it, and the text is `cancelled`.
+ * @param shift called when the context is full with the new tokens so far; returns the tokens that go on in place of prompt
+ *     and answer, or null to end the text.
+ * @param goOn called in each prefill, as by [Engine.prefill]; false stops it, and the text is `cancelled`.
  * @throws InputError as [checkPrompt] and [checkOptions], or, from [next], the rules leave no token to choose.
  */
 class Rounds(
@@ -49,6 +54,7 @@ class Rounds(
     planner: DraftLength,
     private val start: Int = 0,
     private val clock: Clock = SYSTEM_CLOCK,
+    private val shift: (List<Int>) -> List<Int>? = { null },
     private val goOn: (Int) -> Boolean = { true },
 ) : Iterator<Round> {
     init {
@@ -57,45 +63,66 @@ class Rounds(
         stats.begin(start)
     }
 
-    private val room = engine.manifest.maxSeqLen - prompt.size
-    private val outOfBudget = if (options.maxNewTokens <= room) "length" else "max_seq_len"
     private val rules = textChooser(engine, prompt, options.sampling, options.rules, options.thinkingBudget)
-    private val chooser = rules ?: options.sampling
+    private val ofText: Chooser = rules ?: options.sampling
+    private var chooser = ofText
     private val drafts =
         options.numDraftTokens?.let { FixedDrafts(engine, it, rules) } ?: PlannedDrafts(engine, planner, prompt, rules)
-    private var left = minOf(options.maxNewTokens, room)
-    private var last: Int? = null // none before the prefill
+    private var left = options.maxNewTokens
+    private var room = engine.manifest.maxSeqLen - prompt.size
+    private val answer = ArrayList<Int>()
+    private var dropped = 0 // tokens that were left out
+    private var shifted: Round? = null // the round after a shift, which was run already
 
     override fun hasNext() = stats.finishReason.isEmpty()
 
     override fun next(): Round {
         if (!hasNext()) throw NoSuchElementException()
-        val before = last
-        val done = if (before == null) prefill() else round(before)
+        val again = shifted
+        val verified = again == null && answer.isNotEmpty()
+        val done = again ?: if (verified) round(answer.last()) else prefill(prompt, start)
         if (done.tokens.isEmpty()) {
             stats.finishReason = "cancelled"
             return done
         }
+        if (again != null) stats.shift(dropped)
+        shifted = null
         val end = done.tokens.indexOfFirst { it in engine.manifest.eos }
         val kept = done.cut(if (end < 0) done.tokens.size else end + 1)
         left -= kept.tokens.size
-        if (before != null) stats.add(kept, drafts.source)
-        if (end >= 0 || left == 0) stats.finishReason = if (end >= 0) "eos" else outOfBudget
-        last = kept.tokens.last()
+        room -= kept.tokens.size
+        answer.addAll(kept.tokens)
+        if (verified) stats.add(kept, drafts.source)
+        if (end < 0 && left > 0 && room == 0) shift(answer)?.let(::runAgain)
+        stats.finishReason = when {
+            end >= 0 -> "eos"
+            left == 0 -> "length"
+            room == 0 -> "max_seq_len"
+            shifted?.tokens?.isEmpty() == true -> "cancelled"
+            else -> ""
+        }
         return kept
     }
 
-    private fun prefill(): Round {
+    /** Run what stays of a full context. */
+    private fun runAgain(stays: List<Int>) {
+        dropped = prompt.size + answer.size - stays.size
+        room = engine.manifest.maxSeqLen - stays.size
+        chooser = Displaced(ofText, dropped)
+        shifted = prefill(stays, engine.cache.reusable(stays))
+    }
+
+    private fun prefill(tokens: List<Int>, start: Int): Round {
         val started = clock.seconds()
-        val done = engine.prefill(prompt, chooser, start, goOn)
-        stats.prefillSeconds = clock.seconds() - started
+        val done = engine.prefill(tokens, chooser, start, goOn)
+        stats.prefillSeconds += clock.seconds() - started
         return done
     }
 
     private fun round(last: Int): Round {
         val started = clock.seconds()
         // The bonus token takes one token of the budget as well.
-        val proposed = drafts.make(last, minOf(engine.manifest.maxDraftTokens, left - 1))
+        val proposed = drafts.make(last, minOf(engine.manifest.maxDraftTokens, left - 1, room - 1))
         val drafted = clock.seconds()
         val done = engine.verify(last, proposed, chooser)
         val ended = clock.seconds()

@@ -67,6 +67,12 @@ data class Sampling(
     }
 }
 
+/** Chooses tokens of a text whose oldest [dropped] tokens were left out, by their positions in the whole text. */
+internal class Displaced(private val chooser: Chooser, private val dropped: Int) : Chooser {
+    override fun pick(logits: FloatArray, ids: IntArray, state: FloatBuffer, position: Int): Choice =
+        chooser.pick(logits, ids, state, position + dropped)
+}
+
 /**
  * Noise in [0, 1) for the token at a position: the top 24 bits of SplitMix64 (Steele, Lea & Flood 2014).
  *

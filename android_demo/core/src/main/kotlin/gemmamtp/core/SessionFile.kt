@@ -61,6 +61,7 @@ private fun sessionHeader(manifest: Manifest, cache: Cache, planner: DraftLength
             addProperty("format", SESSION_FORMAT)
             addProperty("version", "$SESSION_VERSION")
             addProperty("bundle", manifest.digest)
+            addProperty("max_seq_len", "${manifest.maxSeqLen}")
             addProperty("window_start", "${cache.windowStart}")
             addProperty("planner", planner.toJson().toString())
         },
@@ -100,16 +101,25 @@ private fun tensors(manifest: Manifest, position: Int, windowStart: Int): Map<St
 
 /**
  * The conversation of a session file. Its keys and values are mapped, so that they are read when they are needed, and running
- * them changes memory, never the file; another file may take the place of this one, but nothing may be written into it.
+ * them changes memory, never the file; another file may take the place of this one, but nothing may be written into it. Those
+ * of a file that may only be read are read into memory.
  *
  * @param planner goes on from what the file's had learnt, as [DraftLength.restore].
+ * @param mapped whether to map it, else it is read.
  * @throws InputError the file cannot be read, is no session, or not one of this bundle.
  */
-internal fun readSession(file: File, manifest: Manifest, planner: DraftLength): Cache {
+internal fun readSession(
+    file: File,
+    manifest: Manifest,
+    planner: DraftLength,
+    mapped: Boolean = file.canWrite(),
+): Cache {
     if (!file.isFile) throw InputError("$file: no such file, expected a saved session; $REMEDY")
     try {
         // A private mapping must be of a file that is open for writing as well, although it never writes.
-        return RandomAccessFile(file, "rw").use { SessionReader(file, it.channel, manifest).read(planner) }
+        return RandomAccessFile(file, if (mapped) "rw" else "r").use {
+            SessionReader(file, it.channel, manifest, mapped).read(planner)
+        }
     } catch (error: IOException) {
         throw InputError("$file: cannot be read and mapped (${oneLine(error)}), expected a saved session; $REMEDY", error)
     } catch (error: StackOverflowError) {
@@ -121,7 +131,12 @@ internal fun readSession(file: File, manifest: Manifest, planner: DraftLength): 
 }
 
 /** Reads and checks one file; throws IllegalArgumentException for what is malformed. */
-private class SessionReader(private val file: File, private val channel: FileChannel, private val manifest: Manifest) {
+private class SessionReader(
+    private val file: File,
+    private val channel: FileChannel,
+    private val manifest: Manifest,
+    private val mapped: Boolean,
+) {
     private val size = channel.size()
 
     fun read(planner: DraftLength): Cache {
@@ -243,11 +258,16 @@ private class SessionReader(private val file: File, private val channel: FileCha
     private fun buffer(kv: KVBuffer, position: Int, start: Int, begin: Long): CacheBuffer {
         val rows = bufferRows(manifest, kv, usedRows(kv, position, start))
         if (rows == 0) return CacheBuffer(kv, 0, ::direct) // some systems map no empty range
-        return CacheBuffer(kv, rows) { channel.map(FileChannel.MapMode.PRIVATE, begin, it).order(ByteOrder.LITTLE_ENDIAN) }
+        return CacheBuffer(kv, rows) { count ->
+            if (mapped) channel.map(FileChannel.MapMode.PRIVATE, begin, count).order(ByteOrder.LITTLE_ENDIAN)
+            else read(begin, direct(count))
+        }
     }
 
-    private fun bytes(begin: Long, count: Int): ByteBuffer {
-        val bytes = ByteBuffer.allocate(count).order(ByteOrder.LITTLE_ENDIAN)
+    private fun bytes(begin: Long, count: Int) = read(begin, ByteBuffer.allocate(count).order(ByteOrder.LITTLE_ENDIAN))
+
+    private fun read(begin: Long, bytes: ByteBuffer): ByteBuffer {
+        val count = bytes.remaining()
         val window = bytes.duplicate()
         while (window.hasRemaining()) {
             if (channel.read(window, begin + count - window.remaining()) < 0) throw IOException("it ends at byte $size")

@@ -31,7 +31,9 @@ class SourceStats {
  * @property sources counts by the source of drafts, of rounds that had drafts.
  * @property lastDrafted drafts of the newest round.
  * @property reusedTokens tokens of the prompt that were in the cache already.
- * @property prefillSeconds time of the prefill, and of what other conversations ran between its chunks.
+ * @property droppedTokens tokens of prompt and answer that were left out because the context was full.
+ * @property prefillSeconds time of the prefill, of what was run again because the context was full, and of what other
+ *     conversations ran between their chunks.
  * @property decodeSeconds time of all rounds.
  * @property finishReason `eos`, `length`, `max_seq_len`, `stop` or `cancelled`; empty while text is generated.
  */
@@ -46,6 +48,7 @@ class Stats {
     val sources = LinkedHashMap<String, SourceStats>()
     var lastDrafted = 0
     var reusedTokens = 0
+    var droppedTokens = 0
     var prefillSeconds = 0.0
     var decodeSeconds = 0.0
     var finishReason = ""
@@ -57,6 +60,12 @@ class Stats {
     fun begin(reusedTokens: Int) {
         this.reusedTokens = reusedTokens
         finishReason = ""
+        newest = null
+    }
+
+    /** Go on after a prefill, with so many tokens left out in all. */
+    internal fun shift(droppedTokens: Int) {
+        this.droppedTokens = droppedTokens
         newest = null
     }
 

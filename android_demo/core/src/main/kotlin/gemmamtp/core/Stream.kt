@@ -35,6 +35,7 @@ class Stream internal constructor(
     private val prompt: List<Int>,
     private val options: Options,
     private val texts: TextStream,
+    private val context: FullContext?,
     var progress: (Int, Int) -> Unit,
 ) : Iterator<Token> {
     val stats = Stats()
@@ -46,10 +47,18 @@ class Stream internal constructor(
     private var ended = false
     private var reason = "" // why the text ends with the newest round; empty if it does not
 
+    private var toRun = prompt.size // tokens of the prefill
+
     @Volatile private var cancelled = false
 
     /** Ids of the new tokens so far. */
     val tokens: List<Int> get() = new
+
+    /** How many tokens there is room for in the context after the newest one. */
+    val tokensLeft: Int get() = manifest.maxSeqLen - prompt.size - new.size + stats.droppedTokens
+
+    /** How many messages of a chat, after its system prompt, were left out because the context was full. */
+    val droppedMessages: Int get() = context?.droppedMessages ?: 0
 
     /** The answer's text so far. */
     val text: String get() = newText.toString()
@@ -143,11 +152,13 @@ class Stream internal constructor(
         decoder.engine.cache = conversation.cache
     }
 
+    private fun shift(answer: List<Int>) = context?.shift(answer)?.also { toRun = it.size }
+
     private fun begin() = Rounds(
-        decoder.engine, prompt, options, stats, decoder.planner, conversation.takeReusable(prompt), decoder.clock,
+        decoder.engine, prompt, options, stats, decoder.planner, conversation.takeReusable(prompt), decoder.clock, ::shift,
     ) { done ->
-        progress(done, prompt.size)
-        if (done < prompt.size && !cancelled) { // outputs of the last chunk are still to be read
+        progress(done, toRun)
+        if (done < toRun && !cancelled) { // outputs of the last chunk are still to be read
             decoder.giveWay()
             resume()
         }

@@ -133,6 +133,7 @@ internal class FakeBundle(
     layout: List<String> = HEADS_FIRST,
     digest: String = "",
     fullType: KVType = type,
+    maxSeqLen: Int = 900,
 ) {
     val running = AtomicInteger()
     val target = FakeGraph(true, layout[0] == "rows", running)
@@ -148,7 +149,7 @@ internal class FakeBundle(
         val metadata = TableMetadata(FAKE_VOCAB, 1, 4, "float32", 1, Rows(listOf(Part("rows", 0, FAKE_VOCAB))), null)
         manifest = smallManifest(
             vocabSize = FAKE_VOCAB,
-            maxSeqLen = 900,
+            maxSeqLen = maxSeqLen,
             maxDraftTokens = 5,
             slidingWindow = FAKE_WINDOW,
             numTokens = numTokens,

@@ -19,6 +19,7 @@ fun smallManifest(
     channels: Map<String, Pair<Int, Int>> = emptyMap(),
     parts: Map<String, PartForm> = emptyMap(),
     digest: String = "",
+    files: Map<String, FileMetadata> = emptyMap(),
 ) = Manifest(
     backend = "fake",
     minRuntime = null,
@@ -47,7 +48,7 @@ fun smallManifest(
     kv = kv,
     graphs = emptyMap(),
     tables = tables,
-    files = emptyMap(),
+    files = files,
     chat = null,
     conversations = emptyList(),
     tools = null,

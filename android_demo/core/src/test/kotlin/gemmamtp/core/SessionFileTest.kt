@@ -98,6 +98,10 @@ class SessionFileTest {
             val again = File(directory, "again")
             opened.save(again)
             assertContentEquals(saved, again.readBytes())
+            val (manifest, planner) = decoder().manifest to DraftLength(5, Costs(5, 2))
+            val copied = readSession(file, manifest, planner, mapped = false) // as if it might only be read
+            writeSession(again, manifest, copied, planner)
+            assertContentEquals(saved, again.readBytes())
             val next = text.take(text.size - random.nextInt(3)) + tokens(random, 100)
             val options = Options(80, random.nextInt(6), Sampling(temperature = random.nextInt(2).toDouble(), seed = 3))
             val (expected, found) = listOf(conversation, opened).map { it.stream(next.toIntArray(), options) }

@@ -15,6 +15,7 @@ import gemmamtp.core.Options
 import gemmamtp.core.Rules
 import gemmamtp.core.Sampling
 import gemmamtp.core.Tokenizer
+import gemmamtp.core.WhenFull
 import gemmamtp.core.changedFiles
 import gemmamtp.core.chatTemplate
 import gemmamtp.core.loadEngine
@@ -88,6 +89,7 @@ private fun written(conversation: Conversation, text: JsonObject): JsonObject {
             text.get("presence_penalty").asDouble,
             text.get("frequency_penalty").asDouble,
         ),
+        whenFull = WhenFull.valueOf(text.get("when_full").asString.uppercase()),
     )
     val stop = text.getAsJsonArray("stop").map { it.asString }
     val prompt = text.get("prompt")
@@ -128,6 +130,9 @@ private fun written(conversation: Conversation, text: JsonObject): JsonObject {
         addProperty("accepted", stats.accepted)
         addProperty("num_rounds", stats.rounds)
         addProperty("reused", stats.reusedTokens)
+        addProperty("dropped_tokens", stats.droppedTokens)
+        addProperty("dropped_messages", stream.droppedMessages)
+        addProperty("tokens_left", stream.tokensLeft)
         addProperty("decode_seconds", stats.decodeSeconds)
         add("drafted_by_position", numbers(stats.draftedByPosition))
         add("accepted_by_position", numbers(stats.acceptedByPosition))
