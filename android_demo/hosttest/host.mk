@@ -13,9 +13,9 @@ KOTLIN_TESTS = $(subst /,.,$(shell find core/src/test app/src/test -name '*Test.
 HOST_BUNDLES := onnx-fp32 onnx-int4 executorch-fp32
 KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit \
     gson/gson junit/junit4 junit/hamcrest-core,:.packages/$(jar).jar)
-HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/standins-ort:$(PARTS)/standins-et$(KOTLIN_JARS))
+HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/java:$(PARTS)/standins-ort:$(PARTS)/standins-et$(KOTLIN_JARS))
 
-test: $(PARTS)/kotlin/.built build/host build/engines build/manifests $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
+test: $(PARTS)/kotlin/.built $(PARTS)/java/.built build/host build/engines build/manifests build/java-sample build/kotlin-sample $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
 	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(KOTLIN_TESTS)
 	$(BIN)/python app/check_resources.py
 	PYTHONPATH=.. $(BIN)/pytest hosttest
@@ -38,6 +38,12 @@ $(PARTS)/kotlin/.built: $(KOTLIN_SOURCES) $(HOST_PACKAGES) $(PARTS)/standins-ort
 	    -cp $(subst $() ,,$(ORT_JAVA):.packages/executorch-java/classes.jar$(KOTLIN_JARS)) $(filter %.kt,$^)
 	touch $@
 
+# As an app in Java would be: after the library, against its classes.
+$(PARTS)/java/.built: $(wildcard hosttest/src/main/java/*/*/*.java) $(PARTS)/kotlin/.built
+	mkdir -p $(@D)
+	javac -Xlint:all -d $(@D) -cp $(HOST_CLASSES) $(filter %.java,$^)
+	touch $@
+
 $(PARTS)/native/.built: hosttest/native.sh $(wildcard hosttest/jni/*) $(HOST_PACKAGES)
 	mkdir -p $(@D)
 	hosttest/native.sh $(BIN) $(@D)
@@ -48,7 +54,9 @@ build/host: MAIN := MainKt
 build/engines: MAIN := EngineCheckKt
 build/engines: OPTIONS := -Xcheck:jni
 build/manifests: MAIN := ManifestCheckKt
-build/host build/engines build/manifests: hosttest/host.mk $(foreach part,native standins-ort standins-et,$(PARTS)/$(part)/.built)
+build/java-sample: MAIN := JavaSample
+build/kotlin-sample: MAIN := KotlinSampleKt
+build/host build/engines build/manifests build/java-sample build/kotlin-sample: hosttest/host.mk $(foreach part,native standins-ort standins-et,$(PARTS)/$(part)/.built)
 	printf '%s\n' '#!/bin/sh' 'cd $(CURDIR) || exit' \
 	    'exec java -Xmx1g $(OPTIONS) -Djava.library.path=$(PARTS)/native \' \
 	    '    -cp $(HOST_CLASSES) gemmamtp.hosttest.$(MAIN) "$$@"' >$@

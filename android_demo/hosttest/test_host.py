@@ -6,6 +6,7 @@ Run by `make android-test`, which builds the app's core and the bundles.
 import copy
 import json
 import shutil
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,28 @@ def test_sessions_go_from_one_language_to_the_other(name: str, tmp_path: Path) -
             assert kotlin["reused"] == expected.stats.reused_tokens > 30
             conversation = decoder.open_session(file)  # as Kotlin saved it
             prompt += answer
+
+
+@pytest.mark.parametrize("sample", ["java-sample", "kotlin-sample"])
+def test_samples_do_what_an_app_does(sample: str, tmp_path: Path) -> None:
+    """They write a text, and a session that the next run goes on from; what cannot be used is one line."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(BUILD / "bundle-onnx-int4", bundle)
+    device, session = tmp_path / "device", tmp_path / "session"
+    with open_decoder(bundle, threads=1) as decoder:
+        text, whole = "", TEXT
+        for _ in range(2):
+            command = ["bash", BUILD / sample, bundle, device, whole, session]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            text = "".join(token.text for token in decoder.stream(whole, max_new_tokens=40))
+            assert done.stdout == text
+            whole += text
+        assert decoder.open_session(session).position > 40
+    assert (device / "costs.json").is_file()
+    session.write_bytes(b"no session")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
 def test_kotlin_chats_as_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

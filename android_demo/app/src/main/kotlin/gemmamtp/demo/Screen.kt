@@ -32,6 +32,9 @@ sealed class Problem {
     /** The bundle was not opened, because it needs more bytes than are available. */
     data class MemoryShort(val needed: Long, val available: Long) : Problem()
 
+    /** Something failed that no message explains, in the words of its error; the bundle was closed. */
+    data class Failed(val line: String) : Problem()
+
     /** Memory ran out; the bundle was closed. */
     data object OutOfMemory : Problem()
 
@@ -60,5 +63,5 @@ data class Screen(
     /** Whether opening the same bundle again may succeed. */
     val canReopen: Boolean
         get() = phase == Phase.IDLE &&
-            (problem is Problem.MemoryShort || problem == Problem.OutOfMemory || problem == Problem.ClosedForMemory)
+            (problem is Problem.MemoryShort || problem is Problem.Failed || problem == Problem.OutOfMemory || problem == Problem.ClosedForMemory)
 }

@@ -36,6 +36,7 @@ class ScreenText(private val context: Context) {
     private fun problem(problem: Problem): String = when (problem) {
         is Problem.Refused -> problem.line
         is Problem.MemoryShort -> string(R.string.memory_short, size(problem.needed), size(problem.available))
+        is Problem.Failed -> string(R.string.failed, problem.line)
         Problem.OutOfMemory -> string(R.string.out_of_memory)
         Problem.StoppedForMemory -> string(R.string.stopped_for_memory)
         Problem.ClosedForMemory -> string(R.string.closed_for_memory)

@@ -169,8 +169,12 @@ class Session(
     }
 
     private fun close() {
-        model?.close()
+        val closed = model
         model = null
+        try {
+            closed?.close()
+        } catch (_: Exception) { // it is gone in any case
+        }
     }
 
     /** Start a job, unless the session is busy, or not in the phase [from]. */
@@ -192,6 +196,9 @@ class Session(
             } catch (_: OutOfMemoryError) {
                 close()
                 problem = Problem.OutOfMemory
+            } catch (error: Throwable) { // else it would end the app; nobody knows in what state the model is
+                close()
+                problem = Problem.Failed(error.message?.lineSequence()?.first() ?: error.javaClass.simpleName)
             }
             val end = if (model == null) Phase.IDLE else Phase.READY
             update { it.copy(phase = end, work = null, problem = problem ?: it.problem) }

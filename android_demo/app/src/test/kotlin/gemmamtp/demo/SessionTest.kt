@@ -196,6 +196,29 @@ class SessionTest {
     }
 
     @Test
+    fun whateverFailsClosesTheBundleAndTheAppGoesOn() {
+        for (failure in listOf(RuntimeException("the runtime is at fault\nand more"), IllegalStateException(), StackOverflowError(), java.io.IOException("x"), LinkageError("y"))) {
+            opened()
+            model.beforeToken = { if (it == 1) throw failure }
+            ask("one")
+            val line = failure.message?.substringBefore("\n") ?: failure.javaClass.simpleName
+            assertEquals(Problem.Failed(line), session.screen.problem)
+            assertEquals(Phase.IDLE, session.screen.phase)
+            assertTrue(model.closed)
+            opener.model = FakeModel()
+            opener.failure = failure
+            opened()
+            assertEquals(Problem.Failed(line), session.screen.problem)
+            opener.failure = null
+            assertTrue(session.screen.canReopen)
+            session.reopen()
+            worker.runAll()
+            ask("two")
+            assertEquals("0 1 2 3 4 ", session.screen.talk.last().answer)
+        }
+    }
+
+    @Test
     fun memoryShortInViewStopsAndKeepsTheBundle() {
         opened()
         model.beforeToken = { if (it == 1) session.memoryShort(visible = true) }

@@ -19,8 +19,11 @@ interface BoundGraph : Closeable {
     /**
      * Use these cache buffers from now on.
      *
+     * If it fails, those that were used before stay in use.
+     *
      * @param cache by name, of the manifest's layout and dtype. The graph reads and writes their memory in place, and ignores those that it
      *     does not name.
+     * @throws InputError the runtime cannot use them.
      */
     fun bind(cache: Map<String, Tensor>)
 
@@ -36,9 +39,10 @@ interface BoundGraph : Closeable {
 /**
  * Input that cannot be used.
  *
- * The message is one line that names the offender, what was expected, what was found and what to do.
+ * The message is one line that names the offender, what was expected, what was found and what to do. It is unchecked, so that
+ * Java can catch it wherever it comes from.
  */
-class InputError(message: String, cause: Throwable? = null) : Exception(message, cause)
+class InputError @JvmOverloads constructor(message: String, cause: Throwable? = null) : RuntimeException(message, cause)
 
 /** A buffer of [count] zeros in direct memory. */
 fun floats(count: Int): FloatBuffer = direct(count.toLong() * Float.SIZE_BYTES).asFloatBuffer()

@@ -11,7 +11,7 @@ import com.google.gson.JsonObject
  * @property thought what the assistant thought before.
  * @property name of the tool, for `tool`.
  */
-class Message(
+class Message @JvmOverloads constructor(
     val role: String,
     val content: String,
     val calls: List<ToolCall> = emptyList(),

@@ -28,6 +28,7 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
      * @param progress see [Stream.progress].
      * @throws InputError the prompt cannot be run, an option is out of its range, or the bundle has no tokenizer.
      */
+    @JvmOverloads
     fun stream(
         prompt: String,
         options: Options,
@@ -36,6 +37,7 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
     ): Stream = stream(requireTokenizer().encode(prompt), options, stop, progress)
 
     /** Continue a prompt of token ids that begin with the beginning-of-text token, as the other [stream] does. */
+    @JvmOverloads
     fun stream(
         prompt: IntArray,
         options: Options,
@@ -76,6 +78,7 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
      * @param progress see [Stream.progress].
      * @throws InputError as [stream]; or the bundle has no form of such prompts, or it does not allow the messages.
      */
+    @JvmOverloads
     fun chat(
         messages: List<Message>,
         options: Options,

@@ -142,6 +142,8 @@ fun loadCosts(file: File, manifest: Manifest, threads: Int?): Costs {
     try {
         val saved = readJson(file, "measured costs; delete the file, and they are measured again").asJsonObject
         if (saved.get("of") == identity(manifest, threads)) costs.restore(saved)
+    } catch (error: InputError) {
+        throw error
     } catch (error: RuntimeException) {
         val reason = "${error.javaClass.simpleName}: ${oneLine(error)}"
         throw InputError("$file: not the costs of a bundle ($reason); delete it, and they are measured again", error)

@@ -51,6 +51,7 @@ class Decoder(
     fun openSession(file: File): Conversation = exclusive { Conversation(this, readSession(file, manifest, planner)) }
 
     /** Continue a prompt in the decoder's first conversation, as [Conversation.stream] does. */
+    @JvmOverloads
     fun stream(
         prompt: String,
         options: Options,
@@ -59,6 +60,7 @@ class Decoder(
     ): Stream = first.stream(prompt, options, stop, progress)
 
     /** Continue a prompt of token ids in the decoder's first conversation, as [Conversation.stream] does. */
+    @JvmOverloads
     fun stream(
         prompt: IntArray,
         options: Options,
@@ -67,6 +69,7 @@ class Decoder(
     ): Stream = first.stream(prompt, options, stop, progress)
 
     /** Answer the last message in the decoder's first conversation, as [Conversation.chat] does. */
+    @JvmOverloads
     fun chat(
         messages: List<Message>,
         options: Options,
@@ -131,6 +134,7 @@ class Decoder(
  * @param digest hexadecimal sha256 of the manifest, as `export` printed it: another bundle is refused. null for any.
  * @throws InputError the directory is no bundle, or an incomplete or changed one, or none for these runtimes.
  */
+@JvmOverloads
 fun openDecoder(
     bundle: File,
     loadGraphs: LoadGraphs,

@@ -261,11 +261,11 @@ internal fun parseManifest(
         checkForm(document, if (version.toString() == "2") FORM_2 else FORM_3)
         val raw = if (version.toString() == "2") fromFormat2(document) else document
         return parse(raw, digest, arm64).also { checkManifest(it, raw) }
+    } catch (error: InputError) {
+        throw InputError("$origin: ${error.message}; export the bundle again", error)
     } catch (error: RuntimeException) { // whatever is missing, of another type, or does not fit
         val reason = "${error.javaClass.simpleName}: ${oneLine(error)}"
         throw InputError("$origin: incomplete or malformed ($reason); export the bundle again", error)
-    } catch (error: InputError) {
-        throw InputError("$origin: ${error.message}; export the bundle again", error)
     }
 }
 

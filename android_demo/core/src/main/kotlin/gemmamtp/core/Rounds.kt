@@ -10,7 +10,7 @@ package gemmamtp.core
  * @property thinkingBudget the largest number of tokens of thoughts, after which a thought is ended; null for any.
  * @property whenFull what happens where prompt and answer fill the context.
  */
-data class Options(
+data class Options @JvmOverloads constructor(
     val maxNewTokens: Int = 128,
     val numDraftTokens: Int? = 0,
     val sampling: Sampling = Sampling(),

@@ -27,7 +27,7 @@ internal const val MAX_REPETITION = 100
  * @property frequencyPenalty subtracted from the logit of a token as many times as it is in the answer so far, -2 to 2.
  * @throws InputError a value is out of its range.
  */
-data class Rules(
+data class Rules @JvmOverloads constructor(
     val suppressed: Set<Int> = emptySet(),
     val logitBias: Map<Int, Double> = emptyMap(),
     val repetitionPenalty: Double = 1.0,

@@ -43,7 +43,7 @@ interface Chooser {
  * @property topK how many of the largest logits are kept, 1 to [MAX_TOP_K].
  * @throws InputError a value is out of its range.
  */
-data class Sampling(
+data class Sampling @JvmOverloads constructor(
     val temperature: Double = 0.0,
     val topP: Double = 1.0,
     val seed: Long = 0,

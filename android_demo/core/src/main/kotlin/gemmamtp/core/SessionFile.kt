@@ -122,6 +122,8 @@ internal fun readSession(
         }
     } catch (error: IOException) {
         throw InputError("$file: cannot be read and mapped (${oneLine(error)}), expected a saved session; $REMEDY", error)
+    } catch (error: InputError) {
+        throw error
     } catch (error: StackOverflowError) {
         throw InputError("$file: not a session that is whole (its header is nested too deep); $REMEDY", error)
     } catch (error: RuntimeException) { // whatever is missing, of another type, or does not fit

@@ -26,6 +26,13 @@ object Engines : LoadGraphs {
     }
 }
 
+/** What helps where a runtime fails in a pass, whose reason is rarely the bundle: memory runs out, or the runtime is at fault. */
+internal const val REOPEN = "close other apps, and open the bundle again"
+
+/** What helps where a runtime cannot load a file. */
+internal const val RECHECK =
+    "check its files (`verify`), and copy it again if one has changed, else export it for this version or free some memory"
+
 /** Open every graph of a manifest, one after the other; if one fails, close those before it. */
 internal fun <T : Closeable> openGraphs(manifest: Manifest, open: (String, Graph) -> T): Map<String, T> {
     val opened = LinkedHashMap<String, T>()

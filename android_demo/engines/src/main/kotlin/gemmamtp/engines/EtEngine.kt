@@ -55,7 +55,7 @@ private class EtGraph(private val program: Program, private val name: String, pr
             check(outputs.size == graph.outputs.size) { "${outputs.size} outputs, not ${graph.outputs.size}" }
             return graph.outputs.indices.associate { graph.outputs[it] to output(outputs[it].toTensor()) }
         } catch (error: Exception) {
-            throw InputError("${program.file}: cannot run (${line(error)}); export it again", error)
+            throw InputError("${program.file}: cannot run (${line(error)}); $REOPEN", error)
         }
     }
 
@@ -78,7 +78,7 @@ private class Program(val file: File, threads: Int) : Closeable {
             module = Module.load(file.path, Module.LOAD_MODE_MMAP, threads)
         } catch (error: Exception) {
             Pool.leave()
-            throw InputError("$file: ExecuTorch cannot load it (${line(error)}); export it again", error)
+            throw InputError("$file: ExecuTorch cannot load it (${line(error)}); $RECHECK", error)
         } catch (error: LinkageError) {
             Pool.leave()
             throw InputError("$file: ExecuTorch has no library for this processor (${line(error)})", error)
@@ -92,7 +92,7 @@ private class Program(val file: File, threads: Int) : Closeable {
             val code: Any = module.loadMethod(method)
             check(code !is Int || code == 0) { "error $code" }
         } catch (error: Exception) {
-            throw InputError("$file: ExecuTorch cannot load its method $method (${line(error)})", error)
+            throw InputError("$file: ExecuTorch cannot load its method $method (${line(error)}); $RECHECK", error)
         }
     }
 

@@ -59,7 +59,7 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
             }
         } catch (error: Exception) {
             val version = OrtEnvironment.getEnvironment().version
-            throw InputError("$file: ONNX Runtime $version cannot load it (${line(error)})", error)
+            throw InputError("$file: ONNX Runtime $version cannot load it (${line(error)}); $RECHECK", error)
         } catch (error: LinkageError) {
             throw InputError("$file: ONNX Runtime has no library for this processor (${line(error)})", error)
         }
@@ -68,7 +68,14 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
     /** Make one tensor for each buffer, which is an input and, if the graph updates it, also an output. */
     override fun bind(cache: Map<String, Tensor>) {
         val old = this.cache
-        this.cache = graph.inputs.filter { it in cache }.associateWith { onnxTensor(cache.getValue(it)) }
+        val bound = HashMap<String, OnnxTensor>()
+        try {
+            for (name in graph.inputs.filter { it in cache }) bound[name] = onnxTensor(cache.getValue(name))
+        } catch (error: Throwable) { // memory may run out as well
+            bound.values.forEach { it.close() }
+            throw if (error is OrtException) InputError("$file: cannot use the KV cache (${line(error)}); $REOPEN", error) else error
+        }
+        this.cache = bound
         pinned = graph.outputs.filter { bufferOf(it) in this.cache }.associateWith { this.cache.getValue(bufferOf(it)) }
         requested = graph.outputs.toSet() - pinned.keys
         old.values.forEach { it.close() }
@@ -82,7 +89,7 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
                 return result.filter { it.key in requested }.associate { it.key to output(it.value as OnnxTensor) }
             }
         } catch (error: Exception) {
-            throw InputError("$file: cannot run (${line(error)}); export it again", error)
+            throw InputError("$file: cannot run (${line(error)}); $REOPEN", error)
         } finally {
             inputTensors.values.forEach { it.close() }
         }
