@@ -34,7 +34,10 @@ def inspect(path: Path) -> dict[str, Any]:
         InputError: the path is neither of them, or what it holds is broken.
     """
     if path.is_file():
-        return session_sizes(path)
+        try:
+            return session_sizes(path)
+        except InputError as error:
+            raise InputError(f"{error}; or pass the directory of a bundle or a checkpoint") from error
     if not path.is_dir():
         raise InputError(f"{path}: not a directory; pass the directory of a bundle or a checkpoint")
     if (path / MANIFEST).exists():

@@ -43,7 +43,7 @@ def test_a_session_says_how_much_is_left(run: Run, bundle: Callable[[str], Path]
     }
     assert re.search(r"tokens_left[ │]+\d+", run("inspect", session)[1])
     code, _, error = run("inspect", Path(__file__))
-    assert code == 2 and "not a session file" in error
+    assert code == 2 and re.search(r"not a session file .*; or pass the directory of a bundle or a checkpoint$", error)
 
 
 def test_a_chat_on_a_terminal_goes_on_in_a_full_context(
