@@ -45,7 +45,7 @@ class ChatFormat(
 )
 
 /** Read the manifest's `chat`; throws IllegalArgumentException or IllegalStateException if it is malformed. */
-fun chatFormat(json: JsonObject): ChatFormat {
+internal fun chatFormat(json: JsonObject): ChatFormat {
     val turns = json.required("turns").asJsonObject
     for (role in listOf("user", "assistant")) require(turns.has(role)) { "chat.turns has no $role" }
     return ChatFormat(

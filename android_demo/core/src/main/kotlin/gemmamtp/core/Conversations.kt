@@ -42,7 +42,7 @@ class ConversationForm(
 )
 
 /** Read one of the manifest's `conversations`, whose form was checked. */
-fun conversationForm(json: JsonObject) = ConversationForm(
+internal fun conversationForm(json: JsonObject) = ConversationForm(
     json.get("tools").asBoolean,
     json.getAsJsonArray("thinking").map { if (it.isJsonNull) null else it.asBoolean }.toSet(),
     json.getAsJsonObject("between").asMap().mapValues { (_, next) -> next.asJsonObject.asMap().mapValues { it.value.asString } },

@@ -98,7 +98,7 @@ class Costs(maxDrafts: Int, private val rowMultiple: Int = 1) {
     }
 
     /** The costs as they are kept in a file: seconds of passes by number of tokens, and of a draft step. */
-    fun toJson() = JsonObject().apply {
+    internal fun toJson() = JsonObject().apply {
         add("verify_seconds", JsonObject().apply { passes.forEach { (size, times) -> addProperty("$size", times.min()) } })
         addProperty("draft_step_seconds", stepSeconds)
     }
@@ -109,7 +109,7 @@ class Costs(maxDrafts: Int, private val rowMultiple: Int = 1) {
      * @param saved what [toJson] returned; for anything else IllegalArgumentException or another RuntimeException is
      *     thrown.
      */
-    fun restore(saved: JsonObject) {
+    internal fun restore(saved: JsonObject) {
         val seconds = saved.getAsJsonObject("verify_seconds").entrySet().associate { it.key.toInt() to it.value.asDouble }
         val savedStep = saved.get("draft_step_seconds").takeIf { !it.isJsonNull }?.asDouble
         require((seconds.values + listOfNotNull(savedStep)).all { it > 0 && it < 1e6 } && seconds.keys.all { it >= 1 }) {

@@ -86,14 +86,14 @@ class AcceptanceEstimate(maxDrafts: Int) {
     }
 
     /** The observations, as they are saved. */
-    fun toJson() = JsonObject().apply {
+    internal fun toJson() = JsonObject().apply {
         add("accepted", rows(accepted))
         add("rejected", rows(rejected))
         add("scores", row(scores))
     }
 
     /** Replace the observations by saved ones; throws IllegalArgumentException for those of another form. */
-    fun restore(saved: JsonObject) {
+    internal fun restore(saved: JsonObject) {
         for ((key, counts) in listOf("accepted" to accepted, "rejected" to rejected)) {
             val lists = items(saved.get(key), counts.size, key)
             counts.indices.forEach { fill(counts[it], lists[it], 0.0, MAX_SAVED, key) }
@@ -189,7 +189,7 @@ class DraftLength(private val maxDrafts: Int, val costs: Costs) {
     }
 
     /** What it has learnt, as sessions keep it; costs are the device's own. */
-    fun toJson() = JsonObject().apply {
+    internal fun toJson() = JsonObject().apply {
         addProperty("loss_passes", lossPasses)
         val estimates = JsonObject() // in one order, so that equal estimates are equal bytes
         TreeMap(sources).forEach { (source, estimate) -> estimates.add(source, estimate.toJson()) }
@@ -201,7 +201,7 @@ class DraftLength(private val maxDrafts: Int, val costs: Costs) {
      *
      * @param saved what [toJson] returned; for anything else IllegalArgumentException is thrown.
      */
-    fun restore(saved: JsonElement) {
+    internal fun restore(saved: JsonElement) {
         require(saved is JsonObject) { "the planner is no object" }
         val estimates = saved.get("sources")
         require(estimates is JsonObject) { "sources of the planner are no object" }
