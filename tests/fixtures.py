@@ -1,6 +1,7 @@
 """Fixtures that many tests share: pairs and bundles, made once in a session, and the command line."""
 
 import functools
+import gc
 import json
 import shutil
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import threadpoolctl
 import torch
-from jsonschema import validate
+from jsonschema.protocols import Validator
+from jsonschema.validators import validator_for
 
 from exporter.cli import main as cli
 from exporter.cli.schemas import document_schema
@@ -33,6 +35,12 @@ threadpoolctl.threadpool_limits(1)
 torch.set_grad_enabled(False)
 
 OPEN = ("doctor", "inspect")  # commands whose documents have keys that depend on what was measured
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections, each of which would look at half a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # pytest-xdist reads the groups in the same hook
@@ -142,6 +150,13 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@functools.cache
+def document_validator(command: str) -> Validator:
+    """Return what checks the documents of a command against its schema."""
+    schema = document_schema(command, strict=command not in OPEN)
+    return validator_for(schema)(schema)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command line in this process; returns exit code, standard output and standard error.
@@ -158,7 +173,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             code = int(stop.code or 0)
         captured = capsys.readouterr()
         if "--json" in arguments and captured.out:
-            validate(json.loads(captured.out), document_schema(str(arguments[0]), strict=arguments[0] not in OPEN))
+            document_validator(str(arguments[0])).validate(json.loads(captured.out))
         return code, captured.out, captured.err
 
     return call
