@@ -1,176 +1,31 @@
-"""Fixtures that many tests share: pairs and bundles, made once in a session, and the command line."""
+"""What every process of a test run needs. The fixtures are in tests/fixtures.py."""
 
-import functools
-import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import pytest
 
 # transformers reads the first when it is imported. Two threads on a busy machine can be a hundred times slower.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-import pytest
-import threadpoolctl
-import torch
-from jsonschema import validate
-
-from exporter.cli import main as cli
-from exporter.cli.schemas import document_schema
-from exporter.demo import PAIR
-from exporter.graphs import onnx
-from exporter.graphs.backend import BACKENDS
-from exporter.parity import stages
-from exporter.quantization.recipes import RECIPES
-from exporter.texts.token_texts import TokenTexts
-from tests.chats import save_chat_pair
-from tests.exports import export
-from tests.kept import delete_unused, keeping_traces, kept_bundle, kept_documents
-from tests.pairs import SHAPES, save_pair
-
-torch.set_num_threads(1)
-threadpoolctl.threadpool_limits(1)
-torch.set_grad_enabled(False)
-
 Directories = tuple[Path, Path]
 Run = Callable[..., tuple[int, str, str]]
-OPEN = ("doctor", "inspect")  # commands whose documents have keys that depend on what was measured
+WEEK_SECONDS = 7 * 24 * 3600
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Mark tests with `executorch` among their parameters as `lowering`, and keep those of a bundle in one process.
-
-    Another process would wait for the bundle while the first one makes it. A test that has neither a shape nor a recipe
-    among its parameters uses the bundle `odd`, or says which with `xdist_group`.
-    """
-    for item in items:
-        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        values = (part for value in parameters for part in (value if isinstance(value, tuple) else (value,)))
-        words = {value for value in values if isinstance(value, str)}
-        if "executorch" in words:
-            item.add_marker(pytest.mark.lowering)
-        if item.get_closest_marker("lowering") and not item.get_closest_marker("xdist_group"):
-            names = words & set(SHAPES) or words & {*RECIPES} - {"fp32"} or {"odd"}
-            item.add_marker(pytest.mark.xdist_group(f"lowering {min(names)}"))
-    yield
-    for item in items:
-        # pytest-xdist 3.8 adds the group to `_nodeid`, which pytest 9.2 does not read any more.
-        if (with_group := getattr(item, "_nodeid", item.nodeid)) != item.nodeid:
-            item._id = type(item._id).parse(with_group)  # type: ignore[attr-defined]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def kept_traces(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Trace each ONNX graph once: tracing takes nearly all of the time of a small export."""
-    directory = request.config.cache.mkdir("traces")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "trace_graph", keeping_traces(onnx.trace_graph, directory))
-        yield
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the fixtures, unless this process only hands out tests to others: they import torch, which takes seconds."""
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
+        config.pluginmanager.import_plugin("tests.fixtures")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Delete what was kept and not used for a week, in the process that the others belong to."""
     if not hasattr(session.config, "workerinput") and session.config.cache is not None:
         for name in ("traces", "bundles", "texts"):
-            delete_unused(session.config.cache.mkdir(name))
-
-
-@pytest.fixture(scope="session")
-def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Directories]:
-    """Make the pair of a shape: directories of target and drafter. `demo` is the built-in pair."""
-
-    @functools.cache
-    def make(name: str) -> Directories:
-        if name == "demo":
-            return PAIR / "target", PAIR / "drafter"
-        return save_pair(SHAPES[name], tmp_path_factory.mktemp(name))
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def bundle(
-    request: pytest.FixtureRequest,
-    pair_dirs: Callable[[str], Directories],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[..., Path]:
-    """Make the bundle of a shape, backend and recipe. Tests must not change it; they work on a copy.
-
-    `kmeans` is the shape `dense` with new clusters, whose number does not divide its vocabulary. A test that asks for
-    `executorch` has that word among its parameters, or the marker `lowering`.
-    """
-    directory = tmp_path_factory.mktemp("bundles")
-    lowering = any(item.get_closest_marker("lowering") for item in request.session.items)
-
-    @functools.cache
-    def make(name: str, backend: str, recipe: str) -> Path:
-        assert lowering or backend != "executorch", "mark the test with `lowering`: its bundle takes minutes"
-        shape, clusters = ("dense", 48) if name == "kmeans" else (name, None)
-        arguments = *pair_dirs(shape), backend, recipe, clusters
-        kept = kept_bundle(request.config.cache.mkdir("bundles"), lambda path: export(path, *arguments), *arguments)
-        # A copy for this session: measured costs are saved beside it.
-        return Path(shutil.copytree(kept, directory / f"{name}-{backend}-{recipe}"))
-
-    return lambda name, backend="onnx", recipe="fp32": make(name, backend, recipe)
-
-
-@pytest.fixture(scope="session")
-def chat_pair(tmp_path_factory: pytest.TempPathFactory) -> Directories:
-    """Directories of a target and a drafter with turn tokens and a chat template."""
-    return save_chat_pair(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture(scope="session")
-def chat_bundle(chat_pair: Directories, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ONNX bundle of `chat_pair`."""
-    return export(tmp_path_factory.mktemp("chat") / "bundle", *chat_pair, "onnx")
-
-
-@pytest.fixture(scope="session")
-def documents(request: pytest.FixtureRequest) -> tuple[list[str], list[str]]:
-    """The texts that the built-in pair was trained on, and those that were held out: reading them takes seconds."""
-    return kept_documents(request.config.cache.mkdir("texts"))
-
-
-@pytest.fixture
-def few_held_out_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `parity` and `report` compare on every fourth of the held-out texts."""
-    real = stages.token_texts
-
-    def few(*arguments: Any, **options: Any) -> TokenTexts:
-        texts = real(*arguments, **options)
-        return replace(texts, texts=texts.texts[::4], kinds=texts.kinds[::4])
-
-    monkeypatch.setattr(stages, "token_texts", few)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Run a test with each backend."""
-    return request.param
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process; returns exit code, standard output and standard error.
-
-    What `--json` prints must fulfil its schema.
-    """
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gemma-mtp-export", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        if "--json" in arguments and captured.out:
-            validate(json.loads(captured.out), document_schema(str(arguments[0]), strict=arguments[0] not in OPEN))
-        return code, captured.out, captured.err
-
-    return call
+            for path in session.config.cache.mkdir(name).iterdir():
+                if path.stat().st_mtime < time.time() - WEEK_SECONDS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -9,8 +9,6 @@ import hashlib
 import inspect
 import json
 import platform
-import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -29,7 +27,6 @@ from exporter.modeling.layers import Ops
 
 ROOT = Path(__file__).parents[1]
 NO_FILE = "none"
-WEEK_SECONDS = 7 * 24 * 3600
 TRACE_SOURCES = ("exporter/modeling", "exporter/graphs")
 BUNDLE_SOURCES = (
     *("exporter/files.py", "exporter/quantization", "exporter/checkpoint", "exporter/bundle", "exporter/heads"),
@@ -50,13 +47,6 @@ def kept(path: Path) -> Iterator[bool]:
         if path.exists():
             path.touch()
         yield not path.exists()
-
-
-def delete_unused(directory: Path) -> None:
-    """Delete what was kept in a directory and not used for a week."""
-    for path in directory.iterdir():
-        if path.stat().st_mtime < time.time() - WEEK_SECONDS:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def kept_bundle(directory: Path, make: Callable[[Path], object], *facts: object) -> Path:

@@ -3,12 +3,14 @@
 Packing is written here a second time, number by number, so that the reader is not tested against itself.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,15 +49,18 @@ def rounded(weight: Tensor, bits: int, groups: int = 1) -> tuple[Tensor, Tensor]
 
 def packed(numbers: Tensor, bits: int) -> Tensor:
     """Pack integers [rows, columns] into bytes, the first number in the lowest bits; 8 bits stay int8."""
-    if bits == 8:
-        return numbers
+    return numbers if bits == 8 else torch.tensor(_packed(numbers.numpy().tobytes(), numbers.shape[1], bits))
+
+
+@functools.cache  # many tests pack the same matrices
+def _packed(numbers: bytes, columns: int, bits: int) -> np.ndarray:
     per_byte, half = 8 // bits, 2 ** (bits - 1)
     rows = []
-    for row in numbers.tolist():
+    for row in np.frombuffer(numbers, np.int8).reshape(-1, columns).tolist():
         padded = [number + half for number in row] + [0] * (-len(row) % per_byte)
         groups = [padded[i : i + per_byte] for i in range(0, len(padded), per_byte)]
         rows.append([sum(number << bits * i for i, number in enumerate(group)) for group in groups])
-    return torch.tensor(rows, dtype=torch.uint8)
+    return np.array(rows, np.uint8)
 
 
 def to_mobile(

@@ -62,16 +62,22 @@ def stored_ops(dtype: torch.dtype = torch.float32, round_inputs: RoundInputs | N
             so that the weights of the recipe are the only source of error.
     """
 
+    def widened(weight: Tensor | Quantized) -> Tensor:
+        return (weight if isinstance(weight, Tensor) else weight.dequantize()).to(dtype)
+
     def linear(x: Tensor, weight: Weight) -> Tensor:
         assert not isinstance(weight, RowsOnRead)
         if isinstance(weight, Adapted):
             added = (linear(linear(x, part.columns), part.rows) * part.scale for part in weight.changes)
             return sum(added, linear(x, weight.weight))
+        if round_inputs is not None and isinstance(weight, Quantized):
+            x = round_inputs(x, weight)
+        if len(weight if isinstance(weight, Tensor) else weight.numbers) <= _BLOCK_ROWS:
+            return F.linear(x, widened(weight))
         if isinstance(weight, Tensor):
-            return torch.cat([F.linear(x, rows.to(dtype)) for rows in weight.split(_BLOCK_ROWS)], dim=-1)
-        x = x if round_inputs is None else round_inputs(x, weight)
+            return torch.cat([F.linear(x, widened(rows)) for rows in weight.split(_BLOCK_ROWS)], dim=-1)
         parts = zip(weight.numbers.split(_BLOCK_ROWS), weight.scales.split(_BLOCK_ROWS), strict=True)
-        return torch.cat([F.linear(x, Quantized(*p, weight.bits).dequantize().to(dtype)) for p in parts], dim=-1)
+        return torch.cat([F.linear(x, widened(Quantized(*p, weight.bits))) for p in parts], dim=-1)
 
     def embedding(ids: Tensor, weight: Weight) -> Tensor:
         if isinstance(weight, RowsOnRead | Adapted):

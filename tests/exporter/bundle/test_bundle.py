@@ -26,9 +26,12 @@ from runtime_ref.engine import open_engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import MANIFEST, read_manifest
 from runtime_ref.stats import Stats
+from tests.conftest import Run
 from tests.exports import MAX_SEQ_LEN
+from tests.kept import kept_bundle
 
 Directories = tuple[Path, Path]
+# Each way of breaking an export has a process of its own, forked from one that has imported everything.
 SCRIPT = """
 import os, resource, signal, sys
 from pathlib import Path
@@ -36,17 +39,38 @@ from exporter.bundle import export
 from exporter.cli.main import main
 from exporter.graphs import onnx
 from tests.kept import keeping_traces
-how, target, drafter, output, traces = sys.argv[1:]
+target, drafter, directory, traces = sys.argv[1:]
 onnx.trace_graph = keeping_traces(onnx.trace_graph, Path(traces))
-def stop(step, written):
-    if written and how == "full":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    elif written:
-        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
 real = export.export_bundle
-export.export_bundle = lambda pair, out, options, progress: real(pair, out, options, stop)
-sys.argv = ["x", "export", "--target", target, "--drafter", drafter, "--output", output, "--recipe", "fp32"]
-main()
+def broken(how):
+    def stop(step, written):
+        if written and how == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        elif written:
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGTERM)
+    export.export_bundle = lambda pair, out, options, progress: real(pair, out, options, stop)
+    os.dup2(os.open(f"{directory}/{how}.err", os.O_CREAT | os.O_WRONLY), 2)
+    output = f"{directory}/{how}/bundle"
+    sys.argv = ["x", "export", "--target", target, "--drafter", drafter, "--output", output, "--recipe", "fp32"]
+    main()
+for how in ("full", "kill", "stop"):
+    os.mkdir(f"{directory}/{how}")
+    if not (child := os.fork()):
+        code = 0
+        try:
+            broken(how)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    print(how, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+AGAIN = """
+import sys
+from pathlib import Path
+from tests.exports import export
+export(*map(Path, sys.argv[1:]), "onnx")
 """
 
 
@@ -56,39 +80,47 @@ def copy(bundle: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 def test_second_export_is_byte_identical(
-    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], tmp_path: Path
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], request: pytest.FixtureRequest
 ) -> None:
-    """Export again in another process, with another hash seed, through the command line."""
-    target, drafter = map(str, pair_dirs("tiny"))
-    command = [sys.executable, "-m", "exporter.cli.main", "export", "--target", target, "--drafter", drafter]
-    command += ["--output", str(tmp_path / "again"), "--max-seq-len", str(MAX_SEQ_LEN), "--recipe", "fp32", "--json"]
-    environment = os.environ | {"PYTHONHASHSEED": "7"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
+    """Trace and export again in another process, with another hash seed. It depends on what the first one does."""
+
+    def again(path: Path) -> None:
+        command = [sys.executable, "-c", AGAIN, str(path), *map(str, pair_dirs("tiny"))]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+
+    kept = kept_bundle(request.config.cache.mkdir("bundles"), again, *pair_dirs("tiny"), AGAIN)
+    first, second = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (bundle("tiny"), kept))
+    assert first == second
+
+
+def test_the_command_writes_the_same_bytes(
+    bundle: Callable[[str], Path], pair_dirs: Callable[[str], Directories], run: Run, tmp_path: Path
+) -> None:
+    target, drafter = pair_dirs("tiny")
+    options = "--max-seq-len", MAX_SEQ_LEN, "--recipe", "fp32", "--json"
+    code, out, err = run("export", "--target", target, "--drafter", drafter, "--output", tmp_path / "again", *options)
+    assert code == 0, err
     first, again = ({f.name: f.read_bytes() for f in d.iterdir()} for d in (bundle("tiny"), tmp_path / "again"))
     assert first == again
-    assert json.loads(result.stdout)["bytes"] == sum(map(len, again.values()))
+    assert json.loads(out)["bytes"] == sum(map(len, again.values()))
 
 
-@pytest.mark.parametrize("how", ["full", "kill", "stop"])
 def test_broken_export_leaves_no_bundle(
-    how: str, pair_dirs: Callable[[str], Directories], tmp_path: Path, request: pytest.FixtureRequest
+    pair_dirs: Callable[[str], Directories], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A full disk, SIGKILL and SIGTERM while weights are written."""
-    output = tmp_path / "bundle"
-    command = [sys.executable, "-c", SCRIPT, how, *map(str, pair_dirs("tiny")), str(output)]
+    command = [sys.executable, "-c", SCRIPT, *map(str, pair_dirs("tiny")), str(tmp_path)]
     command.append(str(request.config.cache.mkdir("traces")))
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert not output.exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    codes = dict(line.split() for line in done.stdout.splitlines())
+    assert codes == {"full": "2", "kill": str(-signal.SIGKILL), "stop": "143"}
     assert not list(tmp_path.rglob(MANIFEST))
-    if how == "kill":
-        assert result.returncode == -signal.SIGKILL
-        return
-    assert list(tmp_path.iterdir()) == []
-    assert "Traceback" not in result.stderr
-    assert result.returncode == {"full": 2, "stop": 143}[how]
-    if how == "full":
-        assert "writing failed (File too large); free some space" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "kill" / "bundle").exists()
+    for how in ("full", "stop"):
+        assert list((tmp_path / how).iterdir()) == []
+        assert "Traceback" not in (tmp_path / f"{how}.err").read_text()
+    last = (tmp_path / "full.err").read_text().splitlines()[-1]
+    assert "writing failed (File too large); free some space" in last
 
 
 def test_existing_output_is_kept(bundle: Callable[[str], Path], tmp_path: Path) -> None:

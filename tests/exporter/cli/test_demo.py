@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,8 +12,11 @@ from typing import Any
 import pytest
 
 from exporter.demo import PAIR
+from exporter.demo.synthetic import SyntheticPair
+from exporter.parity import stages
 from exporter.report.content import measure_report
 from tests.conftest import Run
+from tests.exporter.demo.test_synthetic import DRAFTER, TARGET
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,15 +49,26 @@ def test_the_example_job_is_a_workflow(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("few_held_out_texts")
 def test_the_example_job_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small pair with a tokenizer, whose weights lie on a grid; with shorter answers than by default."""
     assert JOB is not None
+    vocab = {"vocab_size": 2048}
+    target, drafter = replace(TARGET, **vocab, vocab_size_per_layer_input=2048), replace(DRAFTER.text, **vocab)
+    SyntheticPair(target, replace(DRAFTER, text=drafter), form="qat-q4_0").write(tmp_path / "pair")
+    shutil.copy(PAIR / "target" / "tokenizer.json", tmp_path / "pair" / "target")
+    measure_parity = stages.measure_parity
+
+    def check_quickly(*arguments: Any) -> Any:
+        *others, _, gate, note = arguments
+        return measure_parity(*others, 8, gate, note)
 
     def measure_quickly(*arguments: Any) -> dict[str, Any]:
         *others, options, note = arguments
         return measure_report(*others, replace(options, seconds=0.01, max_new_tokens=8), note)
 
+    monkeypatch.setattr(stages, "measure_parity", check_quickly)
     monkeypatch.setattr("exporter.report.content.measure_report", measure_quickly)
     monkeypatch.chdir(tmp_path)
-    places = {"$TARGET": PAIR / "target", "$DRAFTER": PAIR / "drafter"}
+    places = {"$TARGET": tmp_path / "pair" / "target", "$DRAFTER": tmp_path / "pair" / "drafter"}
     commands = re.findall(r"run: gemma-mtp-export (.*)", JOB[1])
     assert [command.split()[0] for command in commands] == ["export", "parity", "report"]
     for command in commands:

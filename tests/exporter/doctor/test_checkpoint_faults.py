@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,8 @@ from torch import Tensor
 
 from exporter.checkpoint.pair import open_pair
 from exporter.doctor import diagnosis
-from exporter.parity.reference import Reference
-from exporter.quantization.recipes import RECIPES
-from runtime_ref.manifest import read_manifest
-from tests.exporter.doctor.engines import HEAD, STATE, Bundle, Pairs, findings, load_bundle
+from tests.exporter.doctor.engines import HEAD, STATE, Pairs, findings, load_bundle
+from tests.exports import export
 
 STATE_RMS = 5.0  # root mean square of the built-in target's states before their norm, about
 
@@ -68,12 +65,10 @@ def test_faults_of_the_pair(
     recipe: str,
     experiment: str,
     detail: str,
-    bundle: Bundle,
     pair_dirs: Pairs,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a change affects runs in eager torch, in the place of a bundle's graphs."""
     monkeypatch.setattr(diagnosis, "SAMPLED_TEXTS", 8 if tamper is shuffled else 5)  # the others take longer
     target, drafter = (shutil.copytree(source, tmp_path / source.name) for source in pair_dirs("demo"))
     tensors, of_target = load_file(drafter / "model.safetensors"), load_file(target / "model.safetensors")
@@ -81,13 +76,7 @@ def test_faults_of_the_pair(
     tamper(tensors, of_target)
     save_file(tensors, drafter / "model.safetensors", {"format": "pt"})
     save_file(of_target, target / "model.safetensors", {"format": "pt"})
-    pair = open_pair(target, drafter)
-    manifest = read_manifest(bundle("demo"))
-    raw = {key: value for key, value in manifest.raw.items() if key != "widths"}  # so that the recipe's name counts
-    manifest = replace(manifest, raw=raw, recipe=recipe)
-    engine = Reference(pair, RECIPES[recipe]).engine(manifest)
-    if tamper in (unscaled, shuffled):  # the target is the bundle's, and quicker there
-        engine = load_bundle(bundle("demo"), drafter=engine.graphs["drafter"])
-    details = findings(engine, pair, [[manifest.bos]], 24)
+    bundle = export(tmp_path / "bundle", target, drafter, "onnx", recipe)
+    details = findings(load_bundle(bundle), open_pair(target, drafter), [[2]], 24)
     assert next(iter(details)) == experiment
     assert detail in details[experiment]

@@ -12,8 +12,6 @@ from exporter.doctor import diagnosis
 from exporter.doctor.diagnosis import diagnose
 from exporter.doctor.drafter_fit import Gain, against_base, base_pair, drafting_gain
 from exporter.doctor.study import Study
-from exporter.parity.reference import Reference
-from exporter.quantization.recipes import RECIPES
 from runtime_ref.costs import Costs
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
@@ -21,6 +19,7 @@ from runtime_ref.manifest import read_manifest
 from tests.conftest import Run
 from tests.exporter.checkpoint.forms import edit_json, edit_tensors
 from tests.exporter.doctor.engines import NEW_TOKENS, Bundle, Pairs, load_bundle
+from tests.exports import export
 from tests.pairs import grown
 
 LACKED, BEFORE = "tokens that the drafter lacks", "the target before its training"
@@ -66,7 +65,7 @@ def test_a_target_that_was_led_away_from_its_drafter(bundle: Bundle, pair_dirs: 
             study.add(beginning, 24, is_text=True)
         return study
 
-    after = study(pair, Reference(pair, RECIPES["fp32"]).engine(manifest))
+    after = study(pair, load_bundle(export(tmp_path / "bundle", tuned, drafter, "onnx")))
     before = study(base_pair(pair, target), load_bundle(bundle("demo")))
     fallen, same = against_base(after, before), against_base(before, before)
     assert fallen.verdict == "finding", fallen.detail
