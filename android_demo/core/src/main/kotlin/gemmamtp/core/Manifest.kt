@@ -164,12 +164,7 @@ class Manifest(
 fun readManifest(bundle: File, digest: String? = null): Manifest {
     val path = File(bundle, MANIFEST)
     if (!path.exists()) throw InputError("$bundle: not a bundle, $MANIFEST is missing; expected the output of `export`")
-    val content = readBytes(path, MANIFEST_EXPECTED)
-    val actual = hex(MessageDigest.getInstance("SHA-256").digest(content))
-    if (digest != null && digest.lowercase() != actual) {
-        throw InputError("$path: has the sha256 $actual, expected $digest; this is not the bundle that was meant")
-    }
-    val manifest = parseManifest(parseJson(content, path, MANIFEST_EXPECTED), "$path", actual)
+    val manifest = readManifestFile(path, digest)
     for ((name, metadata) in manifest.files) {
         val file = File(bundle, name)
         if (!file.isFile) throw InputError("$file: named in $MANIFEST but absent; the bundle is incomplete, copy it again")
@@ -181,6 +176,16 @@ fun readManifest(bundle: File, digest: String? = null): Manifest {
         throw InputError("$bundle/$it: not named in $MANIFEST, so it cannot be checked; export the bundle again")
     }
     return manifest
+}
+
+/** Read a manifest alone, as [readManifest] does. */
+internal fun readManifestFile(path: File, digest: String? = null): Manifest {
+    val content = readBytes(path, MANIFEST_EXPECTED)
+    val actual = hex(MessageDigest.getInstance("SHA-256").digest(content))
+    if (digest != null && digest.lowercase() != actual) {
+        throw InputError("$path: has the sha256 $actual, expected $digest; this is not the bundle that was meant")
+    }
+    return parseManifest(parseJson(content, path, MANIFEST_EXPECTED), "$path", actual)
 }
 
 /** Names of the files whose sha256 is not the manifest's; throws InputError if one cannot be read. */
@@ -208,7 +213,7 @@ fun fileSha256(file: File, progress: Progress = Progress { _, _ -> }): String {
     return hex(digest.digest())
 }
 
-private fun hex(bytes: ByteArray) = bytes.joinToString("") { "%02x".format(it) }
+internal fun hex(bytes: ByteArray) = bytes.joinToString("") { "%02x".format(it) }
 
 /**
  * Parse a JSON file.
