@@ -4,16 +4,23 @@
 # Kotlin is compiled against ExecuTorch's real classes and run on the stand-ins, so a difference between them fails.
 # ORT_JAVA=PATH does the same with the real classes of ONNX Runtime (classes.jar of the AAR onnxruntime-android).
 PARTS := build/parts
+# As in core's build.gradle.kts: public things are said to be so, and apps with older compilers can use the library.
+LIBRARY_OPTIONS := -Xexplicit-api=strict -language-version 2.2 -api-version 2.2
 HOST_PACKAGES := .packages/.host-tests
 ORT_JAVA ?= $(PARTS)/standins-ort
-# All sources except those of the app that import Android.
-KOTLIN_SOURCES = $(shell find core/src engines/src hosttest/src app/src/test -name '*.kt') \
-    $(shell grep -rL '^import android' app/src/main/kotlin)
+ENGINES := engine-onnx engine-executorch
+# Sources by part: the library; what sees only its public side, the app without what imports
+# Android; what sees all.
+CORE_SOURCES = $(shell find core/src/main -name '*.kt')
+USER_SOURCES = $(shell find $(ENGINES:%=%/src/main) app/src/test -name '*.kt') $(shell grep -rL '^import android' app/src/main/kotlin)
+TEST_SOURCES = $(shell find core/src/test hosttest/src -name '*.kt')
 KOTLIN_TESTS = $(subst /,.,$(shell find core/src/test app/src/test -name '*Test.kt' | sed 's|.*/kotlin/||; s|.kt$$||'))
 HOST_BUNDLES := onnx-fp32 onnx-int4 executorch-fp32
 KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit \
     gson/gson junit/junit4 junit/hamcrest-core,:.packages/$(jar).jar)
-HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/java:$(PARTS)/standins-ort:$(PARTS)/standins-et$(KOTLIN_JARS))
+HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/users:$(PARTS)/core:$(PARTS)/java:$(PARTS)/standins-ort:$(PARTS)/standins-et:$(PARTS)/standins-android$(KOTLIN_JARS))
+KOTLINC = java -Xmx1g -cp '.packages/kotlin/lib/*' org.jetbrains.kotlin.cli.jvm.K2JVMCompiler -no-reflect -jvm-target 11 \
+    -kotlin-home .packages/kotlin
 
 test: $(PARTS)/kotlin/.built $(PARTS)/java/.built build/host build/engines build/manifests build/java-sample build/kotlin-sample $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
 	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(KOTLIN_TESTS)
@@ -25,17 +32,30 @@ $(HOST_PACKAGES): tools/packages.sh
 	tools/packages.sh kotlin gson junit executorch-java onnxruntime-headers
 	touch $@
 
+STANDINS_ort := ai
+STANDINS_et := org
+STANDINS_android := android
 $(PARTS)/standins-%/.built: $(wildcard hosttest/standins/*/*/*.java hosttest/standins/*/*/*/*.java)
 	mkdir -p $(@D)
-	javac -Xlint:all,-serial -d $(@D) $(shell find hosttest/standins/$(if $(filter ort,$*),ai,org) -name '*.java')
+	javac -Xlint:all,-serial -d $(@D) $(shell find hosttest/standins/$(STANDINS_$*) -name '*.java')
 	touch $@
 
-# All sources in one compilation: starting the compiler takes most of the time.
-$(PARTS)/kotlin/.built: $(KOTLIN_SOURCES) $(HOST_PACKAGES) $(PARTS)/standins-ort/.built
+$(PARTS)/core/.built: $(CORE_SOURCES) $(HOST_PACKAGES) $(PARTS)/standins-android/.built
 	rm -rf $(@D) && mkdir -p $(@D)
-	java -Xmx1g -cp '.packages/kotlin/lib/*' org.jetbrains.kotlin.cli.jvm.K2JVMCompiler -no-reflect -jvm-target 11 \
-	    -kotlin-home .packages/kotlin -module-name gemmamtp -d $(@D) \
-	    -cp $(subst $() ,,$(ORT_JAVA):.packages/executorch-java/classes.jar$(KOTLIN_JARS)) $(filter %.kt,$^)
+	$(KOTLINC) $(LIBRARY_OPTIONS) -module-name core -d $(@D) \
+	    -cp $(subst $() ,,$(PARTS)/standins-android$(KOTLIN_JARS)) $(filter %.kt,$^)
+	touch $@
+
+$(PARTS)/users/.built: $(USER_SOURCES) $(PARTS)/core/.built $(PARTS)/standins-ort/.built
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(KOTLINC) -module-name users -d $(@D) \
+	    -cp $(subst $() ,,$(PARTS)/core:$(ORT_JAVA):.packages/executorch-java/classes.jar$(KOTLIN_JARS)) $(filter %.kt,$^)
+	touch $@
+
+$(PARTS)/kotlin/.built: $(TEST_SOURCES) $(PARTS)/users/.built
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(KOTLINC) -module-name tests -Xfriend-paths=$(PARTS)/core -d $(@D) \
+	    -cp $(subst $() ,,$(PARTS)/users:$(PARTS)/core:$(PARTS)/standins-android$(KOTLIN_JARS)) $(filter %.kt,$^)
 	touch $@
 
 # As an app in Java would be: after the library, against its classes.
@@ -56,7 +76,7 @@ build/engines: OPTIONS := -Xcheck:jni
 build/manifests: MAIN := ManifestCheckKt
 build/java-sample: MAIN := JavaSample
 build/kotlin-sample: MAIN := KotlinSampleKt
-build/host build/engines build/manifests build/java-sample build/kotlin-sample: hosttest/host.mk $(foreach part,native standins-ort standins-et,$(PARTS)/$(part)/.built)
+build/host build/engines build/manifests build/java-sample build/kotlin-sample: hosttest/host.mk $(foreach part,native standins-ort standins-et standins-android,$(PARTS)/$(part)/.built)
 	printf '%s\n' '#!/bin/sh' 'cd $(CURDIR) || exit' \
 	    'exec java -Xmx1g $(OPTIONS) -Djava.library.path=$(PARTS)/native \' \
 	    '    -cp $(HOST_CLASSES) gemmamtp.hosttest.$(MAIN) "$$@"' >$@

@@ -6,7 +6,6 @@ import gemmamtp.core.LoadGraphs
 import gemmamtp.core.Manifest
 import gemmamtp.core.Message
 import gemmamtp.core.Options
-import gemmamtp.core.PER_LAYER
 import gemmamtp.core.Rules
 import gemmamtp.core.Sampling
 import gemmamtp.core.Stream
@@ -21,7 +20,7 @@ import java.io.File
  * @param devices has a folder for each bundle, see [deviceFolder].
  */
 class BundleOpener(private val loadGraphs: LoadGraphs, private val devices: File) : Opener {
-    override fun memoryNeeded(bundle: File): Long = memoryNeeded(readManifest(bundle))
+    override fun memoryNeeded(bundle: File): Long = readManifest(bundle).memoryNeeded
 
     override fun open(bundle: File, report: Report): Model {
         val manifest = readManifest(bundle)
@@ -32,7 +31,7 @@ class BundleOpener(private val loadGraphs: LoadGraphs, private val devices: File
                 loadGraphs.load(folder, checked, threads)
             }
             val progress = counted(Step.CHECKING, total, report)
-            return DecoderModel(openDecoder(bundle, load, null, deviceFolder(devices, manifest), false, progress))
+            return DecoderModel(openDecoder(bundle, load, deviceFolder(devices, manifest), progress = progress))
         } catch (error: LinkageError) { // native libraries that are not in the APK, or not for this processor
             throw InputError(
                 "$bundle: this app has no ${manifest.backend} libraries for this device (${error.message}); build it" +
@@ -45,23 +44,6 @@ class BundleOpener(private val loadGraphs: LoadGraphs, private val devices: File
 
 /** The folder of what belongs to a bundle on this device: measured costs, and which files were checked. */
 fun deviceFolder(devices: File, manifest: Manifest) = File(devices, manifest.digest)
-
-/**
- * The largest number of bytes that an open bundle takes: its weights, which both runtimes repack into their own memory,
- * and the KV cache of a text that fills the context, twice, because old and new buffers are there while it grows. The
- * per-layer table is mapped, and the system may drop its pages.
- */
-fun memoryNeeded(manifest: Manifest): Long {
-    fun filesOf(table: String) =
-        manifest.tables[table]?.let { listOfNotNull(it.data, it.scales) }.orEmpty().flatMap { rows -> rows.parts.map { it.file } }
-    val mapped = filesOf(PER_LAYER) - manifest.tables.keys.filter { it != PER_LAYER }.flatMap(::filesOf).toSet()
-    val weights = manifest.files.filterKeys { it !in mapped }.values.sumOf { it.size }
-    val cache = manifest.kv.sumOf {
-        val rows = manifest.limits.getValue(if (it.sliding) "window_rows" else "cache_rows")
-        it.type.bytes.toLong() * it.numKeyValueHeads * rows * it.headDim
-    }
-    return weights + 2 * cache
-}
 
 private class DecoderModel(private val decoder: Decoder) : Model {
     override val chats get() = decoder.chat?.has() ?: false

@@ -7,8 +7,8 @@ import gemmamtp.core.Options
 import gemmamtp.core.Rules
 import gemmamtp.core.Sampling
 import gemmamtp.core.Token
-import gemmamtp.core.fileSha256
 import java.io.File
+import java.security.MessageDigest
 import java.util.ArrayDeque
 import java.util.concurrent.Executor
 
@@ -112,8 +112,8 @@ class FakeSource(
 fun tinyBundle(weights: String = "w".repeat(128)): Map<String, ByteArray> {
     val files = mapOf("model.pte" to weights.toByteArray(), "per_layer.table" to "p".repeat(1000).toByteArray())
     val metadata = files.map { (name, bytes) ->
-        val file = File.createTempFile("file", null).apply { writeBytes(bytes) }
-        name to FileMetadata(file.length(), fileSha256(file)).also { file.delete() }
+        val digest = MessageDigest.getInstance("SHA-256").digest(bytes)
+        name to FileMetadata(bytes.size.toLong(), digest.joinToString("") { "%02x".format(it) })
     }
     fun table(columns: Int, file: String) = """{
         "rows": 8, "columns": $columns, "encoding": "float32", "row_bytes": ${4 * columns}, "group_size": $columns,

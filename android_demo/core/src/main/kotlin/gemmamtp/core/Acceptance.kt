@@ -8,13 +8,18 @@ package gemmamtp.core
  * @property tokens token ids that the round adds to the text: the accepted drafts and the bonus token.
  * @property logprobs log-probabilities of [tokens], as [logProbability] defines them.
  */
-class Round(val drafts: List<Int>, val accepted: Int, val tokens: List<Int>, val logprobs: List<Double>) {
+public class Round internal constructor(
+    public val drafts: List<Int>,
+    public val accepted: Int,
+    public val tokens: List<Int>,
+    public val logprobs: List<Double>,
+) {
     /** The round with only its first tokens; an accepted draft that is cut off counts as not accepted. */
-    fun cut(count: Int) = Round(drafts, minOf(accepted, count), tokens.take(count), logprobs.take(count))
+    internal fun cut(count: Int) = Round(drafts, minOf(accepted, count), tokens.take(count), logprobs.take(count))
 }
 
 /** Length of the longest common prefix of two lists: the shorter length if one of them continues the other. */
-fun commonPrefix(one: List<Int>, other: List<Int>): Int {
+internal fun commonPrefix(one: List<Int>, other: List<Int>): Int {
     val shorter = minOf(one.size, other.size)
     return (0 until shorter).firstOrNull { one[it] != other[it] } ?: shorter
 }
@@ -26,7 +31,7 @@ fun commonPrefix(one: List<Int>, other: List<Int>): Int {
  * @param choices the target's K+1 choices: after the last token of the text, after the first draft, and so on. None is
  *     taken after the first that is no draft, so what chooses them sees the tokens of the text and no others.
  */
-fun accept(drafts: List<Int>, choices: Sequence<Int>): List<Int> {
+internal fun accept(drafts: List<Int>, choices: Sequence<Int>): List<Int> {
     val tokens = ArrayList<Int>()
     for (choice in choices) {
         tokens.add(choice)

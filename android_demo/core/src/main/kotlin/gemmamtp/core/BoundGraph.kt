@@ -12,10 +12,10 @@ import java.nio.LongBuffer
  *
  * @property data a FloatBuffer, a LongBuffer, or a ShortBuffer of float16, with as many elements as the [shape] has.
  */
-class Tensor(val data: Buffer, vararg val shape: Long)
+public class Tensor(public val data: Buffer, public vararg val shape: Long)
 
 /** A loaded graph that reads the KV cache in the app's memory; the target's graph writes it as well. */
-interface BoundGraph : Closeable {
+public interface BoundGraph : Closeable {
     /**
      * Use these cache buffers from now on.
      *
@@ -25,7 +25,7 @@ interface BoundGraph : Closeable {
      *     does not name.
      * @throws InputError the runtime cannot use them.
      */
-    fun bind(cache: Map<String, Tensor>)
+    public fun bind(cache: Map<String, Tensor>)
 
     /**
      * Run the graph, and return the outputs that are not cache buffers, by name. The next run may overwrite them.
@@ -33,7 +33,7 @@ interface BoundGraph : Closeable {
      * @param inputs those that are not cache buffers, by name; FORMAT.md has their shapes.
      * @throws InputError the graph cannot run; that of an intact bundle can.
      */
-    fun run(inputs: Map<String, Tensor>): Map<String, Tensor>
+    public fun run(inputs: Map<String, Tensor>): Map<String, Tensor>
 }
 
 /**
@@ -42,13 +42,14 @@ interface BoundGraph : Closeable {
  * The message is one line that names the offender, what was expected, what was found and what to do. It is unchecked, so that
  * Java can catch it wherever it comes from.
  */
-class InputError @JvmOverloads constructor(message: String, cause: Throwable? = null) : RuntimeException(message, cause)
+public class InputError @JvmOverloads constructor(message: String, cause: Throwable? = null) :
+    RuntimeException(message, cause)
 
 /** A buffer of [count] zeros in direct memory. */
-fun floats(count: Int): FloatBuffer = direct(count.toLong() * Float.SIZE_BYTES).asFloatBuffer()
+public fun floats(count: Int): FloatBuffer = direct(count.toLong() * Float.SIZE_BYTES).asFloatBuffer()
 
 /** A buffer of [count] zeros in direct memory. */
-fun longs(count: Int): LongBuffer = direct(count.toLong() * Long.SIZE_BYTES).asLongBuffer()
+public fun longs(count: Int): LongBuffer = direct(count.toLong() * Long.SIZE_BYTES).asLongBuffer()
 
 /** Zeros in direct memory of native byte order. */
 internal fun direct(bytes: Long): ByteBuffer {

@@ -19,7 +19,7 @@ private const val CACHE_STEP_ROWS = 256
  * @property windowStart the position that row 0 of sliding layers' buffers holds; 0 while no row is valid.
  * @property tensors the buffers by name, as graphs take them; another map whenever one of them is in another place.
  */
-class Cache(private val manifest: Manifest, private val allocate: (Long) -> ByteBuffer = ::direct) {
+internal class Cache(private val manifest: Manifest, private val allocate: (Long) -> ByteBuffer = ::direct) {
     private val ids = ArrayList<Int>()
     private var buffers = manifest.kv.associate { it.name to CacheBuffer(it, 0, allocate) }
     val state = floats(manifest.hiddenSize)

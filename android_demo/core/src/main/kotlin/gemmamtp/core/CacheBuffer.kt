@@ -4,7 +4,7 @@ import java.nio.Buffer
 import java.nio.ByteBuffer
 
 /** Numbers of the cache, as [Tensor.data] holds them: float16 as the bits of shorts. */
-enum class KVType(val bytes: Int) {
+public enum class KVType(public val bytes: Int) {
     FLOAT32(Float.SIZE_BYTES),
     FLOAT16(Short.SIZE_BYTES),
 }

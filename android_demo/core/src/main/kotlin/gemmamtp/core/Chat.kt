@@ -11,19 +11,19 @@ import com.google.gson.JsonObject
  * @property thought what the assistant thought before.
  * @property name of the tool, for `tool`.
  */
-class Message @JvmOverloads constructor(
-    val role: String,
-    val content: String,
-    val calls: List<ToolCall> = emptyList(),
-    val thought: String = "",
-    val name: String = "",
+public class Message @JvmOverloads constructor(
+    public val role: String,
+    public val content: String,
+    public val calls: List<ToolCall> = emptyList(),
+    public val thought: String = "",
+    public val name: String = "",
 )
 
 /** What a tool answered to a call. */
-fun toolMessage(call: ToolCall, content: String) = Message(TOOL, content, name = call.name)
+public fun toolMessage(call: ToolCall, content: String): Message = Message(TOOL, content, name = call.name)
 
 /** The text before and after a message's content. */
-class Turn(val before: String, val after: String)
+internal class Turn(val before: String, val after: String)
 
 /**
  * The plain form that the exporter derived from a chat template. FORMAT.md, "Chat", has the rule.
@@ -35,7 +35,7 @@ class Turn(val before: String, val after: String)
  * @property alternate whether user and assistant must take turns, and the user's message be the last.
  * @property hidden the texts that begin and end parts of an assistant's messages that are dropped; null if none are.
  */
-class ChatFormat(
+internal class ChatFormat(
     val begin: String,
     val turns: Map<String, Turn>,
     val answer: String,
@@ -64,7 +64,10 @@ internal fun chatFormat(json: JsonObject): ChatFormat {
  * @param format for messages alone; null if there is none.
  * @param conversations for calls, thoughts and what tools answered as well.
  */
-class ChatTemplate(private val format: ChatFormat?, private val conversations: List<ConversationForm> = emptyList()) {
+public class ChatTemplate internal constructor(
+    private val format: ChatFormat?,
+    private val conversations: List<ConversationForm> = emptyList(),
+) {
     /**
      * The prompt that asks for an answer to the last message.
      *
@@ -75,7 +78,7 @@ class ChatTemplate(private val format: ChatFormat?, private val conversations: L
      * @param thinking whether the model thinks before it answers; null leaves it to the template.
      * @throws InputError there is no form of such prompts, or it does not allow the messages.
      */
-    fun render(messages: List<Message>, tools: Boolean = false, thinking: Boolean? = null): String {
+    public fun render(messages: List<Message>, tools: Boolean = false, thinking: Boolean? = null): String {
         if (messages.isEmpty()) refuse("there are none")
         val form = conversations.firstOrNull { it.tools == tools && thinking in it.thinking }
         if (form != null) {
@@ -97,12 +100,12 @@ class ChatTemplate(private val format: ChatFormat?, private val conversations: L
     }
 
     /** Whether there is a form of such prompts. */
-    fun has(tools: Boolean = false, thinking: Boolean? = null): Boolean =
+    public fun has(tools: Boolean = false, thinking: Boolean? = null): Boolean =
         conversations.any { it.tools == tools && thinking in it.thinking } || (format != null && !tools && thinking == null)
 }
 
 /** What turns messages into prompts of a bundle; null if it has no form of them. */
-fun chatTemplate(manifest: Manifest): ChatTemplate? =
+internal fun chatTemplate(manifest: Manifest): ChatTemplate? =
     if (manifest.chat == null && manifest.conversations.isEmpty()) null
     else ChatTemplate(manifest.chat, manifest.conversations)
 

@@ -8,7 +8,7 @@ import java.io.File
  *
  * [Decoder.conversation] begins one, [Decoder.openSession] goes on with a saved one.
  */
-class Conversation internal constructor(private val decoder: Decoder, internal val cache: Cache) {
+public class Conversation internal constructor(private val decoder: Decoder, internal val cache: Cache) {
     /** The newest text, the only one that goes on. */
     @Volatile internal var current: Stream? = null
         private set
@@ -16,10 +16,10 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
     @Volatile private var reuse = true
 
     /** Bytes of its KV cache; that of a session that was opened is in memory as far as it was used. */
-    val numBytes: Long get() = cache.numBytes
+    public val numBytes: Long get() = cache.numBytes
 
     /** How many tokens fit after those that are in its KV cache. */
-    val tokensLeft: Int get() = decoder.manifest.maxSeqLen - cache.position
+    public val tokensLeft: Int get() = decoder.manifest.maxSeqLen - cache.position
 
     /**
      * Continue a prompt. The same seed gives the same tokens, whatever is drafted.
@@ -29,7 +29,7 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
      * @throws InputError the prompt cannot be run, an option is out of its range, or the bundle has no tokenizer.
      */
     @JvmOverloads
-    fun stream(
+    public fun stream(
         prompt: String,
         options: Options,
         stop: List<String> = emptyList(),
@@ -38,7 +38,7 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
 
     /** Continue a prompt of token ids that begin with the beginning-of-text token, as the other [stream] does. */
     @JvmOverloads
-    fun stream(
+    public fun stream(
         prompt: IntArray,
         options: Options,
         stop: List<String> = emptyList(),
@@ -79,7 +79,7 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
      * @throws InputError as [stream]; or the bundle has no form of such prompts, or it does not allow the messages.
      */
     @JvmOverloads
-    fun chat(
+    public fun chat(
         messages: List<Message>,
         options: Options,
         tools: Boolean = false,
@@ -97,7 +97,7 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
     }
 
     /** Let the next prompt be run as a whole, whatever it shares with the last text. */
-    fun forget() {
+    public fun forget() {
         reuse = false
     }
 
@@ -109,7 +109,7 @@ class Conversation internal constructor(private val decoder: Decoder, internal v
      *
      * @throws InputError it cannot be written; a file that was there is as it was.
      */
-    fun save(file: File) = decoder.exclusive { writeSession(file, decoder.manifest, cache, decoder.planner) }
+    public fun save(file: File): Unit = decoder.exclusive { writeSession(file, decoder.manifest, cache, decoder.planner) }
 
     /** How many of a prompt's first tokens are in the cache already; called when the prompt is about to run. */
     internal fun takeReusable(prompt: List<Int>): Int {

@@ -29,7 +29,7 @@ private const val AFTER = "after"
  *     message has no content.
  * @property blanks whether content beside calls of which nothing is left counts as none; otherwise it has no place.
  */
-class ConversationForm(
+internal class ConversationForm(
     val tools: Boolean,
     val thinking: Set<Boolean?>,
     val between: Map<String, Map<String, String>>,

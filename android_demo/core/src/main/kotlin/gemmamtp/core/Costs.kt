@@ -6,7 +6,7 @@ import java.io.IOException
 import java.util.TreeMap
 
 /** The source of drafts whose steps take time. */
-const val DRAFTER = "drafter"
+internal const val DRAFTER = "drafter"
 
 /** The newest measurements of each pass, of which the smallest counts: whatever else runs only ever adds time. */
 private const val MAX_MEASUREMENTS = 5
@@ -24,7 +24,7 @@ private const val ASSUMED_STEP_PASSES = 0.1
  * @param maxDrafts the largest K of a round.
  * @param rowMultiple passes are padded to a multiple of this many tokens, so those of equal length share a time.
  */
-class Costs(maxDrafts: Int, private val rowMultiple: Int = 1) {
+internal class Costs(maxDrafts: Int, private val rowMultiple: Int = 1) {
     // Numbers of drafts that are measured: 0, powers of two and the maximum; those between are interpolated.
     private val sizes = (generateSequence(1) { it * 2 }.takeWhile { it < maxDrafts } + listOf(0, maxDrafts)).toSortedSet()
     private val passes = TreeMap<Int, ArrayDeque<Double>>()
@@ -46,6 +46,13 @@ class Costs(maxDrafts: Int, private val rowMultiple: Int = 1) {
     fun record(drafts: Int, verifySeconds: Double, draftSeconds: Double? = null) {
         passes.getOrPut(passTokens(drafts)) { ArrayDeque() }.addRecent(verifySeconds)
         if (draftSeconds != null && drafts > 0) step.addRecent(draftSeconds / drafts)
+        refresh()
+    }
+
+    /** Drop all measurements: the device is not as fast as it was. */
+    fun forget() {
+        passes.clear()
+        step.clear()
         refresh()
     }
 
@@ -136,7 +143,7 @@ private fun ArrayDeque<Double>.addRecent(value: Double) {
  * @param threads threads inside an operation; costs that were measured with another number are ignored.
  * @throws InputError the file is not what [saveCosts] writes.
  */
-fun loadCosts(file: File, manifest: Manifest, threads: Int?): Costs {
+internal fun loadCosts(file: File, manifest: Manifest, threads: Int): Costs {
     val costs = Costs(manifest.maxDraftTokens, manifest.rowMultiple)
     if (!file.exists()) return costs
     try {
@@ -153,13 +160,13 @@ fun loadCosts(file: File, manifest: Manifest, threads: Int?): Costs {
 
 /** Write costs to the file that [loadCosts] reads, whole or not at all. */
 @Throws(IOException::class)
-fun saveCosts(costs: Costs, file: File, manifest: Manifest, threads: Int?) {
+internal fun saveCosts(costs: Costs, file: File, manifest: Manifest, threads: Int) {
     val text = costs.toJson().apply { add("of", identity(manifest, threads)) }.toString()
     writeWhole(file) { it.write(text.toByteArray()) }
 }
 
 /** What costs depend on besides the device, whose storage has them: threads, and the bundle, by its manifest's digest. */
-private fun identity(manifest: Manifest, threads: Int?) = JsonObject().apply {
+private fun identity(manifest: Manifest, threads: Int) = JsonObject().apply {
     addProperty("bundle", manifest.digest)
     addProperty("threads", threads)
 }

@@ -1,8 +1,11 @@
+@file:JvmName("Decoders")
+
 package gemmamtp.core
 
 import java.io.Closeable
 import java.io.File
 import java.io.IOException
+import java.nio.ByteBuffer
 import java.util.concurrent.locks.ReentrantLock
 import kotlin.concurrent.withLock
 
@@ -17,26 +20,28 @@ private const val COSTS = "costs.json" // in a device's folder
  * @param planner chooses the number of drafts of each round.
  * @param clock measures passes and draft steps.
  * @param save called after each text to save measured costs.
+ * @param allocate see [Cache].
  */
-class Decoder(
+public class Decoder internal constructor(
     internal val engine: Engine,
-    val tokenizer: Tokenizer?,
-    val chat: ChatTemplate?,
+    public val tokenizer: Tokenizer?,
+    public val chat: ChatTemplate?,
     internal val planner: DraftLength,
     internal val clock: Clock = SYSTEM_CLOCK,
     private val save: () -> Unit = {},
+    private val allocate: (Long) -> ByteBuffer = ::direct,
 ) : Closeable {
     /** The bundle's manifest. */
-    val manifest: Manifest get() = engine.manifest
+    public val manifest: Manifest get() = engine.manifest
     private val lock = ReentrantLock(true) // fair: else the thread that gives way takes it back at once
     private val first = Conversation(this, engine.cache)
 
     @Volatile private var closed = false
 
     /** Begin another conversation; its memory is freed with it. */
-    fun conversation(): Conversation {
+    public fun conversation(): Conversation {
         checkOpen()
-        return Conversation(this, Cache(manifest))
+        return Conversation(this, Cache(manifest, allocate))
     }
 
     /**
@@ -48,11 +53,12 @@ class Decoder(
      * @param file must stay as it is while the conversation is used; it may be deleted, or replaced by another one.
      * @throws InputError the file cannot be read, is malformed, or was saved with another bundle.
      */
-    fun openSession(file: File): Conversation = exclusive { Conversation(this, readSession(file, manifest, planner)) }
+    public fun openSession(file: File): Conversation =
+        exclusive { Conversation(this, readSession(file, manifest, planner, allocate)) }
 
     /** Continue a prompt in the decoder's first conversation, as [Conversation.stream] does. */
     @JvmOverloads
-    fun stream(
+    public fun stream(
         prompt: String,
         options: Options,
         stop: List<String> = emptyList(),
@@ -61,7 +67,7 @@ class Decoder(
 
     /** Continue a prompt of token ids in the decoder's first conversation, as [Conversation.stream] does. */
     @JvmOverloads
-    fun stream(
+    public fun stream(
         prompt: IntArray,
         options: Options,
         stop: List<String> = emptyList(),
@@ -70,7 +76,7 @@ class Decoder(
 
     /** Answer the last message in the decoder's first conversation, as [Conversation.chat] does. */
     @JvmOverloads
-    fun chat(
+    public fun chat(
         messages: List<Message>,
         options: Options,
         tools: Boolean = false,
@@ -79,7 +85,7 @@ class Decoder(
     ): Stream = first.chat(messages, options, tools, thinking, progress)
 
     /** Let the next prompt of the decoder's first conversation be run as a whole, as [Conversation.forget] does. */
-    fun forget() = first.forget()
+    public fun forget(): Unit = first.forget()
 
     /**
      * Wait for the pass that is running, and close the engine; neither the decoder nor its conversations can be used after
@@ -126,42 +132,48 @@ class Decoder(
  *
  * @param bundle directory written by `export`.
  * @param loadGraphs the runtimes.
- * @param threads threads inside an operation; null lets the backend choose.
  * @param deviceFolder a folder for what belongs to this bundle on this device, outside of the bundle, which is the same on all
  *     devices; null keeps nothing. What cannot be read in it is replaced.
+ * @param device gives memory for keys and values, and knows cores and heat: on Android an `AndroidDevice`.
+ * @param threads threads inside an operation; null takes the device's fast cores.
  * @param verify whether to read every file, not only those that may have changed since they were read.
- * @param progress receives the files as they are checked.
  * @param digest hexadecimal sha256 of the manifest, as `export` printed it: another bundle is refused. null for any.
+ * @param progress receives the files as they are checked.
  * @throws InputError the directory is no bundle, or an incomplete or changed one, or none for these runtimes.
  */
 @JvmOverloads
-fun openDecoder(
+public fun openDecoder(
     bundle: File,
     loadGraphs: LoadGraphs,
-    threads: Int? = null,
     deviceFolder: File? = null,
+    device: Device = AnyDevice,
+    threads: Int? = null,
     verify: Boolean = false,
-    progress: Progress = Progress { _, _ -> },
     digest: String? = null,
+    progress: Progress = Progress { _, _ -> },
 ): Decoder {
+    requireWideProcess(bundle, System.getProperty("os.arch"))
     val manifest = readManifest(bundle, digest)
     firstChangedFile(bundle, manifest, deviceFolder, verify, progress)?.let {
         throw InputError("${File(bundle, it)}: sha256 differs from the manifest's; copy the bundle again")
     }
+    val count = threads ?: device.fastCores
     val costsFile = deviceFolder?.let { File(it, COSTS) }
     val tokenizer = if (File(bundle, TOKENIZER).exists()) Tokenizer(bundle, manifest) else null
     val costs = try {
-        costsFile?.let { loadCosts(it, manifest, threads) }
+        costsFile?.let { loadCosts(it, manifest, count) }
     } catch (_: InputError) {
         null // nobody can delete it in an app's own storage, so it is replaced
     } ?: Costs(manifest.maxDraftTokens, manifest.rowMultiple)
     val planner = DraftLength(manifest.maxDraftTokens, costs)
-    val engine = loadEngine(bundle, manifest, loadGraphs, threads)
+    val watch = Watch(device, costs)
+    val load = LoadGraphs { folder, its, number -> watch.watched(loadGraphs.load(folder, its, number)) }
+    val engine = loadEngine(bundle, manifest, load, count, device::allocate)
     val save = {
         try {
-            costsFile?.let {
+            costsFile?.takeIf { watch.cool }?.let {
                 it.parentFile.mkdirs()
-                saveCosts(costs, it, manifest, threads)
+                saveCosts(costs, it, manifest, count)
             }
         } catch (error: IOException) {
             // There is no room left: costs are measured again next time, in a few rounds.
@@ -169,5 +181,14 @@ fun openDecoder(
         Unit
     }
     val template = if (tokenizer == null) null else chatTemplate(manifest)
-    return Decoder(engine, tokenizer, template, planner, save = save)
+    return Decoder(engine, tokenizer, template, planner, save = save, allocate = device::allocate)
+}
+
+/** Refuse a process of 32 bits: it has no room to map weights, and the runtimes have no library for it. */
+internal fun requireWideProcess(bundle: File, architecture: String) {
+    if ("64" in architecture) return
+    throw InputError(
+        "$bundle: this process has 32 bits ($architecture), expected 64; install the app with the libraries of arm64-v8a, and" +
+            " leave android:use32bitAbi out",
+    )
 }

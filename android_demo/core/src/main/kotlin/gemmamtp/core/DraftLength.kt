@@ -41,14 +41,14 @@ private const val MAX_SAVED = 1e6
  * @property source [DRAFTER], a name of prompt lookup, or [GRAMMAR].
  * @property numDraftTokens K, 0 for a plain pass.
  */
-class Plan(val source: String, val numDraftTokens: Int)
+internal class Plan(val source: String, val numDraftTokens: Int)
 
 /**
  * Estimates, for one source, how likely each draft of a round is accepted if those before it were.
  *
  * @param maxDrafts the largest K of a round.
  */
-class AcceptanceEstimate(maxDrafts: Int) {
+internal class AcceptanceEstimate(maxDrafts: Int) {
     private val keep = DoubleArray(HALF_LIVES_ROUNDS.size) { 0.5.pow(1.0 / HALF_LIVES_ROUNDS[it]) }
     private val accepted = Array(HALF_LIVES_ROUNDS.size) { DoubleArray(maxDrafts) }
     private val rejected = Array(HALF_LIVES_ROUNDS.size) { DoubleArray(maxDrafts) }
@@ -137,7 +137,7 @@ class AcceptanceEstimate(maxDrafts: Int) {
  * @param maxDrafts the largest K of a round.
  * @property costs measured times of passes and draft steps.
  */
-class DraftLength(private val maxDrafts: Int, val costs: Costs) {
+internal class DraftLength(private val maxDrafts: Int, val costs: Costs) {
     private val sources = HashMap<String, AcceptanceEstimate>()
     private var lossPasses = -INITIAL_LOSS_PASSES
 

@@ -4,10 +4,10 @@ package gemmamtp.core
  * The source of drafts that a grammar, or the limit of a thought, forces; they take no time to make. This runtime has no
  * grammars.
  */
-const val GRAMMAR = "grammar"
+internal const val GRAMMAR = "grammar"
 
 /** The drafts of a text: from the drafter, copied from earlier text, or what a rule forces. */
-interface Drafts {
+internal interface Drafts {
     /** The source of the last round's drafts. */
     val source: String
 
@@ -29,7 +29,7 @@ interface Drafts {
  * @param numDraftTokens K of every round, less what the rules forbid.
  * @param rules chooses the text's tokens; null if no rule does.
  */
-class FixedDrafts(
+internal class FixedDrafts(
     private val engine: Engine,
     private val numDraftTokens: Int,
     private val rules: RuledChooser? = null,
@@ -62,7 +62,7 @@ private val LOOKUP_SOURCES =
  * @param prompt token ids of the prompt, which prompt lookup copies from as well.
  * @param rules chooses the text's tokens; null if no rule does.
  */
-class PlannedDrafts(
+internal class PlannedDrafts(
     private val engine: Engine,
     private val planner: DraftLength,
     prompt: List<Int>,

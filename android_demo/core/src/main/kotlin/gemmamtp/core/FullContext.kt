@@ -1,7 +1,7 @@
 package gemmamtp.core
 
 /** What happens where prompt and answer fill the context. */
-enum class WhenFull {
+public enum class WhenFull {
     /** The text ends; a chat whose prompt does not fit is refused. */
     STOP,
 

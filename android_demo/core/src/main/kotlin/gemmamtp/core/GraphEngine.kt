@@ -4,23 +4,24 @@ import java.io.Closeable
 import java.io.File
 import java.io.IOException
 import java.nio.Buffer
+import java.nio.ByteBuffer
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
 import kotlin.math.tanh
 
-/** Loads the graphs of a bundle. */
-fun interface LoadGraphs {
+/** Loads the graphs of a bundle: a runtime. */
+public fun interface LoadGraphs {
     /**
      * Graphs by the manifest's names.
      *
-     * @param threads threads inside an operation; null lets the backend choose.
-     * @throws InputError the backend is unknown, or its runtime cannot load the graphs.
+     * @param threads threads inside an operation.
+     * @throws InputError the bundle is for another backend, or the runtime cannot load its graphs.
      */
-    fun load(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph>
+    public fun load(bundle: File, manifest: Manifest, threads: Int): Map<String, BoundGraph>
 }
 
 /** A loaded bundle: its graphs, and the cache of the conversation that they run. */
-interface Engine {
+internal interface Engine {
     val manifest: Manifest
 
     /** The KV cache. The newest token of a text is not in it yet. Another may take its place between two passes. */
@@ -75,12 +76,13 @@ private class Outputs(val logits: List<FloatArray>, val ids: List<IntArray>, val
 private val STOPPED = Round(emptyList(), 0, emptyList(), emptyList())
 
 /** Runs the graphs `target` and `drafter` of a bundle over one cache at a time. One thread at a time may use an engine. */
-class GraphEngine(
+internal class GraphEngine(
     override val manifest: Manifest,
     private val graphs: Map<String, BoundGraph>,
     private val tables: Map<String, Table>,
+    allocate: (Long) -> ByteBuffer = ::direct,
 ) : Engine, Closeable {
-    override var cache = Cache(manifest)
+    override var cache = Cache(manifest, allocate)
     private var bound: Map<String, Tensor>? = null // the buffers that the graphs use
     private val position get() = cache.position
     private val hidden = manifest.hiddenSize
@@ -222,12 +224,13 @@ class GraphEngine(
 /**
  * Load a bundle whose files are trusted already.
  *
- * @param threads threads inside an operation; null lets the backend choose.
- * @throws InputError [threads] is below 1, the backend is unknown, its runtime cannot load the graphs, or the tables do
+ * @param threads threads inside an operation.
+ * @param allocate see [Cache].
+ * @throws InputError [threads] is below 1, the bundle is for another backend, the runtime cannot load the graphs, or the tables do
  *     not fit the manifest.
  */
-fun loadEngine(bundle: File, manifest: Manifest, loadGraphs: LoadGraphs, threads: Int? = null): GraphEngine {
-    if (threads != null && threads < 1) throw InputError("threads is $threads, expected at least 1")
+internal fun loadEngine(bundle: File, manifest: Manifest, loadGraphs: LoadGraphs, threads: Int = 1, allocate: (Long) -> ByteBuffer = ::direct): GraphEngine {
+    if (threads < 1) throw InputError("threads is $threads, expected at least 1")
     val tables = try {
         manifest.tables.mapValues { (_, metadata) -> Table(bundle, metadata) }
     } catch (error: IllegalArgumentException) {
@@ -237,7 +240,7 @@ fun loadEngine(bundle: File, manifest: Manifest, loadGraphs: LoadGraphs, threads
     }
     val graphs = loadGraphs.load(bundle, manifest, threads)
     try {
-        return GraphEngine(manifest, graphs, tables)
+        return GraphEngine(manifest, graphs, tables, allocate)
     } catch (error: Throwable) { // memory may run out for its buffers, and nothing else closes the graphs
         graphs.values.forEach { it.close() }
         throw error
@@ -245,7 +248,7 @@ fun loadEngine(bundle: File, manifest: Manifest, loadGraphs: LoadGraphs, threads
 }
 
 /** The tokens from index [start] on in chunks of at most [size], each with the index of its first token. */
-fun chunks(tokens: List<Int>, size: Int, start: Int = 0): Sequence<Pair<Int, List<Int>>> =
+internal fun chunks(tokens: List<Int>, size: Int, start: Int = 0): Sequence<Pair<Int, List<Int>>> =
     (start until tokens.size step size).asSequence().map { it to tokens.subList(it, minOf(tokens.size, it + size)) }
 
 /** The list with its last item repeated up to a multiple. */

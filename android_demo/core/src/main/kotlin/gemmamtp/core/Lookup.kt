@@ -11,7 +11,7 @@ private const val MAX_MATCH_TOKENS = 16
  *
  * Prompt lookup decoding (Saxena 2023). Such drafts take no time to make.
  */
-class Lookup {
+internal class Lookup {
     private val text = ArrayList<Int>()
     private val after = HashMap<List<Int>, Int>()
 

@@ -10,11 +10,11 @@ import java.nio.charset.StandardCharsets
 import java.security.MessageDigest
 
 /** The newest format that is read; format 2 is as well. */
-const val FORMAT_VERSION = 3
-const val MANIFEST = "manifest.json"
-const val EMBEDDING = "embed_tokens"
-const val PER_LAYER = "embed_tokens_per_layer"
-const val HEAD = "head"
+public const val FORMAT_VERSION: Int = 3
+public const val MANIFEST: String = "manifest.json"
+internal const val EMBEDDING = "embed_tokens"
+internal const val PER_LAYER = "embed_tokens_per_layer"
+internal const val HEAD = "head"
 
 /** Names that tables can have: the head's is there where it is not the embedding. */
 internal val TABLES = listOf(EMBEDDING, PER_LAYER, HEAD)
@@ -26,15 +26,15 @@ private const val MANIFEST_EXPECTED = "the manifest of a bundle; export it again
 private val KV_TYPES = mapOf("float32" to KVType.FLOAT32, "float16" to KVType.FLOAT16)
 
 /** Sliding layers' buffers move by these: kernels sum blocks of so many rows, which then stay the same blocks. */
-const val SLIDE_ROWS = 128
+internal const val SLIDE_ROWS = 128
 
 /** What the system property `os.arch` calls the processor. */
 private val ARM64_MACHINES = listOf("aarch64", "arm64")
 
 /** Receives the progress of reading files. */
-fun interface Progress {
+public fun interface Progress {
     /** Called with the name of a file and the number of its bytes that were read since the last call. */
-    fun done(name: String, bytes: Long)
+    public fun done(name: String, bytes: Long)
 }
 
 /**
@@ -47,36 +47,37 @@ fun interface Progress {
  * @property type of its numbers.
  * @property layout names of its dimensions in order: `num_key_value_heads`, `rows` and `head_dim`.
  */
-class KVBuffer(
-    val name: String,
-    val sliding: Boolean,
-    val numKeyValueHeads: Int,
-    val headDim: Int,
-    val type: KVType = KVType.FLOAT32,
+public class KVBuffer(
+    public val name: String,
+    public val sliding: Boolean,
+    public val numKeyValueHeads: Int,
+    public val headDim: Int,
+    public val type: KVType = KVType.FLOAT32,
     layout: List<String> = HEADS_FIRST,
 ) {
     /** Index of the dimension of the rows. */
-    val rowsAxis = layout.indexOf("rows")
+    public val rowsAxis: Int = layout.indexOf("rows")
 
     /** Dimensions in order; that of the rows is 0. */
-    val sizes: List<Int> =
+    public val sizes: List<Int> =
         layout.map { mapOf("num_key_value_heads" to numKeyValueHeads, "head_dim" to headDim)[it] ?: 0 }
 
     /** Dimensions in order, with so many rows. */
-    fun shape(rows: Int): List<Long> = sizes.mapIndexed { axis, size -> (if (axis == rowsAxis) rows else size).toLong() }
+    public fun shape(rows: Int): List<Long> =
+        sizes.mapIndexed { axis, size -> (if (axis == rowsAxis) rows else size).toLong() }
 }
 
 /** A graph: the name of its file in the bundle, and the names of its inputs and outputs, in order. */
-class Graph(val file: String, val inputs: List<String>, val outputs: List<String>)
+public class Graph(public val file: String, public val inputs: List<String>, public val outputs: List<String>)
 
 /** Size in bytes and hexadecimal sha256 of a file of the bundle. */
-class FileMetadata(val size: Long, val sha256: String)
+public class FileMetadata(public val size: Long, public val sha256: String)
 
 /** Rows of a table in a file of the bundle: [offset] of the first in bytes, and how many [rows]. */
-class Part(val file: String, val offset: Long, val rows: Int)
+internal class Part(val file: String, val offset: Long, val rows: Int)
 
 /** All rows of a table, or of its scales, whose [dtype] is empty for a table itself. */
-class Rows(val parts: List<Part>, val dtype: String = "")
+internal class Rows(val parts: List<Part>, val dtype: String = "")
 
 /**
  * The manifest's entry of an embedding table.
@@ -88,7 +89,7 @@ class Rows(val parts: List<Part>, val dtype: String = "")
  * @property groupSize consecutive numbers of a row that share a scale.
  * @property scales null where numbers have none.
  */
-class TableMetadata(
+internal class TableMetadata(
     val rows: Int,
     val columns: Int,
     val rowBytes: Int,
@@ -124,35 +125,53 @@ class TableMetadata(
  * @property tools what `conversations` can offer to the model: a JSON list of functions with JSON Schemas; null for nothing.
  * @property digest hexadecimal sha256 of the manifest itself, which differs between bundles.
  */
-class Manifest(
-    val backend: String,
-    val minRuntime: String?,
-    val recipe: String,
-    val vocabSize: Int,
-    val hiddenSize: Int,
-    val slidingWindow: Int,
-    val finalLogitSoftcapping: Double,
-    val maxSeqLen: Int,
-    val defaultDraftTokens: Int,
-    val maxDraftTokens: Int,
-    val limits: Map<String, Int>,
-    val rowMultiple: Int,
-    val sampling: Sampling,
-    val repetitionPenalty: Double,
-    val bos: Int,
-    val eos: Set<Int>,
-    val suppressed: Set<Int>,
-    val channels: Map<String, Pair<Int, Int>>,
-    val parts: Map<String, PartForm>,
-    val kv: List<KVBuffer>,
-    val graphs: Map<String, Graph>,
-    val tables: Map<String, TableMetadata>,
-    val files: Map<String, FileMetadata>,
-    val chat: ChatFormat?,
-    val conversations: List<ConversationForm>,
-    val tools: String?,
-    val digest: String,
-)
+public class Manifest internal constructor(
+    public val backend: String,
+    public val minRuntime: String?,
+    public val recipe: String,
+    public val vocabSize: Int,
+    internal val hiddenSize: Int,
+    internal val slidingWindow: Int,
+    internal val finalLogitSoftcapping: Double,
+    public val maxSeqLen: Int,
+    public val defaultDraftTokens: Int,
+    public val maxDraftTokens: Int,
+    public val limits: Map<String, Int>,
+    internal val rowMultiple: Int,
+    public val sampling: Sampling,
+    public val repetitionPenalty: Double,
+    public val bos: Int,
+    public val eos: Set<Int>,
+    internal val suppressed: Set<Int>,
+    internal val channels: Map<String, Pair<Int, Int>>,
+    internal val parts: Map<String, PartForm>,
+    public val kv: List<KVBuffer>,
+    public val graphs: Map<String, Graph>,
+    internal val tables: Map<String, TableMetadata>,
+    public val files: Map<String, FileMetadata>,
+    internal val chat: ChatFormat?,
+    internal val conversations: List<ConversationForm>,
+    public val tools: String?,
+    public val digest: String,
+) {
+    /**
+     * The largest number of bytes that the open bundle takes: its weights, which both runtimes repack into their own memory,
+     * and the KV cache of a text that fills the context, twice, because old and new buffers are there while it grows. The
+     * per-layer table is mapped, and the system may drop its pages.
+     */
+    public val memoryNeeded: Long
+        get() {
+            fun filesOf(table: String) =
+                tables[table]?.let { listOfNotNull(it.data, it.scales) }.orEmpty().flatMap { rows -> rows.parts.map { it.file } }
+            val mapped = filesOf(PER_LAYER) - tables.keys.filter { it != PER_LAYER }.flatMap(::filesOf).toSet()
+            val weights = files.filterKeys { it !in mapped }.values.sumOf { it.size }
+            val cache = kv.sumOf {
+                val rows = limits.getValue(if (it.sliding) "window_rows" else "cache_rows")
+                it.type.bytes.toLong() * it.numKeyValueHeads * rows * it.headDim
+            }
+            return weights + 2 * cache
+        }
+}
 
 /**
  * Read a bundle's manifest and check that every file is there and has its size.
@@ -161,7 +180,7 @@ class Manifest(
  * @throws InputError the directory is no bundle, or its manifest has another digest, another format, a feature that this
  *     version does not know, or is malformed; a file is missing, or the manifest does not name weights.
  */
-fun readManifest(bundle: File, digest: String? = null): Manifest {
+public fun readManifest(bundle: File, digest: String? = null): Manifest {
     val path = File(bundle, MANIFEST)
     if (!path.exists()) throw InputError("$bundle: not a bundle, $MANIFEST is missing; expected the output of `export`")
     val manifest = readManifestFile(path, digest)
@@ -189,7 +208,7 @@ internal fun readManifestFile(path: File, digest: String? = null): Manifest {
 }
 
 /** Names of the files whose sha256 is not the manifest's; throws InputError if one cannot be read. */
-fun changedFiles(bundle: File, manifest: Manifest, progress: Progress = Progress { _, _ -> }): List<String> =
+internal fun changedFiles(bundle: File, manifest: Manifest, progress: Progress = Progress { _, _ -> }): List<String> =
     manifest.files.filter { (name, metadata) ->
         try {
             fileSha256(File(bundle, name), progress) != metadata.sha256
@@ -199,7 +218,7 @@ fun changedFiles(bundle: File, manifest: Manifest, progress: Progress = Progress
     }.keys.toList()
 
 /** Hexadecimal sha256 of a file, which is read in blocks. */
-fun fileSha256(file: File, progress: Progress = Progress { _, _ -> }): String {
+internal fun fileSha256(file: File, progress: Progress = Progress { _, _ -> }): String {
     val digest = MessageDigest.getInstance("SHA-256")
     val block = ByteArray(1 shl 18)
     file.inputStream().use { stream ->
@@ -352,7 +371,7 @@ private fun buffer(entry: JsonObject): KVBuffer {
 }
 
 /** The smallest multiple of [multiple] that is not below [count]; both are positive. */
-fun roundUp(count: Int, multiple: Int): Int = (count + multiple - 1) / multiple * multiple
+internal fun roundUp(count: Int, multiple: Int): Int = (count + multiple - 1) / multiple * multiple
 
 /**
  * Rows of a sliding layer's buffer: those that a pass attends to and writes, and those of one move.

@@ -61,7 +61,7 @@ internal fun checkFeatures(raw: JsonObject) {
  * @param library its name, and [installed] its version.
  * @throws InputError the library is older.
  */
-fun requireRuntime(bundle: File, manifest: Manifest, library: String, installed: String) {
+public fun requireRuntime(bundle: File, manifest: Manifest, library: String, installed: String) {
     val oldest = manifest.minRuntime ?: return
     if (isOlder(versionNumbers(installed), versionNumbers(oldest))) {
         throw InputError("$bundle: needs $library $oldest or later, the app has $installed; update the app")

@@ -10,7 +10,7 @@ package gemmamtp.core
  * @property thinkingBudget the largest number of tokens of thoughts, after which a thought is ended; null for any.
  * @property whenFull what happens where prompt and answer fill the context.
  */
-data class Options @JvmOverloads constructor(
+public data class Options @JvmOverloads constructor(
     val maxNewTokens: Int = 128,
     val numDraftTokens: Int? = 0,
     val sampling: Sampling = Sampling(),
@@ -20,13 +20,13 @@ data class Options @JvmOverloads constructor(
 )
 
 /** A clock that never goes back. */
-fun interface Clock {
+internal fun interface Clock {
     /** Seconds since any fixed moment. */
     fun seconds(): Double
 }
 
 /** The JVM's clock. */
-val SYSTEM_CLOCK = Clock { System.nanoTime() / 1e9 }
+internal val SYSTEM_CLOCK = Clock { System.nanoTime() / 1e9 }
 
 /**
  * The decoding loop: the prefill, then rounds, as they are decided.
@@ -46,7 +46,7 @@ val SYSTEM_CLOCK = Clock { System.nanoTime() / 1e9 }
  * @param goOn called in each prefill, as by [Engine.prefill]; false stops it, and the text is `cancelled`.
  * @throws InputError as [checkPrompt] and [checkOptions], or, from [next], the rules leave no token to choose.
  */
-class Rounds(
+internal class Rounds(
     private val engine: Engine,
     private val prompt: List<Int>,
     private val options: Options,
@@ -64,7 +64,7 @@ class Rounds(
     }
 
     private val rules = textChooser(engine, prompt, options.sampling, options.rules, options.thinkingBudget)
-    private val ofText: Chooser = rules ?: options.sampling
+    private val ofText: Chooser = rules ?: Sampled(options.sampling)
     private var chooser = ofText
     private val drafts =
         options.numDraftTokens?.let { FixedDrafts(engine, it, rules) } ?: PlannedDrafts(engine, planner, prompt, rules)
@@ -138,7 +138,7 @@ class Rounds(
  * @throws InputError K is negative or beyond what the bundle was exported for, no new token is asked for, or a rule names a
  *     token or a part that the bundle does not have.
  */
-fun checkOptions(manifest: Manifest, options: Options) {
+internal fun checkOptions(manifest: Manifest, options: Options) {
     val maxDrafts = manifest.maxDraftTokens
     if (options.numDraftTokens != null && options.numDraftTokens !in 0..maxDrafts) {
         throw InputError(
@@ -157,7 +157,7 @@ fun checkOptions(manifest: Manifest, options: Options) {
  *
  * @throws InputError the prompt is empty, leaves no room for an answer, or has an id that is not in the vocabulary.
  */
-fun checkPrompt(manifest: Manifest, prompt: List<Int>) {
+internal fun checkPrompt(manifest: Manifest, prompt: List<Int>) {
     if (prompt.isEmpty()) throw InputError("the prompt is empty: expected at least one token")
     if (prompt.size >= manifest.maxSeqLen) {
         throw InputError(

@@ -27,7 +27,7 @@ internal const val MAX_REPETITION = 100
  * @property frequencyPenalty subtracted from the logit of a token as many times as it is in the answer so far, -2 to 2.
  * @throws InputError a value is out of its range.
  */
-data class Rules @JvmOverloads constructor(
+public data class Rules @JvmOverloads constructor(
     val suppressed: Set<Int> = emptySet(),
     val logitBias: Map<Int, Double> = emptyMap(),
     val repetitionPenalty: Double = 1.0,
@@ -61,7 +61,7 @@ data class Rules @JvmOverloads constructor(
  *
  * @throws InputError a token id is not in the vocabulary.
  */
-fun checkRules(manifest: Manifest, rules: Rules) {
+internal fun checkRules(manifest: Manifest, rules: Rules) {
     (rules.suppressed + rules.logitBias.keys).firstOrNull { it !in 0 until manifest.vocabSize }?.let {
         throw InputError("a rule names token id $it, expected 0 to ${manifest.vocabSize - 1}")
     }
@@ -73,7 +73,7 @@ fun checkRules(manifest: Manifest, rules: Rules) {
  * @param thinkingBudget as for [textChooser].
  * @throws InputError the bundle has no channel of thoughts, or the budget is negative.
  */
-fun checkParts(manifest: Manifest, thinkingBudget: Int?) {
+internal fun checkParts(manifest: Manifest, thinkingBudget: Int?) {
     if (thinkingBudget == null) return
     if (thinkingBudget < 0) throw InputError("the thinking budget is $thinkingBudget tokens, expected 0 or more")
     if (THOUGHT !in manifest.channels) {
@@ -82,7 +82,7 @@ fun checkParts(manifest: Manifest, thinkingBudget: Int?) {
 }
 
 /** Computes the logit of a token from a state, as [Engine.score]. */
-fun interface Score {
+internal fun interface Score {
     fun logit(state: FloatBuffer, token: Int): Float
 }
 
@@ -99,7 +99,7 @@ fun interface Score {
  * @param limit how long the model may think; null for no limit.
  * @param never ids of tokens that the bundle itself suppresses.
  */
-class RuledChooser(
+internal class RuledChooser(
     private val sampling: Sampling,
     private val rules: Rules,
     prompt: List<Int>,
@@ -217,7 +217,7 @@ private class Candidates {
  * @param sampling how tokens are chosen once the rules were applied.
  * @param thinkingBudget the largest number of tokens of thoughts; null for any.
  */
-fun textChooser(
+internal fun textChooser(
     engine: Engine,
     prompt: List<Int>,
     sampling: Sampling,

@@ -5,7 +5,7 @@ import kotlin.math.exp
 import kotlin.math.ln
 
 /** Logits that a bundle's target gives for each position. */
-const val MAX_TOP_K = 64
+internal const val MAX_TOP_K = 64
 
 /** SplitMix64's constants: its increment, then its factors. */
 private const val GOLDEN_GAMMA = -0x61c8864680b583ebL // 0x9E3779B97F4A7C15
@@ -18,10 +18,10 @@ private const val MIX_2 = -0x6b2fb644ecceee15L // 0x94D049BB133111EB
  * @property token its id.
  * @property logprob natural logarithm of its probability for the target, as [logProbability] defines it.
  */
-class Choice(val token: Int, val logprob: Double)
+internal class Choice(val token: Int, val logprob: Double)
 
-/** What chooses the tokens of a text, one after the other. [Sampling] is one, [RuledChooser] another. */
-interface Chooser {
+/** What chooses the tokens of a text, one after the other. [Sampled] is one, [RuledChooser] another. */
+internal interface Chooser {
     /**
      * Choose the next token of the text, which counts as part of it from now on.
      *
@@ -43,12 +43,12 @@ interface Chooser {
  * @property topK how many of the largest logits are kept, 1 to [MAX_TOP_K].
  * @throws InputError a value is out of its range.
  */
-data class Sampling @JvmOverloads constructor(
+public data class Sampling @JvmOverloads constructor(
     val temperature: Double = 0.0,
     val topP: Double = 1.0,
     val seed: Long = 0,
     val topK: Int = MAX_TOP_K,
-) : Chooser {
+) {
     init {
         if (!(temperature >= 0 && temperature < Double.POSITIVE_INFINITY)) {
             throw InputError("temperature is $temperature, expected 0 (greedy) or a positive number")
@@ -60,9 +60,12 @@ data class Sampling @JvmOverloads constructor(
             )
         }
     }
+}
 
+/** Chooses tokens by [sampling] alone. */
+internal class Sampled(private val sampling: Sampling = Sampling()) : Chooser {
     override fun pick(logits: FloatArray, ids: IntArray, state: FloatBuffer, position: Int): Choice {
-        val rank = choose(logits, position, this)
+        val rank = choose(logits, position, sampling)
         return Choice(ids[rank], logProbability(logits, rank))
     }
 }
@@ -80,7 +83,7 @@ internal class Displaced(private val chooser: Chooser, private val dropped: Int)
  *
  * @param position index of the token in the whole text, prompt included.
  */
-fun uniform(seed: Long, position: Int): Double {
+internal fun uniform(seed: Long, position: Int): Double {
     var x = (seed xor (position * GOLDEN_GAMMA)) + GOLDEN_GAMMA
     x = (x xor (x ushr 30)) * MIX_1
     x = (x xor (x ushr 27)) * MIX_2
@@ -96,7 +99,7 @@ fun uniform(seed: Long, position: Int): Double {
  * @param logits in falling order.
  * @param position index of the token in the whole text, prompt included.
  */
-fun choose(logits: FloatArray, position: Int, sampling: Sampling): Int =
+internal fun choose(logits: FloatArray, position: Int, sampling: Sampling): Int =
     if (sampling.temperature == 0.0) 0
     else choose(DoubleArray(logits.size) { logits[it].toDouble() }, logits.size, position, sampling)
 
@@ -126,7 +129,7 @@ internal fun choose(logits: DoubleArray, count: Int, position: Int, sampling: Sa
  * @param logits in falling order.
  * @param rank index of the token in [logits].
  */
-fun logProbability(logits: FloatArray, rank: Int): Double {
+internal fun logProbability(logits: FloatArray, rank: Int): Double {
     val first = logits[0].toDouble()
     return (logits[rank] - first) - ln(logits.sumOf { exp(it - first) })
 }

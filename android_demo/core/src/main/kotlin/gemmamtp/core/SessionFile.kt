@@ -105,6 +105,7 @@ private fun tensors(manifest: Manifest, position: Int, windowStart: Int): Map<St
  * of a file that may only be read are read into memory.
  *
  * @param planner goes on from what the file's had learnt, as [DraftLength.restore].
+ * @param allocate see [Cache].
  * @param mapped whether to map it, else it is read.
  * @throws InputError the file cannot be read, is no session, or not one of this bundle.
  */
@@ -112,13 +113,14 @@ internal fun readSession(
     file: File,
     manifest: Manifest,
     planner: DraftLength,
+    allocate: (Long) -> ByteBuffer = ::direct,
     mapped: Boolean = file.canWrite(),
 ): Cache {
     if (!file.isFile) throw InputError("$file: no such file, expected a saved session; $REMEDY")
     try {
         // A private mapping must be of a file that is open for writing as well, although it never writes.
         return RandomAccessFile(file, if (mapped) "rw" else "r").use {
-            SessionReader(file, it.channel, manifest, mapped).read(planner)
+            SessionReader(file, it.channel, manifest, mapped, allocate).read(planner)
         }
     } catch (error: IOException) {
         throw InputError("$file: cannot be read and mapped (${oneLine(error)}), expected a saved session; $REMEDY", error)
@@ -138,6 +140,7 @@ private class SessionReader(
     private val channel: FileChannel,
     private val manifest: Manifest,
     private val mapped: Boolean,
+    private val allocate: (Long) -> ByteBuffer,
 ) {
     private val size = channel.size()
 
@@ -157,7 +160,7 @@ private class SessionReader(
         val tokens = tokens(data + stored.getValue(TOKENS).begin, position)
         val buffers = manifest.kv.associate { it.name to buffer(it, position, start, data + stored.getValue(it.name).begin) }
         planner.restore(JsonParser.parseString(metadata.getValue("planner")))
-        return Cache(manifest).apply { restore(tokens, start, buffers) }
+        return Cache(manifest, allocate).apply { restore(tokens, start, buffers) }
     }
 
     private fun metadata(entry: JsonElement?): Map<String, String> {
@@ -259,10 +262,10 @@ private class SessionReader(
 
     private fun buffer(kv: KVBuffer, position: Int, start: Int, begin: Long): CacheBuffer {
         val rows = bufferRows(manifest, kv, usedRows(kv, position, start))
-        if (rows == 0) return CacheBuffer(kv, 0, ::direct) // some systems map no empty range
+        if (rows == 0) return CacheBuffer(kv, 0, allocate) // some systems map no empty range
         return CacheBuffer(kv, rows) { count ->
             if (mapped) channel.map(FileChannel.MapMode.PRIVATE, begin, count).order(ByteOrder.LITTLE_ENDIAN)
-            else read(begin, direct(count))
+            else read(begin, allocate(count))
         }
     }
 

@@ -9,10 +9,13 @@ import java.util.TreeMap
  * @property drafted draft tokens that it proposed.
  * @property accepted how many of them were accepted.
  */
-class SourceStats {
-    var rounds = 0
-    var drafted = 0
-    var accepted = 0
+public class SourceStats internal constructor() {
+    public var rounds: Int = 0
+        internal set
+    public var drafted: Int = 0
+        internal set
+    public var accepted: Int = 0
+        internal set
 }
 
 /**
@@ -37,27 +40,41 @@ class SourceStats {
  * @property decodeSeconds time of all rounds.
  * @property finishReason `eos`, `length`, `max_seq_len`, `stop` or `cancelled`; empty while text is generated.
  */
-class Stats {
-    var rounds = 0
-    var tokens = 0
-    var drafted = 0
-    var accepted = 0
-    val draftedByPosition = ArrayList<Int>()
-    val acceptedByPosition = ArrayList<Int>()
-    val draftedLengths = TreeMap<Int, Int>()
-    val sources = LinkedHashMap<String, SourceStats>()
-    var lastDrafted = 0
-    var reusedTokens = 0
-    var droppedTokens = 0
-    var prefillSeconds = 0.0
-    var decodeSeconds = 0.0
-    var finishReason = ""
+public class Stats internal constructor() {
+    public var rounds: Int = 0
+        internal set
+    public var tokens: Int = 0
+        internal set
+    public var drafted: Int = 0
+        internal set
+    public var accepted: Int = 0
+        internal set
+    public val draftedByPosition: List<Int> get() = draftedAt
+    public val acceptedByPosition: List<Int> get() = acceptedAt
+    public val draftedLengths: Map<Int, Int> get() = lengths
+    public val sources: Map<String, SourceStats> get() = bySource
+    public var lastDrafted: Int = 0
+        internal set
+    public var reusedTokens: Int = 0
+        internal set
+    public var droppedTokens: Int = 0
+        internal set
+    public var prefillSeconds: Double = 0.0
+        internal set
+    public var decodeSeconds: Double = 0.0
+        internal set
+    public var finishReason: String = ""
+        internal set
 
+    private val draftedAt = ArrayList<Int>()
+    private val acceptedAt = ArrayList<Int>()
+    private val lengths = TreeMap<Int, Int>()
+    private val bySource = LinkedHashMap<String, SourceStats>()
     private var newest: Round? = null // as far as it is counted
     private var newestSource = SourceStats()
 
     /** Begin a text, so many of whose prompt's tokens are in the cache already. */
-    fun begin(reusedTokens: Int) {
+    internal fun begin(reusedTokens: Int) {
         this.reusedTokens = reusedTokens
         finishReason = ""
         newest = null
@@ -70,14 +87,14 @@ class Stats {
     }
 
     /** Add a round, cut off where the text ends, and the [source] of its drafts. */
-    fun add(done: Round, source: String) {
+    internal fun add(done: Round, source: String) {
         lastDrafted = done.drafts.size
         rounds += 1
         drafted += lastDrafted
-        draftedLengths[lastDrafted] = (draftedLengths[lastDrafted] ?: 0) + 1
-        for (counts in listOf(draftedByPosition, acceptedByPosition)) while (counts.size < lastDrafted) counts.add(0)
-        for (i in 0 until lastDrafted) draftedByPosition[i] += 1
-        newestSource = if (lastDrafted == 0) SourceStats() else sources.getOrPut(source) { SourceStats() }
+        lengths[lastDrafted] = (lengths[lastDrafted] ?: 0) + 1
+        for (counts in listOf(draftedAt, acceptedAt)) while (counts.size < lastDrafted) counts.add(0)
+        for (i in 0 until lastDrafted) draftedAt[i] += 1
+        newestSource = if (lastDrafted == 0) SourceStats() else bySource.getOrPut(source) { SourceStats() }
         newestSource.rounds += 1
         newestSource.drafted += lastDrafted
         newest = done.cut(0)
@@ -85,23 +102,23 @@ class Stats {
     }
 
     /** Count the newest round as another cut of it, after the tokens that were given out, in place of the counted one. */
-    fun count(done: Round) {
+    internal fun count(done: Round) {
         val before = newest ?: return // the prefill is no round
         tokens += done.tokens.size - before.tokens.size
         accepted += done.accepted - before.accepted
         newestSource.accepted += done.accepted - before.accepted
-        for (i in before.accepted until done.accepted) acceptedByPosition[i] += 1
-        for (i in done.accepted until before.accepted) acceptedByPosition[i] -= 1
+        for (i in before.accepted until done.accepted) acceptedAt[i] += 1
+        for (i in done.accepted until before.accepted) acceptedAt[i] -= 1
         newest = done
     }
 
     /** Accepted drafts / proposed drafts; null if nothing was drafted. */
-    val acceptanceRate: Double? get() = if (drafted > 0) accepted.toDouble() / drafted else null
+    public val acceptanceRate: Double? get() = if (drafted > 0) accepted.toDouble() / drafted else null
 
     /**
      * Tokens that the rounds gave out / rounds; null without a round.
      *
      * That is 1 + accepted / rounds, less the bonus token of a round that the end of the text cuts off.
      */
-    val meanTokensPerRound: Double? get() = if (rounds > 0) tokens.toDouble() / rounds else null
+    public val meanTokensPerRound: Double? get() = if (rounds > 0) tokens.toDouble() / rounds else null
 }

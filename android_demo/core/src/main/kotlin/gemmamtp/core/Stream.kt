@@ -12,12 +12,12 @@ private const val ID_DIGITS = 9 // some chat templates ask for so many
  * @property part what the token belongs to: `answer`, `thought`, `tool_call`, or another channel of the bundle.
  * @property partText the text of that part that the token completes; the same as [text] in the answer.
  */
-class Token(
-    val id: Int,
-    val text: String,
-    val logprob: Double,
-    val part: String = ANSWER,
-    val partText: String = "",
+public class Token(
+    public val id: Int,
+    public val text: String,
+    public val logprob: Double,
+    public val part: String = ANSWER,
+    public val partText: String = "",
 )
 
 /**
@@ -29,16 +29,16 @@ class Token(
  *     run and after each chunk of it; may be set until the first token is asked for. It may neither ask a text of the
  *     decoder for tokens, nor save a conversation, nor close the decoder.
  */
-class Stream internal constructor(
+public class Stream internal constructor(
     private val conversation: Conversation,
     private val decoder: Decoder,
     private val prompt: List<Int>,
     private val options: Options,
     private val texts: TextStream,
     private val context: FullContext?,
-    var progress: (Int, Int) -> Unit,
+    public var progress: (Int, Int) -> Unit,
 ) : Iterator<Token> {
-    val stats = Stats()
+    public val stats: Stats = Stats()
     private val manifest get() = decoder.manifest
     private val new = ArrayList<Int>()
     private val pending = ArrayDeque<Token>()
@@ -52,23 +52,23 @@ class Stream internal constructor(
     @Volatile private var cancelled = false
 
     /** Ids of the new tokens so far. */
-    val tokens: List<Int> get() = new
+    public val tokens: List<Int> get() = new
 
     /** How many tokens there is room for in the context after the newest one. */
-    val tokensLeft: Int get() = manifest.maxSeqLen - prompt.size - new.size + stats.droppedTokens
+    public val tokensLeft: Int get() = manifest.maxSeqLen - prompt.size - new.size + stats.droppedTokens
 
     /** How many messages of a chat, after its system prompt, were left out because the context was full. */
-    val droppedMessages: Int get() = context?.droppedMessages ?: 0
+    public val droppedMessages: Int get() = context?.droppedMessages ?: 0
 
     /** The answer's text so far. */
-    val text: String get() = newText.toString()
+    public val text: String get() = newText.toString()
 
     /** What the model thought so far; thoughts that an answer comes between are on lines of their own. */
-    val thought: String
+    public val thought: String
         get() = channels(THOUGHT).map { it.text }.filter { it.isNotEmpty() }.joinToString("\n")
 
     /** The calls of tools so far; one that is malformed, or that the text's end cut off, has a `problem`. */
-    val calls: List<ToolCall>
+    public val calls: List<ToolCall>
         get() {
             val form = manifest.parts[TOOL_CALL] ?: PartForm()
             return channels(TOOL_CALL).filter { it.closed || ended }
@@ -79,7 +79,7 @@ class Stream internal constructor(
      * The answer as a message of the conversation, for the next turn. Calls that could not be read are left out, and blank
      * content beside calls, which some templates would count.
      */
-    val message: Message
+    public val message: Message
         get() {
             val whole = calls.filter { it.problem.isEmpty() }
             val content = if (whole.isNotEmpty() && text.all(::isBlank)) "" else text
@@ -87,14 +87,14 @@ class Stream internal constructor(
         }
 
     /** The newest round; null before the first. */
-    var lastRound: Round? = null
+    public var lastRound: Round? = null
         private set
 
     /**
      * End the text with its next token; may be called from any thread. While the prompt is run, the text ends after the
      * current chunk of it, without a token.
      */
-    fun cancel() {
+    public fun cancel() {
         cancelled = true
     }
 

@@ -30,7 +30,7 @@ private val SCALE_BYTES = mapOf("float32" to 4, "float16" to 2, "bfloat16" to 2)
  * @property columns numbers in a row.
  * @throws IllegalArgumentException the encoding or a size is impossible, or the files are too short.
  */
-class Table(private val bundle: File, private val metadata: TableMetadata) {
+internal class Table(private val bundle: File, private val metadata: TableMetadata) {
     val columns = metadata.columns
     private val encoding =
         requireNotNull(ENCODINGS[metadata.encoding]) { "a table has encoding '${metadata.encoding}', which is none" }

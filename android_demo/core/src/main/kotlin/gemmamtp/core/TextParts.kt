@@ -1,9 +1,9 @@
 package gemmamtp.core
 
 /** Parts of a text: the answer, and the channels that a bundle may name. */
-const val ANSWER = "answer"
-const val THOUGHT = "thought"
-const val TOOL_CALL = "tool_call"
+public const val ANSWER: String = "answer"
+public const val THOUGHT: String = "thought"
+public const val TOOL_CALL: String = "tool_call"
 
 /**
  * What a channel has around its content, and how calls of tools are written. FORMAT.md, "Channels", says what it means.
@@ -13,7 +13,7 @@ const val TOOL_CALL = "tool_call"
  * @property syntax of calls, `pairs` or `json`; empty if the bundle does not say.
  * @property quote the text before and after each text in a call.
  */
-class PartForm(val before: String = "", val after: String = "", val syntax: String = "", val quote: String = "")
+internal class PartForm(val before: String = "", val after: String = "", val syntax: String = "", val quote: String = "")
 
 /**
  * Follows the marks of channels from token to token.
@@ -22,7 +22,7 @@ class PartForm(val before: String = "", val after: String = "", val syntax: Stri
  * @param eos ids of the tokens that end a turn: marks before the last of them in the prompt do not count.
  * @param prompt token ids before the text. It begins inside a channel if they open one and do not close it.
  */
-class PartTracker(
+internal class PartTracker(
     private val channels: Map<String, Pair<Int, Int>>,
     eos: Set<Int> = emptySet(),
     prompt: List<Int> = emptyList(),

@@ -3,7 +3,7 @@ package gemmamtp.core
 private const val REPLACEMENT = '\uFFFD'
 
 /** Converts token ids to text; special tokens give theirs if `special` is true, else none. */
-fun interface Decode {
+internal fun interface Decode {
     fun text(ids: List<Int>, special: Boolean): String
 }
 
@@ -14,7 +14,7 @@ fun interface Decode {
  * @property part what the token belongs to, `answer` or the name of a channel.
  * @property partText of that part; the same as [text] in the answer.
  */
-class Piece(val text: String, val part: String = ANSWER, val partText: String = "")
+internal class Piece(val text: String, val part: String = ANSWER, val partText: String = "")
 
 /**
  * Decodes tokens as they come, holding back incomplete characters and text that may begin a stop string.
@@ -27,7 +27,7 @@ class Piece(val text: String, val part: String = ANSWER, val partText: String = 
  * @param tracker tells which part each token belongs to.
  * @param parts what each channel has around its content, by its name.
  */
-class TextStream(
+internal class TextStream(
     private val decode: Decode,
     private val stop: List<String> = emptyList(),
     private val tracker: PartTracker = PartTracker(emptyMap()),
@@ -108,7 +108,7 @@ class TextStream(
  * @property start index of the token that opened it, counted from the first new one; -1 for one of the prompt.
  * @param form what is left out at its beginning and end.
  */
-class Channel internal constructor(
+internal class Channel internal constructor(
     val name: String,
     val start: Int,
     private val decoding: Decoding,

@@ -7,7 +7,7 @@ package gemmamtp.core
  * @param marks ids of the tokens that begin and end a thought.
  * @param maxTokens of all thoughts of the text together, without their marks.
  */
-class ThoughtLimit(private val tracker: PartTracker, private val marks: Pair<Int, Int>, maxTokens: Int) {
+internal class ThoughtLimit(private val tracker: PartTracker, private val marks: Pair<Int, Int>, maxTokens: Int) {
     private var left = maxTokens
 
     /** The token that must come next: the end of a thought that has as many tokens as it may; null for any. */

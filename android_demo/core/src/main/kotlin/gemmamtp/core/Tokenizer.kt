@@ -4,7 +4,7 @@ import java.io.File
 import java.nio.ByteBuffer
 import java.nio.charset.CharacterCodingException
 
-const val TOKENIZER = "tokenizer.json"
+internal const val TOKENIZER = "tokenizer.json"
 
 /**
  * Converts text to tokens and back with the bundle's tokenizer.json, with the results of the `tokenizers` library.
@@ -14,7 +14,7 @@ const val TOKENIZER = "tokenizer.json"
  * @param channels ids of the tokens that begin and end each channel, whose tokens are no part of an answer, by its name.
  * @param forms what each channel has around its content, by its name.
  */
-class Tokenizer(
+public class Tokenizer internal constructor(
     file: File,
     private val bos: Int,
     private val eos: Set<Int> = emptySet(),
@@ -26,7 +26,7 @@ class Tokenizer(
     private val normalized: AddedTokens
 
     /** @throws InputError the bundle has no tokenizer, or one that cannot be read. */
-    constructor(bundle: File, manifest: Manifest) :
+    internal constructor(bundle: File, manifest: Manifest) :
         this(File(bundle, TOKENIZER), manifest.bos, manifest.eos, manifest.channels, manifest.parts)
 
     init {
@@ -45,7 +45,7 @@ class Tokenizer(
      *
      * @throws InputError the text has unpaired surrogates, which UTF-8 cannot encode.
      */
-    fun encode(text: String): IntArray {
+    public fun encode(text: String): IntArray {
         if (!wellFormed(text)) {
             throw InputError("the prompt is not valid UTF-8 (surrogates not allowed); pass well-formed text")
         }
@@ -60,7 +60,7 @@ class Tokenizer(
     }
 
     /** The text of token ids, without those that do not exist, and without special tokens unless [withSpecial] asks. */
-    fun decode(ids: List<Int>, withSpecial: Boolean = false): String {
+    public fun decode(ids: List<Int>, withSpecial: Boolean = false): String {
         val all = ids.mapNotNull { added[it]?.content ?: parts.vocabulary.token(it) }
         val tokens = if (withSpecial) all else all.filter { it !in special }
         return parts.decode(tokens).joinToString("")
@@ -71,7 +71,7 @@ class Tokenizer(
      *
      * @param prompt token ids before the text.
      */
-    fun stream(stop: List<String> = emptyList(), prompt: List<Int> = emptyList()): TextStream =
+    internal fun stream(stop: List<String> = emptyList(), prompt: List<Int> = emptyList()): TextStream =
         TextStream(::decode, stop, PartTracker(channels, eos, prompt), forms)
 }
 

@@ -19,7 +19,13 @@ private val NUMBER = Regex("-?(0|[1-9][0-9]*)(\\.[0-9]+)?([eE][-+]?[0-9]+)?")
  * @property text the call as it was written, special tokens spelled out.
  * @property problem why it could not be read; empty if it could.
  */
-class ToolCall(val id: String, val name: String, val arguments: String, val text: String, val problem: String = "")
+public class ToolCall(
+    public val id: String,
+    public val name: String,
+    public val arguments: String,
+    public val text: String,
+    public val problem: String = "",
+)
 
 /**
  * Read a call; one that is malformed is returned with its problem. FORMAT.md, "Calls of tools", specifies the syntaxes.
@@ -29,7 +35,7 @@ class ToolCall(val id: String, val name: String, val arguments: String, val text
  * @param id the call's.
  * @param closed whether the mark that ends the call came.
  */
-fun readCall(text: String, form: PartForm, id: String = "", closed: Boolean = true): ToolCall =
+internal fun readCall(text: String, form: PartForm, id: String = "", closed: Boolean = true): ToolCall =
     try {
         val read = requireNotNull(SYNTAXES[form.syntax]) { "the bundle does not say how calls are written" }
         require(closed) { "the call has no end" }

@@ -16,14 +16,14 @@ private const val MEGABYTE = 1_000_000L
 private val SHA256 = Regex("[0-9a-f]{64}")
 
 /** Receives how far a download is. */
-fun interface DownloadProgress {
+public fun interface DownloadProgress {
     /**
      * Called between blocks and before each request; what it throws ends the download, and what was fetched stays.
      *
      * @param done bytes of the files that were fetched, or were here, and digested; it falls after wrong bytes.
      * @param total bytes of all files; 0 before the manifest is here.
      */
-    fun at(done: Long, total: Long)
+    public fun at(done: Long, total: Long)
 }
 
 /**
@@ -34,11 +34,11 @@ fun interface DownloadProgress {
  * @property retries how many failures in a row, without a new byte between them, are followed by another try.
  * @property pause waits after a failure; receives how many in a row there were.
  */
-class Patience(
-    val connectMillis: Int = 15_000,
-    val readMillis: Int = 30_000,
-    val retries: Int = 4,
-    val pause: (Int) -> Unit = { Thread.sleep(1000L shl minOf(it - 1, 5)) },
+public class Patience(
+    public val connectMillis: Int = 15_000,
+    public val readMillis: Int = 30_000,
+    public val retries: Int = 4,
+    public val pause: (Int) -> Unit = { Thread.sleep(1000L shl minOf(it - 1, 5)) },
     internal val blockBytes: Int = 1 shl 16,
 )
 
@@ -62,7 +62,7 @@ class Patience(
  * @throws InputError the server does not have the bundle, cannot be reached, or sends other bytes twice; the bundle does not
  *     fit, is not for this version, or is being downloaded by another; [place] has something else.
  */
-fun downloadBundle(
+public fun downloadBundle(
     url: String,
     digest: String,
     place: File,
@@ -89,7 +89,7 @@ fun downloadBundle(
 }
 
 /** The bundle in a place that [downloadBundle] was given, put back if an interruption left it beside; null if there is none. */
-fun installedBundle(place: File): File? {
+public fun installedBundle(place: File): File? {
     val folders = Folders(place)
     folders.restore()
     return place.takeIf { folders.isBundle() }

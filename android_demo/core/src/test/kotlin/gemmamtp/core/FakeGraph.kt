@@ -134,6 +134,7 @@ internal class FakeBundle(
     digest: String = "",
     fullType: KVType = type,
     maxSeqLen: Int = 900,
+    allocate: (Long) -> ByteBuffer = ::direct,
 ) {
     val running = AtomicInteger()
     val target = FakeGraph(true, layout[0] == "rows", running)
@@ -161,7 +162,7 @@ internal class FakeBundle(
             tables = listOf(EMBEDDING, PER_LAYER).associateWith { metadata },
             digest = digest,
         )
-        engine = loadEngine(directory, manifest, { _, _, _ -> mapOf("target" to target, "drafter" to drafter) })
+        engine = loadEngine(directory, manifest, { _, _, _ -> mapOf("target" to target, "drafter" to drafter) }, 1, allocate)
     }
 
     /** A decoder whose passes all take the same time, so that plans are the same in each run. */

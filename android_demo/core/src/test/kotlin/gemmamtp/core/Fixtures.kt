@@ -3,7 +3,7 @@ package gemmamtp.core
 import java.io.File
 
 /** A manifest of a small model; a test names the sizes that matter to it. */
-fun smallManifest(
+internal fun smallManifest(
     vocabSize: Int,
     maxSeqLen: Int,
     maxDraftTokens: Int,

@@ -50,7 +50,7 @@ class GraphEngineTest {
     @Test
     fun resumesWhereTheWindowHasAllRows() = inTemporaryDirectory { directory ->
         val engine = engine(directory)
-        engine.prefill(List(600) { 3 }, Sampling())
+        engine.prefill(List(600) { 3 }, Sampled())
         assertTrue(engine.cache.canResume(599))
         assertEquals(false, engine.cache.canResume(100))
     }
@@ -104,16 +104,16 @@ class GraphEngineTest {
             var left = Int.MAX_VALUE
             engine.cache = Cache(engine.manifest) { if (left-- > 0) direct(it) else throw OutOfMemoryError() }
             val text = List(250) { it * 7 % FAKE_VOCAB }
-            engine.prefill(text, Sampling())
+            engine.prefill(text, Sampled())
             val tensors = engine.cache.tensors
             left = given
-            assertFailsWith<OutOfMemoryError> { engine.prefill(text + List(10) { it }, Sampling(), 250) }
+            assertFailsWith<OutOfMemoryError> { engine.prefill(text + List(10) { it }, Sampled(), 250) }
             assertTrue(tensors === engine.cache.tensors)
             assertEquals(text, engine.cache.tokens)
-            assertEquals(listOf(chosenAfter(text + 3)), engine.prefill(text + 3, Sampling(), 250).tokens)
+            assertEquals(listOf(chosenAfter(text + 3)), engine.prefill(text + 3, Sampled(), 250).tokens)
             left = 2
             val longer = text + List(10) { it }
-            assertEquals(listOf(chosenAfter(longer)), engine.prefill(longer, Sampling(), 250).tokens)
+            assertEquals(listOf(chosenAfter(longer)), engine.prefill(longer, Sampled(), 250).tokens)
             assertEquals(0, left)
         }
     }
@@ -126,9 +126,9 @@ class GraphEngineTest {
         repeat(3) {
             texts = texts.mapIndexed { i, text ->
                 engine.cache = caches[i]
-                val next = engine.prefill(text, Sampling(), engine.cache.reusable(text)).tokens.single()
+                val next = engine.prefill(text, Sampled(), engine.cache.reusable(text)).tokens.single()
                 assertEquals(chosenAfter(text), next)
-                val round = engine.verify(next, engine.draft(next, 3), Sampling())
+                val round = engine.verify(next, engine.draft(next, 3), Sampled())
                 round.tokens.fold(text + next) { before, token -> before.also { assertEquals(chosenAfter(it), token) } + token }
             }
         }

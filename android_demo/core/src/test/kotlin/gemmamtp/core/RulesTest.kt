@@ -175,7 +175,7 @@ class RulesTest {
         val ruled = RuledChooser(SAMPLED, Rules(logitBias = mapOf(3 to 0.0)), PROMPT, VOCAB, engine::score)
         for (i in 0 until 200) {
             val (logits, ids) = engine.largest(i)
-            val (one, other) = listOf(ruled, SAMPLED).map { it.pick(logits, ids, FloatBuffer.wrap(engine.states[i]), i) }
+            val (one, other) = listOf(ruled, Sampled(SAMPLED)).map { it.pick(logits, ids, FloatBuffer.wrap(engine.states[i]), i) }
             assertEquals(other.token to other.logprob, one.token to one.logprob)
         }
     }

@@ -8,7 +8,6 @@ import gemmamtp.core.Tensor
 import gemmamtp.core.floats
 import gemmamtp.core.longs
 import gemmamtp.core.readManifest
-import gemmamtp.engines.Engines
 import java.io.ByteArrayOutputStream
 import java.io.File
 import java.nio.Buffer
@@ -140,12 +139,12 @@ fun main(arguments: Array<String>) {
     val bundle = File(arguments[0])
     try {
         val manifest = readManifest(bundle)
-        val graphs = Engines.load(bundle, manifest, 1)
+        val graphs = ENGINES.load(bundle, manifest, 1)
         File(arguments[1]).writeBytes(Check(manifest, bundle, graphs).run())
         if (manifest.backend == "executorch") checkPool(bundle, manifest)
         // Twice: closing again must do nothing.
         repeat(2) { graphs.values.forEach { it.close() } }
-        if (manifest.backend == "executorch") Engines.load(bundle, manifest, 2).values.forEach { it.close() }
+        if (manifest.backend == "executorch") ENGINES.load(bundle, manifest, 2).values.forEach { it.close() }
         if (manifest.backend == "onnx") checkClosed()
     } catch (error: InputError) {
         System.err.println(error.message)
@@ -155,9 +154,9 @@ fun main(arguments: Array<String>) {
 
 /** No bundle may be loaded with another number of threads while one is loaded: the pool of the first would be freed. */
 private fun checkPool(bundle: File, manifest: Manifest) {
-    Engines.load(bundle, manifest, 1).values.forEach { it.close() }
+    ENGINES.load(bundle, manifest, 1).values.forEach { it.close() }
     try {
-        Engines.load(bundle, manifest, 2)
+        ENGINES.load(bundle, manifest, 2)
     } catch (error: InputError) {
         return
     }

@@ -4,14 +4,14 @@ import gemmamtp.core.InputError
 import gemmamtp.core.Message
 import gemmamtp.core.Options
 import gemmamtp.core.openDecoder
-import gemmamtp.engines.Engines
+import gemmamtp.onnx.OnnxRuntime
 import java.io.File
 import kotlin.system.exitProcess
 
 /** What an app does, in Kotlin. Arguments: a bundle, a folder for what belongs to the device, a prompt, a session's file. */
 fun main(arguments: Array<String>) {
     try {
-        openDecoder(File(arguments[0]), Engines, threads = 1, deviceFolder = File(arguments[1])).use { decoder ->
+        openDecoder(File(arguments[0]), OnnxRuntime(), deviceFolder = File(arguments[1])).use { decoder ->
             val session = File(arguments[3])
             val conversation = if (session.exists()) decoder.openSession(session) else decoder.conversation()
             val stream =

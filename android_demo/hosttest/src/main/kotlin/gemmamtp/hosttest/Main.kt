@@ -21,7 +21,6 @@ import gemmamtp.core.chatTemplate
 import gemmamtp.core.loadEngine
 import gemmamtp.core.readManifest
 import gemmamtp.core.uniform
-import gemmamtp.engines.Engines
 import java.io.File
 import kotlin.system.exitProcess
 
@@ -47,7 +46,7 @@ private fun write(bundle: File, texts: JsonArray, session: File?): JsonArray {
     changedFiles(bundle, manifest).firstOrNull()?.let { throw InputError("$it: sha256 differs from the manifest's") }
     val planner = DraftLength(manifest.maxDraftTokens, Costs(manifest.maxDraftTokens, manifest.rowMultiple))
     val tokenizer = Tokenizer(bundle, manifest)
-    val engine = loadEngine(bundle, manifest, Engines, threads = 1)
+    val engine = loadEngine(bundle, manifest, ENGINES)
     return Decoder(engine, tokenizer, chatTemplate(manifest), planner, SimulatedClock()).use { decoder ->
         var conversation = if (session?.exists() == true) decoder.openSession(session) else decoder.conversation()
         val results = JsonArray()

@@ -1,4 +1,4 @@
-package gemmamtp.engines
+package gemmamtp.onnx
 
 import ai.onnxruntime.OnnxJavaType
 import ai.onnxruntime.OnnxTensor
@@ -9,34 +9,45 @@ import ai.onnxruntime.OrtSession
 import gemmamtp.core.BoundGraph
 import gemmamtp.core.Graph
 import gemmamtp.core.InputError
+import gemmamtp.core.LoadGraphs
 import gemmamtp.core.Manifest
+import gemmamtp.core.RECHECK
+import gemmamtp.core.REOPEN
 import gemmamtp.core.Tensor
+import gemmamtp.core.copied
+import gemmamtp.core.firstLine
+import gemmamtp.core.openGraphs
+import gemmamtp.core.requireBackend
 import gemmamtp.core.requireRuntime
+import gemmamtp.core.whole
 import java.io.File
 import java.nio.FloatBuffer
 import java.nio.LongBuffer
 import java.nio.ShortBuffer
 
 /**
- * The graphs of a bundle of backend `onnx`.
+ * Runs bundles of backend `onnx`.
  *
- * @param threads those inside an operation; null leaves it to ONNX Runtime.
- * @throws InputError ONNX Runtime is too old, or cannot load them.
+ * @param spinning whether threads that wait for work keep their cores busy: a few percent more tokens a second, for more
+ *     power and heat, and less for whatever else the phone does.
  */
-internal fun loadOrt(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph> {
-    requireRuntime(bundle, manifest, "ONNX Runtime", version(bundle))
-    return openGraphs(manifest) { _, graph -> OrtGraph(File(bundle, graph.file), graph, threads) }
+class OnnxRuntime @JvmOverloads constructor(private val spinning: Boolean = false) : LoadGraphs {
+    override fun load(bundle: File, manifest: Manifest, threads: Int): Map<String, BoundGraph> {
+        requireBackend(bundle, manifest, "onnx", "ONNX Runtime")
+        requireRuntime(bundle, manifest, "ONNX Runtime", version(bundle))
+        return openGraphs(manifest) { _, graph -> OrtGraph(File(bundle, graph.file), graph, threads, spinning) }
+    }
 }
 
 private fun version(bundle: File): String =
     try {
         OrtEnvironment.getEnvironment().version
     } catch (error: LinkageError) {
-        throw InputError("$bundle: ONNX Runtime has no library for this processor (${line(error)})", error)
+        throw InputError("$bundle: ONNX Runtime has no library for this processor (${firstLine(error)})", error)
     }
 
 /** A session whose cache inputs and outputs are bound to the same memory, so that it writes in place. */
-private class OrtGraph(private val file: File, private val graph: Graph, threads: Int?) : BoundGraph {
+private class OrtGraph(private val file: File, private val graph: Graph, threads: Int, spinning: Boolean) : BoundGraph {
     private val options: OrtSession.SessionOptions
     private val session: OrtSession
     private var cache = emptyMap<String, OnnxTensor>()
@@ -49,9 +60,8 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
             options = OrtSession.SessionOptions()
             session = try {
                 options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
-                if (threads != null) options.setIntraOpNumThreads(threads)
-                // A spinning thread pool starves whatever shares the phone.
-                options.addConfigEntry("session.intra_op.allow_spinning", "0")
+                options.setIntraOpNumThreads(threads)
+                options.addConfigEntry("session.intra_op.allow_spinning", if (spinning) "1" else "0")
                 OrtEnvironment.getEnvironment().createSession(file.path, options)
             } catch (error: OrtException) {
                 options.close()
@@ -59,9 +69,9 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
             }
         } catch (error: Exception) {
             val version = OrtEnvironment.getEnvironment().version
-            throw InputError("$file: ONNX Runtime $version cannot load it (${line(error)}); $RECHECK", error)
+            throw InputError("$file: ONNX Runtime $version cannot load it (${firstLine(error)}); $RECHECK", error)
         } catch (error: LinkageError) {
-            throw InputError("$file: ONNX Runtime has no library for this processor (${line(error)})", error)
+            throw InputError("$file: ONNX Runtime has no library for this processor (${firstLine(error)})", error)
         }
     }
 
@@ -73,7 +83,7 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
             for (name in graph.inputs.filter { it in cache }) bound[name] = onnxTensor(cache.getValue(name))
         } catch (error: Throwable) { // memory may run out as well
             bound.values.forEach { it.close() }
-            throw if (error is OrtException) InputError("$file: cannot use the KV cache (${line(error)}); $REOPEN", error) else error
+            throw if (error is OrtException) InputError("$file: cannot use the KV cache (${firstLine(error)}); $REOPEN", error) else error
         }
         this.cache = bound
         pinned = graph.outputs.filter { bufferOf(it) in this.cache }.associateWith { this.cache.getValue(bufferOf(it)) }
@@ -89,7 +99,7 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
                 return result.filter { it.key in requested }.associate { it.key to output(it.value as OnnxTensor) }
             }
         } catch (error: Exception) {
-            throw InputError("$file: cannot run (${line(error)}); $REOPEN", error)
+            throw InputError("$file: cannot run (${firstLine(error)}); $REOPEN", error)
         } finally {
             inputTensors.values.forEach { it.close() }
         }

@@ -1,10 +1,17 @@
-package gemmamtp.engines
+package gemmamtp.executorch
 
 import gemmamtp.core.BoundGraph
 import gemmamtp.core.Graph
 import gemmamtp.core.InputError
+import gemmamtp.core.LoadGraphs
 import gemmamtp.core.Manifest
+import gemmamtp.core.RECHECK
+import gemmamtp.core.REOPEN
 import gemmamtp.core.Tensor
+import gemmamtp.core.copied
+import gemmamtp.core.firstLine
+import gemmamtp.core.openGraphs
+import gemmamtp.core.requireBackend
 import org.pytorch.executorch.DType
 import org.pytorch.executorch.EValue
 import org.pytorch.executorch.Module
@@ -16,21 +23,23 @@ import java.nio.ShortBuffer
 import org.pytorch.executorch.Tensor as EtTensor
 
 /**
- * The graphs of a bundle of backend `executorch`: methods of one program.
+ * Runs bundles of backend `executorch`.
  *
- * @param threads threads of the pool that the whole process shares; null leaves it to ExecuTorch.
- * @throws InputError ExecuTorch cannot load them, or another bundle is loaded with another number of threads.
+ * Its threads are one pool for the whole process, so all bundles that are open at once are opened with the same number.
  */
-internal fun loadEt(bundle: File, manifest: Manifest, threads: Int?): Map<String, BoundGraph> {
-    val programs = HashMap<String, Program>()
-    try {
-        return openGraphs(manifest) { name, graph ->
-            val program = programs.getOrPut(graph.file) { Program(File(bundle, graph.file), threads ?: 0) }
-            EtGraph(program, name, graph)
+class ExecuTorch : LoadGraphs {
+    override fun load(bundle: File, manifest: Manifest, threads: Int): Map<String, BoundGraph> {
+        requireBackend(bundle, manifest, "executorch", "ExecuTorch")
+        val programs = HashMap<String, Program>()
+        try {
+            return openGraphs(manifest) { name, graph ->
+                val program = programs.getOrPut(graph.file) { Program(File(bundle, graph.file), threads) }
+                EtGraph(program, name, graph)
+            }
+        } catch (error: Throwable) { // memory may run out as well
+            programs.values.forEach { it.close() }
+            throw error
         }
-    } catch (error: Throwable) { // memory may run out as well
-        programs.values.forEach { it.close() }
-        throw error
     }
 }
 
@@ -55,7 +64,7 @@ private class EtGraph(private val program: Program, private val name: String, pr
             check(outputs.size == graph.outputs.size) { "${outputs.size} outputs, not ${graph.outputs.size}" }
             return graph.outputs.indices.associate { graph.outputs[it] to output(outputs[it].toTensor()) }
         } catch (error: Exception) {
-            throw InputError("${program.file}: cannot run (${line(error)}); $REOPEN", error)
+            throw InputError("${program.file}: cannot run (${firstLine(error)}); $REOPEN", error)
         }
     }
 
@@ -78,10 +87,10 @@ private class Program(val file: File, threads: Int) : Closeable {
             module = Module.load(file.path, Module.LOAD_MODE_MMAP, threads)
         } catch (error: Exception) {
             Pool.leave()
-            throw InputError("$file: ExecuTorch cannot load it (${line(error)}); $RECHECK", error)
+            throw InputError("$file: ExecuTorch cannot load it (${firstLine(error)}); $RECHECK", error)
         } catch (error: LinkageError) {
             Pool.leave()
-            throw InputError("$file: ExecuTorch has no library for this processor (${line(error)})", error)
+            throw InputError("$file: ExecuTorch has no library for this processor (${firstLine(error)})", error)
         }
     }
 
@@ -92,7 +101,7 @@ private class Program(val file: File, threads: Int) : Closeable {
             val code: Any = module.loadMethod(method)
             check(code !is Int || code == 0) { "error $code" }
         } catch (error: Exception) {
-            throw InputError("$file: ExecuTorch cannot load its method $method (${line(error)}); $RECHECK", error)
+            throw InputError("$file: ExecuTorch cannot load its method $method (${firstLine(error)}); $RECHECK", error)
         }
     }
 
@@ -113,7 +122,7 @@ private object Pool {
     fun join(file: File, requested: Int) {
         if (programs > 0 && requested != threads) {
             throw InputError(
-                "$file: asked for ${described(requested)} threads while another bundle is loaded with ${described(threads)};" +
+                "$file: asked for $requested threads while another bundle is loaded with $threads;" +
                     " ExecuTorch has one pool a process, so ask for the same number or close the other bundle first"
             )
         }
@@ -125,8 +134,6 @@ private object Pool {
     fun leave() {
         programs--
     }
-
-    private fun described(threads: Int) = if (threads == 0) "the default number of" else "$threads"
 }
 
 /** A tensor over the same memory, not a copy. */

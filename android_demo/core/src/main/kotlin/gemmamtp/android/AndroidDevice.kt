@@ -1,0 +1,92 @@
+package gemmamtp.android
+
+import android.content.Context
+import android.os.Build
+import android.os.PerformanceHintManager
+import android.os.PowerManager
+import android.os.Process
+import android.os.SharedMemory
+import android.system.ErrnoException
+import gemmamtp.core.Device
+import java.io.File
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+
+/** The system measures heat once in about so long, and answers too frequent questions with no number. */
+private const val HEAT_NANOSECONDS = 10_000_000_000L
+
+/** Headrooms at which a step begins; at 1 the system slows the phone down severely. */
+private val STEPS = listOf(0.7f, 0.85f, 1f)
+
+/** How far below its beginning a step ends, so that a headroom at a boundary is no change each time. */
+private const val HYSTERESIS = 0.05f
+
+/**
+ * The phone that the app runs on.
+ *
+ * Keys and values lie in shared memory, which does not count as the app's heap. From Android 11 on its heat is known. From
+ * Android 12 on its scheduler knows of passes and how long they should take, namely no longer than the fastest before of the
+ * same size (ADPF, android.os.PerformanceHintManager).
+ *
+ * Make it before the bundle is opened: threads that begin after that are taken as those of the runtime.
+ *
+ * @param clock nanoseconds, from any moment on.
+ */
+public class AndroidDevice internal constructor(context: Context, private val clock: () -> Long) : Device {
+    public constructor(context: Context) : this(context, System::nanoTime)
+
+    private val power = context.getSystemService(PowerManager::class.java)
+    private val hints =
+        if (Build.VERSION.SDK_INT >= 31) context.getSystemService(PerformanceHintManager::class.java) else null
+    private val others = threads()
+    private var hinted = emptySet<Int>()
+    private var session: PerformanceHintManager.Session? = null
+    private val fastest = HashMap<Pair<String, Int>, Long>()
+    private var asked = clock() - HEAT_NANOSECONDS
+    private var step = 0
+
+    override val heat: Int
+        @Synchronized get() {
+            if (Build.VERSION.SDK_INT < 30 || clock() - asked < HEAT_NANOSECONDS) return step
+            asked = clock()
+            step = step(power.getThermalHeadroom(0), step)
+            return step
+        }
+
+    override fun allocate(bytes: Long): ByteBuffer {
+        if (bytes == 0L) return super.allocate(bytes) // shared memory has at least a byte
+        check(bytes <= Int.MAX_VALUE) { "$bytes bytes are more than one buffer holds" }
+        try {
+            return SharedMemory.create("gemma-mtp", bytes.toInt()).use { it.mapReadWrite() }.order(ByteOrder.nativeOrder())
+        } catch (error: ErrnoException) {
+            throw OutOfMemoryError("$bytes bytes of shared memory cannot be had (${error.message})").apply { initCause(error) }
+        }
+    }
+
+    @Synchronized
+    override fun passed(graph: String, tokens: Int, nanoseconds: Long) {
+        if (Build.VERSION.SDK_INT < 31 || hints == null || nanoseconds <= 0) return
+        val target = minOf(fastest[graph to tokens] ?: nanoseconds, nanoseconds)
+        fastest[graph to tokens] = target
+        if (Process.myTid() !in hinted) begin(hints, target)
+        session?.updateTargetWorkDuration(target)
+        session?.reportActualWorkDuration(nanoseconds)
+    }
+
+    /** Begin a session of this thread and the runtime's; there is none on phones that do not take hints. */
+    private fun begin(hints: PerformanceHintManager, target: Long) {
+        session?.close()
+        hinted = hinted.intersect(threads()) + (threads() - others) + Process.myTid()
+        session = hints.createHintSession(hinted.toIntArray(), target)
+    }
+}
+
+/** The step of a headroom, after another step; not a number tells nothing. */
+internal fun step(headroom: Float, last: Int): Int {
+    if (headroom.isNaN()) return last
+    val reached = STEPS.count { headroom >= it }
+    return maxOf(reached, minOf(last, STEPS.count { headroom >= it - HYSTERESIS }))
+}
+
+/** Ids of this process's threads. */
+private fun threads(): Set<Int> = File("/proc/self/task").list().orEmpty().mapNotNull { it.toIntOrNull() }.toSet()

@@ -1,0 +1,39 @@
+package android.os;
+
+import java.util.ArrayList;
+import java.util.List;
+
+/** Keeps what it is told. */
+public final class PerformanceHintManager {
+    public final List<Session> sessions = new ArrayList<>();
+
+    public Session createHintSession(int[] tids, long initialTargetWorkDurationNanos) {
+        Session session = new Session(tids);
+        sessions.add(session);
+        return session;
+    }
+
+    public static class Session implements AutoCloseable {
+        public final int[] tids;
+        public final List<Long> targets = new ArrayList<>();
+        public final List<Long> actual = new ArrayList<>();
+        public boolean closed;
+
+        Session(int[] tids) {
+            this.tids = tids;
+        }
+
+        public void updateTargetWorkDuration(long targetDurationNanos) {
+            targets.add(targetDurationNanos);
+        }
+
+        public void reportActualWorkDuration(long actualDurationNanos) {
+            actual.add(actualDurationNanos);
+        }
+
+        @Override
+        public void close() {
+            closed = true;
+        }
+    }
+}
