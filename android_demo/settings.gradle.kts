@@ -15,4 +15,4 @@ dependencyResolutionManagement {
 }
 
 rootProject.name = "gemma-mtp-android"
-include(":core", ":engines", ":app")
+include(":core", ":engine-onnx", ":engine-executorch", ":app")

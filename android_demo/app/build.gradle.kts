@@ -43,8 +43,9 @@ kotlin {
 }
 
 dependencies {
-    implementation(project(":core"))
-    implementation(project(":engines"))
+    // Both, so that any bundle can be tried; an app of one bundle needs the engine of its backend alone.
+    implementation(project(":engine-onnx"))
+    implementation(project(":engine-executorch"))
     testImplementation(libs.junit)
     testImplementation(libs.kotlin.test.junit)
 }

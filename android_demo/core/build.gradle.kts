@@ -1,22 +1,15 @@
-import org.jetbrains.kotlin.gradle.dsl.JvmTarget
-
-// The decoding loop, tokenizer and statistics, in plain Kotlin without android.*, so that the tests run on any JVM.
+// The decoding loop, tokenizer, downloads and statistics; only gemmamtp.android uses Android's classes.
 plugins {
-    alias(libs.plugins.kotlin.jvm)
+    alias(libs.plugins.android.library)
+    alias(libs.plugins.kotlin.android)
 }
 
-kotlin {
-    compilerOptions {
-        jvmTarget.set(JvmTarget.JVM_11)
-    }
-}
-
-java {
-    sourceCompatibility = JavaVersion.VERSION_11
-    targetCompatibility = JavaVersion.VERSION_11
+android {
+    namespace = "gemmamtp.core"
 }
 
 dependencies {
+    api(libs.kotlinx.coroutines.core)
     implementation(libs.gson)
     testImplementation(libs.junit)
     testImplementation(libs.kotlin.test.junit)

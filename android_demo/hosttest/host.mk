@@ -14,11 +14,15 @@ ENGINES := engine-onnx engine-executorch
 CORE_SOURCES = $(shell find core/src/main -name '*.kt')
 USER_SOURCES = $(shell find $(ENGINES:%=%/src/main) app/src/test -name '*.kt') $(shell grep -rL '^import android' app/src/main/kotlin)
 TEST_SOURCES = $(shell find core/src/test hosttest/src -name '*.kt')
-KOTLIN_TESTS = $(subst /,.,$(shell find core/src/test app/src/test -name '*Test.kt' | sed 's|.*/kotlin/||; s|.kt$$||'))
+KOTLIN_TESTS = $(subst /,.,$(shell find core/src/test app/src/test hosttest/src/test -name '*Test.kt' | sed 's|.*/kotlin/||; s|.kt$$||'))
 HOST_BUNDLES := onnx-fp32 onnx-int4 executorch-fp32
 KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit \
     gson/gson junit/junit4 junit/hamcrest-core,:.packages/$(jar).jar)
 HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/users:$(PARTS)/core:$(PARTS)/java:$(PARTS)/standins-ort:$(PARTS)/standins-et:$(PARTS)/standins-android$(KOTLIN_JARS))
+# Besides classes, write those of a part's public side to its folder under api/.
+ABI := -P plugin:org.jetbrains.kotlin.jvm.abi
+API_OPTIONS = -Xplugin=.packages/kotlin/lib/jvm-abi-gen.jar $(ABI):outputDir=$(PARTS)/api/$(notdir $(@D)) \
+    $(ABI):removePrivateClasses=true $(ABI):treatInternalAsPrivate=true
 KOTLINC = java -Xmx1g -cp '.packages/kotlin/lib/*' org.jetbrains.kotlin.cli.jvm.K2JVMCompiler -no-reflect -jvm-target 11 \
     -kotlin-home .packages/kotlin
 
@@ -40,15 +44,15 @@ $(PARTS)/standins-%/.built: $(wildcard hosttest/standins/*/*/*.java hosttest/sta
 	javac -Xlint:all,-serial -d $(@D) $(shell find hosttest/standins/$(STANDINS_$*) -name '*.java')
 	touch $@
 
-$(PARTS)/core/.built: $(CORE_SOURCES) $(HOST_PACKAGES) $(PARTS)/standins-android/.built
-	rm -rf $(@D) && mkdir -p $(@D)
-	$(KOTLINC) $(LIBRARY_OPTIONS) -module-name core -d $(@D) \
+$(PARTS)/core/.built: hosttest/host.mk $(CORE_SOURCES) $(HOST_PACKAGES) $(PARTS)/standins-android/.built
+	rm -rf $(@D) $(PARTS)/api/core && mkdir -p $(@D)
+	$(KOTLINC) $(LIBRARY_OPTIONS) $(API_OPTIONS) -module-name core -d $(@D) \
 	    -cp $(subst $() ,,$(PARTS)/standins-android$(KOTLIN_JARS)) $(filter %.kt,$^)
 	touch $@
 
 $(PARTS)/users/.built: $(USER_SOURCES) $(PARTS)/core/.built $(PARTS)/standins-ort/.built
-	rm -rf $(@D) && mkdir -p $(@D)
-	$(KOTLINC) -module-name users -d $(@D) \
+	rm -rf $(@D) $(PARTS)/api/users && mkdir -p $(@D)
+	$(KOTLINC) $(API_OPTIONS) -module-name users -d $(@D) \
 	    -cp $(subst $() ,,$(PARTS)/core:$(ORT_JAVA):.packages/executorch-java/classes.jar$(KOTLIN_JARS)) $(filter %.kt,$^)
 	touch $@
 

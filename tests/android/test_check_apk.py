@@ -37,8 +37,13 @@ LIES = [
     ("dexdump", "invoke-virtual", "invoke-polymorphic", "instructions: WRONG: instructions that dx leaves"),
     ("dexdump", "size     : 1", "size     : 2", "dex files: WRONG: classes listed, by the header: expected 2, found 1"),
     ("dexdump", "demo/Main", "demo/Mean", "badging: WRONG: classes: expected the launchable activity"),
-    ("dexdump", "'Lgemmamtp/demo/Main", "'Lai/onnxruntime/Main", "stand ins: WRONG: classes: expected none"),
-    ("dexdump", "'Lgemmamtp/demo/Main", "'Lorg/pytorch/executorch/Main", "stand ins: WRONG: classes: expected none"),
+    ("dexdump", "'Lgemmamtp/demo/Main", "'Lai/onnxruntime/Main", "stand ins: WRONG: classes: expected no stand-in"),
+    (
+        "dexdump",
+        "'Lgemmamtp/demo/Main",
+        "'Lorg/pytorch/executorch/Main",
+        "stand ins: WRONG: classes: expected no stand-in",
+    ),
     ("aapt", "'gemmamtp.demo' v", "'other' v", "badging: WRONG: package: expected gemmamtp.demo, found other"),
     ("aapt", "'28'", "'26'", "badging: WRONG: minimum SDK: expected 28, found 26"),
     ("aapt", "'35'", "'34'", "badging: WRONG: target SDK: expected 35, found 34"),
@@ -50,6 +55,7 @@ LIES = [
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """check_apk.py with canned tools, beside a small demo of its own."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("check_apk", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -104,6 +110,7 @@ def test_what_the_tools_find(
         ({"content": b"other"}, "assets: WRONG: sha256 of assets/bundle/a.table: expected "),
         ({"compress": zipfile.ZIP_DEFLATED}, "assets: WRONG: assets/bundle/a.table: expected it stored"),
         ({"assets__bundle__b.table": b""}, "assets: WRONG: files of the bundle: expected ['a.table'], found "),
+        ({"lib__arm64-v8a__libx.so": b"elf"}, "demo.apk: lib/arm64-v8a/libx.so: not a library"),
         ({"classes2.dex": b""}, "dex files: WRONG: dex files: expected ['classes.dex'], found "),
     ],
 )

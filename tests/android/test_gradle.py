@@ -33,9 +33,9 @@ def test_every_entry_names_a_version_that_is_there(section: str) -> None:
 
 
 def test_modules_are_the_folders_with_a_build_script() -> None:
-    included = re.findall(r'":(\w+)"', (ANDROID / "settings.gradle.kts").read_text())
+    included = re.findall(r'":([\w-]+)"', (ANDROID / "settings.gradle.kts").read_text())
     assert sorted(included) == sorted(path.parent.name for path in ANDROID.glob("*/build.gradle.kts"))
-    projects = {name for path in SCRIPTS for name in re.findall(r'project\(":(\w+)"\)', path.read_text())}
+    projects = {name for path in SCRIPTS for name in re.findall(r'project\(":([\w-]+)"\)', path.read_text())}
     assert projects <= set(included)
 
 
@@ -51,6 +51,15 @@ def test_runtimes_read_what_the_exporter_writes() -> None:
     dependencies = dict(re.split("==|>=", line) for line in lines)
     assert CATALOG["versions"]["executorch"] == dependencies["executorch"]
     assert CATALOG["versions"]["onnxruntime"].startswith(f"{dependencies['onnxruntime']}.")
+
+
+def test_the_library_has_the_version_of_the_exporter_and_is_compiled_as_in_the_host_tests() -> None:
+    build = (ANDROID / "build.gradle.kts").read_text()
+    assert f'version = "{PYPROJECT["project"]["version"]}"' in build
+    options = re.search(r"LIBRARY_OPTIONS := (.*)", (ANDROID / "hosttest/host.mk").read_text())
+    language = re.findall(r"Version.set\(KotlinVersion.KOTLIN_(\d)_(\d)\)", build)
+    assert options is not None
+    assert language == [tuple(version.split(".")) for version in re.findall(r"-version (\S+)", options[1])]
 
 
 def test_kotlin_is_the_compiler_of_the_host_tests() -> None:

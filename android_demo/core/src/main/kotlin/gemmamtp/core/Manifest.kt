@@ -10,8 +10,11 @@ import java.nio.charset.StandardCharsets
 import java.security.MessageDigest
 
 /** The newest format that is read; format 2 is as well. */
-public const val FORMAT_VERSION: Int = 3
+internal const val FORMAT_VERSION = 3
+
+/** The name of the file that makes a folder a bundle. */
 public const val MANIFEST: String = "manifest.json"
+
 internal const val EMBEDDING = "embed_tokens"
 internal const val PER_LAYER = "embed_tokens_per_layer"
 internal const val HEAD = "head"

@@ -1,8 +1,12 @@
 package gemmamtp.core
 
-/** Parts of a text: the answer, and the channels that a bundle may name. */
+/** The part of a text that is shown to the user; the others are channels that a bundle may name. */
 public const val ANSWER: String = "answer"
+
+/** What the model thinks before it answers. */
 public const val THOUGHT: String = "thought"
+
+/** A call of a tool. */
 public const val TOOL_CALL: String = "tool_call"
 
 /**
