@@ -33,7 +33,7 @@ kotlin() { # -d OUT ARGUMENT...
         -no-reflect -no-stdlib -no-jdk -jvm-target 1.8 -Xlambdas=class -Xsam-conversions=class -Xstring-concat=inline "$@"
 }
 
-for tool in java javac keytool jar; do
+for tool in java javac jimage keytool jar; do
     command -v $tool >/dev/null || skip "this machine has no $tool: install a JDK, 17 or later"
 done
 got=0
@@ -44,12 +44,20 @@ export PATH="$PWD/$P/apk-tools/bin:$PWD/$P/android/bin:$PATH"
 
 STDLIB=$P/kotlin/lib/kotlin-stdlib.jar
 GSON=$P/gson/gson.jar
+COROUTINES=$P/kotlin/lib/kotlinx-coroutines-core-jvm.jar
 ID=$(number applicationId)
 STORED=$(sed -n '/noCompress/s/[^"]*"\([^"]*\)"[^"]*/-0 .\1 /gp' app/build.gradle.kts)
 
+# What Android 6 lacks: the runtimes, and newer classes, of which one has newer methods.
 find hosttest/standins -name '*.java' >$OUT/standins.list
 step "javac of the stand-ins" javac -nowarn --release 11 -d $OUT/standins @$OUT/standins.list
-step "jar of the stand-ins" jar cf $OUT/standins.jar -C $OUT/standins .
+step "jar of the stand-ins" jar cf $OUT/standins.jar -C $OUT/standins ai -C $OUT/standins org \
+    -C $OUT/standins android/os/SharedMemory.class -C $OUT/standins android/os/PerformanceHintManager.class \
+    -C $OUT/standins 'android/os/PerformanceHintManager$Session.class'
+# Android 8 brought java.nio.file, and with it File.toPath: those of this JDK, which ProGuard cannot read.
+JAVA=$(java -XshowSettings:properties -version 2>&1 | sed -n 's/^ *java.home = //p')
+step "jimage" jimage extract --dir $OUT/newer --include 'regex:/java.base/java/(nio/file/.*|io/File).class' "$JAVA/lib/modules"
+step "jar of newer methods" jar cf $OUT/newer.jar -C $OUT/standins android/os/PowerManager.class
 
 # Gradle takes the package from `namespace`; aapt2 wants it in the manifest.
 sed "0,/<manifest/s//<manifest package=\"$ID\"/" app/src/main/AndroidManifest.xml >$OUT/AndroidManifest.xml
@@ -60,8 +68,8 @@ step "aapt2 link" aapt2 link -I $P/android/framework-res.apk --manifest $OUT/And
     -A build/assets $STORED --auto-add-overlay \
     --proguard $OUT/manifest.pro --java $OUT/java -o $OUT/unsigned.apk $OUT/res.zip
 
-find core/src/main engines/src/main app/src/main -name '*.kt' >$OUT/sources.list
-step "Kotlin" kotlin -d $OUT/classes -cp "$P/android/android.jar:$STDLIB:$GSON:$OUT/standins.jar" \
+find core/src/main engine-*/src/main app/src/main -name '*.kt' >$OUT/sources.list
+step "Kotlin" kotlin -d $OUT/classes -cp "$OUT/newer/java.base:$OUT/newer.jar:$P/android/android.jar:$STDLIB:$GSON:$COROUTINES:$OUT/standins.jar" \
     $(find $OUT/java -name '*.java') @$OUT/sources.list
 step "javac of R" javac -nowarn -source 8 -target 8 -d $OUT/classes $(find $OUT/java -name '*.java')
 
@@ -72,6 +80,7 @@ cat >$OUT/shrink.pro <<END
 -injars $OUT/classes
 -injars $STDLIB(!META-INF/**)
 -injars $GSON(!META-INF/**)
+-libraryjars $OUT/newer.jar
 -libraryjars $P/android/android.jar
 -libraryjars $P/kotlin/lib/annotations-13.0.jar
 -libraryjars $OUT/standins.jar
@@ -81,6 +90,8 @@ cat >$OUT/shrink.pro <<END
 -dontobfuscate
 -dontoptimize
 -keepattributes Signature,InnerClasses,EnclosingMethod,*Annotation*
+-dontwarn java.nio.file.**
+-dontwarn gemmamtp.core.CheckedFilesKt
 -dontwarn kotlin.**
 -dontwarn com.google.gson.**
 -dontwarn java.lang.Boolean,java.lang.Double,java.lang.Float,java.lang.Integer,java.lang.Long
