@@ -1,5 +1,7 @@
 package gemmamtp.core
 
+import java.util.concurrent.atomic.AtomicBoolean
+
 private const val ID_DIGITS = 9 // some chat templates ask for so many
 
 /**
@@ -50,6 +52,7 @@ public class Stream internal constructor(
     private var toRun = prompt.size // tokens of the prefill
 
     @Volatile private var cancelled = false
+    private val collected = AtomicBoolean()
 
     /** Ids of the new tokens so far. */
     public val tokens: List<Int> get() = new
@@ -124,6 +127,17 @@ public class Stream internal constructor(
         new.add(token.id)
         newText.append(piece.text)
         return token
+    }
+
+    /** Let one collector have the text. */
+    internal fun collect() = check(collected.compareAndSet(false, true)) { "the text is collected already; it can be once" }
+
+    /** Nobody asks for the rest of the text. */
+    internal fun leave() {
+        if (ended) return
+        ended = true
+        stats.finishReason = "cancelled"
+        decoder.saveCosts()
     }
 
     private fun checkCurrent() =
