@@ -25,7 +25,7 @@ public class Conversation internal constructor(private val decoder: Decoder, int
      * Continue a prompt. The same seed gives the same tokens, whatever is drafted.
      *
      * @param stop strings that end the text; they are not part of it.
-     * @param progress see [Stream.progress].
+     * @param progress see [PromptProgress].
      * @throws InputError the prompt cannot be run, an option is out of its range, or the bundle has no tokenizer.
      */
     @JvmOverloads
@@ -33,7 +33,7 @@ public class Conversation internal constructor(private val decoder: Decoder, int
         prompt: String,
         options: Options,
         stop: List<String> = emptyList(),
-        progress: (Int, Int) -> Unit = { _, _ -> },
+        progress: PromptProgress = PromptProgress { _, _ -> },
     ): Stream = stream(requireTokenizer().encode(prompt), options, stop, progress)
 
     /** Continue a prompt of token ids that begin with the beginning-of-text token, as the other [stream] does. */
@@ -42,7 +42,7 @@ public class Conversation internal constructor(private val decoder: Decoder, int
         prompt: IntArray,
         options: Options,
         stop: List<String> = emptyList(),
-        progress: (Int, Int) -> Unit = { _, _ -> },
+        progress: PromptProgress = PromptProgress { _, _ -> },
     ): Stream {
         val ids = prompt.toList()
         val shift = if (options.whenFull == WhenFull.SHIFT) TextShift(ids, decoder.manifest.maxSeqLen) else null
@@ -54,7 +54,7 @@ public class Conversation internal constructor(private val decoder: Decoder, int
         options: Options,
         stop: List<String>,
         context: FullContext?,
-        progress: (Int, Int) -> Unit,
+        progress: PromptProgress,
     ): Stream {
         decoder.checkOpen()
         if (stop.isNotEmpty()) requireTokenizer()
@@ -75,7 +75,7 @@ public class Conversation internal constructor(private val decoder: Decoder, int
      * @param messages oldest first. An answer of this bundle is [Stream.message], what a tool answered is [toolMessage].
      * @param tools whether the model may call [Manifest.tools].
      * @param thinking whether the model thinks before it answers; null leaves it to the template.
-     * @param progress see [Stream.progress].
+     * @param progress see [PromptProgress].
      * @throws InputError as [stream]; or the bundle has no form of such prompts, or it does not allow the messages.
      */
     @JvmOverloads
@@ -84,7 +84,7 @@ public class Conversation internal constructor(private val decoder: Decoder, int
         options: Options,
         tools: Boolean = false,
         thinking: Boolean? = null,
-        progress: (Int, Int) -> Unit = { _, _ -> },
+        progress: PromptProgress = PromptProgress { _, _ -> },
     ): Stream {
         val template = decoder.chat ?: throw InputError("the bundle has no chat format; export it from a checkpoint that chats")
         val prompt = { kept: List<Message> ->

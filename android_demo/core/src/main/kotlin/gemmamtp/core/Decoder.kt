@@ -62,7 +62,7 @@ public class Decoder internal constructor(
         prompt: String,
         options: Options,
         stop: List<String> = emptyList(),
-        progress: (Int, Int) -> Unit = { _, _ -> },
+        progress: PromptProgress = PromptProgress { _, _ -> },
     ): Stream = first.stream(prompt, options, stop, progress)
 
     /** Continue a prompt of token ids in the decoder's first conversation, as [Conversation.stream] does. */
@@ -71,7 +71,7 @@ public class Decoder internal constructor(
         prompt: IntArray,
         options: Options,
         stop: List<String> = emptyList(),
-        progress: (Int, Int) -> Unit = { _, _ -> },
+        progress: PromptProgress = PromptProgress { _, _ -> },
     ): Stream = first.stream(prompt, options, stop, progress)
 
     /** Answer the last message in the decoder's first conversation, as [Conversation.chat] does. */
@@ -81,7 +81,7 @@ public class Decoder internal constructor(
         options: Options,
         tools: Boolean = false,
         thinking: Boolean? = null,
-        progress: (Int, Int) -> Unit = { _, _ -> },
+        progress: PromptProgress = PromptProgress { _, _ -> },
     ): Stream = first.chat(messages, options, tools, thinking, progress)
 
     /** Let the next prompt of the decoder's first conversation be run as a whole, as [Conversation.forget] does. */

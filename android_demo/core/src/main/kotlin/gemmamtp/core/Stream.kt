@@ -22,14 +22,24 @@ public class Token(
     public val partText: String = "",
 )
 
+/** Receives how far a prompt is. */
+public fun interface PromptProgress {
+    /**
+     * Called before the prompt is run and after each chunk of it. It may neither ask a text of the decoder for tokens, nor
+     * save a conversation, nor close the decoder.
+     *
+     * @param done tokens of the prompt that are in the cache.
+     * @param total tokens of the prompt.
+     */
+    public fun at(done: Int, total: Int)
+}
+
 /**
  * An iterator over the new tokens of one text of a conversation, which may be left or cancelled at any time. One thread at a
  * time may use it, except for [cancel]; it waits for what other conversations of the decoder run.
  *
  * @property stats counts and times so far.
- * @property progress called with how many tokens of the prompt are in the cache and how many it has, before the prompt is
- *     run and after each chunk of it; may be set until the first token is asked for. It may neither ask a text of the
- *     decoder for tokens, nor save a conversation, nor close the decoder.
+ * @property progress may be set until the first token is asked for.
  */
 public class Stream internal constructor(
     private val conversation: Conversation,
@@ -38,7 +48,7 @@ public class Stream internal constructor(
     private val options: Options,
     private val texts: TextStream,
     private val context: FullContext?,
-    public var progress: (Int, Int) -> Unit,
+    public var progress: PromptProgress,
 ) : Iterator<Token> {
     public val stats: Stats = Stats()
     private val manifest get() = decoder.manifest
@@ -171,7 +181,7 @@ public class Stream internal constructor(
     private fun begin() = Rounds(
         decoder.engine, prompt, options, stats, decoder.planner, conversation.takeReusable(prompt), decoder.clock, ::shift,
     ) { done ->
-        progress(done, toRun)
+        progress.at(done, toRun)
         if (done < toRun && !cancelled) { // outputs of the last chunk are still to be read
             decoder.giveWay()
             resume()
