@@ -29,7 +29,7 @@ KOTLINC = java -Xmx1g -cp '.packages/kotlin/lib/*' org.jetbrains.kotlin.cli.jvm.
 test: $(PARTS)/kotlin/.built $(PARTS)/java/.built build/host build/engines build/manifests build/java-sample build/kotlin-sample $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
 	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(KOTLIN_TESTS)
 	$(BIN)/python app/check_resources.py
-	PYTHONPATH=.. $(BIN)/pytest hosttest
+	PYTHONPATH=.. $(BIN)/pytest --numprocesses auto --dist worksteal hosttest
 
 $(HOST_PACKAGES): tools/packages.sh
 	@command -v javac g++ >/dev/null || { echo "make test needs a JDK 17 and g++; install them" >&2; exit 3; }
