@@ -1,6 +1,8 @@
 package gemmamtp.demo
 
+import gemmamtp.core.AnyDevice
 import gemmamtp.core.Decoder
+import gemmamtp.core.Device
 import gemmamtp.core.InputError
 import gemmamtp.core.LoadGraphs
 import gemmamtp.core.Manifest
@@ -18,8 +20,13 @@ import java.io.File
  * Opens bundles on disk.
  *
  * @param devices has a folder for each bundle, see [deviceFolder].
+ * @param device the phone.
  */
-class BundleOpener(private val loadGraphs: LoadGraphs, private val devices: File) : Opener {
+class BundleOpener(
+    private val loadGraphs: LoadGraphs,
+    private val devices: File,
+    private val device: Device = AnyDevice,
+) : Opener {
     override fun memoryNeeded(bundle: File): Long = readManifest(bundle).memoryNeeded
 
     override fun open(bundle: File, report: Report): Model {
@@ -31,7 +38,7 @@ class BundleOpener(private val loadGraphs: LoadGraphs, private val devices: File
                 loadGraphs.load(folder, checked, threads)
             }
             val progress = counted(Step.CHECKING, total, report)
-            return DecoderModel(openDecoder(bundle, load, deviceFolder(devices, manifest), progress = progress))
+            return DecoderModel(openDecoder(bundle, load, deviceFolder(devices, manifest), device, progress = progress))
         } catch (error: LinkageError) { // native libraries that are not in the APK, or not for this processor
             throw InputError(
                 "$bundle: this app has no ${manifest.backend} libraries for this device (${error.message}); build it" +
@@ -47,13 +54,15 @@ fun deviceFolder(devices: File, manifest: Manifest) = File(devices, manifest.dig
 
 private class DecoderModel(private val decoder: Decoder) : Model {
     override val chats get() = decoder.chat?.has() ?: false
+    override val thinks get() = decoder.chat?.has(thinking = true) ?: false
     override val contextTokens get() = decoder.manifest.maxSeqLen
     override val defaultDraftTokens get() = decoder.manifest.defaultDraftTokens
     override val sampling: Sampling get() = decoder.manifest.sampling
     override val rules: Rules get() = Rules(repetitionPenalty = decoder.manifest.repetitionPenalty)
 
-    override fun write(messages: List<Message>, options: Options): Writing = StreamWriting(
-        if (chats) decoder.chat(messages, options) else decoder.stream(messages.last().content, options),
+    override fun write(messages: List<Message>, options: Options, thinking: Boolean): Writing = StreamWriting(
+        if (chats) decoder.chat(messages, options, thinking = if (thinking) true else null)
+        else decoder.stream(messages.last().content, options),
     )
 
     override fun forget() = decoder.forget()
@@ -65,7 +74,7 @@ private class StreamWriting(private val stream: Stream) : Writing {
         get() = stream.stats.let {
             val last = if (it.rounds > 0) it.lastDrafted else null
             Counts(
-                stream.tokens.size, it.decodeSeconds, it.acceptanceRate, it.meanTokensPerRound, last,
+                it.rounds, stream.tokens.size, it.decodeSeconds, it.acceptanceRate, it.meanTokensPerRound, last,
                 stream.tokensLeft, stream.droppedMessages, it.finishReason,
             )
         }

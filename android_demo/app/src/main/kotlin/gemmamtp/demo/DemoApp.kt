@@ -7,6 +7,7 @@ import android.content.Context
 import android.os.Handler
 import android.os.Looper
 import android.os.SystemClock
+import gemmamtp.android.AndroidDevice
 import gemmamtp.core.LoadGraphs
 import gemmamtp.executorch.ExecuTorch
 import gemmamtp.onnx.OnnxRuntime
@@ -26,13 +27,14 @@ class DemoApp : Application() {
     private val devices by lazy { File(noBackupFilesDir, "devices") }
     val bundles: Bundles by lazy {
         val pushed = listOfNotNull(getExternalFilesDir("bundles"), File("/data/local/tmp/gemma-mtp"))
-        Bundles(File(filesDir, "bundles").apply { mkdirs() }, pushed, devices)
+        Bundles(File(filesDir, "bundles").apply { mkdirs() }, pushed)
     }
     val session: Session by lazy {
         Session(
             bundles,
-            BundleOpener(ENGINES, devices),
+            BundleOpener(ENGINES, devices, AndroidDevice(this)),
             ::availableMemory,
+            { memory().lowMemory },
             Executors.newSingleThreadExecutor { Thread(it, "decoder") },
             changed = pace::request,
         )
@@ -58,21 +60,13 @@ class DemoApp : Application() {
 
     override fun onTrimMemory(level: Int) {
         super.onTrimMemory(level)
-        when {
-            level >= ComponentCallbacks2.TRIM_MEMORY_BACKGROUND -> session.memoryShort(visible = false)
-            level == ComponentCallbacks2.TRIM_MEMORY_RUNNING_CRITICAL -> session.memoryShort(visible = view != null)
-        }
-    }
-
-    override fun onLowMemory() {
-        super.onLowMemory()
-        session.memoryShort(visible = view != null)
+        if (level >= ComponentCallbacks2.TRIM_MEMORY_BACKGROUND) session.leaveMemory()
     }
 
     /** Bytes that can be allocated before the system begins to kill other apps. */
-    private fun availableMemory(): Long {
-        val info = ActivityManager.MemoryInfo()
-        (getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(info)
-        return maxOf(0, info.availMem - info.threshold)
+    private fun availableMemory() = memory().let { maxOf(0, it.availMem - it.threshold) }
+
+    private fun memory() = ActivityManager.MemoryInfo().also {
+        (getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(it)
     }
 }

@@ -13,6 +13,9 @@ interface Model : Closeable {
     /** Whether it answers conversations; otherwise it continues the last message as text. */
     val chats: Boolean
 
+    /** Whether it can be asked to think before it answers, and takes its thoughts back in a conversation. */
+    val thinks: Boolean
+
     /** How many tokens of a conversation the model sees at most. */
     val contextTokens: Int
 
@@ -25,8 +28,12 @@ interface Model : Closeable {
     /** What changes logits before that, as the checkpoint recommends. */
     val rules: Rules
 
-    /** Generate what follows the last message; throws InputError if the messages or options cannot be run. */
-    fun write(messages: List<Message>, options: Options): Writing
+    /**
+     * Generate what follows the last message; throws InputError if the messages or options cannot be run.
+     *
+     * @param thinking whether to think before; false leaves it to the bundle.
+     */
+    fun write(messages: List<Message>, options: Options, thinking: Boolean = false): Writing
 
     /** Let the next prompt be run as a whole, whatever it shares with the last text. */
     fun forget()
@@ -44,6 +51,7 @@ interface Writing : Iterator<Token> {
 /**
  * Counts and times of a text.
  *
+ * @property rounds rounds so far.
  * @property tokens number of new tokens.
  * @property decodeSeconds time of all rounds, without the prefill.
  * @property acceptanceRate accepted drafts / drafts; null if there were none.
@@ -54,6 +62,7 @@ interface Writing : Iterator<Token> {
  * @property finish why the text ended, as `Stats.finishReason`; empty while it is generated.
  */
 data class Counts(
+    val rounds: Int = 0,
     val tokens: Int = 0,
     val decodeSeconds: Double = 0.0,
     val acceptanceRate: Double? = null,

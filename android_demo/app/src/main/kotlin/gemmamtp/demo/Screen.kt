@@ -6,14 +6,14 @@ enum class Phase { IDLE, COPYING, OPENING, READY, WRITING, BENCHMARKING }
 /** How many drafts a round has: none, the bundle's default, or the fastest number for each round. */
 enum class Drafting { OFF, ON, AUTO }
 
-/** A prompt, and the answer so far. */
-data class Exchange(val prompt: String, val answer: String)
+/** A prompt, and the answer and the thoughts before it so far. */
+data class Exchange(val prompt: String, val answer: String, val thought: String = "")
 
 /** Progress of a [step]: [done] of [total] bytes or turns. */
 data class Work(val step: Step, val done: Long, val total: Long)
 
 /** The steps of long work. */
-enum class Step { COPYING, CHECKING, LOADING, MEASURING }
+enum class Step { COPYING, DOWNLOADING, CHECKING, LOADING, MEASURING }
 
 /** Receives the progress of long work. */
 fun interface Report {
@@ -38,18 +38,28 @@ sealed class Problem {
     /** Memory ran out; the bundle was closed. */
     data object OutOfMemory : Problem()
 
-    /** The system asked for memory while the app was in view, so generating was stopped. */
+    /** The system had little memory left, so generating was stopped. */
     data object StoppedForMemory : Problem()
 
     /** The system asked for memory while the app was not in view, so the bundle was closed. */
     data object ClosedForMemory : Problem()
 }
 
-/** Everything that the activity shows. */
+/**
+ * Everything that the activity shows.
+ *
+ * @property chats whether the open bundle answers conversations; otherwise it continues texts.
+ * @property thinks whether it can be asked to think.
+ * @property system what each conversation begins with; empty for nothing.
+ * @property thinking whether the model is to think before it answers, if it can.
+ */
 data class Screen(
     val phase: Phase = Phase.IDLE,
     val bundle: String? = null,
     val chats: Boolean = false,
+    val thinks: Boolean = false,
+    val system: String = "",
+    val thinking: Boolean = false,
     val drafting: Drafting = Drafting.AUTO,
     val talk: List<Exchange> = emptyList(),
     val counts: Counts? = null,

@@ -45,6 +45,7 @@ class ScreenText(private val context: Context) {
     /** Without numbers that change all the time, which a screen reader would never finish; the bar shows them. */
     private fun work(work: Work): String = when (work.step) {
         Step.COPYING -> string(R.string.copying, size(work.total))
+        Step.DOWNLOADING -> string(R.string.downloading, size(work.total))
         Step.CHECKING -> string(R.string.checking, size(work.total))
         Step.LOADING -> string(R.string.loading)
         Step.MEASURING -> string(R.string.measuring, work.done + 1, work.total)

@@ -3,6 +3,8 @@ package gemmamtp.demo
 import gemmamtp.core.InputError
 import gemmamtp.core.Message
 import gemmamtp.core.Options
+import gemmamtp.core.THOUGHT
+import gemmamtp.core.Token
 import gemmamtp.core.WhenFull
 import java.security.SecureRandom
 import java.util.concurrent.Executor
@@ -14,6 +16,7 @@ import java.util.concurrent.Executor
  * return false. Only the worker uses the model.
  *
  * @param available gives the bytes of memory that a bundle may take now.
+ * @param memoryLow whether the system is about to end apps; asked once a round.
  * @param worker runs one job at a time, in order.
  * @param seed gives the seed of each answer.
  * @param changed called after each change of [screen], on whichever thread made it.
@@ -22,6 +25,7 @@ class Session(
     private val bundles: Bundles,
     private val opener: Opener,
     private val available: () -> Long,
+    private val memoryLow: () -> Boolean,
     private val worker: Executor,
     private val seed: () -> Long = SecureRandom()::nextLong,
     private val changed: () -> Unit,
@@ -55,25 +59,47 @@ class Session(
         return started
     }
 
+    /**
+     * Download a bundle, open it on trial, and then in its place. An earlier download of it goes on.
+     *
+     * @param ended called when it has ended, however it did.
+     */
+    fun download(url: String, digest: String, ended: () -> Unit = {}): Boolean = start(Phase.COPYING, ended = ended) {
+        val bundle = bundles.download(url, digest, ::report) {
+            close() // two bundles at once would not fit
+            opener.open(it, ::report).close()
+        }
+        update { it.copy(phase = Phase.OPENING, work = null) }
+        load(bundle, false)
+    }
+
     /** Open the bundle that was asked for last, even if memory is short. */
     fun reopen(): Boolean = start(Phase.OPENING) { asked?.let { load(it, true) } }
 
     /** Answer a prompt. */
     fun send(prompt: String): Boolean = start(Phase.WRITING, Phase.READY) {
         val model = checkNotNull(model)
-        val messages = screen.talk.filter { it.answer.isNotEmpty() }
-            .flatMap { listOf(Message("user", it.prompt), Message("assistant", it.answer)) } + Message("user", prompt)
-        val answer = StringBuilder()
         val before = screen.talk
+        val messages = ArrayList<Message>()
+        if (model.chats && screen.system.isNotBlank()) messages.add(Message("system", screen.system))
+        for ((asked, answer, thought) in before.filter { it.answer.isNotEmpty() }) {
+            messages.add(Message("user", asked))
+            messages.add(Message("assistant", answer, thought = if (model.thinks) thought else ""))
+        }
+        messages.add(Message("user", prompt))
+        val thinking = screen.thinking && model.thinks
+        val answer = StringBuilder()
+        val thought = StringBuilder()
         update { it.copy(talk = before + Exchange(prompt, ""), counts = null) }
         // A model that finds no end stops after as many tokens as its context has; before that, the user may stop it.
         val options = Options(
             model.contextTokens, draftTokens(model), model.sampling.copy(seed = seed()), model.rules,
             whenFull = WhenFull.SHIFT,
         )
-        write(model.write(messages, options)) { token, counts ->
-            answer.append(token)
-            update { it.copy(talk = before + Exchange(prompt, answer.toString()), counts = counts) }
+        write(model.write(messages, options, thinking)) { token, counts ->
+            answer.append(token.text)
+            if (token.part == THOUGHT) thought.append(token.partText)
+            update { it.copy(talk = before + Exchange(prompt, answer.toString(), thought.toString()), counts = counts) }
         }
     }
 
@@ -92,6 +118,12 @@ class Session(
     /** Choose the number of drafts a round of the next answer. */
     fun draft(drafting: Drafting) = update { it.copy(drafting = drafting) }
 
+    /** Begin conversations with this from the next prompt on. */
+    fun instruct(system: String) = update { it.copy(system = system) }
+
+    /** Choose whether the next answers are thought about. */
+    fun think(thinking: Boolean) = update { it.copy(thinking = thinking) }
+
     /** Begin a new conversation. */
     fun newChat() = update {
         if (it.busy) it else it.copy(talk = emptyList(), counts = null, comparison = null, problem = null)
@@ -108,15 +140,13 @@ class Session(
         if (screen.phase == Phase.WRITING || screen.phase == Phase.BENCHMARKING) stop()
     }
 
-    /** Stop, because the system asks for memory; close the bundle as well if the app is not in view. */
-    fun memoryShort(visible: Boolean) {
-        if (screen.phase == Phase.COPYING) return // copying takes no memory, and would have to begin again
+    /** Close the bundle, because the app is not in view and the system asks for memory. */
+    fun leaveMemory() {
+        if (screen.phase == Phase.COPYING) return // it takes no memory, and goes on later if the process is ended
         val stopped = screen.busy
         stop()
         worker.execute {
-            if (visible) {
-                if (stopped) update { it.copy(problem = Problem.StoppedForMemory) }
-            } else if (model != null || (stopped && screen.problem == null)) { // `stopped`: opening was stopped
+            if (model != null || (stopped && screen.problem == null)) { // `stopped`: opening was stopped
                 // In one step, so that no job starts on a model that is about to be closed; a job that started keeps it.
                 update { if (it.busy) it else it.copy(phase = Phase.IDLE, problem = Problem.ClosedForMemory) }
                 if (screen.phase == Phase.IDLE) close()
@@ -144,18 +174,26 @@ class Session(
         report(Work(Step.LOADING, 0, 0))
         val opened = opener.open(bundle.dir, ::report)
         model = opened
-        update { it.copy(chats = opened.chats) }
+        update { it.copy(chats = opened.chats, thinks = opened.thinks) }
     }
 
     /** Generate a text to its end, or until it is stopped; returns its token ids. */
-    private fun write(text: Writing, token: (String, Counts) -> Unit): List<Int> {
+    private fun write(text: Writing, token: (Token, Counts) -> Unit): List<Int> {
         val tokens = ArrayList<Int>()
+        var rounds = 0
         writing = text
         if (stopping) text.cancel()
         try {
             for (new in text) {
                 tokens.add(new.id)
-                token(new.text, text.counts)
+                val counts = text.counts
+                token(new, counts)
+                // Since Android 14 no callback says it while the app is in view.
+                if (counts.rounds > rounds && memoryLow()) {
+                    stop()
+                    update { it.copy(problem = Problem.StoppedForMemory) }
+                }
+                rounds = counts.rounds
             }
         } finally {
             writing = null
@@ -178,7 +216,7 @@ class Session(
     }
 
     /** Start a job, unless the session is busy, or not in the phase [from]. */
-    private fun start(phase: Phase, from: Phase? = null, job: () -> Unit): Boolean {
+    private fun start(phase: Phase, from: Phase? = null, ended: () -> Unit = {}, job: () -> Unit): Boolean {
         synchronized(this) {
             if (screen.busy || (from != null && screen.phase != from)) return false
             stopping = false
@@ -202,6 +240,7 @@ class Session(
             }
             val end = if (model == null) Phase.IDLE else Phase.READY
             update { it.copy(phase = end, work = null, problem = problem ?: it.problem) }
+            ended()
         }
         return true
     }

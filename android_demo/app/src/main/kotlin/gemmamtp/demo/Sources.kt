@@ -17,10 +17,8 @@ class AssetSource(private val assets: AssetManager, override val name: String) :
     /** Whether the APK has a bundle. */
     val exists: Boolean get() = MANIFEST in assets.list(ASSETS).orEmpty()
 
-    override fun files() = assets.list(ASSETS).orEmpty().map { name ->
-        val path = "$ASSETS/$name"
-        SourceFile(name, assets.open(path).use { it.available().toLong() }) { assets.open(path) }
-    }
+    override fun open(name: String): InputStream? =
+        if (name in assets.list(ASSETS).orEmpty()) assets.open("$ASSETS/$name") else null
 
     override fun close() = Unit
 }
@@ -43,16 +41,16 @@ class TreeSource(private val resolver: ContentResolver, private val tree: Uri) :
         names.firstOrNull() ?: throw IOException("the folder has no name")
     }
 
-    override fun files(): List<SourceFile> {
+    /** Documents of the folder's files by their names. */
+    private val files: Map<String?, String?> by lazy {
         val children = DocumentsContract.buildChildDocumentsUriUsingTree(tree, id)
-        val columns = arrayOf(
-            Document.COLUMN_DOCUMENT_ID, Document.COLUMN_DISPLAY_NAME, Document.COLUMN_SIZE, Document.COLUMN_MIME_TYPE,
-        )
-        return rows(children, *columns) { (document, name, size, type) ->
-            if (type == Document.MIME_TYPE_DIR || document == null || name == null) return@rows null
-            val file = DocumentsContract.buildDocumentUriUsingTree(tree, document)
-            SourceFile(name, size?.toLongOrNull() ?: 0) { open(file) }
-        }.filterNotNull()
+        rows(children, Document.COLUMN_DISPLAY_NAME, Document.COLUMN_DOCUMENT_ID) { (name, document) -> name to document }.toMap()
+    }
+
+    override fun open(name: String): InputStream? {
+        val document = files[name] ?: return null
+        val file = DocumentsContract.buildDocumentUriUsingTree(tree, document)
+        return resolver.openInputStream(file) ?: throw IOException("the folder's app does not give $file")
     }
 
     override fun close() {
@@ -62,9 +60,6 @@ class TreeSource(private val resolver: ContentResolver, private val tree: Uri) :
             // there was none
         }
     }
-
-    private fun open(file: Uri): InputStream =
-        asIO { resolver.openInputStream(file) } ?: throw IOException("the folder's app does not give $file")
 
     private fun <T> rows(uri: Uri, vararg columns: String, row: (List<String?>) -> T): List<T> = asIO {
         val cursor = resolver.query(uri, columns, null, null, null)

@@ -1,9 +1,8 @@
 package gemmamtp.demo
 
 import gemmamtp.core.InputError
-import gemmamtp.core.firstChangedFile
-import gemmamtp.core.readManifest
 import java.io.File
+import java.io.IOException
 import kotlin.test.Test
 import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
@@ -12,18 +11,15 @@ import kotlin.test.assertTrue
 class BundlesTest {
     private val installed = newFolder()
     private val pushed = newFolder()
-    private val devices = newFolder()
-    private val bundles = Bundles(installed, listOf(pushed, File("/nowhere")), devices)
+    private val bundles = Bundles(installed, listOf(pushed, File("/nowhere")))
 
     private fun refused(source: BundleSource): String {
-        val before = content()
+        val before = bundles.list().map { it.dir.walk().filter(File::isFile).map { file -> file.path to file.readText() }.toList() }
         val line = assertFailsWith<InputError> { bundles.install(source) {} }.message.orEmpty()
-        assertEquals(before, content(), "what fails changes nothing")
+        assertEquals(before, bundles.list().map { it.dir.walk().filter(File::isFile).map { file -> file.path to file.readText() }.toList() })
         assertEquals(1, line.lines().size)
         return line
     }
-
-    private fun content() = installed.walk().filter { it.isFile }.associate { it.path to it.readText() }
 
     @Test
     fun copiesEveryFileAndReportsBytes() {
@@ -33,24 +29,8 @@ class BundlesTest {
         assertEquals(BundleFolder(File(installed, "toy")), bundle)
         val copied = bundle.dir.listFiles().orEmpty().associate { it.name to it.readText() }
         assertEquals(files.mapValues { String(it.value) }, copied)
-        val total = files.values.sumOf { it.size }.toLong()
-        assertEquals(Work(Step.COPYING, total, total), works.last { it.step == Step.COPYING })
-        val checked = total - files.getValue("manifest.json").size
-        assertEquals(Work(Step.CHECKING, checked, checked), works.last())
-    }
-
-    @Test
-    fun whatWasCheckedWhileInstallingIsNotReadAgain() {
-        val toy = bundles.install(FakeSource("toy", tinyBundle())) {}
-        val manifest = readManifest(toy.dir)
-        val device = deviceFolder(devices, manifest)
-        // Files of a real bundle are large, and were written seconds before they are checked.
-        firstChangedFile(toy.dir, manifest, device, settled = -1_000_000_000)
-        val moved = File(installed, "moved").also { toy.dir.renameTo(it) }
-        val works = ArrayList<Work>()
-        val opener = BundleOpener({ _, _, _ -> throw InputError("loading is not what is tested") }, devices)
-        assertFailsWith<InputError> { opener.open(moved) { works.add(it) } }
-        assertEquals(2, works.count { it.step == Step.CHECKING }) // one for each file, not for each block of it
+        val total = (files - "manifest.json").values.sumOf { it.size }.toLong()
+        assertEquals(Work(Step.COPYING, total, total), works.last())
     }
 
     @Test
@@ -61,60 +41,54 @@ class BundlesTest {
         assertEquals(listOf("manifest.json"), again.opened)
         bundles.install(FakeSource("toy", tinyBundle("o".repeat(128)))) {}
         assertEquals("o".repeat(128), File(installed, "toy/model.pte").readText())
-        assertEquals(listOf("toy"), installed.list().orEmpty().toList())
+        assertEquals(listOf("toy"), bundles.list().map { it.name })
     }
 
     @Test
-    fun whatBreaksOffHalfWayLeavesNothing() {
+    fun whatBreaksOffGoesOnUnlessAnotherComes() {
         bundles.install(FakeSource("toy", tinyBundle())) {}
         val new = tinyBundle("n".repeat(128))
-        assertTrue("the cable is out" in refused(FakeSource("toy", new, failing = "per_layer.table")))
+        assertTrue("the cable is out" in refused(FakeSource("toy", new, failing = "model.pte")))
+        val again = FakeSource("toy", new)
+        bundles.install(again) {}
+        assertEquals(listOf("manifest.json", "model.pte"), again.opened.distinct())
         assertTrue("the cable is out" in refused(FakeSource("other", new, failing = "per_layer.table")))
+        assertEquals(listOf("toy"), bundles.list().map { it.name })
+        bundles.install(FakeSource("third", new)) {}
+        assertEquals(emptyList(), installed.list().orEmpty().filter { it.endsWith(".download") })
     }
 
     @Test
-    fun aDamagedOrIncompleteCopyIsRefused() {
-        val damaged = tinyBundle() + ("model.pte" to "v".repeat(128).toByteArray())
-        assertTrue("model.pte: not as manifest.json says" in refused(FakeSource("toy", damaged)))
-        val absent = tinyBundle() - "per_layer.table"
-        assertTrue("per_layer.table" in refused(FakeSource("toy", absent)))
-        val none = tinyBundle() - "manifest.json"
-        assertTrue("manifest.json is missing" in refused(FakeSource("toy", none)))
-    }
-
-    @Test
-    fun namesCannotLeadElsewhere() {
-        for (name in listOf("", ".", "..", ".hidden", "a/b", "../a")) {
+    fun whatIsNotWholeOrHasNoNameIsRefused() {
+        assertTrue("manifest.json: is missing" in refused(FakeSource("toy", tinyBundle() - "manifest.json")))
+        assertTrue("model.pte: is missing" in refused(FakeSource("toy", tinyBundle() - "model.pte")))
+        assertTrue("has the sha256" in refused(FakeSource("toy", tinyBundle() + ("model.pte" to "x".repeat(128).toByteArray()))))
+        for (name in listOf("", ".", "..", ".hidden", "a/b", "../a", "x.download")) {
             assertTrue("not a name" in refused(FakeSource(name, tinyBundle())), name)
-            assertTrue("not a name" in refused(FakeSource("toy", tinyBundle() + (name to ByteArray(1)))), name)
         }
+        val nameless = object : BundleSource by FakeSource("toy", tinyBundle()) {
+            override val name: String get() = throw IOException("the folder has no name")
+        }
+        assertTrue("the folder has no name" in refused(nameless))
     }
 
     @Test
-    fun moreThanFitsIsRefusedBeforeCopying() {
-        val toy = FakeSource("toy", tinyBundle())
-        val huge = object : BundleSource by toy {
-            override fun files() = toy.files() + SourceFile("x", Long.MAX_VALUE / 2) { error("") }
+    fun aDownloadIsNamedAsItsFolderAndOpenedOnTrial() {
+        val line = assertFailsWith<InputError> { bundles.download(" http://127.0.0.1:1/a/.. ", "0".repeat(64), {}, {}) }.message
+        assertTrue("'..': not a name" in line.orEmpty(), line)
+        for (url in listOf("https://x/toy?a", "toy")) {
+            val error = assertFailsWith<InputError> { bundles.download(url, "0".repeat(64), {}, {}) }.message
+            assertTrue("not the address of a folder" in error.orEmpty(), error)
         }
-        assertTrue("storage are free" in refused(huge))
-    }
-
-    @Test
-    fun leftoversOfAKilledProcessAreNoBundlesAndGo() {
-        put(File(installed, ".new-toy"), tinyBundle())
-        assertEquals(emptyList(), bundles.list())
-        Bundles(installed, emptyList(), devices)
-        assertEquals(emptyList(), installed.list().orEmpty().toList())
     }
 
     @Test
     fun whatWasBeingReplacedComesBack() {
         put(File(installed, ".old-toy"), tinyBundle())
-        put(File(installed, ".new-toy"), tinyBundle())
+        put(File(installed, "toy.download"), tinyBundle())
         put(File(installed, ".old-done"), tinyBundle())
         put(File(installed, "done"), tinyBundle("n".repeat(128)))
-        Bundles(installed, emptyList(), devices)
-        assertEquals(listOf("done", "toy"), installed.list().orEmpty().sorted())
+        assertEquals(listOf("done", "toy"), bundles.list().map { it.name })
         assertEquals("n".repeat(128), File(installed, "done/model.pte").readText())
     }
 

@@ -6,8 +6,12 @@ import gemmamtp.core.Message
 import gemmamtp.core.Options
 import gemmamtp.core.Rules
 import gemmamtp.core.Sampling
+import gemmamtp.core.THOUGHT
 import gemmamtp.core.Token
 import java.io.File
+import java.io.IOException
+import java.io.InputStream
+import java.io.SequenceInputStream
 import java.security.MessageDigest
 import java.util.ArrayDeque
 import java.util.concurrent.Executor
@@ -24,20 +28,22 @@ class ManualWorker : Executor {
 }
 
 /** Generates "0 1 2 ..."; a token takes one second plain, and half a second with drafts. */
-class FakeModel(override val chats: Boolean = true, private val length: Int = 5) : Model {
+class FakeModel(override val chats: Boolean = true, private val length: Int = 5, override val thinks: Boolean = false) : Model {
     override val contextTokens = 600
     override val defaultDraftTokens = 4
     override val sampling = Sampling(temperature = 0.7)
     override val rules = Rules(repetitionPenalty = 1.1)
     val prompts = ArrayList<List<String>>()
     val options = ArrayList<Options>()
+    val thinking = ArrayList<Boolean>()
     var forgotten = 0
     var closed = false
     var beforeToken: (Int) -> Unit = {}
     var token: (Options, Int) -> Int = { _, at -> at }
 
-    override fun write(messages: List<Message>, options: Options): Writing {
-        prompts.add(messages.map { "${it.role}: ${it.content}" })
+    override fun write(messages: List<Message>, options: Options, thinking: Boolean): Writing {
+        prompts.add(messages.map { "${it.role}: ${it.content}${if (it.thought.isEmpty()) "" else " (${it.thought})"}" })
+        this.thinking.add(thinking)
         this.options.add(options)
         if (messages.last().content == "bad") throw InputError("the prompt is bad; write a better one")
         return object : Writing {
@@ -45,14 +51,16 @@ class FakeModel(override val chats: Boolean = true, private val length: Int = 5)
             var cancelled = false
             override val counts
                 get() = Counts(
-                    at, (at - 1) * if (options.numDraftTokens == 0) 1.0 else 0.5, 0.5, 2.0, options.numDraftTokens,
+                    at, at, (at - 1) * if (options.numDraftTokens == 0) 1.0 else 0.5, 0.5, 2.0, options.numDraftTokens,
                     finish = if (hasNext()) "" else if (cancelled) "cancelled" else "eos",
                 )
 
             override fun hasNext() = at < minOf(length, options.maxNewTokens) && !(cancelled && at > 0)
             override fun next(): Token {
                 beforeToken(at)
-                return Token(token(options, at), "${at++} ", 0.0)
+                val text = "${at++} "
+                if (thinking && at <= 2) return Token(token(options, at - 1), "", 0.0, THOUGHT, text)
+                return Token(token(options, at - 1), text, 0.0, partText = text)
             }
 
             override fun cancel() {
@@ -86,7 +94,7 @@ class FakeOpener(var needed: Long = 100) : Opener {
     }
 }
 
-/** A source of files in memory; opening the file [failing] throws. */
+/** A source of files in memory; reading the file [failing] throws after a few bytes. */
 class FakeSource(
     override val name: String,
     private val content: Map<String, ByteArray>,
@@ -95,12 +103,14 @@ class FakeSource(
     var opened = ArrayList<String>()
     var closed = false
 
-    override fun files() = content.map { (name, bytes) ->
-        SourceFile(name, bytes.size.toLong()) {
-            opened.add(name)
-            if (name == failing) throw java.io.IOException("the cable is out")
-            bytes.inputStream()
+    override fun open(name: String): InputStream? {
+        opened.add(name)
+        val bytes = content[name] ?: return null
+        if (name != failing) return bytes.inputStream()
+        val cut = object : InputStream() {
+            override fun read() = throw IOException("the cable is out")
         }
+        return SequenceInputStream(bytes.copyOf(3).inputStream(), cut)
     }
 
     override fun close() {

@@ -18,7 +18,8 @@ class SessionTest {
     private val installed = newFolder()
     private val seen = ArrayList<Screen>()
     private var free = 1000L
-    private val session: Session = Session(Bundles(installed, emptyList(), newFolder()), opener, { free }, worker) { see() }
+    private var low = false
+    private val session: Session = Session(Bundles(installed, emptyList()), opener, { free }, { low }, worker) { see() }
     private val bundle = BundleFolder(File("pair"))
     private val model get() = opener.model
 
@@ -219,23 +220,71 @@ class SessionTest {
     }
 
     @Test
-    fun memoryShortInViewStopsAndKeepsTheBundle() {
+    fun lowMemoryEndsATextAndAMeasurementAfterTheRoundAndKeepsTheBundle() {
         opened()
-        model.beforeToken = { if (it == 1) session.memoryShort(visible = true) }
+        model.beforeToken = { low = it == 1 }
         ask("one")
         assertEquals("0 1 ", session.screen.talk.single().answer)
-        assertEquals(Problem.StoppedForMemory, session.screen.problem)
+        assertEquals(Problem.StoppedForMemory to Phase.READY, session.screen.problem to session.screen.phase)
         assertFalse(model.closed)
-        session.newChat()
-        session.memoryShort(visible = true)
+        session.benchmark("two")
         worker.runAll()
-        assertNull(session.screen.problem, "nothing was stopped, so there is no problem")
+        assertEquals(Problem.StoppedForMemory to null, session.screen.problem to session.screen.comparison)
+        model.beforeToken = { low = false }
+        ask("three")
+        assertEquals("0 1 2 3 4 " to null, session.screen.talk.last().answer to session.screen.problem)
+    }
+
+    @Test
+    fun aSystemPromptBeginsConversationsOfBundlesThatChat() {
+        session.instruct("Be brief.")
+        opened()
+        ask("one")
+        ask("two")
+        session.instruct("  ")
+        ask("three")
+        assertEquals(listOf("system: Be brief.", "user: one"), model.prompts[0])
+        assertEquals("system: Be brief.", model.prompts[1][0])
+        assertEquals("user: one", model.prompts[2][0])
+        opener.model = FakeModel(chats = false)
+        session.instruct("Be brief.")
+        opened()
+        ask("four")
+        assertTrue(model.prompts.single().none { it.startsWith("system") })
+    }
+
+    @Test
+    fun thoughtsAreShownApartAndGivenBackWhereTheModelThinks() {
+        opener.model = FakeModel(thinks = true)
+        opened()
+        session.think(true)
+        ask("one")
+        assertEquals(Exchange("one", "2 3 4 ", "0 1 "), session.screen.talk.single())
+        session.think(false)
+        ask("two")
+        assertEquals("assistant: 2 3 4  (0 1 )", model.prompts[1][1])
+        assertEquals(listOf(true, false), model.thinking)
+        opener.model = FakeModel()
+        opened()
+        session.think(true)
+        ask("three")
+        assertEquals(false to "assistant: 2 3 4 ", model.thinking.single() to model.prompts.single()[1])
+    }
+
+    @Test
+    fun aDownloadThatIsRefusedSaysWhyAndTellsThatItEnded() {
+        var ended = 0
+        assertTrue(session.download("toy", "0".repeat(64)) { ended++ })
+        assertEquals(0, ended)
+        worker.runAll()
+        assertEquals(1, ended)
+        assertTrue("not the address" in (session.screen.problem as Problem.Refused).line)
     }
 
     @Test
     fun memoryShortOutOfViewClosesTheBundleAndKeepsTheConversation() {
         opened()
-        model.beforeToken = { if (it == 1) session.memoryShort(visible = false) }
+        model.beforeToken = { if (it == 1) session.leaveMemory() }
         ask("one")
         assertTrue(model.closed)
         assertEquals(Phase.IDLE, session.screen.phase)
@@ -246,7 +295,7 @@ class SessionTest {
         worker.runAll()
         ask("two")
         assertEquals(listOf("user: one", "assistant: 0 1 ", "user: two"), model.prompts.single())
-        session.memoryShort(visible = false)
+        session.leaveMemory()
         session.send("three")
         worker.runAll()
         assertFalse(model.closed, "it was used again before it was closed")
@@ -255,7 +304,7 @@ class SessionTest {
     @Test
     fun memoryShortOutOfViewStopsOpeningAndReportsIt() {
         session.open(bundle)
-        session.memoryShort(visible = false)
+        session.leaveMemory()
         worker.runAll()
         assertEquals(Phase.IDLE, session.screen.phase)
         assertEquals(Problem.ClosedForMemory, session.screen.problem)
@@ -267,7 +316,7 @@ class SessionTest {
     @Test
     fun memoryShortDoesNotStopACopy() {
         session.install(FakeSource("toy", tinyBundle()))
-        session.memoryShort(visible = false)
+        session.leaveMemory()
         worker.runAll()
         assertEquals(Phase.READY, session.screen.phase)
         assertNull(session.screen.problem)
@@ -291,20 +340,20 @@ class SessionTest {
         worker.runAll()
         assertEquals(listOf(Phase.COPYING, Phase.OPENING, Phase.READY), phases())
         val steps = seen.mapNotNull { it.work?.step }.distinct()
-        assertEquals(listOf(Step.COPYING, Step.CHECKING, Step.LOADING), steps)
+        assertEquals(listOf(Step.COPYING, Step.LOADING, Step.CHECKING), steps)
         assertEquals("toy", session.screen.bundle)
         assertTrue(source.closed)
     }
 
     @Test
-    fun aStoppedCopyLeavesNoFilesAndNoProblem() {
+    fun aStoppedCopyLeavesNoBundleAndNoProblem() {
         val source = FakeSource("toy", tinyBundle())
         session.install(source)
         session.stop()
         worker.runAll()
         assertEquals(Phase.IDLE, session.screen.phase)
         assertNull(session.screen.problem)
-        assertEquals(emptyList(), installed.list().orEmpty().toList())
+        assertFalse(File(installed, "toy").exists())
         assertTrue(source.closed)
     }
 
@@ -329,7 +378,7 @@ class SessionTest {
         val done = CountDownLatch(1)
         opener.model = FakeModel(length = Int.MAX_VALUE)
         lateinit var session: Session
-        session = Session(Bundles(installed, emptyList(), newFolder()), opener, { free }, thread) {
+        session = Session(Bundles(installed, emptyList()), opener, { free }, { false }, thread) {
             if (session.screen.ready && session.screen.talk.isNotEmpty()) done.countDown()
         }
         session.open(bundle)

@@ -30,7 +30,7 @@ private const val STATE = "unix:size,lastModifiedTime,ctime,ino,dev"
  * @param settled nanoseconds that a file must not have been written for before the check, to be kept as right.
  * @throws InputError a file cannot be read.
  */
-public fun firstChangedFile(
+internal fun firstChangedFile(
     bundle: File,
     manifest: Manifest,
     device: File?,

@@ -1,3 +1,5 @@
+@file:JvmName("Downloads")
+
 package gemmamtp.download
 
 import gemmamtp.core.FileMetadata
@@ -8,6 +10,7 @@ import gemmamtp.core.readManifestFile
 import gemmamtp.core.writeWhole
 import java.io.File
 import java.io.IOException
+import java.io.InputStream
 import java.security.MessageDigest
 
 /** A manifest is read into memory: a longer one is none. */
@@ -40,7 +43,20 @@ public class Patience(
     public val retries: Int = 4,
     public val pause: (Int) -> Unit = { Thread.sleep(1000L shl minOf(it - 1, 5)) },
     internal val blockBytes: Int = 1 shl 16,
+    internal val usableSpace: (File) -> Long = File::getUsableSpace,
 )
+
+/** Opens a bundle as the app would, and closes it, before it takes the place of the old one. */
+public fun interface Trial {
+    /** What it throws keeps the old bundle; the next download comes here again without fetching anything. */
+    public fun open(bundle: File)
+}
+
+/** Files of a bundle that are read in order, such as those of a folder that the user picked. */
+public fun interface BundleFiles {
+    /** Begin to read a file; null if there is none of this name. Throws what it likes where it cannot be read. */
+    public fun open(name: String): InputStream?
+}
 
 /**
  * Download a bundle, and put it in place of the one that is there.
@@ -54,34 +70,61 @@ public class Patience(
  * @param place directory where the bundle will be; beside it are `PLACE.download`, with what was fetched so far, and
  *     `PLACE.lock`. After an interruption its bundle may be elsewhere until [installedBundle] is called.
  * @param patience how the server is asked.
- * @param usableSpace bytes that can be written below a directory.
  * @param progress is told how far it is, and may end it.
- * @param open opens the bundle as the app would, on trial, and closes it: it moves afterwards. What it throws ends the
- *     download, and the next one comes here again without fetching anything.
+ * @param open gets the bundle in another place than [place], where it moves afterwards.
  * @return [place].
  * @throws InputError the server does not have the bundle, cannot be reached, or sends other bytes twice; the bundle does not
  *     fit, is not for this version, or is being downloaded by another; [place] has something else.
  */
+@JvmOverloads
 public fun downloadBundle(
     url: String,
     digest: String,
     place: File,
     patience: Patience = Patience(),
-    usableSpace: (File) -> Long = File::getUsableSpace,
     progress: DownloadProgress = DownloadProgress { _, _ -> },
-    open: (File) -> Unit,
+    open: Trial,
 ): File {
     val pinned = digest.lowercase()
     if (!SHA256.matches(pinned)) throw InputError("the digest is '${shown(digest)}', expected the 64 digits that `export` prints")
-    val server = Server(url, patience)
+    return install(Server(url, patience), pinned, place, patience, progress, open)
+}
+
+/**
+ * Copy a bundle as [downloadBundle] downloads one, with what the app can read in place of a server.
+ *
+ * @param files of the bundle that is meant, whatever its digest.
+ * @throws InputError a file is missing, cannot be read, or is not what the manifest says, or as for a download.
+ */
+@JvmOverloads
+public fun copyBundle(
+    files: BundleFiles,
+    place: File,
+    progress: DownloadProgress = DownloadProgress { _, _ -> },
+    open: Trial = Trial {},
+): File {
+    val source = Local(files)
+    var digest = ""
+    source.insist(MANIFEST, { 0L }) { digest = sha256(source.open(MANIFEST).use { it.readAll(MAX_MANIFEST_BYTES) }) }
+    return install(source, digest, place, Patience(), progress, open)
+}
+
+private fun install(
+    source: Source,
+    digest: String,
+    place: File,
+    patience: Patience,
+    progress: DownloadProgress,
+    open: Trial,
+): File {
     val folders = Folders(place)
     folders.locked {
         folders.prepare()
-        if (folders.hasBundle(pinned)) {
+        if (folders.hasBundle(digest)) {
             folders.clean()
         } else {
-            Download(server, pinned, folders, patience.blockBytes, usableSpace, progress).run()
-            open(folders.aside)
+            Download(source, digest, folders, patience, progress).run()
+            open.open(folders.aside)
             folders.install()
         }
     }
@@ -108,15 +151,14 @@ internal class Count(private val progress: DownloadProgress) {
 
 /** One download into the folder aside, which has the whole bundle afterwards. */
 private class Download(
-    private val server: Server,
+    private val source: Source,
     private val digest: String,
     private val folders: Folders,
-    blockBytes: Int,
-    private val usableSpace: (File) -> Long,
+    private val patience: Patience,
     progress: DownloadProgress,
 ) {
     private val count = Count(progress)
-    private val block = ByteArray(blockBytes)
+    private val block = ByteArray(patience.blockBytes)
 
     fun run() {
         folders.begin()
@@ -142,12 +184,12 @@ private class Download(
     }
 
     private fun fetchManifest(): ByteArray {
-        val address = server.address(MANIFEST)
+        val address = source.address(MANIFEST)
         var content = ByteArray(0)
         try {
-            server.insist(MANIFEST, { 0L }) {
+            source.insist(MANIFEST, { 0L }) {
                 count.add(0)
-                content = server.open(MANIFEST).use { it.readAll(MAX_MANIFEST_BYTES) }
+                content = source.open(MANIFEST).use { it.readAll(MAX_MANIFEST_BYTES) }
             }
         } catch (error: OtherFile) {
             throw InputError("$address: ${error.message}; check the address", error)
@@ -160,7 +202,7 @@ private class Download(
     }
 
     private fun checkFile(name: String, metadata: FileMetadata) {
-        val address = server.address(MANIFEST)
+        val address = source.address(MANIFEST)
         // Hidden names are the download's own.
         if (name.isEmpty() || name.startsWith(".") || name == MANIFEST || name.any { it in "/\\" || it.isISOControl() }) {
             throw InputError("$address: names the file '${shown(name)}', expected a plain name; export the bundle again")
@@ -173,7 +215,7 @@ private class Download(
 
     private fun checkRoom(files: Map<String, FileMetadata>) {
         val missing = sum(files.map { (name, metadata) -> metadata.size - folders.bytesOf(name, metadata) })
-        val free = usableSpace(folders.aside)
+        val free = patience.usableSpace(folders.aside)
         if (missing > free) {
             throw InputError("${folders.place}: needs ${missing / MEGABYTE + 1} MB, ${free / MEGABYTE} MB are free; make room")
         }
@@ -210,13 +252,13 @@ private class Download(
         val first = fetchOnce(name, part, file) ?: return
         val second = fetchOnce(name, part, file) ?: return
         val both = if (first == second) second else "$second, and before that $first"
-        throw InputError("${server.address(name)}: $both; upload the bundle again, or update the app")
+        throw InputError("${source.address(name)}: $both; ${source.remedy}")
     }
 
     /** Fetch what is missing; returns why the server does not have this file, null if it does. */
     private fun fetchOnce(name: String, part: Part, file: File): String? {
         try {
-            server.insist(name, part::length) { receive(name, part) }
+            source.insist(name, part::length) { receive(name, part) }
         } catch (error: OtherFile) {
             return error.message
         }
@@ -227,7 +269,7 @@ private class Download(
     private fun receive(name: String, part: Part) {
         count.add(0)
         if (part.length == part.size) return
-        server.open(name, part.length, part.size).use { body ->
+        source.open(name, part.length, part.size).use { body ->
             var behind = part.length - body.begin // sent again by a server without ranges
             while (part.length < part.size) {
                 val wanted = if (behind > 0) behind else part.size - part.length

@@ -1,9 +1,6 @@
 package gemmamtp.download
 
 import gemmamtp.core.InputError
-import gemmamtp.core.oneLine
-import java.io.ByteArrayOutputStream
-import java.io.Closeable
 import java.io.IOException
 import java.net.HttpURLConnection
 import java.net.URL
@@ -11,19 +8,13 @@ import java.net.URLEncoder
 
 private val CONTENT_RANGE = Regex("""bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)""")
 
-/** The connection failed, or the server for the moment: it may do better later. */
-internal class Broken(message: String, cause: Throwable? = null) : Exception(message, cause)
-
-/** The server answered with something that cannot be the file. */
-internal class OtherFile(message: String) : Exception(message)
-
 /**
  * The folder of a bundle on a server.
  *
  * @param url its address.
  * @throws InputError the address is not one of HTTP or HTTPS.
  */
-internal class Server(url: String, private val patience: Patience) {
+internal class Server(url: String, private val patience: Patience) : Source {
     private val folder = url.trimEnd('/')
 
     init {
@@ -33,15 +24,12 @@ internal class Server(url: String, private val patience: Patience) {
         }
     }
 
-    fun address(name: String) = "$folder/${URLEncoder.encode(name, "UTF-8").replace("+", "%20")}"
+    override val remedy get() = "upload the bundle again, or update the app"
 
-    /**
-     * Run [work], and again with pauses while it throws [Broken].
-     *
-     * @param length how far the file is; what brought new bytes does not count as a failure in a row.
-     * @throws InputError it failed too often.
-     */
-    fun insist(name: String, length: () -> Long, work: () -> Unit) {
+    override fun address(name: String) = "$folder/${URLEncoder.encode(name, "UTF-8").replace("+", "%20")}"
+
+    /** What brought new bytes does not count as a failure in a row. */
+    override fun insist(name: String, length: () -> Long, work: () -> Unit) {
         var failures = 0
         while (true) {
             val before = length()
@@ -57,16 +45,7 @@ internal class Server(url: String, private val patience: Patience) {
         }
     }
 
-    /**
-     * Ask for a file.
-     *
-     * @param from its first byte that is wanted; the body may begin before.
-     * @param size of the file in bytes; null if it is not known.
-     * @throws Broken no answer came, or one of a server with a problem.
-     * @throws OtherFile the file has another size, or is compressed.
-     * @throws InputError the server does not have the file, or sends elsewhere.
-     */
-    fun open(name: String, from: Long = 0, size: Long? = null): Body {
+    override fun open(name: String, from: Long, size: Long?): Body {
         if (from > 0) request(name, from, size)?.let { return it }
         return checkNotNull(request(name, 0, size))
     }
@@ -76,7 +55,7 @@ internal class Server(url: String, private val patience: Patience) {
         val connection = connection(name, from)
         var body: Body? = null
         try {
-            val status = network { connection.responseCode }
+            val status = reading { connection.responseCode }
             val range = connection.getHeaderField("Content-Range")?.let(CONTENT_RANGE::matchEntire)?.groupValues
             val begin = when {
                 status == 200 -> 0
@@ -88,14 +67,14 @@ internal class Server(url: String, private val patience: Patience) {
             checkLength(length, begin, size)
             val encoding = connection.getHeaderField("Content-Encoding") ?: "identity"
             if (encoding != "identity") throw OtherFile("is sent as ${shown(encoding)}, expected the bytes of the file")
-            body = Body(connection, begin, length)
+            body = Body(reading { connection.inputStream }, begin, length, connection::disconnect)
             return body
         } finally {
             if (body == null) connection.disconnect()
         }
     }
 
-    private fun connection(name: String, from: Long) = network {
+    private fun connection(name: String, from: Long) = reading {
         val connection = URL(address(name)).openConnection() as HttpURLConnection
         connection.connectTimeout = patience.connectMillis
         connection.readTimeout = patience.readMillis
@@ -124,41 +103,3 @@ internal class Server(url: String, private val patience: Patience) {
         }
     }
 }
-
-/**
- * A body of an answer.
- *
- * @property begin its first byte's place in the file.
- * @param announced how many bytes the server said that it has; null if it did not.
- */
-internal class Body(private val connection: HttpURLConnection, val begin: Long, private val announced: Long?) : Closeable {
-    private val stream = network { connection.inputStream }
-
-    /** Read up to [most] bytes; returns how many, -1 at the end. */
-    fun read(block: ByteArray, most: Int): Int = network { stream.read(block, 0, most) }
-
-    /** All of it, but at most [limit] bytes and one more. */
-    fun readAll(limit: Int): ByteArray {
-        val all = ByteArrayOutputStream()
-        val block = ByteArray(1 shl 12)
-        while (all.size() <= limit) {
-            val bytes = read(block, minOf(block.size, limit + 1 - all.size()))
-            if (bytes < 0) break
-            all.write(block, 0, bytes)
-        }
-        if (announced != null && all.size() < minOf(announced, limit.toLong())) {
-            throw Broken("ended after ${all.size()} of $announced bytes")
-        }
-        return all.toByteArray()
-    }
-
-    /** End the connection, which is not worth keeping: there may be much left to read. */
-    override fun close() = connection.disconnect()
-}
-
-private fun <T> network(work: () -> T): T =
-    try {
-        work()
-    } catch (error: Exception) { // not IOException alone: an address that the server sends to may be malformed
-        throw Broken("${error.javaClass.simpleName}: ${shown(oneLine(error))}", error)
-    }

@@ -98,8 +98,8 @@ abstract class DownloadCase {
         progress: DownloadProgress = DownloadProgress { _, _ -> },
         open: (File) -> Unit = { assertSame(bundle, it) },
     ): File {
-        val patience = Patience(20_000, readMillis, 2, { pauses.add(it) }, blockBytes)
-        return downloadBundle(url, digest, place, patience, usableSpace, progress) {
+        val patience = Patience(20_000, readMillis, 2, { pauses.add(it) }, blockBytes, usableSpace)
+        return downloadBundle(url, digest, place, patience, progress) {
             opened.add(it.name)
             open(it)
         }

@@ -10,5 +10,5 @@ fun main(arguments: Array<String>) {
         println(line)
         Thread.currentThread().join()
     })
-    downloadBundle(url, digest, File(place), patience, progress = { done, total -> line = "$done of $total" }) {}
+    downloadBundle(url, digest, File(place), patience, { done, total -> line = "$done of $total" }) {}
 }
