@@ -46,6 +46,7 @@ dependencies {
     // Both, so that any bundle can be tried; an app of one bundle needs the engine of its backend alone.
     implementation(project(":engine-onnx"))
     implementation(project(":engine-executorch"))
+    implementation(libs.gson)
     testImplementation(libs.junit)
     testImplementation(libs.kotlin.test.junit)
 }

@@ -80,6 +80,7 @@ cat >$OUT/shrink.pro <<END
 -injars $OUT/classes
 -injars $STDLIB(!META-INF/**)
 -injars $GSON(!META-INF/**)
+-injars $COROUTINES(!META-INF/**)
 -libraryjars $OUT/newer.jar
 -libraryjars $P/android/android.jar
 -libraryjars $P/kotlin/lib/annotations-13.0.jar
@@ -93,6 +94,7 @@ cat >$OUT/shrink.pro <<END
 -dontwarn java.nio.file.**
 -dontwarn gemmamtp.core.CheckedFilesKt
 -dontwarn kotlin.**
+-dontwarn kotlinx.coroutines.**
 -dontwarn com.google.gson.**
 -dontwarn java.lang.Boolean,java.lang.Double,java.lang.Float,java.lang.Integer,java.lang.Long
 -dontnote

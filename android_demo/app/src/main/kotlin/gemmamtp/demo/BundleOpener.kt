@@ -75,7 +75,7 @@ private class StreamWriting(private val stream: Stream) : Writing {
             val last = if (it.rounds > 0) it.lastDrafted else null
             Counts(
                 it.rounds, stream.tokens.size, it.decodeSeconds, it.acceptanceRate, it.meanTokensPerRound, last,
-                stream.tokensLeft, stream.droppedMessages, it.finishReason,
+                stream.tokensLeft, stream.droppedMessages, it.finishReason, it.prefillSeconds,
             )
         }
 

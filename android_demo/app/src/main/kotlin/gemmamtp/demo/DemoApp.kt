@@ -18,7 +18,7 @@ import java.util.concurrent.Executors
 private const val FRAME_MILLIS = 66L
 
 /** Both, so that any bundle can be tried. An app of one bundle has the engine of its backend alone. */
-private val ENGINES = LoadGraphs { bundle, manifest, threads ->
+internal val ENGINES = LoadGraphs { bundle, manifest, threads ->
     (if (manifest.backend == "onnx") OnnxRuntime() else ExecuTorch()).load(bundle, manifest, threads)
 }
 

@@ -60,6 +60,7 @@ interface Writing : Iterator<Token> {
  * @property tokensLeft tokens that the context has room for after the newest one.
  * @property droppedMessages how many of the oldest messages are no longer in the context.
  * @property finish why the text ended, as `Stats.finishReason`; empty while it is generated.
+ * @property prefillSeconds time of the prompt.
  */
 data class Counts(
     val rounds: Int = 0,
@@ -71,6 +72,7 @@ data class Counts(
     val tokensLeft: Int = 0,
     val droppedMessages: Int = 0,
     val finish: String = "",
+    val prefillSeconds: Double = 0.0,
 ) {
     /** Without the first token, which comes from the prefill; null before the second. */
     val tokensPerSecond: Double? get() = if (tokens > 1 && decodeSeconds > 0) (tokens - 1) / decodeSeconds else null

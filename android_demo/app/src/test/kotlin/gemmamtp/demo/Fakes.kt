@@ -52,7 +52,8 @@ class FakeModel(override val chats: Boolean = true, private val length: Int = 5,
             override val counts
                 get() = Counts(
                     at, at, (at - 1) * if (options.numDraftTokens == 0) 1.0 else 0.5, 0.5, 2.0, options.numDraftTokens,
-                    finish = if (hasNext()) "" else if (cancelled) "cancelled" else "eos",
+                    tokensLeft = contextTokens - 10 - at, finish = if (hasNext()) "" else if (cancelled) "cancelled" else "eos",
+                    prefillSeconds = 0.5,
                 )
 
             override fun hasNext() = at < minOf(length, options.maxNewTokens) && !(cancelled && at > 0)
