@@ -16,6 +16,7 @@ android {
         targetSdk = 35
         versionCode = 1
         versionName = "1.0"
+        testInstrumentationRunner = "androidx.test.runner.AndroidJUnitRunner"
         ndk {
             // The architectures that the runtimes' libraries are published for.
             abiFilters += listOf("arm64-v8a", "x86_64")
@@ -47,6 +48,8 @@ dependencies {
     implementation(project(":engine-onnx"))
     implementation(project(":engine-executorch"))
     implementation(libs.gson)
+    androidTestImplementation(libs.androidx.test.runner)
+    androidTestImplementation(libs.androidx.test.junit)
     testImplementation(libs.junit)
     testImplementation(libs.kotlin.test.junit)
 }

@@ -13,7 +13,7 @@ ENGINES := engine-onnx engine-executorch
 # Android; what sees all.
 CORE_SOURCES = $(shell find core/src/main -name '*.kt')
 USER_SOURCES = $(shell find $(ENGINES:%=%/src/main) app/src/test -name '*.kt') $(shell grep -rL '^import android' app/src/main/kotlin)
-TEST_SOURCES = $(shell find core/src/test hosttest/src -name '*.kt')
+TEST_SOURCES = app/src/main/kotlin/gemmamtp/demo/AssetSource.kt $(shell find core/src/test app/src/androidTest hosttest/src -name '*.kt')
 KOTLIN_TESTS = $(subst /,.,$(shell find core/src/test app/src/test hosttest/src/test -name '*Test.kt' | sed 's|.*/kotlin/||; s|.kt$$||'))
 HOST_BUNDLES := onnx-fp32 onnx-int4 executorch-fp32
 KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit kotlin/lib/kotlinx-coroutines-core-jvm \
@@ -28,6 +28,8 @@ KOTLINC = java -Xmx1g -cp '.packages/kotlin/lib/*' org.jetbrains.kotlin.cli.jvm.
 
 test: $(PARTS)/kotlin/.built $(PARTS)/java/.built build/host build/engines build/manifests build/java-sample build/kotlin-sample $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
 	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(KOTLIN_TESTS)
+	$(foreach bundle,$(HOST_BUNDLES),java -Dassets=build/bundle-$(bundle) -Djava.library.path=$(PARTS)/native \
+	    -cp $(HOST_CLASSES) org.junit.runner.JUnitCore gemmamtp.demo.BundleOnDeviceTest &&) true
 	$(BIN)/python app/check_resources.py
 	PYTHONPATH=.. $(BIN)/pytest --numprocesses auto --dist worksteal hosttest
 
@@ -38,10 +40,10 @@ $(HOST_PACKAGES): tools/packages.sh
 
 STANDINS_ort := ai
 STANDINS_et := org
-STANDINS_android := android
-$(PARTS)/standins-%/.built: $(wildcard hosttest/standins/*/*/*.java hosttest/standins/*/*/*/*.java)
+STANDINS_android := android androidx
+$(PARTS)/standins-%/.built: $(shell find hosttest/standins -name '*.java')
 	mkdir -p $(@D)
-	javac -Xlint:all,-serial -d $(@D) $(shell find hosttest/standins/$(STANDINS_$*) -name '*.java')
+	javac -Xlint:all,-serial -d $(@D) -cp .packages/junit/junit4.jar $(shell find $(STANDINS_$*:%=hosttest/standins/%) -name '*.java')
 	touch $@
 
 $(PARTS)/core/.built: hosttest/host.mk $(CORE_SOURCES) $(HOST_PACKAGES) $(PARTS)/standins-android/.built

@@ -49,7 +49,7 @@ ID=$(number applicationId)
 STORED=$(sed -n '/noCompress/s/[^"]*"\([^"]*\)"[^"]*/-0 .\1 /gp' app/build.gradle.kts)
 
 # What Android 6 lacks: the runtimes, and newer classes, of which one has newer methods.
-find hosttest/standins -name '*.java' >$OUT/standins.list
+find hosttest/standins/{ai,org,android} -name '*.java' >$OUT/standins.list
 step "javac of the stand-ins" javac -nowarn --release 11 -d $OUT/standins @$OUT/standins.list
 step "jar of the stand-ins" jar cf $OUT/standins.jar -C $OUT/standins ai -C $OUT/standins org \
     -C $OUT/standins android/os/SharedMemory.class -C $OUT/standins android/os/PerformanceHintManager.class \

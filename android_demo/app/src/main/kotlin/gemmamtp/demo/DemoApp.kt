@@ -8,19 +8,11 @@ import android.os.Handler
 import android.os.Looper
 import android.os.SystemClock
 import gemmamtp.android.AndroidDevice
-import gemmamtp.core.LoadGraphs
-import gemmamtp.executorch.ExecuTorch
-import gemmamtp.onnx.OnnxRuntime
 import java.io.File
 import java.util.concurrent.Executors
 
 /** The shortest time between two updates of the screen: tokens may come faster than anyone reads. */
 private const val FRAME_MILLIS = 66L
-
-/** Both, so that any bundle can be tried. An app of one bundle has the engine of its backend alone. */
-internal val ENGINES = LoadGraphs { bundle, manifest, threads ->
-    (if (manifest.backend == "onnx") OnnxRuntime() else ExecuTorch()).load(bundle, manifest, threads)
-}
 
 /** Holds the session, which outlives activities, so a rotation neither stops an answer nor opens a bundle again. */
 class DemoApp : Application() {

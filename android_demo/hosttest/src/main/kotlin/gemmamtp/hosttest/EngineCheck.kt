@@ -8,6 +8,7 @@ import gemmamtp.core.Tensor
 import gemmamtp.core.floats
 import gemmamtp.core.longs
 import gemmamtp.core.readManifest
+import gemmamtp.demo.ENGINES
 import java.io.ByteArrayOutputStream
 import java.io.File
 import java.nio.Buffer

@@ -21,6 +21,7 @@ import gemmamtp.core.chatTemplate
 import gemmamtp.core.loadEngine
 import gemmamtp.core.readManifest
 import gemmamtp.core.uniform
+import gemmamtp.demo.ENGINES
 import java.io.File
 import kotlin.system.exitProcess
 

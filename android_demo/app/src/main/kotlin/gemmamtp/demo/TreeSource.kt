@@ -2,26 +2,11 @@ package gemmamtp.demo
 
 import android.content.ContentResolver
 import android.content.Intent
-import android.content.res.AssetManager
 import android.net.Uri
 import android.provider.DocumentsContract
 import android.provider.DocumentsContract.Document
-import gemmamtp.core.MANIFEST
 import java.io.IOException
 import java.io.InputStream
-
-private const val ASSETS = "bundle"
-
-/** The bundle in the APK's assets. */
-class AssetSource(private val assets: AssetManager, override val name: String) : BundleSource {
-    /** Whether the APK has a bundle. */
-    val exists: Boolean get() = MANIFEST in assets.list(ASSETS).orEmpty()
-
-    override fun open(name: String): InputStream? =
-        if (name in assets.list(ASSETS).orEmpty()) assets.open("$ASSETS/$name") else null
-
-    override fun close() = Unit
-}
 
 /** A folder from the system's picker; the permission to read it is held until it is closed. */
 class TreeSource(private val resolver: ContentResolver, private val tree: Uri) : BundleSource {
