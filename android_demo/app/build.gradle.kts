@@ -46,6 +46,9 @@ dependencies {
     // Both, so that any bundle can be tried; an app of one bundle needs the engine of its backend alone.
     implementation(project(":engine-onnx"))
     implementation(project(":engine-executorch"))
+    // For downloads alone: work that goes on in the background, and its notification.
+    implementation(libs.androidx.work)
+    implementation(libs.androidx.core)
     testImplementation(libs.junit)
     testImplementation(libs.kotlin.test.junit)
 }
