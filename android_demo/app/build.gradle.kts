@@ -48,6 +48,9 @@ dependencies {
     implementation(project(":engine-onnx"))
     implementation(project(":engine-executorch"))
     implementation(libs.gson)
+    // For downloads alone: work that goes on in the background, and its notification.
+    implementation(libs.androidx.work)
+    implementation(libs.androidx.core)
     androidTestImplementation(libs.androidx.test.runner)
     androidTestImplementation(libs.androidx.test.junit)
     testImplementation(libs.junit)

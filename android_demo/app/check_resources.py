@@ -24,8 +24,8 @@ OTHER_PAIRS = (
     ("accent", "background", ICON_CONTRAST),
     ("icon_foreground", "icon_background", ICON_CONTRAST),
 )
-TEXTS = {"TextView", "Button", "RadioButton", "EditText"}
-TARGETS = {"Button", "ImageButton", "RadioButton", "EditText"}
+TEXTS = {"TextView", "Button", "RadioButton", "EditText", "Switch"}
+TARGETS = {"Button", "ImageButton", "RadioButton", "EditText", "Switch"}
 TEXT_ATTRIBUTES = ("text", "hint", "contentDescription", "label", "title", "tooltipText")
 ABSOLUTE = re.compile(r"(layout_)?(margin|padding|alignParent)(Left|Right)$")
 

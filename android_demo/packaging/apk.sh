@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # packaging/apk.sh BIN: builds the demo as build/apk/demo.apk without the Android SDK, then checks it with BIN/python.
-# Kotlin, ProGuard and dx replace Gradle's D8. The stand-ins of hosttest are on the class path, and never packed.
+# Kotlin, ProGuard and dx replace Gradle's D8. The stand-ins of hosttest and stubs are on the class path, and never packed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=$1
@@ -57,6 +57,10 @@ step "jar of the stand-ins" jar cf $OUT/standins.jar -C $OUT/standins ai -C $OUT
 # Android 8 brought java.nio.file, and with it File.toPath: those of this JDK, which ProGuard cannot read.
 JAVA=$(java -XshowSettings:properties -version 2>&1 | sed -n 's/^ *java.home = //p')
 step "jimage" jimage extract --dir $OUT/newer --include 'regex:/java.base/java/(nio/file/.*|io/File).class' "$JAVA/lib/modules"
+# What of androidx the app uses, by its documented signatures: Google's Maven has the real classes.
+mkdir $OUT/stubs
+step "javac of the stubs" javac -nowarn -cp $P/android/android.jar -source 8 -target 8 -d $OUT/stubs $(find packaging/stubs -name '*.java')
+step "jar of the stubs" jar cf $OUT/stubs.jar -C $OUT/stubs .
 step "jar of newer methods" jar cf $OUT/newer.jar -C $OUT/standins android/os/PowerManager.class
 
 # Gradle takes the package from `namespace`; aapt2 wants it in the manifest.
@@ -69,7 +73,7 @@ step "aapt2 link" aapt2 link -I $P/android/framework-res.apk --manifest $OUT/And
     --proguard $OUT/manifest.pro --java $OUT/java -o $OUT/unsigned.apk $OUT/res.zip
 
 find core/src/main engine-*/src/main app/src/main -name '*.kt' >$OUT/sources.list
-step "Kotlin" kotlin -d $OUT/classes -cp "$OUT/newer/java.base:$OUT/newer.jar:$P/android/android.jar:$STDLIB:$GSON:$COROUTINES:$OUT/standins.jar" \
+step "Kotlin" kotlin -d $OUT/classes -cp "$OUT/newer/java.base:$OUT/newer.jar:$P/android/android.jar:$STDLIB:$GSON:$COROUTINES:$OUT/standins.jar:$OUT/stubs.jar" \
     $(find $OUT/java -name '*.java') @$OUT/sources.list
 step "javac of R" javac -nowarn -source 8 -target 8 -d $OUT/classes $(find $OUT/java -name '*.java')
 
@@ -85,6 +89,7 @@ cat >$OUT/shrink.pro <<END
 -libraryjars $P/android/android.jar
 -libraryjars $P/kotlin/lib/annotations-13.0.jar
 -libraryjars $OUT/standins.jar
+-libraryjars $OUT/stubs.jar
 -outjars $OUT/shrunk.jar
 -include $OUT/manifest.pro
 -target 1.7

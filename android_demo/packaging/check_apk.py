@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent.parent
 TOOLS = HERE / ".packages/apk-tools/bin"
 MANIFEST = HERE / "app/src/main/AndroidManifest.xml"
 GRADLE = HERE / "app/build.gradle.kts"
-# Packages with stand-ins, which must not be in an APK: the runtimes' libraries and phones bring the real ones.
-STAND_INS = ("Lai/onnxruntime/", "Lorg/pytorch/executorch/", "Landroid/")
+# Packages with stand-ins or stubs, which must not be in an APK: libraries and phones bring the real ones.
+STAND_INS = ("Lai/onnxruntime/", "Lorg/pytorch/executorch/", "Landroid/", "Landroidx/", "Lcom/google/common/")
 
 
 class WrongError(Exception):

@@ -5,6 +5,7 @@ import android.app.AlertDialog
 import android.content.ActivityNotFoundException
 import android.content.Context
 import android.content.Intent
+import android.os.Build
 import android.os.Bundle
 import android.view.View
 import android.view.inputmethod.InputMethodManager
@@ -18,14 +19,17 @@ import android.widget.TextView
 import android.widget.Toast
 
 private const val PICK_FOLDER = 1
+private const val ASK_NOTIFICATIONS = 2
+private const val POST_NOTIFICATIONS = "android.permission.POST_NOTIFICATIONS"
 
-/** Shows the session's screen and passes taps on; its only state is the prompt that is being typed. */
+/** Shows the session's screen and passes taps on; its only state is what is being typed. */
 class MainActivity : Activity() {
     private val app get() = application as DemoApp
     private val session get() = app.session
     private val bundle by lazy { findViewById(R.id.bundle) as Button }
     private val newChat by lazy { findViewById(R.id.new_chat) as View }
     private val benchmark by lazy { findViewById(R.id.benchmark) as View }
+    private val settings by lazy { findViewById(R.id.settings) as View }
     private val drafting by lazy { findViewById(R.id.drafting) as RadioGroup }
     private val status by lazy { findViewById(R.id.status) as TextView }
     private val reopen by lazy { findViewById(R.id.reopen) as Button }
@@ -43,6 +47,7 @@ class MainActivity : Activity() {
         setContentView(R.layout.main)
         bundle.setOnClickListener { chooseBundle() }
         newChat.setOnClickListener { session.newChat() }
+        settings.setOnClickListener { dialog = settingsDialog(this, session) }
         benchmark.setOnClickListener { typed()?.let(session::benchmark) }
         reopen.setOnClickListener { session.reopen() }
         send.setOnClickListener { if (session.screen.busy) session.stop() else ask() }
@@ -104,21 +109,23 @@ class MainActivity : Activity() {
         if (work != null && known) progress.progress = (progress.max * work.done / work.total).toInt()
     }
 
-    /** Append to answers, which only grow, so that a selection in them stays. */
+    /** Append to thoughts and answers, which only grow, so that a selection in them stays. */
     private fun showTalk(exchanges: List<Exchange>) {
         if (talk.childCount > exchanges.size) talk.removeAllViews()
         while (talk.childCount < exchanges.size) layoutInflater.inflate(R.layout.exchange, talk)
         for ((i, exchange) in exchanges.withIndex()) {
             val row = talk.getChildAt(i)
             set(row.findViewById(R.id.asked) as TextView, exchange.prompt)
-            val answer = row.findViewById(R.id.answer) as TextView
-            val shown = answer.text.length
-            if (exchange.answer.startsWith(answer.text)) {
-                if (exchange.answer.length > shown) answer.append(exchange.answer.substring(shown))
-            } else {
-                answer.text = exchange.answer
-            }
+            val thought = row.findViewById(R.id.thought) as TextView
+            thought.visibility = visible(exchange.thought.isNotEmpty())
+            grow(thought, exchange.thought)
+            grow(row.findViewById(R.id.answer) as TextView, exchange.answer)
         }
+    }
+
+    private fun grow(view: TextView, text: String) {
+        if (!text.startsWith(view.text)) view.text = text
+        else if (text.length > view.text.length) view.append(text.substring(view.text.length))
     }
 
     /** Set a text if it differs: setting it again would make a screen reader announce it again. */
@@ -152,11 +159,19 @@ class MainActivity : Activity() {
         if (carried.exists) choices.add(carried.name to { session.install(carried) })
         onDevice.mapTo(choices) { it.name to { session.open(it) } }
         choices.add(getString(R.string.pick_folder) to ::pickFolder)
+        choices.add(getString(R.string.download) to { dialog = downloadDialog(this, ::download) })
         dialog = AlertDialog.Builder(this)
             .setTitle(R.string.choose_bundle)
             .setItems(choices.map { it.first }.toTypedArray()) { _, which -> choices[which].second() }
             .setNegativeButton(R.string.cancel, null)
             .show()
+    }
+
+    private fun download(download: Download) {
+        // Without it the download runs as well, and the system shows no notification.
+        if (Build.VERSION.SDK_INT >= 33) requestPermissions(arrayOf(POST_NOTIFICATIONS), ASK_NOTIFICATIONS)
+        startDownload(applicationContext, download)
+        Toast.makeText(this, R.string.download_waits, Toast.LENGTH_LONG).show()
     }
 
     private fun pickFolder() {

@@ -30,6 +30,7 @@ class ScreenText(private val context: Context) {
             R.id.acceptance to (counts?.acceptanceRate?.let { string(R.string.percent, it * 100) } ?: none),
             R.id.tokens_per_round to (counts?.tokensPerRound?.let { string(R.string.number_exact, it) } ?: none),
             R.id.last_drafted to (counts?.lastDrafted?.let { string(R.string.count, it) } ?: none),
+            R.id.tokens_left to (counts?.let { string(R.string.count, it.tokensLeft) } ?: none),
         )
     }
 
@@ -45,7 +46,7 @@ class ScreenText(private val context: Context) {
     /** Without numbers that change all the time, which a screen reader would never finish; the bar shows them. */
     private fun work(work: Work): String = when (work.step) {
         Step.COPYING -> string(R.string.copying, size(work.total))
-        Step.DOWNLOADING -> string(R.string.downloading, size(work.total))
+        Step.DOWNLOADING -> if (work.total > 0) string(R.string.downloading, size(work.total)) else string(R.string.connecting)
         Step.CHECKING -> string(R.string.checking, size(work.total))
         Step.LOADING -> string(R.string.loading)
         Step.MEASURING -> string(R.string.measuring, work.done + 1, work.total)
