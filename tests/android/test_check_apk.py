@@ -44,6 +44,7 @@ LIES = [
         "'Lorg/pytorch/executorch/Main",
         "stand ins: WRONG: classes: expected no stand-in",
     ),
+    ("dexdump", "'Lgemmamtp/demo/Main", "'Landroidx/work/Main", "stand ins: WRONG: classes: expected no stand-in"),
     ("aapt", "'gemmamtp.demo' v", "'other' v", "badging: WRONG: package: expected gemmamtp.demo, found other"),
     ("aapt", "'28'", "'26'", "badging: WRONG: minimum SDK: expected 28, found 26"),
     ("aapt", "'35'", "'34'", "badging: WRONG: target SDK: expected 35, found 34"),

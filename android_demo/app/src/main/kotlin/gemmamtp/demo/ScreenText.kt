@@ -46,7 +46,8 @@ class ScreenText(private val context: Context) {
     /** Without numbers that change all the time, which a screen reader would never finish; the bar shows them. */
     private fun work(work: Work): String = when (work.step) {
         Step.COPYING -> string(R.string.copying, size(work.total))
-        Step.DOWNLOADING -> if (work.total > 0) string(R.string.downloading, size(work.total)) else string(R.string.connecting)
+        Step.DOWNLOADING ->
+            if (work.total == 0L) string(R.string.connecting) else string(R.string.downloading, size(work.total))
         Step.CHECKING -> string(R.string.checking, size(work.total))
         Step.LOADING -> string(R.string.loading)
         Step.MEASURING -> string(R.string.measuring, work.done + 1, work.total)
