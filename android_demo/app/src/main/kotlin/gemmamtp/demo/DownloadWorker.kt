@@ -21,8 +21,8 @@ private const val URL = "url"
 private const val DIGEST = "digest"
 private const val NOTIFICATION = 1
 
-/** How often the system may end the process before the user must ask again. */
-private const val MOST_ATTEMPTS = 5
+/** How often a download begins again by itself; each loss of the network counts. */
+private const val MOST_ATTEMPTS = 20
 
 /** ServiceInfo.FOREGROUND_SERVICE_TYPE_DATA_SYNC, which the classes of the packaging check lack. */
 private const val DATA_SYNC = 1
@@ -59,7 +59,7 @@ class DownloadWorker(context: Context, parameters: WorkerParameters) : Worker(co
     override fun doWork(): Result {
         val url = inputData.getString(URL)
         val digest = inputData.getString(DIGEST)
-        // What is opened at the end may be too large for the phone, and would be again.
+        // A bundle that ends the process when it is opened would do so each time.
         if (url == null || digest == null || runAttemptCount >= MOST_ATTEMPTS) return Result.failure()
         setForegroundAsync(ForegroundInfo(NOTIFICATION, notification(), DATA_SYNC))
         val ended = CountDownLatch(1)

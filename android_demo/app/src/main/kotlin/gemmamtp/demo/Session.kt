@@ -60,14 +60,15 @@ class Session(
     }
 
     /**
-     * Download a bundle, open it on trial, and then in its place. An earlier download of it goes on.
+     * Download a bundle, open it on trial if memory allows, and then in its place. An earlier download of it goes on.
      *
      * @param ended called when it has ended, however it did.
      */
     fun download(url: String, digest: String, ended: () -> Unit = {}): Boolean = start(Phase.COPYING, ended = ended) {
         val bundle = bundles.download(url, digest, ::report) {
             close() // two bundles at once would not fit
-            opener.open(it, ::report).close()
+            // Else the system may end the app, and the download would come here again and again.
+            if (opener.memoryNeeded(it) <= available()) opener.open(it, ::report).close()
         }
         update { it.copy(phase = Phase.OPENING, work = null) }
         load(bundle, false)

@@ -38,7 +38,8 @@ private class FileServer(private val files: Map<String, ByteArray>) {
         synchronized(asked) { asked.add(name to from) }
         val content = files.getValue(name)
         val part = "206 Partial Content\r\nContent-Range: bytes $from-${content.size - 1}/${content.size}"
-        val head = "HTTP/1.1 ${if (range == null) "200 OK" else part}\r\nContent-Length: ${content.size - from}\r\nConnection: close\r\n\r\n"
+        val status = if (range == null) "200 OK" else part
+        val head = "HTTP/1.1 $status\r\nContent-Length: ${content.size - from}\r\nConnection: close\r\n\r\n"
         try {
             client.getOutputStream().write(head.toByteArray() + content.copyOfRange(from, content.size))
         } catch (_: IOException) { // it wants no more
@@ -107,6 +108,18 @@ class SessionDownloadTest {
         val (name, from) = server.asked.first()
         assertEquals("model.pte", name)
         assertTrue(from >= 300_000, "$from")
+    }
+
+    @Test
+    fun aBundleThatMemoryIsTooShortForIsPutInItsPlaceUnopened() {
+        opener.needed = 1001
+        download()
+        assertEquals(Problem.MemoryShort(1001, 1000), session.screen.problem)
+        assertEquals(0, opener.opened)
+        assertEquals(1_000_000, File(installed, "toy/model.pte").length())
+        assertTrue(session.reopen())
+        worker.runAll()
+        assertEquals(Phase.READY, session.screen.phase)
     }
 
     @Test
