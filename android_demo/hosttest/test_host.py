@@ -56,8 +56,11 @@ def rules(ids: list[int], vocab_size: int) -> list[dict[str, Any]]:
     ]
 
 
-def texts(bundle: Path) -> list[dict[str, Any]]:
-    """Return prompts and options: all numbers of drafts, greedy and sampled, short and past the sliding window."""
+def texts(bundle: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return prompts and options: all numbers of drafts, greedy and sampled, short and past the sliding window.
+
+    The second list has those under each rule.
+    """
     manifest = read_manifest(bundle)
     ids = TextTokenizer(bundle, manifest).encode(TEXT * 40)[: manifest.max_seq_len]
     max_drafts = manifest.max_draft_tokens
@@ -104,8 +107,8 @@ def texts(bundle: Path) -> list[dict[str, Any]]:
         for sampling in ({}, {"temperature": 1.0, "seed": "8"})
         for drafts in (0, 4, None)
     ]
-    runs = [*greedy, *sampled, *ends, *budgets, *written, *conversation, *ruled]
-    return [DEFAULTS | run for run in runs]
+    unruled = [*greedy, *sampled, *ends, *budgets, *written, *conversation]
+    return [DEFAULTS | run for run in unruled], [DEFAULTS | run for run in ruled]
 
 
 def differing(requests: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[str]:
@@ -122,12 +125,15 @@ def differing(requests: list[dict[str, Any]], results: list[dict[str, Any]]) -> 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_kotlin_does_what_python_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = BUILD / f"bundle-{name}"
-    requests = texts(bundle)
+    unruled, ruled = texts(bundle)
+    requests = unruled + ruled
     python = in_python(bundle, requests, monkeypatch)
-    for session in (None, tmp_path / "session"):
-        kotlin = in_kotlin(bundle, requests, tmp_path, session)
-        assert differing(requests, kotlin) == []
-        assert compare(requests, kotlin, copy.deepcopy(python)) == []
+    kotlin = in_kotlin(bundle, requests, tmp_path)
+    assert differing(requests, kotlin) == []
+    assert compare(requests, kotlin, copy.deepcopy(python)) == []
+    # Opened and saved around each text; rules do not look at the cache.
+    kotlin = in_kotlin(bundle, unruled, tmp_path, tmp_path / "session")
+    assert compare(unruled, kotlin, copy.deepcopy(python[: len(unruled)])) == []
     # The texts cover accepted and rejected drafts of both sources, and all ways to end.
     assert 0 < sum(text["accepted"] for text in python) < sum(text["drafted"] for text in python)
     assert {source.split()[0] for text in python for source in text["sources"]} == {"drafter", "lookup"}
@@ -207,5 +213,3 @@ def test_kotlin_chats_as_the_template(tmp_path: Path, monkeypatch: pytest.Monkey
     dropped = [text["dropped_messages"] for text in python]
     assert dropped[-1] > max(dropped[4:6])
     assert sum(text["reused"] > 100 for text in python[-10:]) > 5
-
-
