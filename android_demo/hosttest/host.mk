@@ -16,7 +16,7 @@ USER_SOURCES = $(shell find $(ENGINES:%=%/src/main) app/src/test -name '*.kt') $
 TEST_SOURCES = $(shell find core/src/test hosttest/src -name '*.kt')
 KOTLIN_TESTS = $(subst /,.,$(shell find core/src/test app/src/test hosttest/src/test -name '*Test.kt' | sed 's|.*/kotlin/||; s|.kt$$||'))
 HOST_BUNDLES := onnx-fp32 onnx-int4 executorch-fp32
-KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit \
+KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlinx-coroutines-core-jvm kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit \
     gson/gson junit/junit4 junit/hamcrest-core,:.packages/$(jar).jar)
 HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/users:$(PARTS)/core:$(PARTS)/java:$(PARTS)/standins-ort:$(PARTS)/standins-et:$(PARTS)/standins-android$(KOTLIN_JARS))
 # Besides classes, write those of a part's public side to its folder under api/.
