@@ -54,7 +54,7 @@ public suspend fun loadDecoder(
             }
         }
     } catch (error: Throwable) { // also where it was opened, and the caller was cancelled meanwhile
-        withContext(NonCancellable + workers.dispatcher) { opened?.close() }
+        uncancelled(workers) { opened?.close() }
         workers.end()
         throw error
     }
@@ -68,10 +68,14 @@ public suspend fun loadDecoder(
 public suspend fun <T> Decoder.onDecoder(work: () -> T): T = withContext(workers.dispatcher) { work() }
 
 /** Close as [Decoder.close] does, also if the caller is cancelled; it waits without blocking the caller's thread. */
-public suspend fun Decoder.closeAndJoin(): Unit = withContext(NonCancellable + workers.dispatcher) { close() }
+public suspend fun Decoder.closeAndJoin(): Unit = uncancelled(workers) { close() }
+
+/** Two steps: to come back from another dispatcher is a place where a caller is cancelled. */
+private suspend fun <T> uncancelled(workers: DecoderThreads, work: () -> T): T =
+    withContext(NonCancellable) { withContext(workers.dispatcher) { work() } }
 
 /** See [Stream.asFlow]. */
-internal fun flow(stream: Stream, decoder: Decoder): Flow<Token> = flow {
+internal fun tokenFlow(stream: Stream, decoder: Decoder): Flow<Token> = flow {
     check(stream.collected.compareAndSet(false, true)) { "the text is collected already; begin another one" }
     coroutineScope {
         val watch = launch(start = CoroutineStart.UNDISPATCHED) {

@@ -116,7 +116,7 @@ public class Stream internal constructor(
      *
      * It is a member, because the extension `asFlow` of iterators would run passes on the collector's thread.
      */
-    public fun asFlow(): Flow<Token> = flow(this, decoder)
+    public fun asFlow(): Flow<Token> = tokenFlow(this, decoder)
 
     /** Whether there is another token; runs the prompt, if it was not run yet, since it may be cancelled. */
     override fun hasNext(): Boolean {

@@ -13,7 +13,7 @@ import kotlin.test.assertFalse
 import kotlin.test.assertTrue
 
 /** Work of another thread. */
-private class Other<T>(name: String, work: () -> T) {
+internal class Other<T>(name: String, work: () -> T) {
     private val task = FutureTask(Callable { work() })
     private val thread = Thread(task, name).apply { start() }
 
@@ -30,15 +30,17 @@ private class Other<T>(name: String, work: () -> T) {
     fun error(): Throwable = assertFailsWith<ExecutionException> { task.get() }.cause!!
 }
 
-/** Holds a graph's next pass until it may go on. */
-private class Held(graph: FakeGraph) {
+/** Holds a graph's next pass, or one after more passes, until it may go on. */
+internal class Held(graph: FakeGraph, private var before: Int = 0) {
     private val began = CountDownLatch(1)
     private val mayEnd = CountDownLatch(1)
 
     init {
         graph.inPass = {
-            began.countDown()
-            mayEnd.await()
+            if (before-- <= 0) {
+                began.countDown()
+                mayEnd.await()
+            }
         }
     }
 
