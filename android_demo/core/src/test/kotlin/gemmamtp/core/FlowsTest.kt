@@ -68,7 +68,8 @@ class FlowsTest {
             assertEquals(40, ids(decoder.stream(prompt.toIntArray(), Options(40))).size)
             decoder.closeAndJoin()
         }
-        assertEquals(setOf(Triple("gemma-mtp-decoder", true, 7)), threads.map { Triple(it.name, it.isDaemon, it.priority) }.toSet())
+        val found = threads.map { Triple(it.name, it.isDaemon, it.priority) }
+        assertEquals(setOf(Triple("gemma-mtp-decoder", true, 7)), found.toSet())
         threads.forEach { it.join() }
     }
 
@@ -104,7 +105,7 @@ class FlowsTest {
         val ends = listOf<suspend (Stream) -> Unit>(
             { it.asFlow().first() },
             { it.asFlow().take(7).toList() },
-            { stream -> assertFailsWith<Failed> { stream.asFlow().collect { if (stream.tokens.size == 9) throw Failed() } } },
+            { assertFailsWith<Failed> { it.asFlow().collect { _ -> if (it.tokens.size == 9) throw Failed() } } },
         )
         for ((end, count) in ends.zip(listOf(1, 7, 9))) {
             val stream = conversation.stream(prompt.toIntArray(), Options(50, 3))
@@ -118,7 +119,8 @@ class FlowsTest {
     @Test
     fun cancellingTheStreamGivesItsLastToken() = inTemporaryDirectory { directory ->
         val stream = FakeBundle(directory).decoder().stream(prompt.toIntArray(), Options(50, 3))
-        val given = runBlocking { stream.asFlow().map { it.id.also { if (stream.tokens.size == 5) stream.cancel() } }.toList() }
+        val given = ArrayList<Int>()
+        runBlocking { stream.asFlow().collect { if (given.apply { add(it.id) }.size == 5) stream.cancel() } }
         assertEquals(6, given.size)
         assertEquals(stream.tokens, given)
         assertEquals("cancelled", stream.stats.finishReason)
@@ -146,17 +148,20 @@ class FlowsTest {
     fun conversationsAreCollectedAtOnceAndLongPromptsGiveWay() = inTemporaryDirectory { directory ->
         val bundle = FakeBundle(directory)
         val decoder = bundle.decoder()
-        val other = decoder.conversation().stream(intArrayOf(3, 4), Options(50, 0))
+        val conversation = decoder.conversation()
+        val other = conversation.stream(intArrayOf(3, 4), Options(50, 0))
         other.next()
+        val turns = Collections.synchronizedList(ArrayList<Boolean>())
         val held = Held(bundle.target)
+        val hold = bundle.target.inPass
+        bundle.target.inPass = { turns.add(decoder.engine.cache === conversation.cache).also { hold() } }
         val reader = scope.async { ids(decoder.stream(prompt.toIntArray(), Options(9, 3))) }
         held.begins()
-        val passes = CompletableDeferred<Int>()
-        val writer = scope.async { other.asFlow().map { it.id.also { passes.complete(bundle.target.passes) } }.toList() }
+        val writer = scope.async { ids(other) }
         while (Thread.getAllStackTraces().none(::waitsForTurn)) Thread.yield()
         held.go()
         val (read, written) = runBlocking { listOf(reader, writer).awaitAll() }
-        assertTrue(runBlocking { passes.await() } < CHUNKS)
+        assertEquals(listOf(false, true, false), turns.take(3))
         for ((before, ids) in listOf(prompt to read, listOf(3, 4, other.tokens[0]) to written)) {
             val text = before.toMutableList()
             for (id in ids) text.add(id.also { assertEquals(chosenAfter(text), it) })
@@ -216,7 +221,7 @@ class FlowsTest {
         val bundle = FakeBundle(directory)
         val conversation = bundle.decoder().conversation()
         for (pass in listOf(3, CHUNKS + 3)) {
-            for (expected in listOf(InputError("the graph cannot run"), OutOfMemoryError("none"), IllegalStateException("broken"))) {
+            for (expected in listOf(InputError("cannot run"), OutOfMemoryError("none"), IllegalStateException("broken"))) {
                 conversation.forget()
                 var left = pass
                 bundle.target.inPass = { if (left-- == 0) throw expected }
@@ -237,9 +242,8 @@ class FlowsTest {
         val caller = Thread.currentThread()
         val callers = HashSet<Thread>()
         runBlocking {
-            val decoder = loadDecoder(golden, { _, _, _ -> mapOf("target" to target).also { loader = Thread.currentThread() } }) { _, _ ->
-                callers.add(Thread.currentThread())
-            }
+            val load = LoadGraphs { _, _, _ -> mapOf("target" to target).also { loader = Thread.currentThread() } }
+            val decoder = loadDecoder(golden, load) { _, _ -> callers.add(Thread.currentThread()) }
             assertEquals(setOf(loader), callers)
             assertFalse(loader == caller)
             assertEquals("gemma-mtp-decoder" to 7, loader.name to loader.priority)
@@ -272,7 +276,8 @@ class FlowsTest {
             known.complete(Unit)
             assertTrue(opening.error() is CancellationException)
             runBlocking { opening.join() }
-            assertEquals(if (inFiles) listOf(1, 0) else listOf(readManifest(golden).files.size, 1), listOf(files.toSet().size, graphs.size))
+            val expected = if (inFiles) 1 to 0 else readManifest(golden).files.size to 1
+            assertEquals(expected, files.toSet().size to graphs.size)
             assertTrue(graphs.all { it.closed })
             thread.join() // it has ended
         }
@@ -280,7 +285,8 @@ class FlowsTest {
 
     @Test
     fun whatCannotBeOpenedIsTheSameError() = inTemporaryDirectory { directory ->
-        val found = assertFailsWith<InputError> { runBlocking { loadDecoder(directory, { _, _, _ -> emptyMap() }) } }
-        assertEquals(assertFailsWith<InputError> { openDecoder(directory, { _, _, _ -> emptyMap() }) }.message, found.message)
+        val none = LoadGraphs { _, _, _ -> emptyMap() }
+        val expected = assertFailsWith<InputError> { openDecoder(directory, none) }
+        assertEquals(expected.message, assertFailsWith<InputError> { runBlocking { loadDecoder(directory, none) } }.message)
     }
 }
