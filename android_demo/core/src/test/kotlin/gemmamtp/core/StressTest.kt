@@ -113,7 +113,8 @@ private class Stress(private val directory: File, seed: Long) {
         val sampling = Sampling(random.nextInt(2).toDouble(), seed = random.nextLong())
         val drafts = random.nextInt(7).let { if (it < 6) it else null }
         val options = Options(1 + random.nextInt(40), drafts, sampling, whenFull = WhenFull.values()[random.nextInt(2)])
-        return Writer(talk, (talk.text.take(kept) + new).take(CONTEXT - 1 - random.nextInt(20)), options, random.nextBoolean())
+        val prompt = (talk.text.take(kept) + new).take(CONTEXT - 1 - random.nextInt(20))
+        return Writer(talk, prompt, options, random.nextBoolean())
     }
 
     /** Let something happen at a random moment. Gives the error of texts that it ends, and whether it happened. */
@@ -144,7 +145,7 @@ private class Stress(private val directory: File, seed: Long) {
     /** Work of another thread that begins in a pass; it gets the thread of the pass. Gives whether it began. */
     private fun fromAnotherThread(after: Int, work: (Thread) -> Unit): () -> Boolean {
         val began = CountDownLatch(1)
-        val yields = random.nextInt(200)
+        val yields = random.nextInt(5)
         var thread: Thread? = null
         passes.set(after) {
             thread = Thread.currentThread()
