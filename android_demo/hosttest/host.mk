@@ -26,7 +26,7 @@ API_OPTIONS = -Xplugin=.packages/kotlin/lib/jvm-abi-gen.jar $(ABI):outputDir=$(P
 KOTLINC = java -Xmx1g -cp '.packages/kotlin/lib/*' org.jetbrains.kotlin.cli.jvm.K2JVMCompiler -no-reflect -jvm-target 11 \
     -kotlin-home .packages/kotlin
 
-test: $(PARTS)/kotlin/.built $(PARTS)/java/.built build/host build/engines build/manifests build/java-sample build/kotlin-sample $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
+test: $(PARTS)/kotlin/.built $(PARTS)/java/.built build/host build/engines build/manifests build/stress build/java-sample build/kotlin-sample $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
 	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(KOTLIN_TESTS)
 	$(BIN)/python app/check_resources.py
 	PYTHONPATH=.. $(BIN)/pytest hosttest
@@ -78,9 +78,11 @@ build/host: MAIN := MainKt
 build/engines: MAIN := EngineCheckKt
 build/engines: OPTIONS := -Xcheck:jni
 build/manifests: MAIN := ManifestCheckKt
+build/stress: MAIN := StressKt
+build/stress: OPTIONS := -Xcheck:jni
 build/java-sample: MAIN := JavaSample
 build/kotlin-sample: MAIN := KotlinSampleKt
-build/host build/engines build/manifests build/java-sample build/kotlin-sample: hosttest/host.mk $(foreach part,native standins-ort standins-et standins-android,$(PARTS)/$(part)/.built)
+build/host build/engines build/manifests build/stress build/java-sample build/kotlin-sample: hosttest/host.mk $(foreach part,native standins-ort standins-et standins-android,$(PARTS)/$(part)/.built)
 	printf '%s\n' '#!/bin/sh' 'cd $(CURDIR) || exit' \
 	    'exec java -Xmx1g $(OPTIONS) -Djava.library.path=$(PARTS)/native \' \
 	    '    -cp $(HOST_CLASSES) gemmamtp.hosttest.$(MAIN) "$$@"' >$@
