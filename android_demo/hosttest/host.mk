@@ -31,6 +31,13 @@ test: $(PARTS)/kotlin/.built $(PARTS)/java/.built build/host build/engines build
 	$(BIN)/python app/check_resources.py
 	PYTHONPATH=.. $(BIN)/pytest hosttest
 
+# More of StressTest.kt and test_stress.py: make stress STEPS=10000 SEED=7.
+.PHONY: stress
+stress: $(PARTS)/kotlin/.built build/stress $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
+	java -Dstress=$(or $(STEPS),1000) -Dseed=$(or $(SEED),0) -cp $(HOST_CLASSES) \
+	    org.junit.runner.JUnitCore gemmamtp.core.StressTest
+	for bundle in $(HOST_BUNDLES); do build/stress build/bundle-$$bundle $(or $(STEPS),1000) $(or $(SEED),0) || exit; done
+
 $(HOST_PACKAGES): tools/packages.sh
 	@command -v javac g++ >/dev/null || { echo "make test needs a JDK 17 and g++; install them" >&2; exit 3; }
 	tools/packages.sh kotlin gson junit executorch-java onnxruntime-headers

@@ -6,6 +6,7 @@ import java.util.concurrent.Callable
 import java.util.concurrent.CountDownLatch
 import java.util.concurrent.ExecutionException
 import java.util.concurrent.FutureTask
+import kotlin.concurrent.thread
 import kotlin.test.Test
 import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
@@ -15,7 +16,7 @@ import kotlin.test.assertTrue
 /** Work of another thread. */
 internal class Other<T>(name: String, work: () -> T) {
     private val task = FutureTask(Callable { work() })
-    private val thread = Thread(task, name).apply { start() }
+    private val thread = thread(isDaemon = true, name = name) { task.run() }
 
     /** Wait until it waits for somebody. */
     fun waits() {

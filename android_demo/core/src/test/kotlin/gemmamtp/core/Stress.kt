@@ -164,7 +164,7 @@ internal class Stress(
         val new = List(1 + random.nextInt(if (random.nextBoolean()) 10 else longest / 5)) { randomToken() }
         val sampling = Sampling(random.nextInt(2).toDouble(), seed = random.nextLong())
         val drafts = if (random.nextInt(6) == 0) null else randomDrafts()
-        val options = Options(1 + random.nextInt(30), drafts, sampling, whenFull = WhenFull.values()[random.nextInt(2)])
+        val options = Options(1 + random.nextInt(20), drafts, sampling, whenFull = WhenFull.values()[random.nextInt(2)])
         val prompt = (talk.text.take(kept) + new).take(longest)
         return Writer(talk, prompt, options, random.nextBoolean())
     }
