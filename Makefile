@@ -75,7 +75,7 @@ dist-test: dist
 android-test: .venv/installed-dev
 	$(MAKE) -j2 -C android_demo test BIN=$(abspath $(BIN))
 
-# Hours with STEPS=10000, of which the fake graphs take minutes; SEED=7 for others.
+# About an hour with STEPS=10000, of which the fake graphs take a minute; SEED=7 for other texts.
 android-stress: .venv/installed-dev
 	$(MAKE) -C android_demo stress BIN=$(abspath $(BIN))
 
