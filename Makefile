@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL = pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test fuzz bench lint types docs constraints dist dist-test workflows android-test android-apk aarch64-parity clean
+.PHONY: demo check test fuzz bench lint types docs constraints dist dist-test workflows android-test android-stress android-apk aarch64-parity clean
 
 demo: .venv/installed
 	$(BIN)/gemma-mtp-export demo
@@ -74,6 +74,10 @@ dist-test: dist
 # See android_demo/README.md: none of these needs the Android SDK or a phone.
 android-test: .venv/installed-dev
 	$(MAKE) -j2 -C android_demo test BIN=$(abspath $(BIN))
+
+# About an hour with STEPS=10000, of which the fake graphs take a minute; SEED=7 for other texts.
+android-stress: .venv/installed-dev
+	$(MAKE) -C android_demo stress BIN=$(abspath $(BIN))
 
 android-apk: .venv/installed-dev
 	$(MAKE) -C android_demo apk BIN=$(abspath $(BIN))

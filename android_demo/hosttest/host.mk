@@ -16,7 +16,7 @@ USER_SOURCES = $(shell find $(ENGINES:%=%/src/main) app/src/test -name '*.kt') $
 TEST_SOURCES = app/src/main/kotlin/gemmamtp/demo/AssetSource.kt $(shell find core/src/test app/src/androidTest hosttest/src -name '*.kt')
 KOTLIN_TESTS = $(subst /,.,$(shell find core/src/test app/src/test hosttest/src/test -name '*Test.kt' | sed 's|.*/kotlin/||; s|.kt$$||'))
 HOST_BUNDLES := onnx-fp32 onnx-int4 executorch-fp32
-KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit kotlin/lib/kotlinx-coroutines-core-jvm \
+KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlinx-coroutines-core-jvm kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit \
     gson/gson junit/junit4 junit/hamcrest-core,:.packages/$(jar).jar)
 HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/users:$(PARTS)/core:$(PARTS)/java:$(PARTS)/standins-ort:$(PARTS)/standins-et:$(PARTS)/standins-android$(KOTLIN_JARS))
 # Besides classes, write those of a part's public side to its folder under api/.
@@ -26,12 +26,19 @@ API_OPTIONS = -Xplugin=.packages/kotlin/lib/jvm-abi-gen.jar $(ABI):outputDir=$(P
 KOTLINC = java -Xmx1g -cp '.packages/kotlin/lib/*' org.jetbrains.kotlin.cli.jvm.K2JVMCompiler -no-reflect -jvm-target 11 \
     -kotlin-home .packages/kotlin
 
-test: $(PARTS)/kotlin/.built $(PARTS)/java/.built build/host build/engines build/manifests build/java-sample build/kotlin-sample $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
+test: $(PARTS)/kotlin/.built $(PARTS)/java/.built build/host build/engines build/manifests build/stress build/java-sample build/kotlin-sample $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
 	java -cp $(HOST_CLASSES) org.junit.runner.JUnitCore $(KOTLIN_TESTS)
 	$(foreach bundle,$(HOST_BUNDLES),java -Dassets=build/bundle-$(bundle) -Djava.library.path=$(PARTS)/native \
 	    -cp $(HOST_CLASSES) org.junit.runner.JUnitCore gemmamtp.demo.BundleOnDeviceTest &&) true
 	$(BIN)/python app/check_resources.py
 	PYTHONPATH=.. $(BIN)/pytest --numprocesses auto --dist worksteal hosttest
+
+# More of StressTest.kt and test_stress.py: make stress STEPS=10000 SEED=7.
+.PHONY: stress
+stress: $(PARTS)/kotlin/.built build/stress $(HOST_BUNDLES:%=build/bundle-%/manifest.json)
+	java -Dstress=$(or $(STEPS),1000) -Dseed=$(or $(SEED),0) -cp $(HOST_CLASSES) \
+	    org.junit.runner.JUnitCore gemmamtp.core.StressTest
+	for bundle in $(HOST_BUNDLES); do build/stress build/bundle-$$bundle $(or $(STEPS),1000) $(or $(SEED),0) || exit; done
 
 $(HOST_PACKAGES): tools/packages.sh
 	@command -v javac g++ >/dev/null || { echo "make test needs a JDK 17 and g++; install them" >&2; exit 3; }
@@ -80,9 +87,11 @@ build/host: MAIN := MainKt
 build/engines: MAIN := EngineCheckKt
 build/engines: OPTIONS := -Xcheck:jni
 build/manifests: MAIN := ManifestCheckKt
+build/stress: MAIN := StressKt
+build/stress: OPTIONS := -Xcheck:jni
 build/java-sample: MAIN := JavaSample
 build/kotlin-sample: MAIN := KotlinSampleKt
-build/host build/engines build/manifests build/java-sample build/kotlin-sample: hosttest/host.mk $(foreach part,native standins-ort standins-et standins-android,$(PARTS)/$(part)/.built)
+build/host build/engines build/manifests build/stress build/java-sample build/kotlin-sample: hosttest/host.mk $(foreach part,native standins-ort standins-et standins-android,$(PARTS)/$(part)/.built)
 	printf '%s\n' '#!/bin/sh' 'cd $(CURDIR) || exit' \
 	    'exec java -Xmx1g $(OPTIONS) -Djava.library.path=$(PARTS)/native \' \
 	    '    -cp $(HOST_CLASSES) gemmamtp.hosttest.$(MAIN) "$$@"' >$@

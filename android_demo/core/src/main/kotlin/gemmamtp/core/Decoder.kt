@@ -38,6 +38,9 @@ public class Decoder internal constructor(
 
     @Volatile private var closed = false
 
+    /** Threads of coroutines. */
+    internal var workers = DecoderThreads()
+
     /** Begin another conversation; its memory is freed with it. */
     public fun conversation(): Conversation {
         checkOpen()
@@ -96,6 +99,7 @@ public class Decoder internal constructor(
         lock.withLock {
             if (closed) return
             closed = true
+            workers.end()
             (engine as? Closeable)?.close()
         }
     }

@@ -1,6 +1,7 @@
 package gemmamtp.core
 
 import java.util.concurrent.atomic.AtomicBoolean
+import kotlinx.coroutines.flow.Flow
 
 private const val ID_DIGITS = 9 // some chat templates ask for so many
 
@@ -62,7 +63,9 @@ public class Stream internal constructor(
     private var toRun = prompt.size // tokens of the prefill
 
     @Volatile private var cancelled = false
-    private val collected = AtomicBoolean()
+
+    /** Whether it is collected as a flow. */
+    internal val collected = AtomicBoolean()
 
     /** Ids of the new tokens so far. */
     public val tokens: List<Int> get() = new
@@ -111,6 +114,20 @@ public class Stream internal constructor(
         cancelled = true
     }
 
+    /**
+     * The tokens as a cold flow, which one collector may collect, once. Passes run on threads of the decoder.
+     *
+     * A pass runs while its token is awaited, not while the collector has one, which may thus read the text and its
+     * [stats]; after `buffer(1)` the next token is made meanwhile, and these are to be read after the last.
+     *
+     * A collector that is cancelled waits for the pass that runs, in a prompt for its current chunk, whose token it does not
+     * get. Then, as after an exception of the collector, `take` or `first`, the text has ended, and its conversation can be
+     * used. An error of the text, as [next] throws it, is that of the collection.
+     *
+     * It is a member, because the extension `asFlow` of iterators would run passes on the collector's thread.
+     */
+    public fun asFlow(): Flow<Token> = tokenFlow(this, decoder)
+
     /** Whether there is another token; runs the prompt, if it was not run yet, since it may be cancelled. */
     override fun hasNext(): Boolean {
         if (rounds == null && !ended) decide()
@@ -139,15 +156,10 @@ public class Stream internal constructor(
         return token
     }
 
-    /** Let one collector have the text. */
-    internal fun collect() = check(collected.compareAndSet(false, true)) { "the text is collected already; it can be once" }
-
-    /** Nobody asks for the rest of the text. */
+    /** End the text where it is: nobody takes more of its tokens. */
     internal fun leave() {
-        if (ended) return
+        if (!ended) stats.finishReason = "cancelled"
         ended = true
-        stats.finishReason = "cancelled"
-        decoder.saveCosts()
     }
 
     private fun checkCurrent() =

@@ -2,11 +2,53 @@ package gemmamtp.core
 
 import java.io.File
 import java.util.Random
+import java.util.concurrent.Callable
+import java.util.concurrent.CountDownLatch
+import java.util.concurrent.ExecutionException
+import java.util.concurrent.FutureTask
+import kotlin.concurrent.thread
 import kotlin.test.Test
 import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
 import kotlin.test.assertFalse
 import kotlin.test.assertTrue
+
+/** Work of another thread. */
+internal class Other<T>(name: String, work: () -> T) {
+    private val task = FutureTask(Callable { work() })
+    private val thread = thread(isDaemon = true, name = name) { task.run() }
+
+    /** Wait until it waits for somebody. */
+    fun waits() {
+        while (thread.state != Thread.State.WAITING) {
+            check(thread.state != Thread.State.TERMINATED) { "it has ended" }
+            Thread.yield()
+        }
+    }
+
+    fun result(): T = task.get()
+
+    fun error(): Throwable = assertFailsWith<ExecutionException> { task.get() }.cause!!
+}
+
+/** Holds a graph's next pass, or one after more passes, until it may go on. */
+internal class Held(graph: FakeGraph, private var before: Int = 0) {
+    private val began = CountDownLatch(1)
+    private val mayEnd = CountDownLatch(1)
+
+    init {
+        graph.inPass = {
+            if (before-- <= 0) {
+                began.countDown()
+                mayEnd.await()
+            }
+        }
+    }
+
+    fun begins() = began.await()
+
+    fun go() = mayEnd.countDown()
+}
 
 /** Conversations of one decoder: in any order and on any threads each writes what it writes alone. */
 class ConversationTest {

@@ -35,7 +35,7 @@ internal class FakeGraph(
     private var cache = emptyMap<String, Tensor>()
     @Volatile var closed = false
     @Volatile var inPass = {}
-    var inBind = {}
+    @Volatile var inBind = {}
     private val states = floats(16) // the next pass overwrites them
     var passes = 0
     var left = 0 // of the passes up to the one that spoils its rows and fails
@@ -137,7 +137,7 @@ internal class FakeBundle(
     digest: String = "",
     fullType: KVType = type,
     maxSeqLen: Int = 900,
-    allocate: (Long) -> ByteBuffer = ::direct,
+    private val allocate: (Long) -> ByteBuffer = ::direct,
 ) {
     val running = AtomicInteger()
     val target = FakeGraph(true, layout[0] == "rows", running)
@@ -171,6 +171,6 @@ internal class FakeBundle(
     /** A decoder whose passes all take the same time, so that plans are the same in each run. */
     fun decoder(planner: DraftLength = DraftLength(5, Costs(5, 2)), save: () -> Unit = {}): Decoder {
         var now = 0.0
-        return Decoder(engine, null, null, planner, { now++ }, save)
+        return Decoder(engine, null, null, planner, { now++ }, save, allocate)
     }
 }
