@@ -7,7 +7,10 @@ import java.util.List;
 public final class PerformanceHintManager {
     public final List<Session> sessions = new ArrayList<>();
 
+    public RuntimeException failure;
+
     public Session createHintSession(int[] tids, long initialTargetWorkDurationNanos) {
+        if (failure != null) throw failure;
         Session session = new Session(tids);
         sessions.add(session);
         return session;

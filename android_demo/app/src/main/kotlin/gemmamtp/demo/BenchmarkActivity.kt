@@ -29,7 +29,8 @@ class BenchmarkActivity : Activity() {
         super.onCreate(saved)
         window.addFlags(WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON)
         setContentView(text)
-        if (saved == null) thread(name = "benchmark", priority = Thread.MAX_PRIORITY) { run(intent.getStringExtra("bundle").orEmpty()) }
+        val name = intent.getStringExtra("bundle").orEmpty()
+        if (saved == null) thread(name = "benchmark", priority = Thread.MAX_PRIORITY) { run(name) }
     }
 
     override fun onStop() {
@@ -41,8 +42,11 @@ class BenchmarkActivity : Activity() {
     private fun run(name: String) {
         try {
             val bundles = (application as DemoApp).bundles.list()
-            val bundle = bundles.find { it.name == name } ?: return show(getString(R.string.no_such_bundle, name, bundles.joinToString { it.name }))
-            show(figures(bundle.dir))
+            val bundle = bundles.find { it.name == name }
+            show(
+                if (bundle != null) figures(bundle.dir)
+                else getString(R.string.no_such_bundle, name, bundles.joinToString { it.name }),
+            )
         } catch (_: Stopped) {
             Log.w(TAG, "the benchmark went out of view and was stopped")
         } catch (error: Exception) {
@@ -60,7 +64,8 @@ class BenchmarkActivity : Activity() {
         }
         val manifest = readManifest(bundle)
         val before = device.heat
-        val measured = BundleOpener(ENGINES, File(noBackupFilesDir, "devices"), device).open(bundle, report).use { measure(it, report = report) }
+        val opener = BundleOpener(ENGINES, File(noBackupFilesDir, "devices"), device)
+        val measured = opener.open(bundle, report).use { measure(it, report = report) }
         val memory = ActivityManager.MemoryInfo()
         (getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(memory)
         val facts = mapOf(

@@ -73,5 +73,6 @@ data class Screen(
     /** Whether opening the same bundle again may succeed. */
     val canReopen: Boolean
         get() = phase == Phase.IDLE &&
-            (problem is Problem.MemoryShort || problem is Problem.Failed || problem == Problem.OutOfMemory || problem == Problem.ClosedForMemory)
+            (problem is Problem.MemoryShort || problem is Problem.Failed || problem == Problem.OutOfMemory ||
+                problem == Problem.ClosedForMemory)
 }

@@ -77,7 +77,11 @@ public class AndroidDevice internal constructor(context: Context, private val cl
     private fun begin(hints: PerformanceHintManager, target: Long) {
         session?.close()
         hinted = hinted.intersect(threads()) + (threads() - others) + Process.myTid()
-        session = hints.createHintSession(hinted.toIntArray(), target)
+        session = try {
+            hints.createHintSession(hinted.toIntArray(), target)
+        } catch (_: RuntimeException) { // one of them has ended meanwhile: the next thread tries again
+            null
+        }
     }
 }
 

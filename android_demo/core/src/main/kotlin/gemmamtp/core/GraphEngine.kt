@@ -229,7 +229,13 @@ internal class GraphEngine(
  * @throws InputError [threads] is below 1, the bundle is for another backend, the runtime cannot load the graphs, or the tables do
  *     not fit the manifest.
  */
-internal fun loadEngine(bundle: File, manifest: Manifest, loadGraphs: LoadGraphs, threads: Int = 1, allocate: (Long) -> ByteBuffer = ::direct): GraphEngine {
+internal fun loadEngine(
+    bundle: File,
+    manifest: Manifest,
+    loadGraphs: LoadGraphs,
+    threads: Int = 1,
+    allocate: (Long) -> ByteBuffer = ::direct,
+): GraphEngine {
     if (threads < 1) throw InputError("threads is $threads, expected at least 1")
     val tables = try {
         manifest.tables.mapValues { (_, metadata) -> Table(bundle, metadata) }

@@ -56,6 +56,17 @@ class AndroidDeviceTest {
     }
 
     @Test
+    fun aSessionThatCannotBeHadIsNone() {
+        context.hints.failure = SecurityException("a thread is not of this process")
+        val device = device()
+        device.passed("target", 1, 5)
+        context.hints.failure = null
+        Process.tid = 8
+        repeat(2) { device.passed("target", 1, 5) }
+        assertEquals(listOf(2), context.hints.sessions.map { it.actual.size })
+    }
+
+    @Test
     fun threadsThatBeganSinceAreHintedAsWell() {
         val device = device()
         val (begun, end) = List(2) { CountDownLatch(1) }
