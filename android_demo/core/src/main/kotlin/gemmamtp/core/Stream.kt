@@ -30,7 +30,7 @@ public class Token(
  * @property stats counts and times so far.
  * @property progress called with how many tokens of the prompt are in the cache and how many it has, before the prompt is
  *     run and after each chunk of it; may be set until the first token is asked for. It may neither ask a text of the
- *     decoder for tokens, nor save a conversation, nor close the decoder.
+ *     decoder for tokens, nor save a conversation, nor close the decoder, nor wait for another thread that does.
  */
 public class Stream internal constructor(
     private val conversation: Conversation,
