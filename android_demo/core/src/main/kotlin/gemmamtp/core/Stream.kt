@@ -27,7 +27,7 @@ public class Token(
 public fun interface PromptProgress {
     /**
      * Called before the prompt is run and after each chunk of it. It may neither ask a text of the decoder for tokens, nor
-     * save a conversation, nor close the decoder.
+     * save a conversation, nor close the decoder, nor wait for another thread that does.
      *
      * @param done tokens of the prompt that are in the cache.
      * @param total tokens of the prompt.

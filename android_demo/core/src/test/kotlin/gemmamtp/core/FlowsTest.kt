@@ -193,7 +193,7 @@ class FlowsTest {
                     joined = true
                 }
                 launch { // on the same thread
-                    while (Thread.getAllStackTraces().none(::waitsForTurn)) Thread.yield()
+                    while (!bundle.target.closed && Thread.getAllStackTraces().none(::waitsForTurn)) Thread.yield()
                     assertFalse(bundle.target.closed)
                     closing.cancel() // closes all the same
                     held.go()

@@ -53,8 +53,8 @@ private class Writer(val talk: Talk, val prompt: List<Int>, val options: Options
 
 /**
  * Writes texts in several conversations, each with a disturbance at a random moment, and compares them with those of a
- * decoder that nothing disturbs: no token is wrong, and every conversation goes on. Where threads race, this holds whoever is
- * first.
+ * decoder that nothing disturbs: no token is wrong, and every conversation goes on. Whoever is
+ * first where threads race, this holds.
  *
  * @param longest tokens of the longest texts.
  * @param session a file for sessions, which does not exist.
@@ -79,7 +79,7 @@ internal class Stress(
 
     private val struck = IntArray(Disturbance.values().size)
 
-    /** A graph whose passes are events, when they begin and when they end; none runs beside another, or in a closed graph. */
+    /** A graph whose passes are events, as they begin and as they end; one runs at a time, and none once it is closed. */
     private inner class Watched(private val graph: BoundGraph) : BoundGraph by graph {
         @Volatile var closed = false
 

@@ -17,7 +17,8 @@ fun main(arguments: Array<String>) = runBlocking {
         val decoder = loadDecoder(File(arguments[0]), OnnxRuntime(), deviceFolder = File(arguments[1]))
         try {
             val session = File(arguments[3])
-            val conversation = decoder.onDecoder { if (session.exists()) decoder.openSession(session) else decoder.conversation() }
+            val conversation =
+                if (session.exists()) decoder.onDecoder { decoder.openSession(session) } else decoder.conversation()
             val stream =
                 if (decoder.chat == null) conversation.stream(arguments[2], Options(40))
                 else conversation.chat(listOf(Message("user", arguments[2])), Options(40))
