@@ -13,7 +13,7 @@ interface Model : Closeable {
     /** Whether it answers conversations; otherwise it continues the last message as text. */
     val chats: Boolean
 
-    /** Whether it can be asked to think before it answers, and takes its thoughts back in a conversation. */
+    /** Whether it can be asked to think before it answers. */
     val thinks: Boolean
 
     /** How many tokens of a conversation the model sees at most. */

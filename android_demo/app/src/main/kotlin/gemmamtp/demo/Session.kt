@@ -83,9 +83,9 @@ class Session(
         val before = screen.talk
         val messages = ArrayList<Message>()
         if (model.chats && screen.system.isNotBlank()) messages.add(Message("system", screen.system))
-        for ((asked, answer, thought) in before.filter { it.answer.isNotEmpty() }) {
+        for ((asked, answer) in before.filter { it.answer.isNotEmpty() }) { // templates drop thoughts of earlier turns
             messages.add(Message("user", asked))
-            messages.add(Message("assistant", answer, thought = if (model.thinks) thought else ""))
+            messages.add(Message("assistant", answer))
         }
         messages.add(Message("user", prompt))
         val thinking = screen.thinking && model.thinks

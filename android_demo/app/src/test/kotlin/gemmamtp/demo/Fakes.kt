@@ -42,7 +42,7 @@ class FakeModel(override val chats: Boolean = true, private val length: Int = 5,
     var token: (Options, Int) -> Int = { _, at -> at }
 
     override fun write(messages: List<Message>, options: Options, thinking: Boolean): Writing {
-        prompts.add(messages.map { "${it.role}: ${it.content}${if (it.thought.isEmpty()) "" else " (${it.thought})"}" })
+        prompts.add(messages.map { "${it.role}: ${it.content}" })
         this.thinking.add(thinking)
         this.options.add(options)
         if (messages.last().content == "bad") throw InputError("the prompt is bad; write a better one")

@@ -134,7 +134,10 @@ private fun install(
 /** The bundle in a place that [downloadBundle] was given, put back if an interruption left it beside; null if there is none. */
 public fun installedBundle(place: File): File? {
     val folders = Folders(place)
-    folders.restore()
+    try {
+        if (folders.isBeside()) folders.locked(folders::restore)
+    } catch (_: InputError) { // it is being replaced now
+    }
     return place.takeIf { folders.isBundle() }
 }
 

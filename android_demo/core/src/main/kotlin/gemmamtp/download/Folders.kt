@@ -56,9 +56,12 @@ internal class Folders(given: File) {
         false
     }
 
+    /** Whether the old bundle has given way, and none is in place. */
+    fun isBeside() = !isBundle() && File(old, MANIFEST).isFile
+
     /** Put the old bundle back if an interruption left none in place. */
     fun restore() {
-        if (!isBundle() && File(old, MANIFEST).isFile) old.renameTo(place)
+        if (isBeside()) old.renameTo(place)
     }
 
     /** Undo what was interrupted, and refuse a place that has something other than a bundle. */

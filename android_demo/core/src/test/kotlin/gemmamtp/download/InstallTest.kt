@@ -191,6 +191,18 @@ class InstallTest : DownloadCase() {
     }
 
     @Test
+    fun aBundleThatIsBeingReplacedIsNotPutBack() {
+        put(place, older)
+        download {
+            val beside = File(folder, ".old-bundle")
+            assertTrue(place.renameTo(beside))
+            assertNull(installedBundle(place))
+            assertTrue(beside.renameTo(place))
+        }
+        assertInstalled()
+    }
+
+    @Test
     fun aSecondDownloadIsRefusedWhileOneRuns() {
         download { assertTrue("another download to it is running" in refused()) }
         assertInstalled()
