@@ -9,16 +9,16 @@ LIBRARY_OPTIONS := -Xexplicit-api=strict -language-version 2.2 -api-version 2.2
 HOST_PACKAGES := .packages/.host-tests
 ORT_JAVA ?= $(PARTS)/standins-ort
 ENGINES := engine-onnx engine-executorch
-# Sources by part: the library; what sees only its public side, the app without what imports
-# Android; what sees all.
+# Sources by part: core; the engines and then the app, without what imports Android, which see its public side; what sees all.
 CORE_SOURCES = $(shell find core/src/main -name '*.kt')
-USER_SOURCES = $(shell find $(ENGINES:%=%/src/main) app/src/test -name '*.kt') $(shell grep -rL '^import android' app/src/main/kotlin)
+ENGINE_SOURCES = $(shell find $(ENGINES:%=%/src/main) -name '*.kt')
+APP_SOURCES = $(shell find app/src/test -name '*.kt') $(shell grep -rL '^import android' app/src/main/kotlin)
 TEST_SOURCES = app/src/main/kotlin/gemmamtp/demo/AssetSource.kt $(shell find core/src/test app/src/androidTest hosttest/src -name '*.kt')
 KOTLIN_TESTS = $(subst /,.,$(shell find core/src/test app/src/test hosttest/src/test -name '*Test.kt' | sed 's|.*/kotlin/||; s|.kt$$||'))
 HOST_BUNDLES := onnx-fp32 onnx-int4 executorch-fp32
 KOTLIN_JARS := $(foreach jar,kotlin/lib/kotlin-stdlib kotlin/lib/kotlinx-coroutines-core-jvm kotlin/lib/kotlin-test kotlin/lib/kotlin-test-junit \
     gson/gson junit/junit4 junit/hamcrest-core,:.packages/$(jar).jar)
-HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/users:$(PARTS)/core:$(PARTS)/java:$(PARTS)/standins-ort:$(PARTS)/standins-et:$(PARTS)/standins-android$(KOTLIN_JARS))
+HOST_CLASSES := $(subst $() ,,$(PARTS)/kotlin:$(PARTS)/app:$(PARTS)/engines:$(PARTS)/core:$(PARTS)/java:$(PARTS)/standins-ort:$(PARTS)/standins-et:$(PARTS)/standins-android$(KOTLIN_JARS))
 # Besides classes, write those of a part's public side to its folder under api/.
 ABI := -P plugin:org.jetbrains.kotlin.jvm.abi
 API_OPTIONS = -Xplugin=.packages/kotlin/lib/jvm-abi-gen.jar $(ABI):outputDir=$(PARTS)/api/$(notdir $(@D)) \
@@ -59,16 +59,21 @@ $(PARTS)/core/.built: hosttest/host.mk $(CORE_SOURCES) $(HOST_PACKAGES) $(PARTS)
 	    -cp $(subst $() ,,$(PARTS)/standins-android$(KOTLIN_JARS)) $(filter %.kt,$^)
 	touch $@
 
-$(PARTS)/users/.built: $(USER_SOURCES) $(PARTS)/core/.built $(PARTS)/standins-ort/.built
-	rm -rf $(@D) $(PARTS)/api/users && mkdir -p $(@D)
-	$(KOTLINC) $(API_OPTIONS) -module-name users -d $(@D) \
+$(PARTS)/engines/.built: $(ENGINE_SOURCES) $(PARTS)/core/.built $(PARTS)/standins-ort/.built
+	rm -rf $(@D) $(PARTS)/api/engines && mkdir -p $(@D)
+	$(KOTLINC) $(LIBRARY_OPTIONS) $(API_OPTIONS) -module-name engines -d $(@D) \
 	    -cp $(subst $() ,,$(PARTS)/core:$(ORT_JAVA):.packages/executorch-java/classes.jar$(KOTLIN_JARS)) $(filter %.kt,$^)
 	touch $@
 
-$(PARTS)/kotlin/.built: $(TEST_SOURCES) $(PARTS)/users/.built
+$(PARTS)/app/.built: $(APP_SOURCES) $(PARTS)/engines/.built
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(KOTLINC) -module-name app -d $(@D) -cp $(subst $() ,,$(PARTS)/engines:$(PARTS)/core$(KOTLIN_JARS)) $(filter %.kt,$^)
+	touch $@
+
+$(PARTS)/kotlin/.built: $(TEST_SOURCES) $(PARTS)/app/.built
 	rm -rf $(@D) && mkdir -p $(@D)
 	$(KOTLINC) -module-name tests -Xfriend-paths=$(PARTS)/core -d $(@D) \
-	    -cp $(subst $() ,,$(PARTS)/users:$(PARTS)/core:$(PARTS)/standins-android$(KOTLIN_JARS)) $(filter %.kt,$^)
+	    -cp $(subst $() ,,$(PARTS)/app:$(PARTS)/engines:$(PARTS)/core:$(PARTS)/standins-android$(KOTLIN_JARS)) $(filter %.kt,$^)
 	touch $@
 
 # As an app in Java would be: after the library, against its classes.

@@ -13,8 +13,8 @@ PARTS = ANDROID / "build/parts"
 # Classes of each module, below the folder of compiled parts.
 MODULES = {
     "core": "api/core/gemmamtp",
-    "engine-onnx": "api/users/gemmamtp/onnx",
-    "engine-executorch": "api/users/gemmamtp/executorch",
+    "engine-onnx": "api/engines/gemmamtp/onnx",
+    "engine-executorch": "api/engines/gemmamtp/executorch",
 }
 
 

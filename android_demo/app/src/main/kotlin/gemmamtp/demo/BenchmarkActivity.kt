@@ -65,7 +65,7 @@ class BenchmarkActivity : Activity() {
         val manifest = readManifest(bundle)
         val before = device.heat
         val opener = BundleOpener(ENGINES, File(noBackupFilesDir, "devices"), device)
-        val measured = opener.open(bundle, report).use { measure(it, report = report) }
+        val (measured, memoryUsed) = opener.open(bundle, report).use { measure(it, report = report) to Debug.getPss() }
         val memory = ActivityManager.MemoryInfo()
         (getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(memory)
         val facts = mapOf(
@@ -78,7 +78,7 @@ class BenchmarkActivity : Activity() {
                 "digest" to manifest.digest, "backend" to manifest.backend, "recipe" to manifest.recipe,
                 "max_seq_len" to manifest.maxSeqLen,
             ),
-            "state" to mapOf("heat_before" to before, "heat_after" to device.heat, "pss_kilobytes" to Debug.getPss()),
+            "state" to mapOf("heat_before" to before, "heat_after" to device.heat, "pss_kilobytes" to memoryUsed),
         )
         val document = deviceFigures(facts, measured)
         val file = File(getExternalFilesDir(null), FILE).apply { writeText(document) }

@@ -93,7 +93,8 @@ public class Conversation internal constructor(private val decoder: Decoder, int
         if (options.whenFull == WhenFull.STOP) return stream(prompt(messages), options, emptyList(), null, progress)
         if (messages.isEmpty()) refuse("there are none")
         val shift = ChatShift(messages, decoder.manifest.maxSeqLen, prompt)
-        return stream(shift.begin(cache::reusable), options, emptyList(), shift, progress)
+        // Not while a pass changes the cache: another thread may still be in an older text.
+        return stream(decoder.exclusive { shift.begin(cache::reusable) }, options, emptyList(), shift, progress)
     }
 
     /** Let the next prompt be run as a whole, whatever it shares with the last text. */

@@ -37,7 +37,7 @@ public fun interface DownloadProgress {
  * @property retries how many failures in a row, without a new byte between them, are followed by another try.
  * @property pause waits after a failure; receives how many in a row there were.
  */
-public class Patience(
+public class Patience @JvmOverloads constructor(
     public val connectMillis: Int = 15_000,
     public val readMillis: Int = 30_000,
     public val retries: Int = 4,

@@ -5,6 +5,8 @@ import gemmamtp.core.oneLine
 import java.io.ByteArrayOutputStream
 import java.io.Closeable
 import java.io.InputStream
+import java.io.InterruptedIOException
+import java.net.SocketTimeoutException
 
 /** Reading failed, for the moment: it may go better later. */
 internal class Broken(message: String, cause: Throwable? = null) : Exception(message, cause)
@@ -101,6 +103,10 @@ internal class Local(private val files: BundleFiles) : Source {
 internal fun <T> reading(work: () -> T): T =
     try {
         work()
+    } catch (error: InterruptedIOException) { // the app wants an end, unless the server is silent
+        throw if (error is SocketTimeoutException) broken(error) else error
     } catch (error: Exception) { // not IOException alone: an address that the server sends to may be malformed
-        throw Broken("${error.javaClass.simpleName}: ${shown(oneLine(error))}", error)
+        throw broken(error)
     }
+
+private fun broken(error: Exception) = Broken("${error.javaClass.simpleName}: ${shown(oneLine(error))}", error)

@@ -3,6 +3,7 @@ package gemmamtp.download
 import gemmamtp.core.MANIFEST
 import java.io.FilterInputStream
 import java.io.IOException
+import java.io.InterruptedIOException
 import kotlin.test.Test
 import kotlin.test.assertEquals
 import kotlin.test.assertFailsWith
@@ -62,6 +63,12 @@ class CopyTest : DownloadCase() {
         assertTrue("w" !in asked, "$asked")
         assertInstalled()
         assertEquals(emptySet(), open)
+    }
+
+    @Test
+    fun anInterruptIsNoFailureOfTheSource() {
+        val interrupted = BundleFiles { throw InterruptedIOException("the app wants an end") }
+        assertFailsWith<InterruptedIOException> { copyBundle(interrupted, place) }
     }
 
     @Test

@@ -27,7 +27,7 @@ import org.pytorch.executorch.Tensor as EtTensor
  *
  * Its threads are one pool for the whole process, so all bundles that are open at once are opened with the same number.
  */
-class ExecuTorch : LoadGraphs {
+public class ExecuTorch : LoadGraphs {
     override fun load(bundle: File, manifest: Manifest, threads: Int): Map<String, BoundGraph> {
         requireBackend(bundle, manifest, "executorch", "ExecuTorch")
         val programs = HashMap<String, Program>()

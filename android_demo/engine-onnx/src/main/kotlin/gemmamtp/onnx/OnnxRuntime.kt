@@ -31,7 +31,7 @@ import java.nio.ShortBuffer
  * @param spinning whether threads that wait for work keep their cores busy: a few percent more tokens a second, for more
  *     power and heat, and less for whatever else the phone does.
  */
-class OnnxRuntime @JvmOverloads constructor(private val spinning: Boolean = false) : LoadGraphs {
+public class OnnxRuntime @JvmOverloads constructor(private val spinning: Boolean = false) : LoadGraphs {
     override fun load(bundle: File, manifest: Manifest, threads: Int): Map<String, BoundGraph> {
         requireBackend(bundle, manifest, "onnx", "ONNX Runtime")
         requireRuntime(bundle, manifest, "ONNX Runtime", version(bundle))
