@@ -70,7 +70,8 @@ public class Conversation internal constructor(private val decoder: Decoder, int
      * Answer the last message of a conversation.
      *
      * With [WhenFull.SHIFT], the oldest turns of a chat that does not fit are left out, also in the middle of an answer. Pass
-     * all messages in each turn all the same: what was left out before is left out again, and the cache is used.
+     * all messages in each turn all the same: what was left out before is left out again, and the cache is used. This waits
+     * for a pass that runs.
      *
      * @param messages oldest first. An answer of this bundle is [Stream.message], what a tool answered is [toolMessage].
      * @param tools whether the model may call [Manifest.tools].
