@@ -10,7 +10,7 @@ plugins {
     alias(libs.plugins.kotlin.android) apply false
 }
 
-// What the artifacts have in common: ./gradlew publishToMavenLocal publishes each with its sources and documentation.
+// What the artifacts have in common: ./gradlew publishToMavenLocal publishes each with its sources.
 configure(listOf(project(":core"), project(":engine-onnx"), project(":engine-executorch"))) {
     group = "gemmamtp"
     version = "0.2.0"
@@ -28,8 +28,7 @@ configure(listOf(project(":core"), project(":engine-onnx"), project(":engine-exe
             }
             publishing {
                 singleVariant("release") {
-                    withSourcesJar()
-                    withJavadocJar()
+                    withSourcesJar() // with KDoc, which editors show; AGP's own Dokka does not read Kotlin 2
                 }
             }
         }

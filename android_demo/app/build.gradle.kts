@@ -1,6 +1,6 @@
 import org.jetbrains.kotlin.gradle.dsl.JvmTarget
 
-// The demo: one Activity of the plain framework.
+// The demo: Activities of the plain framework.
 plugins {
     alias(libs.plugins.android.application)
     alias(libs.plugins.kotlin.android)

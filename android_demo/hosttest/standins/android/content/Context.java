@@ -34,6 +34,10 @@ public class Context {
         }
     }
 
+    public Context getApplicationContext() {
+        return this;
+    }
+
     public AssetManager getAssets() {
         return new AssetManager();
     }

@@ -12,6 +12,8 @@ public abstract class ListenableWorker {
 
     public final native int getRunAttemptCount();
 
+    public final native boolean isStopped();
+
     public final native ListenableFuture<Void> setForegroundAsync(ForegroundInfo foregroundInfo);
 
     public abstract ListenableFuture<Result> startWork();

@@ -49,7 +49,7 @@ class BenchmarkActivity : Activity() {
             )
         } catch (_: Stopped) {
             Log.w(TAG, "the benchmark went out of view and was stopped")
-        } catch (error: Exception) {
+        } catch (error: Throwable) { // memory may run out as well
             Log.e(TAG, "the benchmark failed", error)
             show(error.message ?: error.javaClass.simpleName)
         }
@@ -64,7 +64,7 @@ class BenchmarkActivity : Activity() {
         }
         val manifest = readManifest(bundle)
         val before = device.heat
-        val opener = BundleOpener(ENGINES, File(noBackupFilesDir, "devices"), device)
+        val opener = BundleOpener(ENGINES, File(noBackupFilesDir, "devices"), { device })
         val (measured, memoryUsed) = opener.open(bundle, report).use { measure(it, report = report) to Debug.getPss() }
         val memory = ActivityManager.MemoryInfo()
         (getSystemService(Context.ACTIVITY_SERVICE) as ActivityManager).getMemoryInfo(memory)

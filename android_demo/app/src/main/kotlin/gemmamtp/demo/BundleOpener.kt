@@ -20,12 +20,12 @@ import java.io.File
  * Opens bundles on disk.
  *
  * @param devices has a folder for each bundle, see [deviceFolder].
- * @param device the phone.
+ * @param device gives the phone, for each bundle anew.
  */
 class BundleOpener(
     private val loadGraphs: LoadGraphs,
     private val devices: File,
-    private val device: Device = AnyDevice,
+    private val device: () -> Device = { AnyDevice },
 ) : Opener {
     override fun memoryNeeded(bundle: File): Long = readManifest(bundle).memoryNeeded
 
@@ -38,7 +38,7 @@ class BundleOpener(
                 loadGraphs.load(folder, checked, threads)
             }
             val progress = counted(Step.CHECKING, total, report)
-            return DecoderModel(openDecoder(bundle, load, deviceFolder(devices, manifest), device, progress = progress))
+            return DecoderModel(openDecoder(bundle, load, deviceFolder(devices, manifest), device(), progress = progress))
         } catch (error: LinkageError) { // native libraries that are not in the APK, or not for this processor
             throw InputError(
                 "$bundle: this app has no ${manifest.backend} libraries for this device (${error.message}); build it" +

@@ -24,7 +24,7 @@ class DemoApp : Application() {
     val session: Session by lazy {
         Session(
             bundles,
-            BundleOpener(ENGINES, devices, AndroidDevice(this)),
+            BundleOpener(ENGINES, devices, { AndroidDevice(this) }),
             ::availableMemory,
             { memory().lowMemory },
             Executors.newSingleThreadExecutor { Thread(it, "decoder") },

@@ -54,6 +54,7 @@ fun lastDownload(context: Context): Download {
 
 /** Keeps the process alive, with a notification, while the session downloads; the session's screen shows the rest. */
 class DownloadWorker(context: Context, parameters: WorkerParameters) : Worker(context, parameters) {
+    @Volatile private var downloading = false
     private val session get() = (applicationContext as DemoApp).session
 
     override fun doWork(): Result {
@@ -64,11 +65,16 @@ class DownloadWorker(context: Context, parameters: WorkerParameters) : Worker(co
         setForegroundAsync(ForegroundInfo(NOTIFICATION, notification(), DATA_SYNC))
         val ended = CountDownLatch(1)
         if (!session.download(url, digest, ended::countDown)) return Result.retry() // it does something else
+        downloading = true
+        if (isStopped) session.stop()
         ended.await()
+        downloading = false
         return Result.success() // or the screen says why not, and the user asks again
     }
 
-    override fun onStopped() = session.stop()
+    override fun onStopped() {
+        if (downloading) session.stop()
+    }
 
     private fun notification() = NotificationCompat.Builder(applicationContext, DOWNLOAD)
         .setSmallIcon(R.drawable.ic_launcher_foreground)

@@ -28,16 +28,16 @@ private const val HYSTERESIS = 0.05f
  * Android 12 on its scheduler knows of passes and how long they should take, namely no longer than the fastest before of the
  * same size (ADPF, android.os.PerformanceHintManager).
  *
- * Make it before the bundle is opened: threads that begin after that are taken as those of the runtime.
+ * Make one for each decoder, before its bundle is opened: threads that begin after that are taken as those of the runtime.
  *
  * @param clock nanoseconds, from any moment on.
  */
 public class AndroidDevice internal constructor(context: Context, private val clock: () -> Long) : Device {
     public constructor(context: Context) : this(context, System::nanoTime)
 
-    private val power = context.getSystemService(PowerManager::class.java)
-    private val hints =
-        if (Build.VERSION.SDK_INT >= 31) context.getSystemService(PerformanceHintManager::class.java) else null
+    private val app = context.applicationContext // services of an activity would keep it
+    private val power = app.getSystemService(PowerManager::class.java)
+    private val hints = if (Build.VERSION.SDK_INT >= 31) app.getSystemService(PerformanceHintManager::class.java) else null
     private val others = threads()
     private var hinted = emptySet<Int>()
     private var session: PerformanceHintManager.Session? = null

@@ -1,3 +1,5 @@
+@file:JvmName("Buffers")
+
 package gemmamtp.core
 
 import java.io.Closeable

@@ -1,3 +1,5 @@
+@file:JvmName("Messages")
+
 package gemmamtp.core
 
 import com.google.gson.JsonObject

@@ -188,7 +188,7 @@ public fun openDecoder(
     return Decoder(engine, tokenizer, template, planner, save = save, allocate = device::allocate)
 }
 
-/** Refuse a process of 32 bits: it has no room to map weights, and the runtimes have no library for it. */
+/** Refuse a process of 32 bits: it has no room to map weights. */
 internal fun requireWideProcess(bundle: File, architecture: String) {
     if ("64" in architecture) return
     throw InputError(

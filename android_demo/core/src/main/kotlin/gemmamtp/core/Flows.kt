@@ -84,8 +84,8 @@ internal fun tokenFlow(stream: Stream, decoder: Decoder): Flow<Token> = flow {
         try {
             while (true) emit(decoder.onDecoder { if (stream.hasNext()) stream.next() else null } ?: break)
         } finally { // no pass of it runs
-            stream.leave()
             watch.cancel()
+            uncancelled(decoder.workers) { stream.leave() } // it may write costs
         }
     }
 }

@@ -1,3 +1,5 @@
+@file:JvmName("GraphSupport")
+
 package gemmamtp.core
 
 import java.io.Closeable

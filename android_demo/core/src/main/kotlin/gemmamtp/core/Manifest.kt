@@ -1,3 +1,5 @@
+@file:JvmName("Manifests")
+
 package gemmamtp.core
 
 import com.google.gson.JsonElement
@@ -183,6 +185,7 @@ public class Manifest internal constructor(
  * @throws InputError the directory is no bundle, or its manifest has another digest, another format, a feature that this
  *     version does not know, or is malformed; a file is missing, or the manifest does not name weights.
  */
+@JvmOverloads
 public fun readManifest(bundle: File, digest: String? = null): Manifest {
     val path = File(bundle, MANIFEST)
     if (!path.exists()) throw InputError("$bundle: not a bundle, $MANIFEST is missing; expected the output of `export`")

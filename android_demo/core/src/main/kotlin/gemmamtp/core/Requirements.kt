@@ -1,3 +1,5 @@
+@file:JvmName("Requirements")
+
 package gemmamtp.core
 
 import com.google.gson.JsonElement

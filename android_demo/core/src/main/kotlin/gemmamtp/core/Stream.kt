@@ -158,8 +158,10 @@ public class Stream internal constructor(
 
     /** End the text where it is: nobody takes more of its tokens. */
     internal fun leave() {
-        if (!ended) stats.finishReason = "cancelled"
+        if (ended) return
         ended = true
+        stats.finishReason = "cancelled"
+        decoder.saveCosts()
     }
 
     private fun checkCurrent() =

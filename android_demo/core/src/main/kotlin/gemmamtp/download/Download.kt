@@ -35,16 +35,31 @@ public fun interface DownloadProgress {
  * @property connectMillis how long it may take to connect.
  * @property readMillis how long the server may be silent.
  * @property retries how many failures in a row, without a new byte between them, are followed by another try.
- * @property pause waits after a failure; receives how many in a row there were.
+ * @property pause waits after each failure.
  */
-public class Patience @JvmOverloads constructor(
-    public val connectMillis: Int = 15_000,
-    public val readMillis: Int = 30_000,
-    public val retries: Int = 4,
-    public val pause: (Int) -> Unit = { Thread.sleep(1000L shl minOf(it - 1, 5)) },
-    internal val blockBytes: Int = 1 shl 16,
-    internal val usableSpace: (File) -> Long = File::getUsableSpace,
-)
+public class Patience internal constructor(
+    public val connectMillis: Int,
+    public val readMillis: Int,
+    public val retries: Int,
+    public val pause: Pause,
+    internal val blockBytes: Int,
+    internal val usableSpace: (File) -> Long,
+) {
+    /** Patience with what is usual where nothing else is said. */
+    @JvmOverloads
+    public constructor(
+        connectMillis: Int = 15_000,
+        readMillis: Int = 30_000,
+        retries: Int = 4,
+        pause: Pause = Pause { Thread.sleep(1000L shl minOf(it - 1, 5)) },
+    ) : this(connectMillis, readMillis, retries, pause, 1 shl 16, File::getUsableSpace)
+}
+
+/** Waits after a failure. */
+public fun interface Pause {
+    /** Called after so many failures in a row. */
+    public fun after(failures: Int)
+}
 
 /** Opens a bundle as the app would, and closes it, before it takes the place of the old one. */
 public fun interface Trial {

@@ -41,7 +41,7 @@ internal class Server(url: String, private val patience: Patience) : Source {
                     throw InputError("${address(name)}: ${error.message}; what was fetched is kept, try again later", error)
                 }
             }
-            patience.pause(failures)
+            patience.pause.after(failures)
         }
     }
 

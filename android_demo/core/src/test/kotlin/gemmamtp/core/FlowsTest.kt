@@ -289,4 +289,12 @@ class FlowsTest {
         val expected = assertFailsWith<InputError> { openDecoder(directory, none) }
         assertEquals(expected.message, assertFailsWith<InputError> { runBlocking { loadDecoder(directory, none) } }.message)
     }
+
+    @Test
+    fun aTextThatIsLeftKeepsItsCosts() = inTemporaryDirectory { directory ->
+        var saves = 0
+        val decoder = FakeBundle(directory).decoder { saves++ }
+        runBlocking { decoder.stream(intArrayOf(3, 4), Options(50, 0)).asFlow().take(2).toList() }
+        assertEquals(1, saves)
+    }
 }

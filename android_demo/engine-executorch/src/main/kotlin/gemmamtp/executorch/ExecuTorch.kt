@@ -85,12 +85,13 @@ private class Program(val file: File, threads: Int) : Closeable {
         Pool.join(file, threads)
         try {
             module = Module.load(file.path, Module.LOAD_MODE_MMAP, threads)
-        } catch (error: Exception) {
+        } catch (error: Throwable) { // memory may run out as well
             Pool.leave()
-            throw InputError("$file: ExecuTorch cannot load it (${firstLine(error)}); $RECHECK", error)
-        } catch (error: LinkageError) {
-            Pool.leave()
-            throw InputError("$file: ExecuTorch has no library for this processor (${firstLine(error)})", error)
+            throw when (error) {
+                is LinkageError -> InputError("$file: ExecuTorch has no library for this processor (${firstLine(error)})", error)
+                is Exception -> InputError("$file: ExecuTorch cannot load it (${firstLine(error)}); $RECHECK", error)
+                else -> error
+            }
         }
     }
 

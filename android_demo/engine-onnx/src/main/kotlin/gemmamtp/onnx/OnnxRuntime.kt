@@ -63,7 +63,7 @@ private class OrtGraph(private val file: File, private val graph: Graph, threads
                 options.setIntraOpNumThreads(threads)
                 options.addConfigEntry("session.intra_op.allow_spinning", if (spinning) "1" else "0")
                 OrtEnvironment.getEnvironment().createSession(file.path, options)
-            } catch (error: OrtException) {
+            } catch (error: Throwable) { // memory may run out as well
                 options.close()
                 throw error
             }
