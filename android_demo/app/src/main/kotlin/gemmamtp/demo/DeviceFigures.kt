@@ -11,7 +11,7 @@ private const val SCHEMA_VERSION = 1
 val BENCHMARK_PROMPTS = mapOf(
     "code" to "Write a Python class for a bank account with methods to deposit, withdraw and transfer money. Add docstrings.",
     "prose" to "Tell a short story about a lighthouse keeper who finds a letter in a bottle.",
-    "german" to "Erkläre in einfachen Worten, warum der Himmel blau ist und der Sonnenuntergang rot.",
+    "german" to "Erkläre in einfachen Worten, warum der Himmel blau leuchtet und der Abend rot.",
 )
 
 /**
