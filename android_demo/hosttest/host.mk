@@ -4,7 +4,7 @@
 # Kotlin is compiled against ExecuTorch's real classes and run on the stand-ins, so a difference between them fails.
 # ORT_JAVA=PATH does the same with the real classes of ONNX Runtime (classes.jar of the AAR onnxruntime-android).
 PARTS := build/parts
-# As in core's build.gradle.kts: public things are said to be so, and apps with older compilers can use the library.
+# As in build.gradle.kts: public things are said to be so, and apps with older compilers can use the library.
 LIBRARY_OPTIONS := -Xexplicit-api=strict -language-version 2.2 -api-version 2.2
 HOST_PACKAGES := .packages/.host-tests
 ORT_JAVA ?= $(PARTS)/standins-ort

@@ -5,9 +5,9 @@ import gemmamtp.core.Decoder
 import gemmamtp.core.Device
 import gemmamtp.core.InputError
 import gemmamtp.core.LoadGraphs
-import gemmamtp.core.Manifest
 import gemmamtp.core.Message
 import gemmamtp.core.Options
+import gemmamtp.core.Progress
 import gemmamtp.core.Rules
 import gemmamtp.core.Sampling
 import gemmamtp.core.Stream
@@ -19,7 +19,7 @@ import java.io.File
 /**
  * Opens bundles on disk.
  *
- * @param devices has a folder for each bundle, see [deviceFolder].
+ * @param devices has a folder for what belongs to each bundle on this device: costs, and which files were checked.
  * @param device gives the phone, for each bundle anew.
  */
 class BundleOpener(
@@ -38,7 +38,7 @@ class BundleOpener(
                 loadGraphs.load(folder, checked, threads)
             }
             val progress = counted(Step.CHECKING, total, report)
-            return DecoderModel(openDecoder(bundle, load, deviceFolder(devices, manifest), device(), progress = progress))
+            return DecoderModel(openDecoder(bundle, load, File(devices, manifest.digest), device(), progress = progress))
         } catch (error: LinkageError) { // native libraries that are not in the APK, or not for this processor
             throw InputError(
                 "$bundle: this app has no ${manifest.backend} libraries for this device (${error.message}); build it" +
@@ -49,8 +49,14 @@ class BundleOpener(
     }
 }
 
-/** The folder of what belongs to a bundle on this device: measured costs, and which files were checked. */
-fun deviceFolder(devices: File, manifest: Manifest) = File(devices, manifest.digest)
+/** A progress that reports the bytes done so far, of a [total], as a [step]. */
+private fun counted(step: Step, total: Long, report: Report): Progress {
+    var done = 0L
+    return Progress { _, bytes ->
+        done += bytes
+        report.at(Work(step, done, total))
+    }
+}
 
 private class DecoderModel(private val decoder: Decoder) : Model {
     override val chats get() = decoder.chat?.has() ?: false

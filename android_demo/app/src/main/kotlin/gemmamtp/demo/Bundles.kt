@@ -2,7 +2,6 @@ package gemmamtp.demo
 
 import gemmamtp.core.InputError
 import gemmamtp.core.MANIFEST
-import gemmamtp.core.Progress
 import gemmamtp.download.BundleFiles
 import gemmamtp.download.DownloadProgress
 import gemmamtp.download.Trial
@@ -83,12 +82,3 @@ class Bundles(private val installed: File, private val pushed: List<File>) {
 }
 
 private fun bytes(step: Step, report: Report) = DownloadProgress { done, total -> report.at(Work(step, done, total)) }
-
-/** A progress that reports the bytes done so far, of a [total], as a [step]. */
-fun counted(step: Step, total: Long, report: Report): Progress {
-    var done = 0L
-    return Progress { _, bytes ->
-        done += bytes
-        report.at(Work(step, done, total))
-    }
-}

@@ -8,6 +8,7 @@ import android.os.Process
 import android.os.SharedMemory
 import android.system.ErrnoException
 import gemmamtp.core.Device
+import gemmamtp.core.capacity
 import java.io.File
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
@@ -55,9 +56,8 @@ public class AndroidDevice internal constructor(context: Context, private val cl
 
     override fun allocate(bytes: Long): ByteBuffer {
         if (bytes == 0L) return super.allocate(bytes) // shared memory has at least a byte
-        check(bytes <= Int.MAX_VALUE) { "$bytes bytes are more than one buffer holds" }
         try {
-            return SharedMemory.create("gemma-mtp", bytes.toInt()).use { it.mapReadWrite() }.order(ByteOrder.nativeOrder())
+            return SharedMemory.create("gemma-mtp", capacity(bytes)).use { it.mapReadWrite() }.order(ByteOrder.nativeOrder())
         } catch (error: ErrnoException) {
             throw OutOfMemoryError("$bytes bytes of shared memory cannot be had (${error.message})").apply { initCause(error) }
         }
@@ -76,7 +76,8 @@ public class AndroidDevice internal constructor(context: Context, private val cl
     /** Begin a session of this thread and the runtime's; there is none on phones that do not take hints. */
     private fun begin(hints: PerformanceHintManager, target: Long) {
         session?.close()
-        hinted = hinted.intersect(threads()) + (threads() - others) + Process.myTid()
+        val alive = threads()
+        hinted = hinted.intersect(alive) + (alive - others) + Process.myTid()
         session = try {
             hints.createHintSession(hinted.toIntArray(), target)
         } catch (_: RuntimeException) { // one of them has ended meanwhile: the next thread tries again

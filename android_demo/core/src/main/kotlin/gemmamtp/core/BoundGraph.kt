@@ -54,7 +54,10 @@ public fun floats(count: Int): FloatBuffer = direct(count.toLong() * Float.SIZE_
 public fun longs(count: Int): LongBuffer = direct(count.toLong() * Long.SIZE_BYTES).asLongBuffer()
 
 /** Zeros in direct memory of native byte order. */
-internal fun direct(bytes: Long): ByteBuffer {
+internal fun direct(bytes: Long): ByteBuffer = ByteBuffer.allocateDirect(capacity(bytes)).order(ByteOrder.nativeOrder())
+
+/** So many bytes, as the capacity of a buffer. */
+internal fun capacity(bytes: Long): Int {
     check(bytes <= Int.MAX_VALUE) { "$bytes bytes are more than one buffer holds" }
-    return ByteBuffer.allocateDirect(bytes.toInt()).order(ByteOrder.nativeOrder())
+    return bytes.toInt()
 }

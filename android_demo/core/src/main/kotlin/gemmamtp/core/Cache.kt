@@ -121,7 +121,11 @@ internal fun usedRows(kv: KVBuffer, position: Int, windowStart: Int) = position 
 
 /** Rows of a buffer that is made for [used] of them. */
 internal fun bufferRows(manifest: Manifest, kv: KVBuffer, used: Int) =
-    minOf(roundUp(used, CACHE_STEP_ROWS), manifest.limits.getValue(if (kv.sliding) "window_rows" else "cache_rows"))
+    minOf(roundUp(used, CACHE_STEP_ROWS), maxRows(manifest, kv))
+
+/** The most rows that a buffer has. */
+internal fun maxRows(manifest: Manifest, kv: KVBuffer) =
+    manifest.limits.getValue(if (kv.sliding) "window_rows" else "cache_rows")
 
 /** The last position at which sliding layers' buffers may begin for tokens from a position on. */
 internal fun windowStartAt(manifest: Manifest, position: Int) =

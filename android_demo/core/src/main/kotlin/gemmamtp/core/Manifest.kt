@@ -170,10 +170,7 @@ public class Manifest internal constructor(
                 tables[table]?.let { listOfNotNull(it.data, it.scales) }.orEmpty().flatMap { rows -> rows.parts.map { it.file } }
             val mapped = filesOf(PER_LAYER) - tables.keys.filter { it != PER_LAYER }.flatMap(::filesOf).toSet()
             val weights = files.filterKeys { it !in mapped }.values.sumOf { it.size }
-            val cache = kv.sumOf {
-                val rows = limits.getValue(if (it.sliding) "window_rows" else "cache_rows")
-                it.type.bytes.toLong() * it.numKeyValueHeads * rows * it.headDim
-            }
+            val cache = kv.sumOf { it.shape(maxRows(this, it)).fold(it.type.bytes.toLong(), Long::times) }
             return weights + 2 * cache
         }
 }
@@ -206,7 +203,7 @@ public fun readManifest(bundle: File, digest: String? = null): Manifest {
 /** Read a manifest alone, as [readManifest] does. */
 internal fun readManifestFile(path: File, digest: String? = null): Manifest {
     val content = readBytes(path, MANIFEST_EXPECTED)
-    val actual = hex(MessageDigest.getInstance("SHA-256").digest(content))
+    val actual = sha256(content)
     if (digest != null && digest.lowercase() != actual) {
         throw InputError("$path: has the sha256 $actual, expected $digest; this is not the bundle that was meant")
     }
@@ -237,6 +234,9 @@ internal fun fileSha256(file: File, progress: Progress = Progress { _, _ -> }): 
     }
     return hex(digest.digest())
 }
+
+/** Hexadecimal sha256 of bytes. */
+internal fun sha256(content: ByteArray) = hex(MessageDigest.getInstance("SHA-256").digest(content))
 
 internal fun hex(bytes: ByteArray) = bytes.joinToString("") { "%02x".format(it) }
 

@@ -5,13 +5,12 @@ package gemmamtp.download
 import gemmamtp.core.FileMetadata
 import gemmamtp.core.InputError
 import gemmamtp.core.MANIFEST
-import gemmamtp.core.hex
 import gemmamtp.core.readManifestFile
+import gemmamtp.core.sha256
 import gemmamtp.core.writeWhole
 import java.io.File
 import java.io.IOException
 import java.io.InputStream
-import java.security.MessageDigest
 
 /** A manifest is read into memory: a longer one is none. */
 private const val MAX_MANIFEST_BYTES = 1 shl 24
@@ -301,8 +300,6 @@ private class Download(
 }
 
 private fun <T : Any> orNull(read: () -> T): T? = try { read() } catch (_: IOException) { null }
-
-private fun sha256(content: ByteArray) = hex(MessageDigest.getInstance("SHA-256").digest(content))
 
 /** The sum, or the largest number if it is more than that. */
 private fun sum(sizes: List<Long>) = sizes.fold(0L) { sum, size -> sum + minOf(size, Long.MAX_VALUE - sum) }

@@ -47,7 +47,7 @@ internal interface Source {
  *
  * @property begin the first one's place in the file.
  * @param announced how many there are, as far as the source said; null if it did not.
- * @param end ends reading, wherever it is.
+ * @param end ends reading, wherever it is: a connection is not kept, since there may be much left to read.
  */
 internal class Body(
     private val stream: InputStream,
@@ -76,7 +76,7 @@ internal class Body(
     override fun close() = end()
 }
 
-/** Files that an app can read. Connections are ended, not kept: there may be much left to read. */
+/** Files that an app can read. */
 internal class Local(private val files: BundleFiles) : Source {
     override val remedy get() = "copy the bundle again"
 

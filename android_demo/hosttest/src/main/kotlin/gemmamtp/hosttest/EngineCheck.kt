@@ -7,6 +7,7 @@ import gemmamtp.core.Table
 import gemmamtp.core.Tensor
 import gemmamtp.core.floats
 import gemmamtp.core.longs
+import gemmamtp.core.maxRows
 import gemmamtp.core.readManifest
 import gemmamtp.demo.ENGINES
 import java.io.ByteArrayOutputStream
@@ -68,8 +69,8 @@ private class Check(private val manifest: Manifest, bundle: File, private val gr
 
     private fun token(i: Int) = (i * 37 + 11) % manifest.vocabSize
 
-    private fun cacheOf(maxRows: Int) = manifest.kv.associate {
-        val rows = minOf(maxRows, manifest.limits.getValue(if (it.sliding) "window_rows" else "cache_rows"))
+    private fun cacheOf(most: Int) = manifest.kv.associate {
+        val rows = minOf(most, maxRows(manifest, it))
         val shape = longArrayOf(it.numKeyValueHeads.toLong(), rows.toLong(), it.headDim.toLong())
         it.name to Tensor(floats(it.numKeyValueHeads * rows * it.headDim), *shape)
     }
