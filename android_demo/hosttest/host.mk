@@ -48,7 +48,7 @@ $(HOST_PACKAGES): tools/packages.sh
 STANDINS_ort := ai
 STANDINS_et := org
 STANDINS_android := android androidx
-$(PARTS)/standins-%/.built: $(shell find hosttest/standins -name '*.java')
+$(PARTS)/standins-%/.built: $(shell find hosttest/standins -name '*.java') $(HOST_PACKAGES)
 	mkdir -p $(@D)
 	javac -Xlint:all,-serial -d $(@D) -cp .packages/junit/junit4.jar $(shell find $(STANDINS_$*:%=hosttest/standins/%) -name '*.java')
 	touch $@
