@@ -156,11 +156,12 @@ def check_files(output: Path | None, report: Path | None, force: bool) -> None:
 
 
 def texts_to_fit(pair: "Pair", file: Path | None = None) -> "TokenTexts":
-    """Return the texts of `exporter.texts.token_texts.fitting_texts`, saying so while the target writes."""
+    """Return the texts of `exporter.texts.token_texts.fitting_texts`, with a progress bar while the target writes."""
     from exporter.texts.token_texts import fitting_texts
+    from exporter.texts.writing import TEXT_TOKENS
 
-    with err.status("texts"):
-        return fitting_texts(pair, file)
+    with progress_bar(err, "texts", TEXT_TOKENS) as progress:
+        return fitting_texts(pair, file, progress)
 
 
 def run_clustering(

@@ -123,7 +123,7 @@ def measure_bits(
     from exporter.graphs.bundle_bytes import bytes_beside_matrices
     from exporter.graphs.grids import off_grid
     from exporter.graphs.parts import graph_parts
-    from exporter.texts.token_texts import held_out_texts
+    from exporter.texts.token_texts import HELD_OUT_TOKENS, held_out_texts
 
     backend, int4 = load_backend(backend_name), RECIPES["int4"]
     if calibrate is None:
@@ -131,9 +131,10 @@ def measure_bits(
     if calibrate:
         texts = texts or texts_to_fit(pair)
         if sites := foldable(graph_parts(pair, int4)["target"]):
-            pair = fold(pair, sites, texts)
-    with err.status("texts"):
-        held_out = held_out_texts(pair)
+            with progress_bar(err, "inputs", pair.target.num_hidden_layers) as progress:
+                pair = fold(pair, sites, texts, lambda step, _: progress(step, 1))
+    with progress_bar(err, "held-out texts", HELD_OUT_TOKENS) as progress:
+        held_out = held_out_texts(pair, progress)
     shapes = graph_parts(pair, int4)["target"].shapes
     total = sum(4 * prod(shape) for name, shape in shapes.items() if name.startswith("layers."))
     with progress_bar(err, "bits", total) as progress:

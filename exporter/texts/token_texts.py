@@ -14,12 +14,14 @@ from exporter.texts.documents import CALIBRATION, HELD_OUT, Document, documents
 from exporter.texts.writing import write_texts
 from runtime_ref.chat import ChatTemplate
 from runtime_ref.errors import InputError
+from runtime_ref.manifest import Progress
 from runtime_ref.prompts import read_prompt_ids
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 
 MAX_TEXT_TOKENS = 256  # longer texts are cut into pieces, each with the beginning-of-text token
 REFUSED = " (chats as plain text: the chat template refuses them)"
 WRITTEN = "texts that the target wrote, sampled at temperature 1"
+HELD_OUT_TOKENS = 32  # of each text that the target writes to compare on
 MAX_TOKENS = 16384  # of a user's file: calibration takes time in proportion
 
 
@@ -54,7 +56,11 @@ def has_tokenizer(pair: Pair) -> bool:
 
 
 def token_texts(
-    pair: Pair, file: Path | None = None, name: str = CALIBRATION, max_text_tokens: int = MAX_TEXT_TOKENS
+    pair: Pair,
+    file: Path | None = None,
+    name: str = CALIBRATION,
+    max_text_tokens: int = MAX_TEXT_TOKENS,
+    progress: Progress = lambda *_: None,
 ) -> TokenTexts:
     """Return texts for a pair: a user's, else the package's, else, without a tokenizer, what the target writes.
 
@@ -63,6 +69,7 @@ def token_texts(
         file: a text file in UTF-8, or a JSON file of token ids as `--prompt-ids` takes it; None for no file.
         name: which set of the package, `CALIBRATION` or `HELD_OUT`.
         max_text_tokens: maximum length of a text; at most `MAX_TEXT_TOKENS`.
+        progress: called while the target writes, with 1 for each of at most `TEXT_TOKENS` tokens of its texts.
 
     Raises:
         InputError: the file cannot be read, is empty or too long, holds ids that the target lacks, or is a text while
@@ -81,19 +88,19 @@ def token_texts(
         ids = TextTokenizer(directory, pair.tokens).encode(text) if text.strip() else []
         return _checked(_pieces(pair, [ids]), pair, file)
     if not has_tokenizer(pair):
-        return TokenTexts(_tuples(write_texts(pair)), WRITTEN)
+        return TokenTexts(_tuples(write_texts(pair, progress=progress)), WRITTEN)
     return package_texts(pair, documents(name), f"the package's set {name}", max_text_tokens)
 
 
-def fitting_texts(pair: Pair, file: Path | None = None) -> TokenTexts:
+def fitting_texts(pair: Pair, file: Path | None = None, progress: Progress = lambda *_: None) -> TokenTexts:
     """Return texts to fit something on, as `token_texts` does, without a file always with what the target writes.
 
     The package's show many languages and uses, the target's own what it was trained on.
     """
-    texts = token_texts(pair, file)
+    texts = token_texts(pair, file, progress=progress)
     if file is not None or texts.source == WRITTEN:
         return texts
-    return TokenTexts((*texts.texts, *_tuples(write_texts(pair))), f"{texts.source} and {WRITTEN}")
+    return TokenTexts((*texts.texts, *_tuples(write_texts(pair, progress=progress))), f"{texts.source} and {WRITTEN}")
 
 
 def kept_texts(file: Path, pair: Pair, make: Callable[[], TokenTexts]) -> TokenTexts:
@@ -119,11 +126,17 @@ def kept_texts(file: Path, pair: Pair, make: Callable[[], TokenTexts]) -> TokenT
     return texts
 
 
-def held_out_texts(pair: Pair) -> TokenTexts:
-    """Return texts to compare on, none of which is fitted on: the package's, else others that the target writes."""
+def held_out_texts(pair: Pair, progress: Progress = lambda *_: None) -> TokenTexts:
+    """Return texts to compare on, none of which is fitted on: the package's, else others that the target writes.
+
+    Args:
+        pair: the pair.
+        progress: as for `token_texts`, for at most `HELD_OUT_TOKENS` tokens.
+    """
     if has_tokenizer(pair):
         return token_texts(pair, name=HELD_OUT)
-    return TokenTexts(_tuples(write_texts(pair, seed=1, num_texts=16, text_tokens=32)), WRITTEN)
+    texts = write_texts(pair, seed=1, num_texts=16, text_tokens=HELD_OUT_TOKENS, progress=progress)
+    return TokenTexts(_tuples(texts), WRITTEN)
 
 
 def package_texts(

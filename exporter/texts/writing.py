@@ -7,13 +7,18 @@ from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.stored_target import open_target, stored_ops
 from exporter.modeling.target import empty_kv
 from runtime_ref.errors import InputError
+from runtime_ref.manifest import Progress
 
 NUM_TEXTS, TEXT_TOKENS = 64, 64
 
 
 @torch.no_grad()
 def write_texts(
-    pair: Pair, seed: int = 0, num_texts: int = NUM_TEXTS, text_tokens: int = TEXT_TOKENS
+    pair: Pair,
+    seed: int = 0,
+    num_texts: int = NUM_TEXTS,
+    text_tokens: int = TEXT_TOKENS,
+    progress: Progress = lambda *_: None,
 ) -> list[list[int]]:
     """Sample texts from the beginning-of-text token on, at temperature 1.
 
@@ -24,6 +29,7 @@ def write_texts(
         seed: seed of the samples.
         num_texts: how many texts to write.
         text_tokens: tokens of each text, the beginning-of-text token among them.
+        progress: called after each token of all texts, with 1.
 
     Returns:
         Token ids of each text, fewer than `text_tokens` if the target has fewer positions.
@@ -55,4 +61,5 @@ def write_texts(
             raise InputError(f"{directory}: the target's logits are NaN or infinity; restore the checkpoint")
         chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         texts = torch.cat((texts, chosen), 1)
+        progress(f"token {position + 2} of {length}", 1)
     return texts.tolist()

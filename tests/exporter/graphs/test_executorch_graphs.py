@@ -98,11 +98,11 @@ def test_xnnpack_does_the_arithmetic(bundle: Callable[..., Path]) -> None:
         assert not arithmetic & method["portable_ops_by_name"].keys()
 
 
-@pytest.mark.xdist_group("lowering dense")
+@pytest.mark.xdist_group("lowering int8")
 def test_the_same_pair_gives_the_same_bytes(bundle: Callable[..., Path], pair_dirs: Pairs, tmp_path: Path) -> None:
-    options = ExportOptions("executorch", RECIPES["fp32"], max_seq_len=MAX_SEQ_LEN)
-    export_bundle(open_pair(*pair_dirs("dense")), tmp_path / "again", options)
-    for file in bundle("dense", "executorch").iterdir():
+    options = ExportOptions("executorch", RECIPES["int8"], max_seq_len=MAX_SEQ_LEN)
+    export_bundle(open_pair(*pair_dirs("tiny")), tmp_path / "again", options)
+    for file in bundle("tiny", "executorch", "int8").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 

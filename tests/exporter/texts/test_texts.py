@@ -66,7 +66,9 @@ def test_a_target_without_tokenizer_writes_its_texts(pair_dirs: Pairs) -> None:
     assert {text[0] for text in texts} == {pair.tokens.bos}
     assert texts == write_texts(pair)
     assert texts != write_texts(pair, seed=1)
-    assert token_texts(pair).texts == tuple(map(tuple, texts))
+    steps: list[tuple[str, int]] = []
+    assert token_texts(pair, progress=lambda *step: steps.append(step)).texts == tuple(map(tuple, texts))
+    assert steps == [(f"token {n} of {TEXT_TOKENS}", 1) for n in range(2, TEXT_TOKENS + 1)]
     suppressed = tuple(range(3, 200))
     tokens = replace(pair.tokens, suppressed=suppressed)
     weights = {**pair.checkpoint_weights, **suppression(tokens, pair.target.vocab_size)}

@@ -310,4 +310,14 @@ class SessionFileTest {
         assertTrue(message.startsWith("$missing: cannot be written") && '\n' !in message, message)
         assertEquals("another file", other.readText())
     }
+
+    @Test
+    fun whatAKilledProcessLeftIsRemoved() = inTemporaryDirectory { directory ->
+        val (old, new) = listOf("1", "2").map { File(directory, ".session.partial-$it").apply { writeText("half") } }
+        old.setLastModified(System.currentTimeMillis() - 7_200_000)
+        val decoder = FakeBundle(directory).decoder()
+        decoder.save(File(directory, "session"))
+        assertFalse(old.exists())
+        assertTrue(new.exists()) // may be another process's, which still writes
+    }
 }
