@@ -364,7 +364,7 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
             r"quantized, by bitsandbytes",
             advice=DEQUANTIZE,
         ),
-        "the tensors of compressed-tensors": Form(
+        "the tensors of compressed-tensors without `quantization_config`": Form(
             _add("model.layers.0.mlp.up_proj.weight_packed", lambda _: torch.zeros(4, dtype=torch.int32)),
             r"quantized, by compressed-tensors",
             advice=DEQUANTIZE,

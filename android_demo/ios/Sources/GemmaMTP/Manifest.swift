@@ -151,8 +151,9 @@ public struct Manifest: Decodable {
     public static let name = "manifest.json"
     public static let formatVersions = 2...3
 
-    /// Features of the format that these sources have; FORMAT.md says what they mean.
-    static let features: Set<String> = ["split-tables"]
+    /// Features of the format that these sources have; FORMAT.md says what they mean. Of channels and a head apart they need
+    /// nothing: they return token ids, and the graph computes logits.
+    static let features: Set<String> = ["split-tables", "untied-head", "channels"]
 
     public let backend: Backend
     public let maxSeqLen: Int

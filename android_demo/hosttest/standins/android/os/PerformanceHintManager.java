@@ -11,23 +11,20 @@ public final class PerformanceHintManager {
 
     public Session createHintSession(int[] tids, long initialTargetWorkDurationNanos) {
         if (failure != null) throw failure;
-        Session session = new Session(tids);
+        Session session = new Session(tids, initialTargetWorkDurationNanos);
         sessions.add(session);
         return session;
     }
 
     public static class Session implements AutoCloseable {
         public final int[] tids;
-        public final List<Long> targets = new ArrayList<>();
+        public final long target;
         public final List<Long> actual = new ArrayList<>();
         public boolean closed;
 
-        Session(int[] tids) {
+        Session(int[] tids, long target) {
             this.tids = tids;
-        }
-
-        public void updateTargetWorkDuration(long targetDurationNanos) {
-            targets.add(targetDurationNanos);
+            this.target = target;
         }
 
         public void reportActualWorkDuration(long actualDurationNanos) {

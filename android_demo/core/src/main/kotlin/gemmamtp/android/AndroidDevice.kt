@@ -13,7 +13,7 @@ import java.io.File
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
 
-/** The system measures heat once in about so long, and answers too frequent questions with no number. */
+/** Heat changes slowly, and the system answers questions more frequent than once a second with no number. */
 private const val HEAT_NANOSECONDS = 10_000_000_000L
 
 /** Headrooms at which a step begins; at 1 the system slows the phone down severely. */
@@ -42,6 +42,7 @@ public class AndroidDevice internal constructor(context: Context, private val cl
     private val others = threads()
     private var hinted = emptySet<Int>()
     private var session: PerformanceHintManager.Session? = null
+    private var target = 0L // of the session
     private val fastest = HashMap<Pair<String, Int>, Long>()
     private var asked = clock() - HEAT_NANOSECONDS
     private var step = 0
@@ -66,16 +67,17 @@ public class AndroidDevice internal constructor(context: Context, private val cl
     @Synchronized
     override fun passed(graph: String, tokens: Int, nanoseconds: Long) {
         if (Build.VERSION.SDK_INT < 31 || hints == null || nanoseconds <= 0) return
-        val target = minOf(fastest[graph to tokens] ?: nanoseconds, nanoseconds)
-        fastest[graph to tokens] = target
-        if (Process.myTid() !in hinted) begin(hints, target)
-        session?.updateTargetWorkDuration(target)
-        session?.reportActualWorkDuration(nanoseconds)
+        val best = minOf(fastest[graph to tokens] ?: nanoseconds, nanoseconds)
+        fastest[graph to tokens] = best
+        if (Process.myTid() !in hinted) begin(hints, best)
+        // One target for passes of all sizes: the system drops what is reported soon after a target was changed.
+        session?.reportActualWorkDuration((nanoseconds.toDouble() / best * target).toLong())
     }
 
     /** Begin a session of this thread and the runtime's; there is none on phones that do not take hints. */
-    private fun begin(hints: PerformanceHintManager, target: Long) {
+    private fun begin(hints: PerformanceHintManager, best: Long) {
         session?.close()
+        target = best
         val alive = threads()
         hinted = hinted.intersect(alive) + (alive - others) + Process.myTid()
         session = try {

@@ -41,6 +41,11 @@ public class Decoder internal constructor(
     /** Threads of coroutines. */
     internal var workers = DecoderThreads()
 
+    /** The checkpoint's sampling and repetition penalty, and in each round as many drafts as are fastest. */
+    @JvmOverloads
+    public fun options(maxNewTokens: Int = 128): Options =
+        Options(maxNewTokens, null, manifest.sampling, Rules(repetitionPenalty = manifest.repetitionPenalty))
+
     /** Begin another conversation; its memory is freed with it. */
     public fun conversation(): Conversation {
         checkOpen()

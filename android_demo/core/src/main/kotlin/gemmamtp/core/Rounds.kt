@@ -1,7 +1,7 @@
 package gemmamtp.core
 
 /**
- * How one text is generated.
+ * How one text is generated. [Decoder.options] has the checkpoint's sampling; this is greedy if nothing is said.
  *
  * @property maxNewTokens the largest number of tokens to generate, at least 1.
  * @property numDraftTokens K of every round; 0 is plain decoding, null lets a [DraftLength] plan each round.
@@ -12,7 +12,7 @@ package gemmamtp.core
  */
 public data class Options @JvmOverloads constructor(
     val maxNewTokens: Int = 128,
-    val numDraftTokens: Int? = 0,
+    val numDraftTokens: Int? = null,
     val sampling: Sampling = Sampling(),
     val rules: Rules = Rules(),
     val thinkingBudget: Int? = null,

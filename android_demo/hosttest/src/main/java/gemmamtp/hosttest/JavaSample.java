@@ -12,8 +12,8 @@ public class JavaSample {
             File session = new File(arguments[3]);
             Conversation conversation = session.exists() ? decoder.openSession(session) : decoder.conversation();
             Stream stream = decoder.getChat() == null
-                    ? conversation.stream(arguments[2], new Options(40))
-                    : conversation.chat(List.of(new Message("user", arguments[2])), new Options(40));
+                    ? conversation.stream(arguments[2], decoder.options(40))
+                    : conversation.chat(List.of(new Message("user", arguments[2])), decoder.options(40));
             while (stream.hasNext()) System.out.print(stream.next().getText());
             conversation.save(session);
         } catch (InputError error) {

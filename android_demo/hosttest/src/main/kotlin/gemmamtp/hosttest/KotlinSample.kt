@@ -2,7 +2,6 @@ package gemmamtp.hosttest
 
 import gemmamtp.core.InputError
 import gemmamtp.core.Message
-import gemmamtp.core.Options
 import gemmamtp.core.closeAndJoin
 import gemmamtp.core.loadDecoder
 import gemmamtp.core.onDecoder
@@ -20,8 +19,8 @@ fun main(arguments: Array<String>) = runBlocking {
             val conversation =
                 if (session.exists()) decoder.onDecoder { decoder.openSession(session) } else decoder.conversation()
             val stream =
-                if (decoder.chat == null) conversation.stream(arguments[2], Options(40))
-                else conversation.chat(listOf(Message("user", arguments[2])), Options(40))
+                if (decoder.chat == null) conversation.stream(arguments[2], decoder.options(40))
+                else conversation.chat(listOf(Message("user", arguments[2])), decoder.options(40))
             stream.asFlow().collect { print(it.text) }
             decoder.onDecoder { conversation.save(session) }
         } finally {

@@ -50,8 +50,8 @@ class AndroidDeviceTest {
         for ((tokens, time) in listOf(1 to 50L, 1 to 40L, 5 to 90L, 1 to 45L)) device.passed("target", tokens, time)
         device.passed("drafter", 1, 9)
         val session = context.hints.sessions.single()
-        assertEquals(listOf<Long>(50, 40, 90, 40, 9), session.targets)
-        assertEquals(listOf<Long>(50, 40, 90, 45, 9), session.actual)
+        assertEquals(50, session.target)
+        assertEquals(listOf<Long>(50, 50, 50, 56, 50), session.actual) // in proportion: 45 is an eighth more than 40
         assertTrue(7 in session.tids)
     }
 
