@@ -157,6 +157,12 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
     """
     times = TimeElapsedColumn(), TimeRemainingColumn()
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *times
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=3600,  # seconds; within Rich's 30 no step of a large model ends
+    ) as progress:
         task = progress.add_task(title, total=total)
         yield lambda step, amount: progress.update(task, advance=amount, description=f"{title}: {step}")

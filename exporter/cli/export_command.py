@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     type=RECIPE,
     default=AUTO,
     help="Precision: float32 (`fp32`), or 8-bit activations and weights of 8 bits (`int8`), mostly 4 bits (`int4`), or "
-    "4 and 2 bits (`smallest`); or a TOML file of rules. `auto` keeps the checkpoint's integers or grids, and is `int4` "
-    "elsewhere.",
+    "4 and 2 bits (`smallest`); or a TOML file of rules. `auto` keeps the checkpoint's integers or grids, and is "
+    "`int4` elsewhere.",
 )
 @click.option(
     "--max-seq-len",

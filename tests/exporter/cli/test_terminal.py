@@ -1,5 +1,6 @@
 """What commands do on terminals and pipes of all kinds, and with errors that nobody foresaw."""
 
+import io
 import json
 import os
 import pty
@@ -10,12 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from exporter.cli import generate_command
-from exporter.terminal import UNEXPECTED, print_json
+from exporter.terminal import UNEXPECTED, print_json, progress_bar
 from tests.conftest import Run
 
 COMMAND = Path(sys.executable).parent / "gemma-mtp-export"
+
+
+def test_a_bar_shows_the_time_left_of_steps_that_take_minutes() -> None:
+    now, shown = [0.0], io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=120, get_time=lambda: now[0])
+    with progress_bar(console, "bits", 50) as progress:
+        for layer in range(2):
+            now[0] += 60
+            progress(f"layer {layer}", 10)
+    assert "bits: layer 1" in shown.getvalue()
+    assert "0:03:00" in shown.getvalue()
 
 
 def test_an_unexpected_error_is_one_line_with_a_code_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
