@@ -124,7 +124,7 @@ def measure_costs(
         held_out: texts to compare on; only their beginnings, `MAX_POSITIONS` tokens in all.
         texts: texts to calibrate matrices of 4 bits on that lie on no grid, by the inputs of the unrounded target; None
             to round to the nearest.
-        progress: called with what was done and its bytes in float32, in all those of the target's layers.
+        progress: called with what was done and its bytes in float32, in all `bytes_to_measure`.
 
     Returns:
         A cost for each of `candidates`, and the number of positions that were compared.
@@ -137,13 +137,20 @@ def measure_costs(
         names = run.model.layer_weights(i)
         run.run_layer(i, names)
         progress(f"layer {i}", sum(4 * prod(run.part.shapes[name]) for name in names))
-    costs = run.costs()
+    costs = run.costs(progress)
     if wrong := [cost for cost in costs if not math.isfinite(cost.kl)]:
         raise InputError(
             f"{pair.target_checkpoint.directory}: logits are not finite with {wrong[0].matrices} in {wrong[0].width};"
             " restore the checkpoint"
         )
     return costs, sum(map(len, run.held_out))
+
+
+def bytes_to_measure(pair: Pair) -> int:
+    """Return the total of the bytes that `measure_costs` calls its `progress` with."""
+    shapes = graph_parts(pair, RECIPES["fp32"])["target"].shapes
+    layers = sum(prod(shape) for name, shape in shapes.items() if name.startswith("layers."))
+    return 4 * (layers + len(WIDTHS_OF_MATRICES) * prod(shapes[pair.head]))
 
 
 def _class_of(name: str) -> str:
@@ -190,13 +197,17 @@ class _Candidates:
             model.drop_kv(i, passes)
         model.unload(names)
 
-    def costs(self) -> list[Cost]:
+    def costs(self, progress: Progress) -> list[Cost]:
         """Compare the logits of all candidates with those of the unrounded target, after the last layer."""
         name = self.pair.head
         self.inputs = self._inputs([name], lambda: self.model.collect_states(self.fitted_on))
-        heads = {key: self._rounded(name, key[1]) for key in self.candidates if key[0] in (BOTH, HEAD)}
+        heads = {}
+        for key in self.candidates:
+            if key[0] in (BOTH, HEAD):
+                heads[key] = self._rounded(name, key[1])
+                progress(f"{key[0]} in {key[1]}", 4 * prod(self.part.shapes[name]))
         if name == EMBEDDING:
-            self._run_heads(heads)
+            self._run_heads(heads, progress)
         else:
             self.rounded |= dict.fromkeys(heads, self.exact)
         exact, states = self._states(self.exact), {key: self._states(self.rounded[key]) for key in self.candidates}
@@ -211,7 +222,7 @@ class _Candidates:
             start += len(rows)
         return [Cost(*key, self._bytes(*key), running.kl, running.choices_kept) for key, running in sums.items()]
 
-    def _run_heads(self, heads: Mapping[tuple[str, Width], Quantized]) -> None:
+    def _run_heads(self, heads: Mapping[tuple[str, Width], Quantized], progress: Progress) -> None:
         """Run all layers on the passes of rounded embeddings, which are known once the states before the head are."""
         passes = {key: self._begin(self.held_out, head) for key, head in heads.items()}
         for i in range(self.model.num_layers):
@@ -221,6 +232,7 @@ class _Candidates:
                 self.model.run_layer(i, run)
                 self.model.drop_kv(i, run)
             self.model.unload(names)
+            progress(f"layer {i} after rounded embeddings", 0)
         self.rounded |= passes
 
     def _begin(

@@ -1,6 +1,5 @@
 """The command `recipe`, which measures what bits cost and chooses widths for a number of bytes."""
 
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +115,7 @@ def measure_bits(
     Raises:
         InputError: see `exporter.calibration.bit_costs.measure_costs`.
     """
-    from exporter.calibration.bit_costs import measure_costs
+    from exporter.calibration.bit_costs import bytes_to_measure, measure_costs
     from exporter.calibration.choice import Bits
     from exporter.calibration.fold import fold, foldable
     from exporter.graphs.backend import load_backend
@@ -135,9 +134,7 @@ def measure_bits(
                 pair = fold(pair, sites, texts, lambda step, _: progress(step, 1))
     with progress_bar(err, "held-out texts", HELD_OUT_TOKENS) as progress:
         held_out = held_out_texts(pair, progress)
-    shapes = graph_parts(pair, int4)["target"].shapes
-    total = sum(4 * prod(shape) for name, shape in shapes.items() if name.startswith("layers."))
-    with progress_bar(err, "bits", total) as progress:
+    with progress_bar(err, "bits", bytes_to_measure(pair)) as progress:
         costs, positions = measure_costs(pair, backend, held_out, texts if calibrate else None, progress)
     other_bytes = bytes_beside_matrices(pair, backend, int4)
     used = texts if calibrate else None

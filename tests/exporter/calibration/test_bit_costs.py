@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exporter.bundle.export import ExportOptions, export_bundle
-from exporter.calibration.bit_costs import CLASSES, Cost, candidates, measure_costs
+from exporter.calibration.bit_costs import CLASSES, Cost, bytes_to_measure, candidates, measure_costs
 from exporter.calibration.bits_plot import bits_picture
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.choice import Bits
@@ -62,7 +62,9 @@ def test_costs_are_those_of_recipes_that_round_one_class(name: str, pair_dirs: P
     """The divergence is that of the whole target with the stored weights of such a recipe."""
     own_head = name == "untied"
     pair, texts = open_pair(*(untied(pair_dirs, tmp_path) if own_head else pair_dirs(name))), random_texts(0, 3)
-    costs, positions = measure_costs(pair, load_backend("onnx"), texts, None)
+    done: list[int] = []
+    costs, positions = measure_costs(pair, load_backend("onnx"), texts, None, lambda _, amount: done.append(amount))
+    assert sum(done) == bytes_to_measure(pair)
     assert [(cost.matrices, cost.width) for cost in costs] == candidates(own_head)
     assert positions == texts.num_tokens
     exact, titles = logits_of(pair, RECIPES["fp32"], texts), [title for title, _ in candidates(own_head)]
