@@ -64,7 +64,7 @@ private class DecoderModel(private val decoder: Decoder) : Model {
     override val contextTokens get() = decoder.manifest.maxSeqLen
     override val defaultDraftTokens get() = decoder.manifest.defaultDraftTokens
     override val sampling: Sampling get() = decoder.manifest.sampling
-    override val rules: Rules get() = Rules(repetitionPenalty = decoder.manifest.repetitionPenalty)
+    override val rules: Rules get() = decoder.options().rules
 
     override fun write(messages: List<Message>, options: Options, thinking: Boolean): Writing = StreamWriting(
         if (chats) decoder.chat(messages, options, thinking = if (thinking) true else null)
