@@ -115,8 +115,8 @@ def measure_costs(
 ) -> tuple[list[Cost], int]:
     """Measure the divergence that each class of matrices causes in each width.
 
-    All candidates run beside the unrounded target, layer by layer, so that each weight is read once; those of an
-    embedding that is the head in a second pass.
+    All candidates run beside the unrounded target, layer by layer, so that each weight is read once; each
+    of an embedding that is the head in a pass of its own after them.
 
     Args:
         pair: the target and its drafter.
@@ -201,39 +201,45 @@ class _Candidates:
         """Compare the logits of all candidates with those of the unrounded target, after the last layer."""
         name = self.pair.head
         self.inputs = self._inputs([name], lambda: self.model.collect_states(self.fitted_on))
-        heads = {}
+        self.fitted_on = []
+        sums, half = self._compared(self.rounded), 2 * prod(self.part.shapes[name])
         for key in self.candidates:
-            if key[0] in (BOTH, HEAD):
-                heads[key] = self._rounded(name, key[1])
-                progress(f"{key[0]} in {key[1]}", 4 * prod(self.part.shapes[name]))
-        if name == EMBEDDING:
-            self._run_heads(heads, progress)
-        else:
-            self.rounded |= dict.fromkeys(heads, self.exact)
-        exact, states = self._states(self.exact), {key: self._states(self.rounded[key]) for key in self.candidates}
-        sums = {key: RunningDivergence(len(exact)) for key in states}
-        suppressed, start = torch.tensor(self.pair.tokens.suppressed, dtype=torch.int64), 0
-        for rows in row_blocks(self.part.weights[name]):
-            here = suppressed[(suppressed >= start) & (suppressed < start + len(rows))] - start
-            expected = self._logits(exact, rows, here)
-            for key, running in sums.items():
-                head = _rows(heads[key], slice(start, start + len(rows))).dequantize() if key in heads else rows
-                running.add(expected, self._logits(states[key], head, here))
-            start += len(rows)
-        return [Cost(*key, self._bytes(*key), running.kl, running.choices_kept) for key, running in sums.items()]
+            if key[0] in (BOTH, HEAD):  # one at a time, because each is the largest matrix that a target has
+                head = self._rounded(name, key[1])
+                progress(f"{key[0]} in {key[1]}", half)
+                passes = self._begin(self.held_out, head) if name == EMBEDDING else self.exact
+                if name == EMBEDDING:
+                    self._run_layers(passes, progress)
+                sums |= self._compared({key: passes}, head)
+                progress(f"logits of {key[0]} in {key[1]}", half)
+        return [Cost(*key, self._bytes(*key), sums[key].kl, sums[key].choices_kept) for key in self.candidates]
 
-    def _run_heads(self, heads: Mapping[tuple[str, Width], Quantized], progress: Progress) -> None:
-        """Run all layers on the passes of rounded embeddings, which are known once the states before the head are."""
-        passes = {key: self._begin(self.held_out, head) for key, head in heads.items()}
+    def _run_layers(self, passes: list[TargetPass], progress: Progress) -> None:
+        """Run all layers on the passes of a rounded embedding, which is known once the states before the head are."""
         for i in range(self.model.num_layers):
             names = self.model.layer_weights(i)
             self.model.load(names)
-            for run in passes.values():
-                self.model.run_layer(i, run)
-                self.model.drop_kv(i, run)
+            self.model.run_layer(i, passes)
+            self.model.drop_kv(i, passes)
             self.model.unload(names)
-            progress(f"layer {i} after rounded embeddings", 0)
-        self.rounded |= passes
+            progress(f"layer {i} after a rounded embedding", 0)
+
+    def _compared(
+        self, passes: Mapping[tuple[str, Width], list[TargetPass]], head: Quantized | None = None
+    ) -> dict[tuple[str, Width], RunningDivergence]:
+        """Compare the logits after passes, by a rounded head if one is given, with those of the unrounded target."""
+        exact, states = self._states(self.exact), {key: self._states(run) for key, run in passes.items()}
+        sums = {key: RunningDivergence(len(exact)) for key in states}
+        suppressed, start = torch.tensor(self.pair.tokens.suppressed, dtype=torch.int64), 0
+        for rows in row_blocks(self.part.weights[self.pair.head]):
+            block = slice(start, start + len(rows))
+            here = suppressed[(suppressed >= block.start) & (suppressed < block.stop)] - start
+            expected = self._logits(exact, rows, here)
+            rounded = rows if head is None else _rows(head, block).dequantize()
+            for key, running in sums.items():
+                running.add(expected, self._logits(states[key], rounded, here))
+            start = block.stop
+        return sums
 
     def _begin(
         self, texts: Sequence[tuple[int, ...]], embedding: Quantized | None = None, *rules: Rule
