@@ -97,7 +97,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     backend, recipe = load_backend(options.backend), options.recipe
     template = chat_template(pair.target_checkpoint.directory)
     chat = options.chat or plain_chat(pair.target_checkpoint.directory, pair.tokens)
-    steps = calibration_directory(output)
+    steps = kept_beside(output, "calibration")
     with replacing(output, lambda: _check_replaceable(output, options.force)) as directory:
         if options.calibration is not None:
             pair = calibrate(pair, recipe, backend.supported_scales(), options.calibration, steps, progress)
@@ -147,9 +147,9 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     return hashlib.sha256(content).hexdigest()
 
 
-def calibration_directory(output: Path) -> Path:
-    """Return the directory beside an output in which a calibration keeps what it has finished."""
-    return output.resolve().with_name(f".{output.resolve().name}.calibration")
+def kept_beside(output: Path, what: str) -> Path:
+    """Return the path beside an output at which what is finished is kept, for a killed command to go on from."""
+    return output.resolve().with_name(f".{output.resolve().name}.{what}")
 
 
 def source_of(pair: Pair) -> dict[str, Any]:

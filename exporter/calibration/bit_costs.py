@@ -5,13 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.calibration.divergence import RunningDivergence
+from exporter.calibration.kept_costs import KeptCosts
 from exporter.calibration.layer_by_layer import PROJECTION, LayerByLayer
+from exporter.calibration.steps import key_of
 from exporter.checkpoint.names import EMBEDDING
 from exporter.checkpoint.names import PER_LAYER as PER_LAYER_WEIGHT
 from exporter.checkpoint.pair import Pair
@@ -112,6 +115,7 @@ def measure_costs(
     held_out: TokenTexts,
     texts: TokenTexts | None,
     progress: Progress = lambda *_: None,
+    directory: Path | None = None,
 ) -> tuple[list[Cost], int]:
     """Measure the divergence that each class of matrices causes in each width.
 
@@ -125,6 +129,7 @@ def measure_costs(
         texts: texts to calibrate matrices of 4 bits on that lie on no grid, by the inputs of the unrounded target; None
             to round to the nearest.
         progress: called with what was done and its bytes in float32, in all `bytes_to_measure`.
+        directory: where to keep how far it is, for a killed run to go on from; None to keep nothing.
 
     Returns:
         A cost for each of `candidates`, and the number of positions that were compared.
@@ -133,11 +138,16 @@ def measure_costs(
         InputError: the texts lead to numbers that are not finite.
     """
     run = _Candidates(pair, backend, held_out, texts)
+    key = {"held_out": run.held_out, "texts": None if texts is None else texts.sha256}
+    kept = KeptCosts.open(directory, key | key_of(pair, run.allowed))
+    done = kept.read_passes(run.passes)
     for i in range(run.model.num_layers):
         names = run.model.layer_weights(i)
-        run.run_layer(i, names)
+        if i >= done:
+            run.run_layer(i, names)
+            kept.write_passes(i + 1, run.passes)
         progress(f"layer {i}", sum(4 * prod(run.part.shapes[name]) for name in names))
-    costs = run.costs(progress)
+    costs = run.costs(kept, progress)
     if wrong := [cost for cost in costs if not math.isfinite(cost.kl)]:
         raise InputError(
             f"{pair.target_checkpoint.directory}: logits are not finite with {wrong[0].matrices} in {wrong[0].width};"
@@ -158,6 +168,11 @@ def _class_of(name: str) -> str:
     return next(title for title, pattern in CLASSES.items() if fnmatchcase(f"target.{name}", pattern))
 
 
+def _name(key: tuple[str, Width]) -> str:
+    """A candidate's name, for people and in files."""
+    return f"{key[0]} in {key[1]}"
+
+
 def _rows(matrix: Quantized, rows: slice) -> Quantized:
     return Quantized(matrix.numbers[rows], matrix.scales[rows], matrix.bits)
 
@@ -169,7 +184,6 @@ class _Candidates:
         self.pair, self.backend, self.allowed = pair, backend, backend.supported_scales()
         self.part = graph_parts(pair, RECIPES["fp32"])["target"]
         self.model = LayerByLayer(pair, self.part)
-        self.fitting: dict[tuple[str, Width], Width] = {}  # how each matrix would be stored
         size = max(1, MAX_POSITIONS // len(held_out.texts))
         self.held_out = [text[:size] for text in held_out.texts[:MAX_POSITIONS]]
         self.texts = () if texts is None else texts.texts
@@ -177,6 +191,12 @@ class _Candidates:
         self.fitted_on, self.exact = self._begin(self.texts), self._begin(self.held_out)
         self.candidates = candidates(pair.head != EMBEDDING)
         self.rounded = {key: self._begin_rounded(*key) for key in self.candidates if key[0] not in (BOTH, HEAD)}
+
+    @property
+    def passes(self) -> dict[str, list[TargetPass]]:
+        """All passes by name."""
+        rounded = {_name(key): passes for key, passes in self.rounded.items()}
+        return {"exact": self.exact, "fitted on": self.fitted_on, **rounded}
 
     def run_layer(self, i: int, names: list[str]) -> None:
         """Run a layer on all passes."""
@@ -197,22 +217,28 @@ class _Candidates:
             model.drop_kv(i, passes)
         model.unload(names)
 
-    def costs(self, progress: Progress) -> list[Cost]:
+    def costs(self, kept: KeptCosts, progress: Progress) -> list[Cost]:
         """Compare the logits of all candidates with those of the unrounded target, after the last layer."""
         name = self.pair.head
         self.inputs = self._inputs([name], lambda: self.model.collect_states(self.fitted_on))
         self.fitted_on = []
-        sums, half = self._compared(self.rounded), 2 * prod(self.part.shapes[name])
+        found, half = kept.read_costs() or self._compared(self.rounded), 2 * prod(self.part.shapes[name])
+        kept.write_costs(found)
         for key in self.candidates:
-            if key[0] in (BOTH, HEAD):  # one at a time, because each is the largest matrix that a target has
-                head = self._rounded(name, key[1])
-                progress(f"{key[0]} in {key[1]}", half)
-                passes = self._begin(self.held_out, head) if name == EMBEDDING else self.exact
-                if name == EMBEDDING:
-                    self._run_layers(passes, progress)
-                sums |= self._compared({key: passes}, head)
-                progress(f"logits of {key[0]} in {key[1]}", half)
-        return [Cost(*key, self._bytes(*key), sums[key].kl, sums[key].choices_kept) for key in self.candidates]
+            if key in self.rounded:
+                continue
+            if _name(key) in found:
+                progress(_name(key), 2 * half)
+                continue
+            head = self._rounded(name, key[1])  # one at a time, because it is the largest matrix that a target has
+            progress(_name(key), half)
+            passes = self._begin(self.held_out, head) if name == EMBEDDING else self.exact
+            if name == EMBEDDING:
+                self._run_layers(passes, progress)
+            found |= self._compared({key: passes}, head)
+            kept.write_costs(found)
+            progress(f"logits of {_name(key)}", half)
+        return [Cost(*key, self._bytes(*key), *found[_name(key)]) for key in self.candidates]
 
     def _run_layers(self, passes: list[TargetPass], progress: Progress) -> None:
         """Run all layers on the passes of a rounded embedding, which is known once the states before the head are."""
@@ -226,8 +252,8 @@ class _Candidates:
 
     def _compared(
         self, passes: Mapping[tuple[str, Width], list[TargetPass]], head: Quantized | None = None
-    ) -> dict[tuple[str, Width], RunningDivergence]:
-        """Compare the logits after passes, by a rounded head if one is given, with those of the unrounded target."""
+    ) -> dict[str, tuple[float, float]]:
+        """KL and kept choices of the logits after passes, by a rounded head if one is given, by candidates' names."""
         exact, states = self._states(self.exact), {key: self._states(run) for key, run in passes.items()}
         sums = {key: RunningDivergence(len(exact)) for key in states}
         suppressed, start = torch.tensor(self.pair.tokens.suppressed, dtype=torch.int64), 0
@@ -239,7 +265,7 @@ class _Candidates:
             for key, running in sums.items():
                 running.add(expected, self._logits(states[key], rounded, here))
             start = block.stop
-        return sums
+        return {_name(key): (running.kl, running.choices_kept) for key, running in sums.items()}
 
     def _begin(
         self, texts: Sequence[tuple[int, ...]], embedding: Quantized | None = None, *rules: Rule
@@ -263,18 +289,20 @@ class _Candidates:
 
     def _rounded(self, name: str, width: Width) -> Quantized:
         """A matrix as an export would round it, by the inputs of the unrounded target."""
-        inputs, fitting, calibrated, blocks = self.inputs.get(name), None, False, []
+        inputs, (fitting, rows), blocks = self.inputs.get(name), self._fitting(name, width), []
+        calibrated = inputs is not None and fitting.bits == GRID_BITS and not lies_on_grid(rows, fitting)
         for block in row_blocks(self.part.weights[name]):
-            if fitting is None:
-                rows = sample_rows(block)
-                fitting = self.fitting[name, width] = fitting_width(dividing(width, block.shape[1]), rows)
-                calibrated = inputs is not None and fitting.bits == GRID_BITS and not lies_on_grid(rows, fitting)
             if calibrated:
                 assert inputs is not None
                 blocks.append(quantize_for(block, inputs, fitting, self.allowed))
             else:
                 blocks.append(quantize(block, fitting, Scales() if fitting.bits == 8 else self.allowed))
         return Quantized.join(blocks)
+
+    def _fitting(self, name: str, width: Width) -> tuple[Width, Tensor]:
+        """How a matrix would be stored, and the rows that decide it."""
+        rows = sample_rows(next(iter(row_blocks(self.part.weights[name]))))
+        return fitting_width(dividing(width, rows.shape[1]), rows), rows
 
     def _states(self, passes: list[TargetPass]) -> Tensor:
         return torch.cat([self.model.target.norm(text.x) for text in passes])
@@ -288,9 +316,5 @@ class _Candidates:
     def _bytes(self, title: str, width: Width) -> int:
         if title in (TABLE, ROWS):
             return table_bytes(self.pair, PER_LAYER_WEIGHT if title == TABLE else EMBEDDING, width)
-        shapes = {name: self.part.shapes[name] for name, stored in self.fitting if stored == width}
-        return sum(
-            self.backend.matrix_bytes(shape, self.fitting[name, width])
-            for name, shape in shapes.items()
-            if _class_of(name) == title
-        )
+        names = [name for name, shape in self.part.shapes.items() if len(shape) == 2 and _class_of(name) == title]
+        return sum(self.backend.matrix_bytes(self.part.shapes[n], self._fitting(n, width)[0]) for n in names)

@@ -1,19 +1,15 @@
 """Calibrate a target: run texts through it layer by layer, and round each matrix by the inputs that it meets."""
 
-import hashlib
-import platform
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from exporter.calibration.fold import fold, foldable
 from exporter.calibration.layer_by_layer import PROJECTION, LayerByLayer
-from exporter.calibration.steps import Steps
-from exporter.checkpoint.folding import folding_bytes
+from exporter.calibration.steps import Steps, key_of
 from exporter.checkpoint.pair import Calibrated, Pair
 from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.grids import off_grid
@@ -80,18 +76,8 @@ def _rounded(
     progress: Progress,
 ) -> dict[str, IntegerReader]:
     """Round the matrices of `widths`; the other arguments are those of `calibrate`."""
-    key = {
-        "versions": [version("gemma-mtp-export"), torch.__version__],
-        "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
-        "recipe": [recipe.name, recipe.toml()],
-        "scales": str(allowed),
-        "texts": texts.sha256,
-        "activations": pair.rounds_activations,
-        "target": asdict(pair.target),
-        "files": pair.stamps,
-        "folding": hashlib.sha256(folding_bytes(pair.folding)).hexdigest(),
-    }
-    steps = Steps.open(directory, key)
+    key = {"recipe": [recipe.name, recipe.toml()], "texts": texts.sha256}
+    steps = Steps.open(directory, key_of(pair, allowed) | key)
     found: dict[str, IntegerReader] = {}
     with torch.no_grad():
         run = _Run(pair, recipe, part, widths, allowed, steps, progress)

@@ -1,20 +1,39 @@
 """Keep what each step of a calibration gives in a file of its own, so that a killed one goes on where it was."""
 
+import hashlib
 import json
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from exporter.checkpoint.folding import folding_bytes
+from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import BLOCK_BYTES
-from exporter.quantization.numbers import Quantized
+from exporter.quantization.numbers import Quantized, Scales
 
 _KEY = "key.json"
+
+
+def key_of(pair: Pair, allowed: Scales) -> dict[str, Any]:
+    """Return what results depend on besides texts: versions, processor, scales of the backend and checkpoint."""
+    return {
+        "versions": [version("gemma-mtp-export"), torch.__version__],
+        "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+        "scales": str(allowed),
+        "activations": pair.rounds_activations,
+        "target": asdict(pair.target),
+        "files": pair.stamps,
+        "folding": hashlib.sha256(folding_bytes(pair.folding)).hexdigest(),
+    }
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The command `export`, which writes a bundle, and what other commands share with it."""
 
+import shutil
 import time
 from dataclasses import replace
 from math import prod
@@ -174,7 +175,7 @@ def export(
     calibrate = True if calibration else calibrate
     if target_bytes is not None:
         refuse_too_few(pair, backend, target_bytes)
-        bits, texts = measure_bits(pair, backend, calibrate, texts)
+        bits, texts = measure_bits(pair, backend, calibrate, texts, output)
         choice = bits.choose(target_bytes)
         recipe, reason = choice.recipe("chosen"), ""
         options = replace(options, recipe=recipe)
@@ -224,7 +225,7 @@ def run_export(
     Raises:
         InputError: see `exporter.bundle.export.export_bundle`.
     """
-    from exporter.bundle.export import calibration_directory, export_bundle
+    from exporter.bundle.export import export_bundle, kept_beside
     from exporter.calibration.fold import foldable
     from exporter.graphs.backend import load_backend
     from exporter.graphs.grids import grid_warnings, off_grid
@@ -248,7 +249,7 @@ def run_export(
             f"{pair.target_checkpoint.directory}: was trained with {len(pair.activation_scales)} scales of activations;"
             " the runtime rounds inputs by their own range instead; --activations checkpoint does what was trained"
         )
-    started, kept = time.perf_counter(), calibration_directory(output).with_suffix(".texts")
+    started, kept = time.perf_counter(), kept_beside(output, "texts")
     if calibrated or folded:
         shapes = {name: parts["target"].shapes[name] for name in calibrated}
         if texts is None:
@@ -270,6 +271,7 @@ def run_export(
     with progress_bar(err, "export", total) as progress:
         digest = export_bundle(pair, output, options, progress)
     kept.unlink(missing_ok=True)
+    shutil.rmtree(kept_beside(output, "bits"), ignore_errors=True)
     size = directory_bytes(output)
     seconds = time.perf_counter() - started
     peak = peak_bytes()

@@ -1,5 +1,7 @@
 """The command `recipe`, which measures what bits cost and chooses widths for a number of bytes."""
 
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +51,10 @@ def recipe(
     """Measure what bits cost each class of matrices, and choose widths for a number of bytes.
 
     The cost is the divergence (KL) of the next token that rounding a class alone causes, on held-out texts. The chosen
-    recipe is a file of rules, to keep and to edit; without --output it is printed.
+    recipe is a file of rules, to keep and to edit; without --output it is printed. With --output or --report, a run
+    that was killed goes on where it was.
     """
+    from exporter.bundle.export import kept_beside
     from exporter.checkpoint.hub import local_checkpoint
     from exporter.checkpoint.pair import open_pair
     from exporter.texts.token_texts import token_texts
@@ -62,7 +66,8 @@ def recipe(
     pair = open_pair(target, drafter, adapter_dirs=merged)
     texts = None if calibration is None else token_texts(pair, calibration)
     refuse_too_few(pair, backend, target_bytes)
-    bits, _ = measure_bits(pair, backend, True if calibration else calibrate, texts)
+    kept = output or report
+    bits, _ = measure_bits(pair, backend, True if calibration else calibrate, texts, kept)
     chosen = None if target_bytes is None else bits.choose(target_bytes)
     rules = None if chosen is None else chosen.recipe("chosen").toml()
     if report is not None:
@@ -71,6 +76,9 @@ def recipe(
         write_file(report, bits_picture(bits, chosen, report))
     if output is not None and rules is not None:
         write_file(output, rules.encode())
+    if kept is not None:
+        kept_beside(kept, "texts").unlink(missing_ok=True)
+        shutil.rmtree(kept_beside(kept, "bits"))
     if as_json:
         found = None if chosen is None else {"bytes": chosen.bytes, "kl": chosen.kl, "rules": rules}
         print_json("recipe", {**bits.as_dict(), "chosen": found})
@@ -99,7 +107,7 @@ def refuse_too_few(pair: "Pair", backend_name: str, target_bytes: int | None) ->
 
 
 def measure_bits(
-    pair: "Pair", backend_name: str, calibrate: bool | None, texts: "TokenTexts | None"
+    pair: "Pair", backend_name: str, calibrate: bool | None, texts: "TokenTexts | None", output: Path | None
 ) -> "tuple[Bits, TokenTexts | None]":
     """Measure with a progress bar what bits cost a target.
 
@@ -108,6 +116,7 @@ def measure_bits(
         backend_name: a key of `exporter.graphs.backend.BACKENDS`.
         calibrate: whether to calibrate matrices of 4 bits; None to do it if some lie on no grid.
         texts: the user's texts to calibrate on; None for the default.
+        output: the output beside which to keep how far it is, for a killed run to go on from; None to keep nothing.
 
     Returns:
         What bits cost, and the texts that were calibrated on.
@@ -115,6 +124,7 @@ def measure_bits(
     Raises:
         InputError: see `exporter.calibration.bit_costs.measure_costs`.
     """
+    from exporter.bundle.export import kept_beside
     from exporter.calibration.bit_costs import bytes_to_measure, measure_costs
     from exporter.calibration.choice import Bits
     from exporter.calibration.fold import fold, foldable
@@ -122,20 +132,23 @@ def measure_bits(
     from exporter.graphs.bundle_bytes import bytes_beside_matrices
     from exporter.graphs.grids import off_grid
     from exporter.graphs.parts import graph_parts
-    from exporter.texts.token_texts import HELD_OUT_TOKENS, held_out_texts
+    from exporter.texts.token_texts import HELD_OUT_TOKENS, held_out_texts, kept_texts
 
     backend, int4 = load_backend(backend_name), RECIPES["int4"]
     if calibrate is None:
         calibrate = bool(off_grid(graph_parts(pair, int4)["target"]))
     if calibrate:
-        texts = texts or texts_to_fit(pair)
+        if texts is None:
+            write = partial(texts_to_fit, pair)
+            texts = write() if output is None else kept_texts(kept_beside(output, "texts"), pair, write)
         if sites := foldable(graph_parts(pair, int4)["target"]):
             with progress_bar(err, "inputs", pair.target.num_hidden_layers) as progress:
                 pair = fold(pair, sites, texts, lambda step, _: progress(step, 1))
     with progress_bar(err, "held-out texts", HELD_OUT_TOKENS) as progress:
         held_out = held_out_texts(pair, progress)
     with progress_bar(err, "bits", bytes_to_measure(pair)) as progress:
-        costs, positions = measure_costs(pair, backend, held_out, texts if calibrate else None, progress)
+        kept = None if output is None else kept_beside(output, "bits")
+        costs, positions = measure_costs(pair, backend, held_out, texts if calibrate else None, progress, kept)
     other_bytes = bytes_beside_matrices(pair, backend, int4)
     used = texts if calibrate else None
     return Bits(tuple(costs), other_bytes, positions, held_out.source, None if used is None else used.source), used

@@ -5,13 +5,15 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from exporter.bundle import export
 from exporter.bundle.export import ExportOptions, export_bundle
-from exporter.calibration.bit_costs import CLASSES, Cost, bytes_to_measure, candidates, measure_costs
+from exporter.calibration.bit_costs import CLASSES, Cost, _Candidates, bytes_to_measure, candidates, measure_costs
 from exporter.calibration.bits_plot import bits_picture
 from exporter.calibration.calibrate import calibrate
 from exporter.calibration.choice import Bits
@@ -102,6 +104,52 @@ def test_the_calibrated_cost_of_the_embedding_is_that_of_its_bundle(pair_dirs: P
     kl = kl_divergence(logits_of(pair, RECIPES["fp32"], texts), rounded).mean()
     # The calibration's texts went in with rows rounded to the nearest, the unrounded target's without.
     assert cost.kl == pytest.approx(float(kl), rel=0.1)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "layers", "heads"),
+    [
+        ("e2b", "layer 2", [3], 3),
+        ("e2b", "embedding and head in 4 bits in groups of 32", [], 2),
+        ("untied", "logits of head in 4 bits in groups of 32", [], 1),
+    ],
+)
+def test_a_killed_measurement_goes_on_where_it_was(
+    name: str,
+    last: str,
+    layers: list[int],
+    heads: int,
+    pair_dirs: Pairs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the layers and heads that are left, to the costs of one that was not killed."""
+    pair = open_pair(*(untied(pair_dirs, tmp_path) if name == "untied" else pair_dirs(name)))
+    measure = partial(measure_costs, pair, load_backend("onnx"), random_texts(0, 3), random_texts(1))
+
+    def stop(step: str, _: int) -> None:
+        if step == last:
+            raise Killed
+
+    whole, directory = measure(), tmp_path / "bits"
+    with pytest.raises(Killed):
+        measure(stop, directory)
+    ran: list[int] = []
+    rounded: list[str] = []
+    run_layer, round_matrix = _Candidates.run_layer, _Candidates._rounded
+    monkeypatch.setattr(_Candidates, "run_layer", lambda self, i, names: (ran.append(i), run_layer(self, i, names)))
+    monkeypatch.setattr(
+        _Candidates, "_rounded", lambda self, name, width: (rounded.append(name), round_matrix(self, name, width))[1]
+    )
+    done: list[int] = []
+    assert measure(lambda _, amount: done.append(amount), directory) == whole
+    assert (sum(done), ran, rounded.count(pair.head)) == (bytes_to_measure(pair), layers, heads)
+    other = measure_costs(pair, load_backend("onnx"), random_texts(2, 3), random_texts(1), directory=directory)
+    assert other != whole and ran[-4:] == [0, 1, 2, 3]
 
 
 def test_costs_that_are_not_finite_are_refused(pair_dirs: Pairs) -> None:
@@ -206,6 +254,27 @@ def test_the_commands_choose_the_same(run: Run, pair_dirs: Pairs, tmp_path: Path
     assert (a.recipe, b.recipe) == ("chosen", "my.toml")
     assert (a.files, a.raw["widths"]) == (b.files, b.raw["widths"])
     assert read_recipe(tmp_path / "my.toml").rules == document_rules(document)
+
+
+@pytest.mark.parametrize("command", ["recipe", "export"])
+def test_the_commands_go_on_after_a_kill(
+    command: str, run: Run, pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what they keep beside their output until it is written."""
+    target, drafter = pair_dirs("tiny")
+    options = ("--target-bytes", 5e5, "--no-calibrate", "--output", tmp_path / "my")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Bits, "choose") if command == "recipe" else (export, "export_bundle")), killed)
+        assert run(command, "--target", target, "--drafter", drafter, *options)[0] not in (0, 2)
+    assert [path.name for path in tmp_path.iterdir()] == [".my.bits"]
+    monkeypatch.setattr(_Candidates, "run_layer", killed)
+    monkeypatch.setattr(_Candidates, "_run_layers", killed)
+    assert run(command, "--target", target, "--drafter", drafter, *options)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["my"]
 
 
 def document_rules(document: dict) -> tuple[Rule, ...]:

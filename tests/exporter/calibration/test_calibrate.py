@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.bundle import export
-from exporter.bundle.export import ExportOptions, calibration_directory, export_bundle
+from exporter.bundle.export import ExportOptions, export_bundle, kept_beside
 from exporter.bundle.inspection import inspect
 from exporter.calibration import calibrate as module
 from exporter.calibration.calibrate import calibrate
@@ -247,7 +247,7 @@ def test_parity_proves_a_calibrated_bundle(backend: str, recipe: str, pair_dirs:
     dirs, path = pair_dirs("tiny"), tmp_path / "bundle"
     texts = random_texts(4)
     export_bundle(open_pair(*dirs), path, ExportOptions(backend, RECIPES[recipe], MAX_SEQ_LEN, calibration=texts))
-    assert not calibration_directory(path).exists()
+    assert not kept_beside(path, "calibration").exists()
     entry = json.loads((path / "manifest.json").read_text())["calibration"]
     assert (entry["sha256"], entry["tokens"], entry["threads"]) == (texts.sha256, 160, 1)
     shown = inspect(path)
