@@ -224,11 +224,50 @@ def recover(output: Path) -> None:
         raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
 
 
+def kept_beside(output: Path) -> Path:
+    """Return the directory beside an output in which what is finished is kept, for a killed command to go on from."""
+    output = output.resolve()
+    return output.with_name(f".{output.name}.kept")
+
+
+@contextlib.contextmanager
+def keeping(output: Path) -> Iterator[Path]:
+    """Yield the directory `kept_beside` an output; it stays if the block ends with an error, unless it is empty.
+
+    Args:
+        output: what the block writes. A lock keeps other processes from the directory.
+
+    Raises:
+        InputError: another process is writing the output, or there is no place for the directory.
+    """
+    directory = kept_beside(output)
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(directory.with_name(f"{directory.name}.lock"), wait=False))
+            directory.mkdir(exist_ok=True)
+        except BlockingIOError:
+            raise _is_written(output) from None
+        except OSError as error:
+            raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
+        try:
+            yield directory
+        except BaseException:
+            with contextlib.suppress(OSError):  # there is something in it
+                directory.rmdir()
+            raise
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 REPLACED = "-old"  # ends the name of an output that was moved aside
 
 
 def _partial_prefix(output: Path) -> str:
     return f".{output.name}.partial-"
+
+
+def _is_written(output: Path) -> InputError:
+    return InputError(f"{output}: another process is writing it; wait until it ends, and try again")
 
 
 @contextlib.contextmanager
@@ -238,7 +277,7 @@ def _writing(output: Path) -> Iterator[None]:
         try:
             is_locked = stack.enter_context(locked(output.with_name(f".{output.name}.lock"), wait=False))
         except BlockingIOError:
-            raise InputError(f"{output}: another process is writing it; wait until it ends, and try again") from None
+            raise _is_written(output) from None
         if is_locked:  # so nobody else is writing: what lies here was left behind
             for leftover in output.parent.glob(f"{glob.escape(_partial_prefix(output))}*"):
                 if leftover.name.endswith(REPLACED) and not output.exists():

@@ -20,7 +20,7 @@ from exporter.checkpoint.other_forms import ADAPTER_CONFIG
 from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.side_files import chat_template
 from exporter.checkpoint.tensors import Checkpoint
-from exporter.files import check_directory, check_free_space, holds_only, recover, replacing
+from exporter.files import check_directory, check_free_space, holds_only, kept_beside, recover, replacing
 from exporter.graphs.auto_recipe import refuse_rounding
 from exporter.graphs.backend import load_backend
 from exporter.graphs.parts import all_widths, graph_parts
@@ -97,7 +97,7 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
     backend, recipe = load_backend(options.backend), options.recipe
     template = chat_template(pair.target_checkpoint.directory)
     chat = options.chat or plain_chat(pair.target_checkpoint.directory, pair.tokens)
-    steps = kept_beside(output, "calibration")
+    steps = kept_beside(output) / "calibration"
     with replacing(output, lambda: _check_replaceable(output, options.force)) as directory:
         if options.calibration is not None:
             pair = calibrate(pair, recipe, backend.supported_scales(), options.calibration, steps, progress)
@@ -144,12 +144,9 @@ def export_bundle(pair: Pair, output: Path, options: ExportOptions, progress: Pr
         content = (json.dumps(manifest, indent=1) + "\n").encode()
         (directory / MANIFEST).write_bytes(content)
         shutil.rmtree(steps, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a command keeps more there
+            steps.parent.rmdir()
     return hashlib.sha256(content).hexdigest()
-
-
-def kept_beside(output: Path, what: str) -> Path:
-    """Return the path beside an output at which what is finished is kept, for a killed command to go on from."""
-    return output.resolve().with_name(f".{output.resolve().name}.{what}")
 
 
 def source_of(pair: Pair) -> dict[str, Any]:

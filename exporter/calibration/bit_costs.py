@@ -139,7 +139,7 @@ def measure_costs(
     """
     run = _Candidates(pair, backend, held_out, texts)
     key = {"held_out": run.held_out, "texts": None if texts is None else texts.sha256}
-    kept = KeptCosts.open(directory, key | key_of(pair, run.allowed))
+    kept = KeptCosts.open(directory, key | {"suppressed": pair.tokens.suppressed} | key_of(pair, run.allowed))
     done = kept.read_passes(run.passes)
     for i in range(run.model.num_layers):
         names = run.model.layer_weights(i)
@@ -223,22 +223,27 @@ class _Candidates:
         self.inputs = self._inputs([name], lambda: self.model.collect_states(self.fitted_on))
         self.fitted_on = []
         found, half = kept.read_costs() or self._compared(self.rounded), 2 * prod(self.part.shapes[name])
+        heads = [key for key in self.candidates if key not in self.rounded]
+        self.rounded = {}
         kept.write_costs(found)
-        for key in self.candidates:
-            if key in self.rounded:
-                continue
+        for key in heads:
             if _name(key) in found:
                 progress(_name(key), 2 * half)
-                continue
-            head = self._rounded(name, key[1])  # one at a time, because it is the largest matrix that a target has
-            progress(_name(key), half)
-            passes = self._begin(self.held_out, head) if name == EMBEDDING else self.exact
-            if name == EMBEDDING:
-                self._run_layers(passes, progress)
-            found |= self._compared({key: passes}, head)
-            kept.write_costs(found)
-            progress(f"logits of {_name(key)}", half)
+            else:
+                found |= self._cost_of_head(key, progress)
+                kept.write_costs(found)
+                progress(f"logits of {_name(key)}", half)
         return [Cost(*key, self._bytes(*key), *found[_name(key)]) for key in self.candidates]
+
+    def _cost_of_head(self, key: tuple[str, Width], progress: Progress) -> dict[str, tuple[float, float]]:
+        """Round the head, the largest matrix of most targets, and compare its logits."""
+        name = self.pair.head
+        head = self._rounded(name, key[1])
+        progress(_name(key), 2 * prod(self.part.shapes[name]))
+        passes = self._begin(self.held_out, head) if name == EMBEDDING else self.exact
+        if name == EMBEDDING:
+            self._run_layers(passes, progress)
+        return self._compared({key: passes}, head)
 
     def _run_layers(self, passes: list[TargetPass], progress: Progress) -> None:
         """Run all layers on the passes of a rounded embedding, which is known once the states before the head are."""
@@ -289,15 +294,13 @@ class _Candidates:
 
     def _rounded(self, name: str, width: Width) -> Quantized:
         """A matrix as an export would round it, by the inputs of the unrounded target."""
-        inputs, (fitting, rows), blocks = self.inputs.get(name), self._fitting(name, width), []
-        calibrated = inputs is not None and fitting.bits == GRID_BITS and not lies_on_grid(rows, fitting)
-        for block in row_blocks(self.part.weights[name]):
-            if calibrated:
-                assert inputs is not None
-                blocks.append(quantize_for(block, inputs, fitting, self.allowed))
-            else:
-                blocks.append(quantize(block, fitting, Scales() if fitting.bits == 8 else self.allowed))
-        return Quantized.join(blocks)
+        inputs, (fitting, rows), read = self.inputs.get(name), self._fitting(name, width), self.part.weights[name]
+        if inputs is not None and fitting.bits == GRID_BITS and not lies_on_grid(rows, fitting):
+            blocks = (quantize_for(block, inputs, fitting, self.allowed) for block in row_blocks(read))
+        else:
+            allowed = Scales() if fitting.bits == 8 else self.allowed
+            blocks = (quantize(block, fitting, allowed) for block in row_blocks(read))
+        return Quantized.gather(blocks, self.part.shapes[name][0])
 
     def _fitting(self, name: str, width: Width) -> tuple[Width, Tensor]:
         """How a matrix would be stored, and the rows that decide it."""

@@ -16,7 +16,7 @@ from exporter.graphs.grids import off_grid
 from exporter.graphs.parts import GraphParts, graph_parts
 from exporter.quantization.numbers import Quantized, Scales
 from exporter.quantization.recipes import Recipe
-from exporter.quantization.second_order import Inputs, quantize_for
+from exporter.quantization.second_order import Inputs, part_columns, quantize_for
 from exporter.quantization.widths import Width
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.manifest import Progress
@@ -63,6 +63,18 @@ def calibrate(
         return pair
     calibrated = Calibrated(texts.source, texts.sha256, texts.num_tokens, torch.get_num_threads(), tuple(sorted(found)))
     return replace(pair, target_weights={**pair.target_weights, **found}, calibrated=calibrated)
+
+
+def few_tokens_warning(part: GraphParts, texts: TokenTexts) -> str | None:
+    """Return a warning if texts have fewer tokens than the matrices that they calibrate have columns, else None."""
+    widths = off_grid(part)
+    columns = max((part_columns(part.shapes[name][1], width.group_size) for name, width in widths.items()), default=0)
+    if texts.num_tokens >= columns:
+        return None
+    return (
+        f"{texts.source}: {texts.num_tokens} tokens are few to calibrate matrices with {columns} columns on, and"
+        " rounding to the nearest may be better; give more text than columns"
+    )
 
 
 def _rounded(
@@ -142,8 +154,9 @@ class _Run:
         return list(rounded)
 
     def _round(self, name: str, width: Width, inputs: Inputs) -> Quantized:
-        blocks = []
-        for block in row_blocks(self.part.weights[name]):
-            blocks.append(quantize_for(block, inputs, width, self.allowed))
-            self.progress(name, 4 * block.numel())
-        return Quantized.join(blocks)
+        def blocks() -> Iterator[Quantized]:
+            for block in row_blocks(self.part.weights[name]):
+                yield quantize_for(block, inputs, width, self.allowed)
+                self.progress(name, 4 * block.numel())
+
+        return Quantized.gather(blocks(), self.part.shapes[name][0])

@@ -1,18 +1,20 @@
 """Keep how far a measurement of bits is, so that a killed one goes on where it was."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from exporter.calibration.steps import Steps
 from exporter.files import write_file
 from exporter.modeling.target import TargetPass
+from runtime_ref.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -31,26 +33,43 @@ class KeptCosts:
         return cls(None if directory is None else Steps.open(directory, key).directory)
 
     def write_passes(self, layers: int, passes: Mapping[str, list[TargetPass]]) -> None:
-        """Write hidden states, K and V of passes, by name, after so many layers."""
-        if self.directory is not None:
-            tensors = {name: tensor.contiguous() for name, (tensor, _, _) in _parts(passes, layers).items()}
-            write_file(self.directory / "passes.safetensors", save(tensors, {"layers": str(layers)}))
+        """Write hidden states, K and V of passes, by name, after so many layers.
+
+        Raises:
+            InputError: they cannot be written.
+        """
+        if self.directory is None:
+            return
+        partial, before = self.directory / "partial", _layers(self.directory)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for i, runs in enumerate(passes.values()):  # a file for each, because `save` doubles the memory
+                (partial / f"{i}.safetensors").write_bytes(save(_tensors(runs, layers)))
+            partial.rename(self.directory / f"layers-{layers}")
+            for path in before.values():
+                shutil.rmtree(path)
+        except OSError as error:
+            raise InputError(
+                f"{self.directory}: cannot be written ({error.strerror}); free some space, and run the same command"
+                " again: it goes on where it was"
+            ) from error
 
     def read_passes(self, passes: Mapping[str, list[TargetPass]]) -> int:
         """Put kept passes in the place of those before the first layer; return after how many layers they are."""
-        if self.directory is None:
+        kept = {} if self.directory is None else _layers(self.directory)
+        if not kept:
             return 0
+        layers = max(kept)
         try:
-            with safe_open(self.directory / "passes.safetensors", "pt") as opened:
-                layers = int(opened.metadata()["layers"])
-                for name, (_, run, i) in _parts(passes, layers).items():
-                    if i is None:
-                        run.x = opened.get_tensor(name)
-                    else:
-                        run.kv[i] = opened.get_tensor(name)
-                return layers
-        except (SafetensorError, OSError):
-            return 0
+            tensors = [load_file(kept[layers] / f"{i}.safetensors") for i in range(len(passes))]
+            for runs, found in zip(passes.values(), tensors, strict=True):
+                for i, run in enumerate(runs):
+                    run.x = found[f"{i}.x"]
+                    run.kv[: 2 * layers] = [found[f"{i}.{j}"] for j in range(len(run.kv[: 2 * layers]))]
+        except (SafetensorError, OSError, LookupError) as error:
+            raise InputError(f"{kept[layers]}: cannot be read ({error}); remove it") from error
+        return layers
 
     def write_costs(self, costs: Mapping[str, tuple[float, float]]) -> None:
         """Write pairs of KL and kept choices, by name."""
@@ -59,16 +78,24 @@ class KeptCosts:
 
     def read_costs(self) -> dict[str, tuple[float, float]]:
         """Read what `write_costs` wrote last; nothing if it never did."""
-        path = None if self.directory is None else self.directory / "costs.json"
-        found = json.loads(path.read_bytes()) if path is not None and path.is_file() else {}
-        return {name: (kl, kept) for name, (kl, kept) in found.items()}
+        if self.directory is None:
+            return {}
+        try:
+            found = json.loads((self.directory / "costs.json").read_bytes())
+            return {name: (float(kl), float(kept)) for name, (kl, kept) in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
 
 
-def _parts(passes: Mapping[str, list[TargetPass]], layers: int) -> dict[str, tuple[Tensor, TargetPass, int | None]]:
-    """The tensors that so many layers changed, by name, with their pass and, of K and V, their place in its list."""
-    parts: dict[str, tuple[Tensor, TargetPass, int | None]] = {}
-    for name, texts in passes.items():
-        for text, run in enumerate(texts):
-            parts[f"{name}.{text}"] = run.x, run, None
-            parts |= {f"{name}.{text}.{i}": (kv, run, i) for i, kv in enumerate(run.kv[: 2 * layers])}
-    return parts
+def _layers(directory: Path) -> dict[int, Path]:
+    """Where passes are kept, by the number of layers that were run."""
+    return {int(path.name.removeprefix("layers-")): path for path in directory.glob("layers-*")}
+
+
+def _tensors(runs: list[TargetPass], layers: int) -> dict[str, Tensor]:
+    """What so many layers changed in passes, by name."""
+    tensors = {}
+    for i, run in enumerate(runs):
+        tensors[f"{i}.x"] = run.x.contiguous()
+        tensors |= {f"{i}.{j}": kv.contiguous() for j, kv in enumerate(run.kv[: 2 * layers])}
+    return tensors

@@ -24,7 +24,7 @@ _KEY = "key.json"
 
 
 def key_of(pair: Pair, allowed: Scales) -> dict[str, Any]:
-    """Return what results depend on besides texts: versions, processor, scales of the backend and checkpoint."""
+    """Return, as JSON, what results depend on besides texts: versions, processor, the backend's scales, checkpoint."""
     return {
         "versions": [version("gemma-mtp-export"), torch.__version__],
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
@@ -60,7 +60,7 @@ class Steps:
                 shutil.rmtree(directory)
             else:
                 directory.unlink(missing_ok=True)
-            directory.mkdir()
+            directory.mkdir(parents=True)
             path.write_bytes(content)
         return cls(directory)
 

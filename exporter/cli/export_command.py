@@ -1,8 +1,8 @@
 """The command `export`, which writes a bundle, and what other commands share with it."""
 
-import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from exporter.cli.options import (
     top_k_option,
 )
 from exporter.cli.recipe_command import bits_table, measure_bits, refuse_too_few
-from exporter.files import directory_bytes, human_bytes
+from exporter.files import directory_bytes, human_bytes, keeping
 from exporter.quantization.recipes import AUTO, Recipe
 from exporter.terminal import err, peak_bytes, print_json, progress_bar
 from runtime_ref.errors import CheckError, InputError
@@ -133,7 +133,7 @@ def export(
     from exporter.graphs.auto_recipe import auto_recipe
     from exporter.graphs.backend import load_backend
     from exporter.heads.clusters import ClusterOptions, num_clusters
-    from exporter.texts.token_texts import token_texts
+    from exporter.texts.token_texts import kept_texts, token_texts
     from runtime_ref.chat import read_tools
 
     if head != "kmeans" and (clusters is not None or cluster_table is not None):
@@ -161,34 +161,37 @@ def export(
             raise InputError(f"{tools}: has no tools; leave --tools out")
         options = replace(options, chat=plain_chat(target, pair.tokens, offered))
     texts = None if calibration is None else token_texts(pair, calibration)
-    if head == "kmeans":
-        if cluster_table is not None:
-            table, top_k = load_table(cluster_table, pair.drafter.text.vocab_size, pair.drafter.text.hidden_size)
-        else:
-            cluster_options = ClusterOptions(clusters, top_k_clusters)
-            num_clusters(pair.drafter, cluster_options)
-            fitted_on = texts_to_fit(pair)
-            texts = texts or fitted_on  # which take minutes at full size
-            clustering = run_clustering(drafter, pair, cluster_options, fitted_on)
-            table, top_k = clustering.table, clustering.top_k
-        pair = pair.with_clusters(table, top_k if top_k_clusters is None else top_k_clusters, "kmeans")
     calibrate = True if calibration else calibrate
     if target_bytes is not None:
         refuse_too_few(pair, backend, target_bytes)
-        bits, texts = measure_bits(pair, backend, calibrate, texts, output)
-        choice = bits.choose(target_bytes)
-        recipe, reason = choice.recipe("chosen"), ""
-        options = replace(options, recipe=recipe)
-        err.print(bits_table(bits, choice))
-        err.print(f"chosen for {target_bytes} bytes, with a KL of {choice.kl:.4f} by the sum of the classes:")
-        click.echo(recipe.toml(), nl=False, err=as_json)
-    summary = run_export(pair, output, options, calibrate, texts)
-    if reason:
-        err.print(f"recipe {recipe.name}: {reason}")
-    if as_json:
-        print_json("export", {**summary, "rules": recipe.toml()})
-    if target_bytes is not None and summary["bytes"] > target_bytes:
-        raise CheckError(f"{output}: has {summary['bytes']} bytes, expected at most {target_bytes}; give fewer bytes")
+    with keeping(output) as kept:
+        if head == "kmeans":
+            if cluster_table is not None:
+                table, top_k = load_table(cluster_table, pair.drafter.text.vocab_size, pair.drafter.text.hidden_size)
+            else:
+                cluster_options = ClusterOptions(clusters, top_k_clusters)
+                num_clusters(pair.drafter, cluster_options)
+                fitted_on = kept_texts(kept / "texts.json", pair, partial(texts_to_fit, pair))
+                texts = texts or fitted_on  # which take minutes at full size
+                clustering = run_clustering(drafter, pair, cluster_options, fitted_on)
+                table, top_k = clustering.table, clustering.top_k
+            pair = pair.with_clusters(table, top_k if top_k_clusters is None else top_k_clusters, "kmeans")
+        if target_bytes is not None:
+            bits, texts = measure_bits(pair, backend, calibrate, texts, kept)
+            choice = bits.choose(target_bytes)
+            recipe, reason = choice.recipe("chosen"), ""
+            options = replace(options, recipe=recipe)
+            err.print(bits_table(bits, choice))
+            err.print(f"chosen for {target_bytes} bytes, with a KL of {choice.kl:.4f} by the sum of the classes:")
+            click.echo(recipe.toml(), nl=False, err=as_json)
+        summary = run_export(pair, output, options, calibrate, texts, kept)
+        if reason:
+            err.print(f"recipe {recipe.name}: {reason}")
+        if as_json:
+            print_json("export", {**summary, "rules": recipe.toml()})
+        size = summary["bytes"]
+        if target_bytes is not None and size > target_bytes:  # what was measured is kept for the next try
+            raise CheckError(f"{output}: has {size} bytes, expected at most {target_bytes}; give fewer bytes")
 
 
 def _folded(bundle: Path) -> list[str]:
@@ -209,6 +212,7 @@ def run_export(
     options: "ExportOptions",
     calibrate: bool | None = False,
     texts: "TokenTexts | None" = None,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Export a pair with a progress bar, and print the bundle's size, the time and the peak memory.
 
@@ -218,6 +222,7 @@ def run_export(
         options: options of the export.
         calibrate: whether to calibrate; None to do it if the target has matrices that are rounded and lie on no grid.
         texts: the user's texts to calibrate on; None for the default.
+        kept: directory in which to keep what is finished, for a killed run to go on from; None to keep no texts.
 
     Returns:
         The document that `export --json` prints.
@@ -225,12 +230,12 @@ def run_export(
     Raises:
         InputError: see `exporter.bundle.export.export_bundle`.
     """
-    from exporter.bundle.export import export_bundle, kept_beside
+    from exporter.bundle.export import export_bundle
+    from exporter.calibration.calibrate import few_tokens_warning
     from exporter.calibration.fold import foldable
     from exporter.graphs.backend import load_backend
     from exporter.graphs.grids import grid_warnings, off_grid
     from exporter.graphs.parts import graph_parts
-    from exporter.quantization.second_order import part_columns
     from exporter.texts.token_texts import kept_texts
 
     load_backend(options.backend)  # a missing package is told before anything else
@@ -249,17 +254,13 @@ def run_export(
             f"{pair.target_checkpoint.directory}: was trained with {len(pair.activation_scales)} scales of activations;"
             " the runtime rounds inputs by their own range instead; --activations checkpoint does what was trained"
         )
-    started, kept = time.perf_counter(), kept_beside(output, "texts")
+    started = time.perf_counter()
     if calibrated or folded:
         shapes = {name: parts["target"].shapes[name] for name in calibrated}
         if texts is None:
-            texts = kept_texts(kept, pair, lambda: texts_to_fit(pair))
-        columns = max((part_columns(s[1], calibrated[name].group_size) for name, s in shapes.items()), default=0)
-        if texts.num_tokens < columns:
-            warnings.append(
-                f"{texts.source}: {texts.num_tokens} tokens are few to calibrate matrices with {columns} columns on,"
-                " and rounding to the nearest may be better; give more text than columns"
-            )
+            texts = kept_texts(kept and kept / "texts.json", pair, partial(texts_to_fit, pair))
+        if few := few_tokens_warning(parts["target"], texts):
+            warnings.append(few)
         options = replace(options, calibration=texts)
         what = f"{len(calibrated)} matrices" if calibrated else f"the inputs of {len(folded)} sites"
         err.print(f"calibrating {what} on {texts.num_tokens} tokens: {texts.source}")
@@ -270,8 +271,6 @@ def run_export(
         err.print("nothing to calibrate: no matrix of the target is rounded without lying on the grid of its bits")
     with progress_bar(err, "export", total) as progress:
         digest = export_bundle(pair, output, options, progress)
-    kept.unlink(missing_ok=True)
-    shutil.rmtree(kept_beside(output, "bits"), ignore_errors=True)
     size = directory_bytes(output)
     seconds = time.perf_counter() - started
     peak = peak_bytes()

@@ -1,6 +1,6 @@
 """The command `recipe`, which measures what bits cost and chooses widths for a number of bytes."""
 
-import shutil
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from exporter.cli.cluster_command import check_files, texts_to_fit
 from exporter.cli.options import BYTES, OR_ID, PATH, adapter_option, backend_option, calibration_options, json_option
-from exporter.files import human_bytes, write_file
+from exporter.files import human_bytes, keeping, write_file
 from exporter.heads.recall_plot import FORMATS
 from exporter.quantization.recipes import RECIPES
 from exporter.terminal import err, out, print_json, progress_bar
@@ -54,7 +54,6 @@ def recipe(
     recipe is a file of rules, to keep and to edit; without --output it is printed. With --output or --report, a run
     that was killed goes on where it was.
     """
-    from exporter.bundle.export import kept_beside
     from exporter.checkpoint.hub import local_checkpoint
     from exporter.checkpoint.pair import open_pair
     from exporter.texts.token_texts import token_texts
@@ -66,19 +65,17 @@ def recipe(
     pair = open_pair(target, drafter, adapter_dirs=merged)
     texts = None if calibration is None else token_texts(pair, calibration)
     refuse_too_few(pair, backend, target_bytes)
-    kept = output or report
-    bits, _ = measure_bits(pair, backend, True if calibration else calibrate, texts, kept)
-    chosen = None if target_bytes is None else bits.choose(target_bytes)
-    rules = None if chosen is None else chosen.recipe("chosen").toml()
-    if report is not None:
-        from exporter.calibration.bits_plot import bits_picture
+    written = output or report
+    with contextlib.nullcontext() if written is None else keeping(written) as kept:
+        bits, _ = measure_bits(pair, backend, True if calibration else calibrate, texts, kept)
+        chosen = None if target_bytes is None else bits.choose(target_bytes)
+        rules = None if chosen is None else chosen.recipe("chosen").toml()
+        if report is not None:
+            from exporter.calibration.bits_plot import bits_picture
 
-        write_file(report, bits_picture(bits, chosen, report))
-    if output is not None and rules is not None:
-        write_file(output, rules.encode())
-    if kept is not None:
-        kept_beside(kept, "texts").unlink(missing_ok=True)
-        shutil.rmtree(kept_beside(kept, "bits"))
+            write_file(report, bits_picture(bits, chosen, report))
+        if output is not None and rules is not None:
+            write_file(output, rules.encode())
     if as_json:
         found = None if chosen is None else {"bytes": chosen.bytes, "kl": chosen.kl, "rules": rules}
         print_json("recipe", {**bits.as_dict(), "chosen": found})
@@ -107,7 +104,7 @@ def refuse_too_few(pair: "Pair", backend_name: str, target_bytes: int | None) ->
 
 
 def measure_bits(
-    pair: "Pair", backend_name: str, calibrate: bool | None, texts: "TokenTexts | None", output: Path | None
+    pair: "Pair", backend_name: str, calibrate: bool | None, texts: "TokenTexts | None", kept: Path | None
 ) -> "tuple[Bits, TokenTexts | None]":
     """Measure with a progress bar what bits cost a target.
 
@@ -116,7 +113,7 @@ def measure_bits(
         backend_name: a key of `exporter.graphs.backend.BACKENDS`.
         calibrate: whether to calibrate matrices of 4 bits; None to do it if some lie on no grid.
         texts: the user's texts to calibrate on; None for the default.
-        output: the output beside which to keep how far it is, for a killed run to go on from; None to keep nothing.
+        kept: directory in which to keep how far it is, for a killed run to go on from; None to keep nothing.
 
     Returns:
         What bits cost, and the texts that were calibrated on.
@@ -124,8 +121,8 @@ def measure_bits(
     Raises:
         InputError: see `exporter.calibration.bit_costs.measure_costs`.
     """
-    from exporter.bundle.export import kept_beside
     from exporter.calibration.bit_costs import bytes_to_measure, measure_costs
+    from exporter.calibration.calibrate import few_tokens_warning
     from exporter.calibration.choice import Bits
     from exporter.calibration.fold import fold, foldable
     from exporter.graphs.backend import load_backend
@@ -139,18 +136,18 @@ def measure_bits(
         calibrate = bool(off_grid(graph_parts(pair, int4)["target"]))
     if calibrate:
         if texts is None:
-            write = partial(texts_to_fit, pair)
-            texts = write() if output is None else kept_texts(kept_beside(output, "texts"), pair, write)
+            texts = kept_texts(kept and kept / "texts.json", pair, partial(texts_to_fit, pair))
+        if few := few_tokens_warning(graph_parts(pair, int4)["target"], texts):
+            err.print(f"warning: {few}", style="yellow")
         if sites := foldable(graph_parts(pair, int4)["target"]):
             with progress_bar(err, "inputs", pair.target.num_hidden_layers) as progress:
                 pair = fold(pair, sites, texts, lambda step, _: progress(step, 1))
     with progress_bar(err, "held-out texts", HELD_OUT_TOKENS) as progress:
-        held_out = held_out_texts(pair, progress)
+        held_out = kept_texts(kept and kept / "held-out.json", pair, partial(held_out_texts, pair, progress))
     with progress_bar(err, "bits", bytes_to_measure(pair)) as progress:
-        kept = None if output is None else kept_beside(output, "bits")
-        costs, positions = measure_costs(pair, backend, held_out, texts if calibrate else None, progress, kept)
+        used = texts if calibrate else None
+        costs, positions = measure_costs(pair, backend, held_out, used, progress, kept and kept / "bits")
     other_bytes = bytes_beside_matrices(pair, backend, int4)
-    used = texts if calibrate else None
     return Bits(tuple(costs), other_bytes, positions, held_out.source, None if used is None else used.source), used
 
 

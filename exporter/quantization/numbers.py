@@ -53,6 +53,20 @@ class Quantized:
         parts = [block for block in blocks if isinstance(block, Quantized)]
         return cls(torch.cat([p.numbers for p in parts]), torch.cat([p.scales for p in parts]), parts[0].bits)
 
+    @classmethod
+    def gather(cls, blocks: "Iterable[Quantized]", rows: int) -> "Quantized":
+        """Put blocks of rows, in all so many, into one matrix; memory holds no more than one block twice."""
+        whole, start = None, 0
+        for block in blocks:
+            if whole is None:
+                of_rows = block.numbers.shape[1], block.scales.shape[1]
+                whole = cls(torch.empty(rows, of_rows[0], dtype=torch.int8), torch.empty(rows, of_rows[1]), block.bits)
+            stop = start + len(block.numbers)
+            whole.numbers[start:stop], whole.scales[start:stop] = block.numbers, block.scales
+            start = stop
+        assert whole is not None and start == rows
+        return whole
+
     def held_as(self, width: Width) -> "Quantized":
         """Return the same numbers in as many bits or more, and groups as small or smaller; no value changes."""
         repeats, rest = divmod(self.group_size, width.group_size or self.group_size)

@@ -14,7 +14,7 @@ from exporter.texts.documents import CALIBRATION, HELD_OUT, Document, documents
 from exporter.texts.writing import write_texts
 from runtime_ref.chat import ChatTemplate
 from runtime_ref.errors import InputError
-from runtime_ref.manifest import Progress
+from runtime_ref.manifest import Progress, file_sha256
 from runtime_ref.prompts import read_prompt_ids
 from runtime_ref.tokenizer import TOKENIZER, TextTokenizer
 
@@ -82,7 +82,7 @@ def token_texts(
         if not has_tokenizer(pair):
             raise InputError(f"{directory}: has no {TOKENIZER}; give {file} as a JSON file of token ids")
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")  # without the mark that some editors begin a file with
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: cannot be read as text in UTF-8 ({error}); give another file") from error
         ids = TextTokenizer(directory, pair.tokens).encode(text) if text.strip() else []
@@ -103,18 +103,27 @@ def fitting_texts(pair: Pair, file: Path | None = None, progress: Progress = lam
     return TokenTexts((*texts.texts, *_tuples(write_texts(pair, progress=progress))), f"{texts.source} and {WRITTEN}")
 
 
-def kept_texts(file: Path, pair: Pair, make: Callable[[], TokenTexts]) -> TokenTexts:
+def kept_texts(file: Path | None, pair: Pair, make: Callable[[], TokenTexts]) -> TokenTexts:
     """Return texts that were kept in a file for the same checkpoint, else make them and keep them there.
 
     At full size a target writes for minutes, which a command that goes on after a kill need not do again.
 
     Args:
-        file: JSON that this function writes; anything else is replaced.
+        file: JSON that this function writes; anything else is replaced. None to keep nothing.
         pair: the pair that the texts are for.
         make: makes them.
     """
-    directory = str(pair.target_checkpoint.directory)
-    key = {"version": version("gemma-mtp-export"), "directory": directory, "files": pair.stamps}
+    if file is None:
+        return make()
+    directory = pair.target_checkpoint.directory
+    key = {
+        "version": version("gemma-mtp-export"),
+        "directory": str(directory),
+        "files": pair.stamps,
+        "config": str((pair.target, pair.tokens)),
+        "tokenizer": file_sha256(directory / TOKENIZER) if has_tokenizer(pair) else None,
+        "template": chat_template(directory),
+    }
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["key"] == key:

@@ -79,6 +79,26 @@ def test_a_live_writer_keeps_others_away(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+def test_what_is_kept_stays_until_the_output_is_written(tmp_path: Path) -> None:
+    """Beside it, for one process at a time."""
+    output, kept = tmp_path / "new/b", tmp_path / "new/.b.kept"
+    with pytest.raises(ZeroDivisionError), files.keeping(output):
+        raise ZeroDivisionError
+    assert not [*kept.parent.iterdir()]
+    with pytest.raises(ZeroDivisionError), files.keeping(output) as directory:
+        (directory / "a").write_text("finished")
+        with pytest.raises(InputError, match="b: another process is writing it; wait until it ends"):
+            files.keeping(output).__enter__()
+        raise ZeroDivisionError
+    assert [*kept.parent.iterdir()] == [kept]
+    with files.keeping(output) as directory:
+        assert (directory / "a").read_text() == "finished"
+    assert not [*kept.parent.iterdir()]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/b: cannot be written"), files.keeping(tmp_path / "file/b"):
+        pass
+
+
 def test_a_mount_point_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="/: is a mount point, which cannot be replaced; choose a directory inside"):
         files.check_directory(Path("/"), True, lambda _: True, "a bundle")

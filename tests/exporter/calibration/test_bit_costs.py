@@ -148,8 +148,17 @@ def test_a_killed_measurement_goes_on_where_it_was(
     done: list[int] = []
     assert measure(lambda _, amount: done.append(amount), directory) == whole
     assert (sum(done), ran, rounded.count(pair.head)) == (bytes_to_measure(pair), layers, heads)
-    other = measure_costs(pair, load_backend("onnx"), random_texts(2, 3), random_texts(1), directory=directory)
-    assert other != whole and ran[-4:] == [0, 1, 2, 3]
+    # Of other texts and other tokens nothing is taken over, nor what was cut short.
+    ran.clear()
+    measure_costs(pair, load_backend("onnx"), random_texts(2, 3), random_texts(1), directory=directory)
+    assert ran == [0, 1, 2, 3]
+    suppressing = replace(pair, tokens=replace(pair.tokens, suppressed=(7,)))
+    measure_costs(suppressing, load_backend("onnx"), random_texts(2, 3), random_texts(1), directory=directory)
+    assert ran == [0, 1, 2, 3] * 2
+    for content in ("", "[]", '{"a": 1}'):
+        (directory / "costs.json").write_text(content)
+        measure_costs(suppressing, load_backend("onnx"), random_texts(2, 3), random_texts(1), directory=directory)
+    assert ran == [0, 1, 2, 3] * 2
 
 
 def test_costs_that_are_not_finite_are_refused(pair_dirs: Pairs) -> None:
@@ -270,7 +279,7 @@ def test_the_commands_go_on_after_a_kill(
     with monkeypatch.context() as patch:
         patch.setattr(*((Bits, "choose") if command == "recipe" else (export, "export_bundle")), killed)
         assert run(command, "--target", target, "--drafter", drafter, *options)[0] not in (0, 2)
-    assert [path.name for path in tmp_path.iterdir()] == [".my.bits"]
+    assert [path.name for path in tmp_path.iterdir()] == [".my.kept"]
     monkeypatch.setattr(_Candidates, "run_layer", killed)
     monkeypatch.setattr(_Candidates, "_run_layers", killed)
     assert run(command, "--target", target, "--drafter", drafter, *options)[0] == 0
@@ -291,12 +300,13 @@ def test_calibrated_bits_by_the_command(run: Run, pair_dirs: Pairs, tmp_path: Pa
     """Of random weights, by default; a table is printed, and the recipe after it."""
     target, drafter = pair_dirs("tiny")
     (tmp_path / "ids.json").write_text(json.dumps([[5, 6, 7] * 40]))
-    code, out, _ = run(
+    code, out, err = run(
         *("recipe", "--target", target, "--drafter", drafter, "--calibration", tmp_path / "ids.json"),
         *("--target-bytes", 1e9),
     )
     assert code == 0
     table, _, rules = out.partition("rules = [")
+    assert "ids.json: 121 tokens are few to calibrate matrices with 128 columns on" in " ".join(err.split())
     assert "calibrated on ids.json" in " ".join(table.split())
     assert 'match = "target.embed_tokens.weight", bits = 8' in rules
 

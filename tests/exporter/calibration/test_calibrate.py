@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.bundle import export
-from exporter.bundle.export import ExportOptions, export_bundle, kept_beside
+from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.bundle.inspection import inspect
 from exporter.calibration import calibrate as module
 from exporter.calibration.calibrate import calibrate
 from exporter.checkpoint.pair import Pair, open_pair
 from exporter.checkpoint.tensors import IntegerReader
 from exporter.demo import PAIR
+from exporter.files import kept_beside
 from exporter.graphs.tables import PER_LAYER
 from exporter.modeling.target import empty_kv
 from exporter.parity.quality import kl_divergence, logits_after
@@ -204,13 +205,20 @@ def test_texts_are_not_written_again_after_a_kill(
     with monkeypatch.context() as patch:
         patch.setattr(export, "calibrate", killed)
         assert run(*command, target)[0] not in (0, 2)
-    assert (tmp_path / ".b.texts").is_file()
+    assert (tmp_path / ".b.kept/texts.json").is_file()
     other = shutil.copytree(target, tmp_path / "other")
     assert run(*command, other)[0] == 0
-    assert calls == [target, other] and not (tmp_path / ".b.texts").exists()
+    assert calls == [target, other] and not (tmp_path / ".b.kept").exists()
     with monkeypatch.context() as patch:
         patch.setattr(export, "calibrate", killed)
         run(*command, target, "--force")
+        calls.clear()
+        run(*command, target, "--force")
+        assert not calls
+        # What decides about texts beside the weights: here tokens that are never written.
+        edit_json(target / "generation_config.json", suppress_tokens=[9])
+        run(*command, target, "--force")
+        assert calls == [target]
     calls.clear()
     assert run(*command, target, "--force")[0] == 0 and not calls
 
@@ -247,7 +255,7 @@ def test_parity_proves_a_calibrated_bundle(backend: str, recipe: str, pair_dirs:
     dirs, path = pair_dirs("tiny"), tmp_path / "bundle"
     texts = random_texts(4)
     export_bundle(open_pair(*dirs), path, ExportOptions(backend, RECIPES[recipe], MAX_SEQ_LEN, calibration=texts))
-    assert not kept_beside(path, "calibration").exists()
+    assert not kept_beside(path).exists()
     entry = json.loads((path / "manifest.json").read_text())["calibration"]
     assert (entry["sha256"], entry["tokens"], entry["threads"]) == (texts.sha256, 160, 1)
     shown = inspect(path)
