@@ -20,6 +20,7 @@ from exporter.memory import available_memory
 from runtime_ref.errors import InputError
 from runtime_ref.json_file import read_json
 from runtime_ref.locks import locked
+from runtime_ref.manifest import MANIFEST
 
 # Files that file managers, sync tools and file systems leave in directories: patterns of names.
 FOREIGN_FILES = (
@@ -30,6 +31,7 @@ FOREIGN_FILES = (
     *(".nextcloudsync.log", ".owncloudsync.log", ".sync_*.db*", "._sync_*.db*", ".~lock.*#"),
     *(".fuse_hidden*", ".nfs*"),
 )
+CHECKPOINT_FILES = (".safetensors", ".json", ".jinja")  # what checkpoints consist of
 FOREIGN_DIRECTORIES = ("@eaDir", ".stfolder", ".tmp.drivedownload", ".tmp.driveupload")  # with all that is in them
 
 
@@ -50,8 +52,8 @@ def check_file(file: Path, force: bool) -> None:
         force: whether an existing file may be replaced.
 
     Raises:
-        InputError: the file exists and may not be replaced, the path is not that of a file, or its directory is missing
-            or cannot be written to.
+        InputError: the file exists and may not be replaced, be it one of a bundle or a checkpoint; the path is not that
+            of a file; or its directory is missing or cannot be written to.
     """
     directory = file.resolve().parent  # of what a symbolic link leads to
     if not os.access(directory, os.W_OK | os.X_OK) or not directory.is_dir():
@@ -60,6 +62,16 @@ def check_file(file: Path, force: bool) -> None:
         raise InputError(f"{file}: exists and is not a file; choose another one")
     if (file.exists() or file.is_symlink()) and not force:
         raise InputError(f"{file}: exists already; choose another file, or pass --force to replace it")
+    if file.exists() and _is_of_a_model(file.resolve()):
+        raise InputError(f"{file}: is one of the files of a bundle or a checkpoint; choose another file")
+
+
+def _is_of_a_model(file: Path) -> bool:
+    """Whether a file is one that a manifest beside it names, or, beside a config.json, of a checkpoint's kinds."""
+    named = set()
+    with contextlib.suppress(InputError, KeyError, TypeError):  # not a manifest of ours
+        named = {MANIFEST, *read_json(file.parent / MANIFEST, "a JSON object")["files"]}
+    return file.name in named or (file.suffix in CHECKPOINT_FILES and (file.parent / "config.json").is_file())
 
 
 def write_file(file: Path, content: bytes) -> None:
@@ -222,6 +234,22 @@ def recover(output: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
+
+
+@contextlib.contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Hold a lock beside a file while the block runs, because what is read from it is replaced at the end.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    file = file.resolve()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file.with_name(f".{file.name}.use.lock"), wait=False))
+        except BlockingIOError:
+            raise _is_written(file) from None
+        yield
 
 
 def kept_beside(output: Path) -> Path:

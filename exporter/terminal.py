@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import signal
 import sys
 import traceback
@@ -51,6 +52,7 @@ def run_command(command: click.Command) -> None:
     Args:
         command: a click command or group.
     """
+    _open_closed_streams()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that a stopped export cleans up
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may not hold what a model writes
@@ -71,6 +73,27 @@ def run_command(command: click.Command) -> None:
         code, line = _exit_code_and_line(error)
         click.echo(line, err=True)
         sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Take a standard output that is closed for a pipe that nobody reads; what goes to a closed standard error is lost.
+
+    Python has None in their place, to which click prints nothing without an error, and gives their numbers to the files
+    that are opened next.
+    """
+    if sys.stdout is None:
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        sys.stdout = os.fdopen(_moved(write_end, 1), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(_moved(os.open(os.devnull, os.O_WRONLY), 2), "w")
+
+
+def _moved(descriptor: int, number: int) -> int:
+    if descriptor != number:
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    return number
 
 
 def _exit_code_and_line(error: Exception) -> tuple[int, str]:

@@ -182,6 +182,11 @@ def _checked_tools(tools: Sequence[Tool]) -> list[Tool]:
     for tool in tools:
         if not isinstance(tool, Mapping):
             raise InputError(f"a tool is {tool!r:.60}, expected an object with type function and a function")
+        function = tool.get("function", {"name": ""})
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InputError(f"a tool is {tool!r:.60}, expected a function with a name, which is a text")
+        if not isinstance(function.get("parameters", {}), Mapping):
+            raise InputError(f"the tool {function['name']} has parameters that are no object; give a JSON Schema")
     return [dict(tool) for tool in tools]
 
 

@@ -18,6 +18,7 @@ from runtime_ref.sampling import Chooser
 from runtime_ref.tables import Table
 
 # Backend -> the module with its `load_graphs`, imported when a bundle needs it: a runtime may not be installed.
+MAX_THREADS = 256  # more than any phone or build machine has cores for; thousands bring a machine down
 GRAPH_MODULES = {"onnx": "runtime_ref.graphs_onnx", "executorch": "runtime_ref.graphs_executorch"}
 
 
@@ -129,11 +130,11 @@ def load_engine(bundle: Path, manifest: Manifest, threads: int | None = None) ->
         threads: threads inside an operation; None lets the backend choose.
 
     Raises:
-        InputError: `threads` is below 1, the backend is unknown or not installed, its runtime cannot load the graphs,
-            or the tables do not fit the manifest.
+        InputError: `threads` is none from 1 to `MAX_THREADS`, the backend is unknown or not installed, its runtime
+            cannot load the graphs, or the tables do not fit the manifest.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}, expected at least 1")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InputError(f"threads is {threads}, expected 1 to {MAX_THREADS}")
     if manifest.backend not in GRAPH_MODULES:
         raise InputError(
             f"{bundle}: made for backend {manifest.backend!r}, expected {' or '.join(GRAPH_MODULES)}; export it for"

@@ -61,7 +61,8 @@ class OnnxGraph:
         except Exception as error:  # onnxruntime's own exceptions share no base class
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"{bundle / graph.file}: ONNX Runtime {ort.__version__} cannot load it ({reason})"
+                f"{bundle / graph.file}: ONNX Runtime {ort.__version__} cannot load it ({reason});"
+                " install a newer onnxruntime, or export the bundle again"
             ) from error
         if {port.name for port in self._session.get_inputs()} != {*graph.inputs}:
             raise InputError(f"{self._file}: has other inputs than {MANIFEST} says; export the bundle again")

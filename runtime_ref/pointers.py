@@ -31,5 +31,5 @@ def what_stands_for(path: Path) -> str | None:
     except OSError:
         return None
     if not begin:
-        return "an empty file; download it again"
+        return "an empty file; write or download it again"
     return next((f"{what}; {remedy}" for start, (what, remedy) in POINTERS.items() if begin.startswith(start)), None)

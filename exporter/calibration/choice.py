@@ -75,7 +75,8 @@ class Bits:
         fitting = [choice for choice in best if choice.bytes <= target_bytes]
         if not fitting:
             raise InputError(
-                f"--target-bytes is {target_bytes}, but the smallest choice needs {best[0].bytes}; pass more"
+                f"--target-bytes is {target_bytes}, but the smallest choice, with the drafter as in int4, needs"
+                f" {best[0].bytes}; pass more"
             )
         return fitting[-1]
 

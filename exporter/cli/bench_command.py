@@ -16,7 +16,7 @@ from exporter.bench.measure import (
     check_same_text,
     measure_bundle,
 )
-from exporter.cli.options import bundle_argument, json_option, threads_option
+from exporter.cli.options import Number, bundle_argument, json_option, threads_option
 from exporter.files import human_bytes
 from exporter.terminal import err, out, print_json
 
@@ -132,7 +132,7 @@ _ACCEPTANCES = f"{', '.join(map(str, DEFAULT_ACCEPTANCES[:-1]))} and {DEFAULT_AC
 )
 @click.option(
     "--acceptance",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Probability that a draft token is accepted if those before it in the round were.",
     show_default=f"{_ACCEPTANCES} for computed speed-ups, {FORCED_ACCEPTANCE} for measured ones",
 )

@@ -11,6 +11,7 @@ from clustering.recall import DEFAULT_RECALL
 from exporter.cli.options import (
     OR_ID,
     PATH,
+    Number,
     adapter_option,
     clusters_option,
     json_option,
@@ -72,7 +73,7 @@ def recall_table(document: dict[str, Any]) -> Table:
 @clusters_option
 @click.option(
     "--recall",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     help="Keep the smallest number of clusters that reaches this recall.",
     show_default=str(DEFAULT_RECALL),
 )

@@ -123,7 +123,7 @@ def export(
 
     Checkpoints are directories with config.json and safetensors files, as published or as transformers saves them. The
     same checkpoints and options give the same bytes; with a calibration, on the same kind of processor with as many
-    threads. A calibration that was killed goes on where it was.
+    threads. What was killed goes on where it was, by what `.NAME.kept` beside the output holds until it is written.
     """
     from clustering.cluster_table import load_table
     from exporter.bundle.export import ExportOptions, check_output, plan_export

@@ -9,7 +9,7 @@ import click
 
 from exporter.cli.options import PATH, DraftTokens, bundle_argument, json_option, prompt_ids_option, utf8_text
 from exporter.cli.rule_options import FROM_CHECKPOINT, rule_options, rules_of
-from exporter.files import check_file
+from exporter.files import alone, check_file
 from exporter.terminal import err, print_json, progress_bar
 from runtime_ref.errors import InputError
 from runtime_ref.full_context import SHIFT, STOP, WHEN_FULL
@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     "--when-full",
     type=click.Choice(WHEN_FULL),
     help="Where the context is full: stop; or shift: go on without the oldest turns of a chat, or the oldest tokens of "
-    "a text, and run the rest again.",
+    "a text, and run the rest again. A text's prompt must fit into it.",
     show_default="shift in a chat on a terminal, else stop",
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Seed of sampling.")
@@ -131,7 +131,10 @@ def generate(
     given = sum(source is not None for source in (prompt, prompt_file, prompt_ids))
     interactive = not given and not as_json and sys.stdin is not None and sys.stdin.isatty()
     if given != 1 and not interactive:
-        raise click.UsageError("give one of --prompt, --prompt-file and --prompt-ids")
+        raise click.UsageError(
+            "give one of --prompt, --prompt-file and --prompt-ids; --prompt - is standard input, and a chat line by line"
+            " needs a terminal"
+        )
     if chat and prompt_ids is not None:
         raise click.UsageError("--chat cannot be used with --prompt-ids; give --prompt instead")
     of_chats = {"--system": system, "--tools": tools, "--thinking or --no-thinking": thinking}
@@ -148,6 +151,7 @@ def generate(
         if len(prompts) > 1:
             raise click.UsageError(f"--session goes with one prompt, {prompt_ids} has {len(prompts)}")
         check_file(session, force=True)
+        click.get_current_context().with_resource(alone(session))
     decoder = open_bundle(bundle, verify)
     if (chat or given_of_chats) and decoder.template is None:
         option = "--chat" if chat else given_of_chats[0]
@@ -217,6 +221,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     Raises:
         InputError: the file cannot be read, or the text is not UTF-8, or empty.
     """
+    origin = "--prompt"
     if file is not None or prompt == "-":
         origin = str(file) if file is not None else "standard input"
         if file is None and sys.stdin is None:
@@ -224,7 +229,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         content = sys.stdin.buffer.read() if file is None else file.read_bytes()
         prompt = utf8_text(content, origin).removesuffix("\n").removesuffix("\r")
     if not prompt:
-        raise InputError("the prompt is empty: expected some text")
+        raise InputError(f"{origin}: the prompt is empty; give some text")
     return prompt
 
 

@@ -1,6 +1,7 @@
 """Arguments and options that several commands share."""
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import click
 
 from exporter.graphs.backend import BACKENDS
 from exporter.quantization.recipes import AUTO, RECIPES, Recipe, read_recipe
+from runtime_ref.engine import MAX_THREADS
 from runtime_ref.errors import InputError
 
 PATH = click.Path(path_type=Path)
@@ -37,6 +39,15 @@ class DraftTokens(click.ParamType):
         return int(value)
 
 
+class Number(click.FloatRange):
+    """A number in a range, in which click alone takes `nan` to be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Convert a value from the command line; `nan` is a usage error, as is one beyond the range."""
+        number = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is not a number", param, ctx) if math.isnan(number) else number
+
+
 class Bytes(click.ParamType):
     """A number of bytes, at least 1, that may be written as `1.5e9`."""
 
@@ -50,7 +61,7 @@ class Bytes(click.ParamType):
             number = 0.0
         if 1 <= number < 2**62:
             return int(number)
-        return self.fail(f"{value!r} is not a number of bytes; expected one such as 1500000000 or 1.5e9", param, ctx)
+        return self.fail(f"{value!r} is not a number of bytes; expected one such as 1.5e9, below 4e18", param, ctx)
 
 
 class RecipeType(click.ParamType):
@@ -77,7 +88,7 @@ backend_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="Threads of the runtime.", show_default="one for each CPU"
+    "--threads", type=click.IntRange(1, MAX_THREADS), help="Threads of the runtime.", show_default="one for each CPU"
 )
 clusters_option = click.option(
     "--clusters",

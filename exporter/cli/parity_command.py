@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from exporter.cli.options import BYTES, PATH, bundle_argument, json_option, prompt_ids_option, source_options
+from exporter.cli.options import BYTES, PATH, Number, bundle_argument, json_option, prompt_ids_option, source_options
 from exporter.terminal import err, out, print_json
 from runtime_ref.errors import CheckError
 from runtime_ref.prompts import read_prompt_ids
@@ -37,13 +37,13 @@ def parity_table(checks: "Sequence[Check]") -> Table:
 )
 @click.option(
     "--min-choices",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Least share of positions at which bundle and checkpoint choose the same token; needs --target and --drafter.",
 )
-@click.option("--min-acceptance", type=click.FloatRange(0, 1), help="Least share of draft tokens that are accepted.")
+@click.option("--min-acceptance", type=Number(0, 1), help="Least share of draft tokens that are accepted.")
 @click.option(
     "--max-kl",
-    type=click.FloatRange(0),
+    type=Number(0),
     help="Largest mean KL divergence from the checkpoint, in nats; needs --target and --drafter.",
 )
 @click.option("--max-bundle-bytes", type=BYTES, help="Largest size of the bundle, such as `2.5e9`.")

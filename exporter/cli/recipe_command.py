@@ -52,7 +52,7 @@ def recipe(
 
     The cost is the divergence (KL) of the next token that rounding a class alone causes, on held-out texts. The chosen
     recipe is a file of rules, to keep and to edit; without --output it is printed. With --output or --report, a run
-    that was killed goes on where it was.
+    that was killed goes on where it was, by what `.NAME.kept` beside that file holds until it is written.
     """
     from exporter.checkpoint.hub import local_checkpoint
     from exporter.checkpoint.pair import open_pair
@@ -100,7 +100,10 @@ def refuse_too_few(pair: "Pair", backend_name: str, target_bytes: int | None) ->
     backend = load_backend(backend_name)
     smallest = bytes_beside_matrices(pair, backend, RECIPES["int4"]) + smallest_bytes(pair, backend)
     if target_bytes is not None and target_bytes < smallest:
-        raise InputError(f"--target-bytes is {target_bytes}, but the smallest choice needs {smallest}; pass more")
+        raise InputError(
+            f"--target-bytes is {target_bytes}, but the smallest choice, with the drafter as in int4, needs {smallest};"
+            " pass more"
+        )
 
 
 def measure_bits(

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -97,6 +98,20 @@ def test_what_is_kept_stays_until_the_output_is_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/b: cannot be written"), files.keeping(tmp_path / "file/b"):
         pass
+
+
+def test_files_of_bundles_and_checkpoints_are_not_replaced(
+    bundle: Callable[..., Path], pair_dirs: Pairs, tmp_path: Path
+) -> None:
+    """By a report or a table, whatever is forced; other files beside them are."""
+    bundle_dir = shutil.copytree(bundle("tiny"), tmp_path / "bundle")
+    drafter = shutil.copytree(pair_dirs("tiny")[1], tmp_path / "drafter")
+    for file in (bundle_dir / "manifest.json", bundle_dir / "target.weights", drafter / "model.safetensors"):
+        with pytest.raises(InputError, match="is one of the files of a bundle or a checkpoint; choose another file"):
+            files.check_file(file, force=True)
+    for file in (bundle_dir / "report.html", drafter / "clusters", tmp_path / "manifest.json"):
+        file.write_text("[]")
+        files.check_file(file, force=True)
 
 
 def test_a_mount_point_is_refused_at_once() -> None:

@@ -125,5 +125,5 @@ def test_threads_of_a_pool_in_use_are_not_changed(bundle: Callable[..., Path]) -
 
 def test_threads_are_counted_from_one(backend: str, bundle: Callable[..., Path]) -> None:
     path = bundle("odd", backend)
-    with pytest.raises(InputError, match=r"threads is 0, expected at least 1"):
+    with pytest.raises(InputError, match=r"threads is 0, expected 1 to 256"):
         load_engine(path, read_manifest(path), threads=0)

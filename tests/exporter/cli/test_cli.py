@@ -153,6 +153,12 @@ def test_inspect(
         (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--num-draft-tokens", "9" * 5000], "expected 'auto'"),
         (["generate", "{dense}", "--prompt-ids", "{ids:[5]}", "--temperature", "nan"], "temperature is nan"),
         (["generate", "{demo}", "--prompt", "a\udcffb"], "the prompt is not valid UTF-8"),
+        (["bench", "{dense}", "--acceptance", "nan"], "'nan' is not a number"),
+        (["bench", "{dense}", "--threads", "5000"], "5000 is not in the range 1<=x<=256"),
+        (["parity", "{dense}", "--min-choices", "nan"], "'nan' is not a number"),
+        (["parity", "{dense}", "--max-kl", "nan"], "'nan' is not a number"),
+        (["cluster", "--drafter", "a", "--recall", "nan"], "'nan' is not a number"),
+        (["recipe", "--target", "a", "--drafter", "b", "--target-bytes", "1e30"], "expected one such as 1.5e9, below"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from exporter.cli import generate_command
+from runtime_ref.locks import locked
 from runtime_ref.streaming import open_decoder
 from tests.conftest import Run
 
@@ -35,6 +36,16 @@ def test_a_text_goes_on_from_its_session(run: Run, bundle: Callable[[str], Path]
     assert (again["reused_prompt_tokens"], alone["reused_prompt_tokens"]) == (len(tokens), 0)
     assert "session" not in alone
     assert load_file(session)["tokens"].tolist()[: len(tokens)] == tokens
+
+
+def test_a_session_is_of_one_process_at_a_time(run: Run, bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """Else the second would replace what the first has saved."""
+    command = "generate", bundle("demo"), "--prompt", PROMPT, "--session", tmp_path / "session"
+    with locked(tmp_path / ".session.use.lock"):
+        code, _, error = run(*command)
+    assert (code, "session: another process is writing it" in error) == (2, True)
+    assert run(*command, "--max-new-tokens", 2)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["session"]
 
 
 def test_a_chat_goes_on_from_its_session(run: Run, chat_bundle: Path, tmp_path: Path) -> None:

@@ -118,6 +118,16 @@ def test_a_reader_that_ends_is_no_failed_check(bundle: Callable[..., Path]) -> N
     assert process.returncode == 141
 
 
+def test_closed_outputs(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """Text that nobody can read is no success; without a standard error, a command does what it does with one."""
+    (tmp_path / "ids").write_text("[3, 4]")
+    command = [COMMAND, "generate", bundle("tiny"), "--prompt-ids", tmp_path / "ids", "--max-new-tokens", "2", "--json"]
+    for closed, code in ((">&-", 141), ("2>&-", 0)):
+        result = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *command], capture_output=True, check=False)
+        assert (result.returncode, result.stderr) == (code, b"")
+    assert len(json.loads(result.stdout)["tokens"]) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [((), "give one of --prompt, --prompt-file and --prompt-ids"), (("--prompt", "-"), "standard input is closed")],
