@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL = pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Containers often set it; without bytecode every process of the tests compiles all modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo check test fuzz bench lint types docs constraints dist dist-test workflows android-test android-stress android-apk aarch64-parity clean
 
 demo: .venv/installed

@@ -26,7 +26,7 @@ from exporter.graphs.tables import table_bytes
 from exporter.modeling.target import OWN_HEAD, SUPPRESSED_LOGIT, TargetPass
 from exporter.quantization.numbers import Quantized, Scales, fitting_width, lies_on_grid, quantize
 from exporter.quantization.recipes import PER_LAYER_TABLE, RECIPES, Recipe, Rule, dividing
-from exporter.quantization.second_order import Inputs, quantize_for
+from exporter.quantization.second_order import BLOCK_ROWS, Inputs, quantize_for
 from exporter.quantization.widths import BITS_OF_TABLE, FLOAT, QAT_GROUP_SIZE, Width
 from exporter.texts.token_texts import TokenTexts
 from runtime_ref.errors import InputError
@@ -161,6 +161,17 @@ def bytes_to_measure(pair: Pair) -> int:
     shapes = graph_parts(pair, RECIPES["fp32"])["target"].shapes
     layers = sum(prod(shape) for name, shape in shapes.items() if name.startswith("layers."))
     return 4 * (layers + len(WIDTHS_OF_MATRICES) * prod(shapes[pair.head]))
+
+
+def memory_to_measure(pair: Pair, num_tokens: int) -> int:
+    """Return about how many bytes of memory `measure_costs` takes to calibrate on so many tokens."""
+    shapes, config = graph_parts(pair, RECIPES["fp32"])["target"].shapes, pair.target
+    layers = [f"layers.{i}." for i in range(config.num_hidden_layers)]
+    largest = max(sum(prod(s) for name, s in shapes.items() if name.startswith(layer)) for layer in layers)
+    columns = max(shape[1] for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2)
+    of_token = config.hidden_size + config.num_hidden_layers * config.hidden_size_per_layer_input
+    # Beside the layer its rounded matrices, seven numbers for each that is rounded at a time, and the passes.
+    return 4 * (2 * largest + 7 * BLOCK_ROWS * columns + (num_tokens + 8 * MAX_POSITIONS) * of_token)
 
 
 def _class_of(name: str) -> str:

@@ -132,8 +132,8 @@ def generate(
     interactive = not given and not as_json and sys.stdin is not None and sys.stdin.isatty()
     if given != 1 and not interactive:
         raise click.UsageError(
-            "give one of --prompt, --prompt-file and --prompt-ids; --prompt - is standard input, and a chat line by line"
-            " needs a terminal"
+            "give one of --prompt, --prompt-file and --prompt-ids; --prompt - is standard input, and a chat line by"
+            " line needs a terminal"
         )
     if chat and prompt_ids is not None:
         raise click.UsageError("--chat cannot be used with --prompt-ids; give --prompt instead")

@@ -124,7 +124,7 @@ def measure_bits(
     Raises:
         InputError: see `exporter.calibration.bit_costs.measure_costs`.
     """
-    from exporter.calibration.bit_costs import bytes_to_measure, measure_costs
+    from exporter.calibration.bit_costs import bytes_to_measure, measure_costs, memory_to_measure
     from exporter.calibration.calibrate import few_tokens_warning
     from exporter.calibration.choice import Bits
     from exporter.calibration.fold import fold, foldable
@@ -132,6 +132,7 @@ def measure_bits(
     from exporter.graphs.bundle_bytes import bytes_beside_matrices
     from exporter.graphs.grids import off_grid
     from exporter.graphs.parts import graph_parts
+    from exporter.memory import available_memory
     from exporter.texts.token_texts import HELD_OUT_TOKENS, held_out_texts, kept_texts
 
     backend, int4 = load_backend(backend_name), RECIPES["int4"]
@@ -145,6 +146,10 @@ def measure_bits(
         if sites := foldable(graph_parts(pair, int4)["target"]):
             with progress_bar(err, "inputs", pair.target.num_hidden_layers) as progress:
                 pair = fold(pair, sites, texts, lambda step, _: progress(step, 1))
+        available, needed = available_memory(), memory_to_measure(pair, texts.num_tokens)
+        if available is not None and needed > available:
+            free = human_bytes(available)
+            err.print(f"warning: needs about {human_bytes(needed)} of memory, {free} are free", style="yellow")
     with progress_bar(err, "held-out texts", HELD_OUT_TOKENS) as progress:
         held_out = kept_texts(kept and kept / "held-out.json", pair, partial(held_out_texts, pair, progress))
     with progress_bar(err, "bits", bytes_to_measure(pair)) as progress:

@@ -18,7 +18,7 @@ DAMPING = 0.01  # of the mean of G's diagonal, added to it, as in GPTQ
 ROUNDS = 1  # of scales and integers in turn; a second lowers the error by a hundredth
 MAX_COLUMNS = 4096  # of one G; wider matrices are rounded in parts, because the work grows with the cube of the columns
 _BLOCK_COLUMNS = 128  # whose errors are spread at once over all columns that follow
-_BLOCK_ROWS = 4096  # that are rounded at a time, which bounds memory
+BLOCK_ROWS = 4096  # that are rounded at a time, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def quantize_for(weight: Tensor, inputs: Inputs, width: Width, allowed: Scales =
         allowed: which scales may be chosen.
     """
     blocks = []
-    for rows in weight.split(_BLOCK_ROWS):
+    for rows in weight.split(BLOCK_ROWS):
         nearest = quantize(rows, width, allowed)
         numbers, scales = _tuned(rows, inputs, nearest, allowed)
         tuned = Quantized(numbers.to(torch.int8), scales, width.bits)

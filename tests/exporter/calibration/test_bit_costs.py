@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from exporter import memory
 from exporter.bundle import export
 from exporter.bundle.export import ExportOptions, export_bundle
 from exporter.calibration.bit_costs import CLASSES, Cost, _Candidates, bytes_to_measure, candidates, measure_costs
@@ -296,9 +297,12 @@ def document_rules(document: dict) -> tuple[Rule, ...]:
     return bits.choose(500_000).recipe("chosen").rules
 
 
-def test_calibrated_bits_by_the_command(run: Run, pair_dirs: Pairs, tmp_path: Path) -> None:
+def test_calibrated_bits_by_the_command(
+    run: Run, pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of random weights, by default; a table is printed, and the recipe after it."""
     target, drafter = pair_dirs("tiny")
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
     (tmp_path / "ids.json").write_text(json.dumps([[5, 6, 7] * 40]))
     code, out, err = run(
         *("recipe", "--target", target, "--drafter", drafter, "--calibration", tmp_path / "ids.json"),
@@ -307,6 +311,7 @@ def test_calibrated_bits_by_the_command(run: Run, pair_dirs: Pairs, tmp_path: Pa
     assert code == 0
     table, _, rules = out.partition("rules = [")
     assert "ids.json: 121 tokens are few to calibrate matrices with 128 columns on" in " ".join(err.split())
+    assert "MB of memory, 1.0 MB are free" in " ".join(err.split())
     assert "calibrated on ids.json" in " ".join(table.split())
     assert 'match = "target.embed_tokens.weight", bits = 8' in rules
 
