@@ -121,14 +121,13 @@ def _inspect_target(path: Path) -> dict[str, Any]:
     from exporter.checkpoint.names import target_weights
     from exporter.checkpoint.packed import find_packed
     from exporter.checkpoint.tensors import Checkpoint, IntegerReader
-    from exporter.modeling.target import Target
-    from exporter.modeling.weights import parameter_shapes
+    from exporter.modeling.target import target_shapes
 
     config, checkpoint = read_target_config(path), Checkpoint(path)
     used = target_weights(checkpoint, config)
     _, of_packed = find_packed(checkpoint)
     widths = {name: read.width for name, read in used.items() if isinstance(read, IntegerReader)}
-    shapes = parameter_shapes(lambda: Target(config, own_head=True))
+    shapes = target_shapes(config, own_head=True)
     numbers = sum(prod(shapes[name]) for name in widths)
     return {
         "kind": "target",

@@ -12,9 +12,9 @@ from exporter.checkpoint.other_forms import refuse_other_tensors
 from exporter.checkpoint.packed import Packed, activation_scales, check_settings, find_packed, packed_reader
 from exporter.checkpoint.tensors import FLOAT_DTYPES, BlockReader, Checkpoint, IntegerReader, TensorEntry, TensorReader
 from exporter.modeling.config import DrafterConfig, TextConfig
-from exporter.modeling.drafter import Drafter
-from exporter.modeling.target import OWN_HEAD, Target
-from exporter.modeling.weights import Weights, parameter_shapes
+from exporter.modeling.drafter import drafter_shapes
+from exporter.modeling.target import OWN_HEAD, target_shapes
+from exporter.modeling.weights import Weights
 from runtime_ref.errors import InputError
 
 # Prefixes of the target's text decoder in a checkpoint, by dialect; the first with a first layer applies.
@@ -73,7 +73,7 @@ def target_weights(checkpoint: Checkpoint, config: TextConfig, keeps_head: bool 
     names = packed.keys() | (checkpoint.entries.keys() - of_packed)
     refuse_other_tensors(checkpoint.directory, names)
     prefix = _prefix(names)
-    shapes = parameter_shapes(lambda: Target(config))
+    shapes = target_shapes(config)
     ignored = shared_layer_tensors(prefix, range(config.num_kv_layers, config.num_hidden_layers))
     ignored |= {name for name in names for pattern in IGNORED_TARGET if fnmatch.fnmatchcase(name, pattern)}
     names_in_file = {name: prefix + name for name in shapes}
@@ -133,7 +133,7 @@ def drafter_weights(
         InputError: a tensor is missing, unknown, of the wrong shape or quantized.
     """
     refuse_other_tensors(checkpoint.directory, checkpoint.entries)
-    shapes = parameter_shapes(lambda: Drafter(config, None))
+    shapes = drafter_shapes(config)
     names_in_file = drafter_names(shapes)
     names_in_file["head.weight"] = drafter_embedding(checkpoint)
     ignored = shared_layer_tensors("model.", range(config.text.num_hidden_layers))

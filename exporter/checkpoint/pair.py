@@ -34,9 +34,9 @@ from exporter.checkpoint.other_forms import ADAPTER_CONFIG
 from exporter.checkpoint.special_tokens import SpecialTokens, special_tokens, suppression
 from exporter.checkpoint.tensors import Checkpoint, TensorReader
 from exporter.modeling.config import DrafterConfig, TextConfig, shared_kv
-from exporter.modeling.drafter import Drafter
+from exporter.modeling.drafter import Drafter, drafter_shapes
 from exporter.modeling.layers import Ops
-from exporter.modeling.target import OWN_HEAD, Target
+from exporter.modeling.target import OWN_HEAD, Target, target_shapes
 from exporter.modeling.weights import Weights, constant, load_module, parameter_shapes
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import file_sha256
@@ -116,7 +116,7 @@ class Pair:
     def weight_bytes(self) -> int:
         """Bytes of all weights that an export stores, if they were float32; the total of a progress bar."""
         target = parameter_shapes(self.new_target)
-        drafter = parameter_shapes(lambda: Drafter(self.drafter, None))
+        drafter = dict(drafter_shapes(self.drafter))
         del drafter["target_embed_tokens.weight"]  # stored with the target
         return sum(4 * prod(shape) for shape in (*target.values(), *drafter.values()))
 
@@ -229,7 +229,7 @@ def open_pair(
         )
     tokens, token_warnings = special_tokens(target_dir)
     weights = target_weights(target_checkpoint, target, keeps_head=bool(adapter_dirs))
-    shapes = parameter_shapes(lambda: Target(target, own_head=True))
+    shapes = target_shapes(target, own_head=True)
     unread = shared_layer_tensors("", range(target.num_kv_layers, target.num_hidden_layers))
     adapters = [open_adapter(directory, shapes, unread) for directory in adapter_dirs]
     for adapter in adapters:

@@ -18,9 +18,8 @@ from exporter.demo.sizes import SIZES, drafter_json, target_json
 from exporter.demo.synthetic_forms import FORMS, Values, mobile_config, mobile_tensors
 from exporter.files import check_directory, check_free_space, holds_only, human_bytes, recover, replacing
 from exporter.modeling.config import DrafterConfig, TextConfig
-from exporter.modeling.drafter import Drafter
-from exporter.modeling.target import Target
-from exporter.modeling.weights import parameter_shapes
+from exporter.modeling.drafter import drafter_shapes
+from exporter.modeling.target import target_shapes
 from exporter.quantization.recipes import matrices
 from exporter.quantization.widths import QAT_GROUP_SIZE
 from exporter.terminal import err, peak_bytes, print_json, progress_bar, run_command, traceback_option
@@ -105,7 +104,7 @@ class SyntheticPair:
             _write_json(directory / MARKER, {"seed": self.seed, "files": _files(directory)})
 
     def _target(self, config: TextConfig) -> dict[str, TensorToWrite]:
-        shapes, ple = parameter_shapes(lambda: Target(config)), config.hidden_size_per_layer_input
+        shapes, ple = target_shapes(config), config.hidden_size_per_layer_input
         packed = matrices(shapes) if self.form == "qat-mobile" else {}
         tensors = {
             TARGET_PREFIXES[0] + n: self._tensor(n, shape, ple) for n, shape in shapes.items() if n not in packed
@@ -114,7 +113,7 @@ class SyntheticPair:
         return tensors | mobile_tensors(self._values, config, packed, stds) if packed else tensors
 
     def _drafter(self, config: DrafterConfig) -> dict[str, TensorToWrite]:
-        shapes = parameter_shapes(lambda: Drafter(config, None))
+        shapes = drafter_shapes(config)
         stored = {name: shapes[parameter] for parameter, name in drafter_names(shapes).items()}
         stored[CENTROIDS] = (config.num_centroids, config.text.hidden_size)
         ordering = torch.randperm(config.text.vocab_size, generator=self._generator).numpy()

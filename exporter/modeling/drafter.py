@@ -1,6 +1,8 @@
 """The drafter: a small decoder that reads the target's KV cache and has none of its own."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -10,6 +12,7 @@ from clustering.cluster_table import TwoStageSizes
 from exporter.modeling.config import DrafterConfig
 from exporter.modeling.layers import DecoderLayer, Linear, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
 from exporter.modeling.two_stage import DenseHead, TwoStageHead
+from exporter.modeling.weights import parameter_shapes
 
 # K and V, each [N, S, D] float32, by layer type.
 KV = Mapping[str, tuple[Tensor, Tensor]]
@@ -121,3 +124,9 @@ class Drafter(nn.Module):
         if sliding:
             visible &= distance <= text.sliding_window + 1
         return additive_mask(visible, text.num_attention_heads // text.attention(layer_type).num_key_value_heads)
+
+
+@cache
+def drafter_shapes(config: DrafterConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return the shape of each parameter of `Drafter` with a dense head, by name."""
+    return MappingProxyType(parameter_shapes(lambda: Drafter(config, None)))

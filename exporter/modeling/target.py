@@ -1,6 +1,9 @@
 """The target: a Gemma 4 E2B/E4B text decoder over a KV cache that is passed in and out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 
 from exporter.modeling.config import TextConfig
 from exporter.modeling.layers import DecoderLayer, Linear, Ops, RMSNorm, ScaledEmbedding, additive_mask, rotary_tables
+from exporter.modeling.weights import parameter_shapes
 
 OWN_HEAD = "lm_head.weight"  # the parameter of a head that is not the embedding
 
@@ -179,6 +183,12 @@ class Target(nn.Module):
                 visible &= distance < config.sliding_window
             masks[layer_type] = additive_mask(visible, config.num_attention_heads // sizes.num_key_value_heads)
         return rotary, masks
+
+
+@cache
+def target_shapes(config: TextConfig, own_head: bool = False) -> Mapping[str, tuple[int, ...]]:
+    """Return the shape of each parameter of `Target`, by name; making the module takes longer than a look."""
+    return MappingProxyType(parameter_shapes(lambda: Target(config, own_head=own_head)))
 
 
 def empty_kv(config: TextConfig, rows: int) -> list[Tensor]:

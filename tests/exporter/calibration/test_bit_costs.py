@@ -149,17 +149,26 @@ def test_a_killed_measurement_goes_on_where_it_was(
     done: list[int] = []
     assert measure(lambda _, amount: done.append(amount), directory) == whole
     assert (sum(done), ran, rounded.count(pair.head)) == (bytes_to_measure(pair), layers, heads)
-    # Of other texts and other tokens nothing is taken over, nor what was cut short.
-    ran.clear()
-    measure_costs(pair, load_backend("onnx"), random_texts(2, 3), random_texts(1), directory=directory)
-    assert ran == [0, 1, 2, 3]
+
+
+def test_nothing_is_taken_over_of_other_texts_and_tokens(
+    pair_dirs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor costs that were cut short; what layers made stays."""
+    pair, ran = open_pair(*pair_dirs("tiny")), list[int]()
+    run_layer = _Candidates.run_layer
+    monkeypatch.setattr(_Candidates, "run_layer", lambda self, i, names: (ran.append(i), run_layer(self, i, names)))
+    measure = partial(measure_costs, backend=load_backend("onnx"), texts=None, directory=tmp_path)
+    layers = list(range(pair.target.num_hidden_layers))
     suppressing = replace(pair, tokens=replace(pair.tokens, suppressed=(7,)))
-    measure_costs(suppressing, load_backend("onnx"), random_texts(2, 3), random_texts(1), directory=directory)
-    assert ran == [0, 1, 2, 3] * 2
-    for content in ("", "[]", '{"a": 1}'):
-        (directory / "costs.json").write_text(content)
-        measure_costs(suppressing, load_backend("onnx"), random_texts(2, 3), random_texts(1), directory=directory)
-    assert ran == [0, 1, 2, 3] * 2
+    for other, texts in ((pair, random_texts(0, 2)), (pair, random_texts(1, 2)), (suppressing, random_texts(1, 2))):
+        ran.clear()
+        costs = measure(other, held_out=texts)
+        assert ran == layers
+        for content in ("", "[]", '{"a": 1}'):
+            (tmp_path / "costs.json").write_text(content)
+            assert measure(other, held_out=texts) == costs
+        assert ran == layers
 
 
 def test_costs_that_are_not_finite_are_refused(pair_dirs: Pairs) -> None:
