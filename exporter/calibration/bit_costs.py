@@ -170,8 +170,8 @@ def memory_to_measure(pair: Pair, num_tokens: int) -> int:
     largest = max(sum(prod(s) for name, s in shapes.items() if name.startswith(layer)) for layer in layers)
     columns = max(shape[1] for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2)
     of_token = config.hidden_size + config.num_hidden_layers * config.hidden_size_per_layer_input
-    # Beside the layer its rounded matrices, seven numbers for each that is rounded at a time, and the passes.
-    return 4 * (2 * largest + 7 * BLOCK_ROWS * columns + (num_tokens + 8 * MAX_POSITIONS) * of_token)
+    # Beside the layer its rounded matrices, ten numbers for each that is rounded at a time, and the passes.
+    return 4 * (2 * largest + 10 * BLOCK_ROWS * columns + (num_tokens + 8 * MAX_POSITIONS) * of_token)
 
 
 def _class_of(name: str) -> str:
