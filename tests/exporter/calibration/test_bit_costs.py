@@ -223,7 +223,7 @@ def test_the_choice_is_the_best_of_its_size() -> None:
         chosen = bits.choose(limit)
         assert chosen.bytes <= limit
         assert chosen.kl == min(kl for size, kl in every if size <= limit)
-    with pytest.raises(InputError, match=f"--target-bytes is {smallest - 1}, but the smallest choice needs {smallest}"):
+    with pytest.raises(InputError, match=f"is {smallest - 1}, but the smallest choice, .* needs {smallest}; pass"):
         bits.choose(smallest - 1)
 
 
@@ -338,5 +338,6 @@ def test_options_that_do_not_go_together(run: Run, pair_dirs: Pairs, tmp_path: P
         assert code == 2
         assert message in err
     code, _, err = run("export", *pair, *output, "--target-bytes", 1, "--no-calibrate")
-    assert (code, "--target-bytes is 1, but the smallest choice needs" in err) == (2, True)
+    assert code == 2
+    assert "--target-bytes is 1, but the smallest choice, with the drafter as in int4, needs" in err
     assert not (tmp_path / "x").exists()
