@@ -190,7 +190,7 @@ def test_texts_are_not_written_again_after_a_kill(
     pair_dirs: Pairs, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are kept beside the output until it is written, for this checkpoint alone."""
-    target, drafter = pair_dirs("tiny")
+    target, drafter = shutil.copytree(pair_dirs("tiny")[0], tmp_path / "target"), pair_dirs("tiny")[1]
     calls = []
 
     def write(pair: Pair, *_: object, **__: object) -> list[list[int]]:
