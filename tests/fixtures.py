@@ -76,16 +76,23 @@ def kept_traces(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Directories]:
-    """Make the pair of a shape: directories of target and drafter. `demo` is the built-in pair."""
+def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Directories]]:
+    """Make the pair of a shape: directories of target and drafter. `demo` is the built-in pair.
+
+    A test that changes one, which others use after it, is an error at the end.
+    """
+    made: dict[Path, int] = {}
 
     @functools.cache
     def make(name: str) -> Directories:
-        if name == "demo":
-            return PAIR / "target", PAIR / "drafter"
-        return save_pair(SHAPES[name], tmp_path_factory.mktemp(name))
+        demo = PAIR / "target", PAIR / "drafter"
+        pair = demo if name == "demo" else save_pair(SHAPES[name], tmp_path_factory.mktemp(name))
+        made.update({path: path.stat().st_mtime_ns for directory in pair for path in directory.iterdir()})
+        return pair
 
-    return make
+    yield make
+    changed = [str(path) for path, time in made.items() if not path.exists() or path.stat().st_mtime_ns != time]
+    assert not changed, "a test changed a pair that others use: let it work on a copy"
 
 
 @pytest.fixture(scope="session")
