@@ -31,8 +31,8 @@ FOREIGN_FILES = (
     *(".nextcloudsync.log", ".owncloudsync.log", ".sync_*.db*", "._sync_*.db*", ".~lock.*#"),
     *(".fuse_hidden*", ".nfs*"),
 )
-CHECKPOINT_FILES = (".safetensors", ".json", ".jinja")  # what checkpoints consist of
 FOREIGN_DIRECTORIES = ("@eaDir", ".stfolder", ".tmp.drivedownload", ".tmp.driveupload")  # with all that is in them
+CHECKPOINT_FILES = (".safetensors", ".json", ".jinja")  # what checkpoints consist of
 
 
 def human_bytes(size: float) -> str:
@@ -243,12 +243,7 @@ def alone(file: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    file = file.resolve()
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(file.with_name(f".{file.name}.use.lock"), wait=False))
-        except BlockingIOError:
-            raise _is_written(file) from None
+    with _locked(file.resolve(), "use.lock"):
         yield
 
 
@@ -272,10 +267,8 @@ def keeping(output: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(directory.with_name(f"{directory.name}.lock"), wait=False))
+            stack.enter_context(_locked(output.resolve(), "kept.lock"))
             directory.mkdir(exist_ok=True)
-        except BlockingIOError:
-            raise _is_written(output) from None
         except OSError as error:
             raise InputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
         try:
@@ -294,18 +287,21 @@ def _partial_prefix(output: Path) -> str:
     return f".{output.name}.partial-"
 
 
-def _is_written(output: Path) -> InputError:
-    return InputError(f"{output}: another process is writing it; wait until it ends, and try again")
+@contextlib.contextmanager
+def _locked(output: Path, lock: str) -> Iterator[bool]:
+    """Hold a lock of an output while the block runs, as `locked` does, and refuse if another process holds it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            is_locked = stack.enter_context(locked(output.with_name(f".{output.name}.{lock}"), wait=False))
+        except BlockingIOError:
+            raise InputError(f"{output}: another process is writing it; wait until it ends, and try again") from None
+        yield is_locked
 
 
 @contextlib.contextmanager
 def _writing(output: Path) -> Iterator[None]:
     """Hold the lock of an output while the block runs, after clearing up what killed processes left."""
-    with contextlib.ExitStack() as stack:
-        try:
-            is_locked = stack.enter_context(locked(output.with_name(f".{output.name}.lock"), wait=False))
-        except BlockingIOError:
-            raise _is_written(output) from None
+    with _locked(output, "lock") as is_locked:
         if is_locked:  # so nobody else is writing: what lies here was left behind
             for leftover in output.parent.glob(f"{glob.escape(_partial_prefix(output))}*"):
                 if leftover.name.endswith(REPLACED) and not output.exists():

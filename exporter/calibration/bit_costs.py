@@ -1,9 +1,11 @@
 """Measure what each class of the target's matrices costs in each width, with one pass of texts through its layers."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from exporter.checkpoint.pair import Pair
 from exporter.checkpoint.tensors import IntegerReader, row_blocks
 from exporter.graphs.backend import Backend
 from exporter.graphs.grids import GRID_BITS
-from exporter.graphs.parts import graph_parts, sample_rows
+from exporter.graphs.parts import fitted_width, graph_parts, sample_rows
 from exporter.graphs.tables import table_bytes
 from exporter.modeling.target import OWN_HEAD, SUPPRESSED_LOGIT, TargetPass
 from exporter.quantization.numbers import Quantized, Scales, fitting_width, lies_on_grid, quantize
@@ -195,6 +197,7 @@ class _Candidates:
         self.pair, self.backend, self.allowed = pair, backend, backend.supported_scales()
         self.part = graph_parts(pair, RECIPES["fp32"])["target"]
         self.model = LayerByLayer(pair, self.part)
+        self.fitting: dict[tuple[str, Width], Width] = {}  # how each matrix would be stored
         size = max(1, MAX_POSITIONS // len(held_out.texts))
         self.held_out = [text[:size] for text in held_out.texts[:MAX_POSITIONS]]
         self.texts = () if texts is None else texts.texts
@@ -305,18 +308,22 @@ class _Candidates:
 
     def _rounded(self, name: str, width: Width) -> Quantized:
         """A matrix as an export would round it, by the inputs of the unrounded target."""
-        inputs, (fitting, rows), read = self.inputs.get(name), self._fitting(name, width), self.part.weights[name]
+        blocks, inputs = row_blocks(self.part.weights[name]), self.inputs.get(name)
+        first = next(blocks)
+        rows = sample_rows(first)
+        fitting = self.fitting[name, width] = fitting_width(dividing(width, first.shape[1]), rows)
         if inputs is not None and fitting.bits == GRID_BITS and not lies_on_grid(rows, fitting):
-            blocks = (quantize_for(block, inputs, fitting, self.allowed) for block in row_blocks(read))
+            rounded = partial(quantize_for, inputs=inputs, width=fitting, allowed=self.allowed)
         else:
-            allowed = Scales() if fitting.bits == 8 else self.allowed
-            blocks = (quantize(block, fitting, allowed) for block in row_blocks(read))
-        return Quantized.gather(blocks, self.part.shapes[name][0])
+            rounded = partial(quantize, width=fitting, allowed=Scales() if fitting.bits == 8 else self.allowed)
+        return Quantized.gather(map(rounded, itertools.chain([first], blocks)), self.part.shapes[name][0])
 
-    def _fitting(self, name: str, width: Width) -> tuple[Width, Tensor]:
-        """How a matrix would be stored, and the rows that decide it."""
-        rows = sample_rows(next(iter(row_blocks(self.part.weights[name]))))
-        return fitting_width(dividing(width, rows.shape[1]), rows), rows
+    def _fitting(self, name: str, width: Width) -> Width:
+        """How a matrix would be stored, which is read from the checkpoint if a run before this one rounded it."""
+        if (name, width) not in self.fitting:
+            widths = {name: dividing(width, self.part.shapes[name][1])}
+            self.fitting[name, width] = fitted_width(replace(self.part, widths=widths), name)
+        return self.fitting[name, width]
 
     def _states(self, passes: list[TargetPass]) -> Tensor:
         return torch.cat([self.model.target.norm(text.x) for text in passes])
@@ -331,4 +338,4 @@ class _Candidates:
         if title in (TABLE, ROWS):
             return table_bytes(self.pair, PER_LAYER_WEIGHT if title == TABLE else EMBEDDING, width)
         names = [name for name, shape in self.part.shapes.items() if len(shape) == 2 and _class_of(name) == title]
-        return sum(self.backend.matrix_bytes(self.part.shapes[n], self._fitting(n, width)[0]) for n in names)
+        return sum(self.backend.matrix_bytes(self.part.shapes[n], self._fitting(n, width)) for n in names)

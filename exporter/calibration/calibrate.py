@@ -65,9 +65,8 @@ def calibrate(
     return replace(pair, target_weights={**pair.target_weights, **found}, calibrated=calibrated)
 
 
-def few_tokens_warning(part: GraphParts, texts: TokenTexts) -> str | None:
-    """Return a warning if texts have fewer tokens than the matrices that they calibrate have columns, else None."""
-    widths = off_grid(part)
+def few_tokens_warning(part: GraphParts, widths: dict[str, Width], texts: TokenTexts) -> str | None:
+    """Return a warning if texts have fewer tokens than the matrices of `widths` have columns, else None."""
     columns = max((part_columns(part.shapes[name][1], width.group_size) for name, width in widths.items()), default=0)
     if texts.num_tokens >= columns:
         return None

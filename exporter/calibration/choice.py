@@ -32,6 +32,14 @@ class Choice:
         return Recipe(name, (*(Rule(CLASSES[cost.matrices], cost.width) for cost in self.costs), *drafter))
 
 
+def too_few(target_bytes: int, smallest: int) -> InputError:
+    """Return the error of a number of bytes that no choice fits into."""
+    return InputError(
+        f"--target-bytes is {target_bytes}, but the smallest choice, with the drafter as in int4, needs {smallest};"
+        " pass more"
+    )
+
+
 @dataclass(frozen=True)
 class Bits:
     """What bits cost a target.
@@ -74,10 +82,7 @@ class Bits:
         best = self.choices()
         fitting = [choice for choice in best if choice.bytes <= target_bytes]
         if not fitting:
-            raise InputError(
-                f"--target-bytes is {target_bytes}, but the smallest choice, with the drafter as in int4, needs"
-                f" {best[0].bytes}; pass more"
-            )
+            raise too_few(target_bytes, best[0].bytes)
         return fitting[-1]
 
     def named(self) -> dict[str, Choice]:

@@ -259,7 +259,7 @@ def run_export(
         shapes = {name: parts["target"].shapes[name] for name in calibrated}
         if texts is None:
             texts = kept_texts(kept and kept / "texts.json", pair, partial(texts_to_fit, pair))
-        if few := few_tokens_warning(parts["target"], texts):
+        if few := few_tokens_warning(parts["target"], calibrated, texts):
             warnings.append(few)
         options = replace(options, calibration=texts)
         what = f"{len(calibrated)} matrices" if calibrated else f"the inputs of {len(folded)} sites"

@@ -14,7 +14,6 @@ from exporter.files import human_bytes, keeping, write_file
 from exporter.heads.recall_plot import FORMATS
 from exporter.quantization.recipes import RECIPES
 from exporter.terminal import err, out, print_json, progress_bar
-from runtime_ref.errors import InputError
 
 if TYPE_CHECKING:
     from exporter.calibration.choice import Bits, Choice
@@ -93,6 +92,7 @@ def refuse_too_few(pair: "Pair", backend_name: str, target_bytes: int | None) ->
         InputError: none is, or the target's bits cannot be chosen.
     """
     from exporter.calibration.bit_costs import check_measurable, smallest_bytes
+    from exporter.calibration.choice import too_few
     from exporter.graphs.backend import load_backend
     from exporter.graphs.bundle_bytes import bytes_beside_matrices
 
@@ -100,10 +100,7 @@ def refuse_too_few(pair: "Pair", backend_name: str, target_bytes: int | None) ->
     backend = load_backend(backend_name)
     smallest = bytes_beside_matrices(pair, backend, RECIPES["int4"]) + smallest_bytes(pair, backend)
     if target_bytes is not None and target_bytes < smallest:
-        raise InputError(
-            f"--target-bytes is {target_bytes}, but the smallest choice, with the drafter as in int4, needs {smallest};"
-            " pass more"
-        )
+        raise too_few(target_bytes, smallest)
 
 
 def measure_bits(
@@ -136,14 +133,15 @@ def measure_bits(
     from exporter.texts.token_texts import HELD_OUT_TOKENS, held_out_texts, kept_texts
 
     backend, int4 = load_backend(backend_name), RECIPES["int4"]
-    if calibrate is None:
-        calibrate = bool(off_grid(graph_parts(pair, int4)["target"]))
+    part = graph_parts(pair, int4)["target"]
+    widths = {} if calibrate is False else off_grid(part)
+    calibrate = bool(widths) if calibrate is None else calibrate
     if calibrate:
         if texts is None:
             texts = kept_texts(kept and kept / "texts.json", pair, partial(texts_to_fit, pair))
-        if few := few_tokens_warning(graph_parts(pair, int4)["target"], texts):
+        if few := few_tokens_warning(part, widths, texts):
             err.print(f"warning: {few}", style="yellow")
-        if sites := foldable(graph_parts(pair, int4)["target"]):
+        if sites := foldable(part):
             with progress_bar(err, "inputs", pair.target.num_hidden_layers) as progress:
                 pair = fold(pair, sites, texts, lambda step, _: progress(step, 1))
         available, needed = available_memory(), memory_to_measure(pair, texts.num_tokens)
