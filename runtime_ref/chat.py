@@ -187,6 +187,9 @@ def _checked_tools(tools: Sequence[Tool]) -> list[Tool]:
             raise InputError(f"a tool is {tool!r:.60}, expected a function with a name, which is a text")
         if not isinstance(function.get("parameters", {}), Mapping):
             raise InputError(f"the tool {function['name']} has parameters that are no object; give a JSON Schema")
+    names = [tool["function"]["name"] for tool in tools if "function" in tool]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two tools are called {twice}, and a call could mean either; give each a name of its own")
     return [dict(tool) for tool in tools]
 
 

@@ -52,6 +52,7 @@ def test_tools_that_cannot_be_offered_are_refused_at_once(export: Run, tmp_path:
         (SPEAKING, [3], "tools.json: a tool is 3, expected an object"),
         (SPEAKING, [{"function": {"name": 5}}], "expected a function with a name, which is a text"),
         (SPEAKING, [{"function": {"name": "f", "parameters": []}}], "the tool f has parameters that are no object"),
+        (SPEAKING, [{"function": {"name": "f"}}] * 2, "two tools are called f"),
     ):
         code, out, error = export(template, tools)
         assert (code, out) == (2, "")
