@@ -146,8 +146,6 @@ def generate(
         prompt = read_prompt(prompt, prompt_file)
     if strict_tools and tools is None:
         raise click.UsageError("--strict-tools goes with --tools")
-    if mode == "plain" and num_draft_tokens:
-        raise click.UsageError(f"--mode plain drafts no tokens; leave out --num-draft-tokens {num_draft_tokens}")
     if thinking is False and rules["thinking_budget"] is not None:
         raise click.UsageError("--no-thinking leaves no thoughts to limit; leave out --thinking-budget")
     prompts: list[Any] = [prompt] if prompt_ids is None else list(read_prompt_ids(prompt_ids))

@@ -115,7 +115,6 @@ def test_the_user_answers_for_tools(
         (("--chat", "--thinking-budget", 3), "a thinking budget is about thoughts"),
         (("--chat", "--thinking"), "the chat template has no enable_thinking"),
         (("--chat", "--no-thinking", "--thinking-budget", 3), "leave out --thinking-budget"),
-        (("--mode", "plain", "--num-draft-tokens", 4), "leave out --num-draft-tokens 4"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
