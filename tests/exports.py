@@ -13,7 +13,7 @@ from tests.pairs import SHAPES
 # has two-stage logits, several KV heads and no size that is a power of two; `dense` has a dense head and a softcap.
 SMALL_BUNDLES = [*((name, "onnx") for name in SHAPES), ("odd", "executorch"), ("dense", "executorch")]
 # Shapes of the bundles in few bits, by backend and recipe; others are `e2b`.
-LOW_BIT_SHAPES = {("executorch", name): "tiny" for name in ("int8", "smallest", "mixed")}
+LOW_BIT_SHAPES = {("executorch", name): "tiny" for name in ("int8", "mixed")}
 # A recipe of one's own: every width that named ones lack, beside others.
 MIXED = Recipe(
     "mixed",

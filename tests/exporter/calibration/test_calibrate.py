@@ -262,7 +262,9 @@ def test_parity_proves_a_calibrated_bundle(backend: str, recipe: str, pair_dirs:
     assert shown["calibration"] == {**entry, "matrices": len(entry["matrices"])}
     assert "calibrated" not in shown["backend"]
     source = open_source(path, *dirs)
-    assert [c for c in run_parity(path, source, [[1, 7, 40]], 8) if not c.passed] == []
+    checks = run_parity(path, source, [[1, 7, 40]], 8)
+    assert [check for check in checks if not check.passed] == []
+    assert len([check for check in checks if check.stage == "recipe"]) == 4
     # Rows of a matrix in another order are another matrix.
     name = "layers.0.mlp.up_proj.weight"
     read = source.target_weights[name]

@@ -43,10 +43,14 @@ def test_int4_keeps_the_built_in_pairs_choices(
     assert quality.sqnr_db > 35
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "fp32"])
+@pytest.mark.parametrize(
+    ("backend", "recipe"),
+    [*(("onnx", name) for name in RECIPES if name != "fp32"), ("executorch", "int8"), ("executorch", "int4")],
+)
 def test_parity_passes_and_measures_a_recipes_quality(
-    recipe: str, backend: str, bundle: Bundle, pair_dirs: Pairs
+    backend: str, recipe: str, bundle: Bundle, pair_dirs: Pairs
 ) -> None:
+    """`smallest` on ExecuTorch is lowered once, calibrated: `test_parity_proves_a_calibrated_bundle`."""
     name = LOW_BIT_SHAPES.get((backend, recipe), "e2b")
     checks = run_parity(bundle(name, backend, recipe), open_pair(*pair_dirs(name)), [[5], list(range(3, 40))], 12)
     assert [check for check in checks if not check.passed] == []
