@@ -12,10 +12,10 @@ from exporter.graphs.backend import BACKENDS
 from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
-from runtime_ref.graph_engine import GraphEngine, chunks
 from runtime_ref.manifest import SLIDE_ROWS, read_manifest
 from runtime_ref.stats import Stats
 from tests.exports import LOW_BIT_SHAPES
+from tests.rows import assert_rows_are_exact, prefill
 
 
 def test_cache_is_written_in_place(backend: str, bundle: Callable[..., Path]) -> None:
@@ -65,27 +65,11 @@ def test_passes_are_padded_for_the_processor(
 def test_a_row_is_the_same_in_every_pass(backend: str, recipe: str, bundle: Callable[..., Path]) -> None:
     """Logits and state of a token are bitwise the same whatever is verified with it.
 
-    From the first row on, across a growth of the cache and moves of the sliding layers' buffers. ExecuTorch's kernels
-    for `smallest` are among those of `mixed`: it stores 2 bits as 4.
+    From the first row on, across a growth of the cache and moves of the sliding layers' buffers. `smallest` on
+    ExecuTorch is lowered once, calibrated: `test_parity_proves_a_calibrated_bundle`.
     """
     path = bundle("odd" if recipe == "fp32" else LOW_BIT_SHAPES.get((backend, recipe), "e2b"), backend, recipe)
-    engine = load_engine(path, read_manifest(path), threads=1)
-    text = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, engine.manifest.max_seq_len).tolist()
-    starts = set()
-    for base in (1, 30, 252, 380, 510, 590):
-        prefill(engine, text[:base])
-        alone = []
-        for i in range(9):
-            engine.cache.roll_back(base + i)
-            alone.append(engine.extend([text[base + i]], [0]))
-            starts.add(engine.cache.window_start)
-        for count in range(2, 10):
-            engine.cache.roll_back(base)
-            together = engine.run_target(text[base : base + count], range(count))
-            for i in range(count):
-                for actual, expected in zip(together, alone[i], strict=True):
-                    assert np.array_equal(actual[i], expected[0]), f"row {i} of {count} at {base}"
-    assert len(starts) > 1
+    assert_rows_are_exact(path)
 
 
 def test_sliding_buffers_move(backend: str, bundle: Callable[..., Path]) -> None:
@@ -108,13 +92,6 @@ def test_sliding_buffers_move(backend: str, bundle: Callable[..., Path]) -> None
         assert len(kept) > 100
         assert np.array_equal(engine.cache.buffers[kv.name][:, kept - first], early[kv.name][:, kept - 250])
     assert engine.cache.window_start <= engine.position - manifest.sliding_window - 2
-
-
-def prefill(engine: GraphEngine, tokens: list[int]) -> None:
-    """Write a text from position 0 on."""
-    engine.cache.roll_back(0)
-    for _, chunk in chunks(tokens, engine.manifest.limits["num_tokens"]):
-        engine.extend(chunk, [len(chunk) - 1])
 
 
 @pytest.mark.lowering

@@ -40,7 +40,7 @@ class ScriptedEngine(GraphEngine):
         return [(t + 1) % self.manifest.vocab_size if random.random() < self.mistakes else t for t in right]
 
 
-# Without `tiny`, which has nothing that the others lack.
+# Without `tiny`: rounds do not see whether some layers are KV-shared, and it has no part that the others lack.
 @pytest.fixture(params=[names for names in SMALL_BUNDLES if "tiny" not in names], ids="-".join)
 def engine(request: pytest.FixtureRequest, bundle: Callable[..., Path]) -> ScriptedEngine:
     return scripted(bundle(*request.param))

@@ -36,6 +36,7 @@ from runtime_ref.tokenizer import TextTokenizer
 from tests.conftest import Run
 from tests.exporter.checkpoint.forms import edit_json
 from tests.exports import MAX_SEQ_LEN
+from tests.rows import assert_rows_are_exact
 
 Pairs = Callable[[str], tuple[Path, Path]]
 
@@ -265,6 +266,7 @@ def test_parity_proves_a_calibrated_bundle(backend: str, recipe: str, pair_dirs:
     checks = run_parity(path, source, [[1, 7, 40]], 8)
     assert [check for check in checks if not check.passed] == []
     assert len([check for check in checks if check.stage == "recipe"]) == 4
+    assert_rows_are_exact(path)
     # Rows of a matrix in another order are another matrix.
     name = "layers.0.mlp.up_proj.weight"
     read = source.target_weights[name]
