@@ -71,7 +71,8 @@ def run_command(command: click.Command) -> None:
         if TRACEBACK in sys.argv[1:]:
             traceback.print_exc()
         code, line = _exit_code_and_line(error)
-        click.echo(line, err=True)
+        with contextlib.suppress(OSError):  # nobody reads it, but the code must not be that of a failed check
+            click.echo(line, err=True)
         sys.exit(code)
 
 

@@ -180,6 +180,23 @@ def check_options(manifest: Manifest, options: Options) -> None:
     check_parts(manifest, options.grammars, options.opens, options.thinking_budget)
 
 
+def check_prompts(manifest: Manifest, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts of which one cannot be run, before any is; of several, the message says which.
+
+    Args:
+        manifest: the bundle's.
+        prompts: token ids of each.
+
+    Raises:
+        InputError: as `check_prompt`.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            check_prompt(manifest, prompt)
+        except InputError as error:
+            raise InputError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
+
+
 def check_prompt(manifest: Manifest, prompt: Sequence[int]) -> None:
     """Refuse a prompt that cannot be run.
 
@@ -195,7 +212,8 @@ def check_prompt(manifest: Manifest, prompt: Sequence[int]) -> None:
     if len(prompt) >= manifest.max_seq_len:
         raise InputError(
             f"the prompt has {len(prompt)} tokens, the bundle's context has {manifest.max_seq_len} for prompt and"
-            " answer together; shorten it, or export with a larger --max-seq-len"
+            " answer together; shorten it, leave out the oldest turns of a chat with --when-full shift, or export with"
+            " a larger --max-seq-len"
         )
     for token in prompt:
         if not 0 <= token < manifest.vocab_size:

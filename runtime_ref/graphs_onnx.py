@@ -59,6 +59,12 @@ class OnnxGraph:
         try:
             self._session = ort.InferenceSession(self._file, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no base class
+            home = self._file.resolve().parent
+            if links := sorted(file for file in bundle.iterdir() if file.resolve().parent != home):
+                raise InputError(
+                    f"{links[0]}: is a link to another directory than that of {graph.file}, from which ONNX Runtime"
+                    " reads no weights; copy the file itself into the bundle"
+                ) from error
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{bundle / graph.file}: ONNX Runtime {ort.__version__} cannot load it ({reason});"

@@ -155,7 +155,7 @@ def _checked_header(file: Path, content: mmap.mmap) -> tuple[dict[str, Any], int
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r:.40}, expected {FORMAT!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: not a session file ({_reason(error)}); {AGAIN}") from error
+        raise InputError(f"{file}: not a session file ({_reason(error)}); choose another one, or {AGAIN}") from error
     version = metadata.get("version")
     if version != str(VERSION):
         newer = version is not None and version.isdecimal() and len(version) < 9 and int(version) > VERSION
@@ -188,7 +188,9 @@ def _mapped(file: Path) -> mmap.mmap:
             raise InputError(f"{file}: {found}; expected a session that was saved")
         with file.open("rb") as stream:
             if (size := os.fstat(stream.fileno()).st_size) < 8:
-                raise InputError(f"{file}: not a session file ({size} bytes, expected at least 8); {AGAIN}")
+                raise InputError(
+                    f"{file}: not a session file ({size} bytes, expected at least 8); choose another one, or {AGAIN}"
+                )
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = error.strerror if isinstance(error, OSError) else str(error)

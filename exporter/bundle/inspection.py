@@ -39,7 +39,8 @@ def inspect(path: Path) -> dict[str, Any]:
         except InputError as error:
             raise InputError(f"{error}; or pass the directory of a bundle or a checkpoint") from error
     if not path.is_dir():
-        raise InputError(f"{path}: not a directory; pass the directory of a bundle or a checkpoint")
+        found = "neither a directory nor a file" if path.exists() else "not found"
+        raise InputError(f"{path}: {found}; pass the directory of a bundle or a checkpoint, or a session's file")
     if (path / MANIFEST).exists():
         manifest = read_manifest(path)
         copied = {key: manifest.raw[key] for key in ("recipe", "max_seq_len", "num_draft_tokens", "tokens")}

@@ -35,8 +35,8 @@ class Choice:
 def too_few(target_bytes: int, smallest: int) -> InputError:
     """Return the error of a number of bytes that no choice fits into."""
     return InputError(
-        f"--target-bytes is {target_bytes}, but the smallest choice, with the drafter as in int4, needs {smallest};"
-        " pass more"
+        f"--target-bytes is {target_bytes}, but the smallest choice, with the drafter as in int4, needs about"
+        f" {smallest}; pass more"
     )
 
 

@@ -16,7 +16,7 @@ EXIT_CODES = (
     ("2", "bad input or usage; a line on standard error says what is wrong and what to do"),
     ("70", "an error that nobody foresaw, a fault of this program; `--traceback` prints where it happened"),
     ("130", "interrupted, by Ctrl-C"),
-    ("141", "the reader of standard output ended, such as `head`"),
+    ("141", "the reader of standard output or standard error ended, such as `head`"),
     ("143", "terminated, by SIGTERM"),
 )
 

@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     "--num-draft-tokens",
     type=DraftTokens(),
     default="auto",
-    help="Draft tokens in a round. `auto` chooses the number before each round by measured speed, and may choose 0.",
+    help="Draft tokens in a round. `auto` chooses the number before each round by measured speed, and may choose 0."
+    " Not used with `--mode plain`.",
 )
 @click.option(
     "--temperature",
@@ -127,6 +128,7 @@ def generate(
     from exporter.cli.printing import print_continuation, print_stream
     from exporter.cli.terminal_chat import converse, open_conversation, system_messages
     from runtime_ref.chat import NO_TEMPLATE, Message, read_tools
+    from runtime_ref.decoder import check_prompts
 
     given = sum(source is not None for source in (prompt, prompt_file, prompt_ids))
     interactive = not given and not as_json and sys.stdin is not None and sys.stdin.isatty()
@@ -155,6 +157,8 @@ def generate(
         check_file(session, force=True)
         click.get_current_context().with_resource(alone(session))
     decoder = open_bundle(bundle, verify)
+    if prompt_ids is not None:
+        check_prompts(decoder.engine.manifest, prompts)
     if (chat or given_of_chats) and decoder.template is None:
         option = "--chat" if chat else given_of_chats[0]
         raise InputError(f"{bundle}: {NO_TEMPLATE.replace('--chat', option)}")

@@ -19,7 +19,7 @@ OR_ID = "or its id on the Hugging Face Hub (`OWNER/NAME`, `OWNER/NAME@REVISION`)
 # Descriptions of positional arguments, for the reference of commands. Usage messages show their names only.
 ARGUMENTS = {
     "bundle": "Bundle directory.",
-    "path": "Directory of a bundle, a target's checkpoint or a drafter's checkpoint.",
+    "path": "Directory of a bundle, a target's checkpoint or a drafter's checkpoint; or a session's file.",
 }
 
 Decorator = Callable[[Callable], Callable]

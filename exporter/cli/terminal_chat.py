@@ -108,9 +108,11 @@ def converse(
             if line.strip() == "/quit":
                 return
             command, _, argument = line.strip().partition(" ")
-            if command == "/new":
+            if command in ("/new", "/system") and not decoder.template:
+                err.print(LINES_GREETING, style="dim")
+            elif command == "/new":
                 messages = start
-            elif command == "/system" and decoder.template:
+            elif command == "/system":
                 messages = start = system_messages(decoder, argument or None)
             elif line.strip():
                 answered = _answered(

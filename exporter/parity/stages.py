@@ -30,7 +30,7 @@ from exporter.quantization.widths import by_width
 from exporter.texts.documents import HELD_OUT
 from exporter.texts.token_texts import TokenTexts, has_tokenizer, token_texts
 from runtime_ref.acceptance import common_prefix
-from runtime_ref.decoder import Options, check_prompt, generate
+from runtime_ref.decoder import Options, check_prompts, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine, chunks
@@ -196,8 +196,7 @@ def read_comparable(bundle: Path, pair: Pair | None, prompts: Sequence[Sequence[
     """
     manifest = read_manifest(bundle)
     recipe_of(manifest)
-    for prompt in prompts:
-        check_prompt(manifest, prompt)
+    check_prompts(manifest, prompts)
     if pair is not None:
         refuse_other_sizes(bundle, manifest, pair)
         comparable = COMPARABLE_FEATURES | (set() if pair.head == EMBEDDING else {"untied-head"})

@@ -31,7 +31,7 @@ from exporter.report.texts import (
     take_turns,
     tokens_per_round,
 )
-from runtime_ref.decoder import check_prompt
+from runtime_ref.decoder import check_prompts
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
@@ -77,8 +77,7 @@ def measure_report(
         InputError: not a bundle, checkpoints or prompts that do not fit it, or no room for a text.
     """
     manifest, threads = read_manifest(bundle), options.threads or usable_cpus()
-    for prompt in prompts:
-        check_prompt(manifest, prompt)
+    check_prompts(manifest, prompts)
     # Parity comes first: it refuses checkpoints that do not fit, before minutes of measuring.
     checks = run_parity(bundle, pair, prompts, options.max_new_tokens, lambda stage: note(f"parity: {stage}"))
     failed = [check for check in checks if not check.passed]

@@ -1,6 +1,7 @@
 """What every backend's graphs do with the cache in host memory."""
 
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,21 @@ def test_cache_is_written_in_place(backend: str, bundle: Callable[..., Path]) ->
         untouched = [row for row in range(buffer.shape[1]) if row not in (3, 4)]
         assert np.array_equal(buffer[:, untouched], before[name][:, untouched])
         assert not (buffer[:, 3:5] == 9.0).any()
+
+
+def test_weights_in_another_directory_are_named(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """Links to all files of a bundle are well, as in a cache of the Hugging Face Hub."""
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "one").mkdir()
+    for file in bundle("tiny").iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+        shutil.copy(file, tmp_path / "one")
+    load_engine(tmp_path / "linked", manifest := read_manifest(bundle("tiny")), threads=1)
+    weights = tmp_path / "one" / "target.weights"
+    weights.unlink()
+    weights.symlink_to(bundle("tiny") / weights.name)
+    with pytest.raises(InputError, match=r"target.weights: is a link to another directory .* copy the file itself"):
+        load_engine(weights.parent, manifest, threads=1)
 
 
 @pytest.mark.parametrize(("machine", "multiple"), [("x86_64", 2), ("aarch64", 4), ("arm64", 4)])

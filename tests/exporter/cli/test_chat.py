@@ -371,6 +371,8 @@ def test_lines_on_a_terminal(user_of: Callable[..., TerminalUser], chat_bundle: 
         output = user.read_until(r"\d+ tokens \(\w+\).*?\n> ")
         answer = expected.replace("\n", "\r\n")
         assert f"return the value\r\n{answer}\r\n3 tokens (length)" in output
+    user.type_keys("/system Be brief.\r")
+    assert "no chat template, so each line" in user.read_until(r"end.*?\n> ")
     user.type_keys("\x1b[200~return\rthe value\x1b[201~\r")  # pasted lines are one message
     assert "3 tokens" in user.read_until(r"\d+ tokens \(\w+\).*?\n> ")
     assert user.unread == ""

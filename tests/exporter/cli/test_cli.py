@@ -131,6 +131,8 @@ def test_inspect(
         (["generate", "{demo}", "--prompt", ""], "the prompt is empty"),
         (["generate", "{dense}", "--prompt-ids", "{ids:[]}"], "a prompt is empty"),
         (["generate", "{dense}", "--prompt-ids", "{ids:[256]}"], "token id 256, expected 0 to 255"),
+        (["generate", "{dense}", "--prompt-ids", "{ids:two}"], "prompt 2: the prompt has token id 256"),
+        (["parity", "{dense}", "--prompt-ids", "{ids:two}"], "prompt 2: the prompt has token id 256"),
         (["generate", "{dense}", "--prompt-ids", "{ids:long}"], "the prompt has 600 tokens"),
         (["generate", "{dense}", "--prompt-ids", "{ids:words}"], "expected a JSON list of token ids"),
         (
@@ -143,7 +145,7 @@ def test_inspect(
             "'x' is not a number of draft tokens; expected 'auto'",
         ),
         (["generate", "nowhere", "--prompt", "hi"], "nowhere: not a bundle"),
-        (["inspect", "nowhere"], "nowhere: not a directory"),
+        (["inspect", "nowhere"], "nowhere: not found; pass the directory of a bundle or a checkpoint, or a session"),
         (["parity", "{dense}", "--target", "x"], "give both --target and --drafter"),
         (["export", "--target", "a", "--drafter", "b", "--output", "{dense}"], "exists already"),
         (["export", "--target", "a", "--drafter", "b", "--output", "c"], "a/config.json: not found"),
@@ -165,7 +167,7 @@ def test_inspect(
 def test_bad_input_is_one_line(
     arguments: list[str], message: str, run: Run, bundle: Callable[[str], Path], ids: Callable[[object], Path]
 ) -> None:
-    values = {"[]": [], "[256]": [256], "[5]": [5], "long": [5] * 600, "words": ["a", "b"]}
+    values = {"[]": [], "[256]": [256], "[5]": [5], "two": [[5], [256]], "long": [5] * 600, "words": ["a", "b"]}
 
     def fill(argument: str) -> object:
         if argument.startswith("{ids:"):

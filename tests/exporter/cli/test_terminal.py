@@ -118,6 +118,14 @@ def test_a_reader_that_ends_is_no_failed_check(bundle: Callable[..., Path]) -> N
     assert process.returncode == 141
 
 
+def test_an_error_that_nobody_reads_has_its_code(tmp_path: Path) -> None:
+    """1 would be a failed check."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "wb") as nobody:
+        assert subprocess.run([COMMAND, "inspect", tmp_path / "no"], stderr=nobody, check=False).returncode == 2
+
+
 def test_closed_outputs(bundle: Callable[..., Path], tmp_path: Path) -> None:
     """Text that nobody can read is no success; without a standard error, a command does what it does with one."""
     (tmp_path / "ids").write_text("[3, 4]")

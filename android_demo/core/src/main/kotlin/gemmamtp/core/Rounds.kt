@@ -162,7 +162,8 @@ internal fun checkPrompt(manifest: Manifest, prompt: List<Int>) {
     if (prompt.size >= manifest.maxSeqLen) {
         throw InputError(
             "the prompt has ${prompt.size} tokens, the bundle's context has ${manifest.maxSeqLen} for prompt and answer" +
-                " together; shorten it, or export with a larger --max-seq-len",
+                " together; shorten it, leave out the oldest turns of a chat with WhenFull.SHIFT, or export with a larger" +
+                " --max-seq-len",
         )
     }
     prompt.firstOrNull { it !in 0 until manifest.vocabSize }?.let {
