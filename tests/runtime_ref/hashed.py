@@ -19,7 +19,7 @@ MADE: dict[tuple[float, ...], tuple[np.ndarray, np.ndarray]] = {}
 
 
 class HashedEngine(GraphEngine):
-    """Drafts the tokens of `answer`, each wrong with probability 0.4."""
+    """Drafts the tokens of `answer`, or the likeliest ones if there is none, each wrong with probability 0.4."""
 
     answer: Sequence[int] = ()
 
@@ -61,6 +61,11 @@ class HashedEngine(GraphEngine):
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
         at = self.position + 1 - len(PROMPT)
         right = [*self.answer[at : at + num_draft_tokens], *([0] * num_draft_tokens)][:num_draft_tokens]
+        if not self.answer:
+            text = [*self.cache.tokens, last]
+            for _ in range(num_draft_tokens):
+                text.append(int(self.ids[self.row(text)][0]))
+            right = text[len(text) - num_draft_tokens :]
         wrong = self.random.random(num_draft_tokens) < 0.4
         return [
             int(self.random.integers(self.manifest.vocab_size)) if w else t for t, w in zip(right, wrong, strict=True)

@@ -25,11 +25,14 @@ from exporter.parity.quality import (
     quality_checks,
 )
 from exporter.parity.reference import Reference
+from exporter.parity.stages import default_prompts
 from exporter.quantization.recipes import RECIPES
 from exporter.texts.token_texts import TokenTexts
+from runtime_ref.decoder import Options, generate
 from runtime_ref.engine import load_engine
 from runtime_ref.errors import InputError
 from runtime_ref.manifest import read_manifest
+from runtime_ref.stats import Stats
 from tests.conftest import Run
 from tests.exports import MAX_SEQ_LEN
 from tests.handmade import FEATURES, handmade, with_own_head
@@ -173,10 +176,17 @@ def test_comparing_needs_the_checkpoints(option: tuple[str, float], run: Run, bu
 
 
 def test_acceptance_and_size_are_judged_without_checkpoints(run: Run, bundle: Callable[..., Path]) -> None:
-    common = ("parity", bundle("tiny"), "--max-new-tokens", 4, "--json")
-    code, out, _ = run(*common, "--min-acceptance", 1, "--max-bundle-bytes", 1e9)
-    checks = {check["output"]: check["passed"] for check in json.loads(out)["checks"] if check["rung"] == "gate"}
-    assert (code, checks) == (1, {"acceptance": False, "size": True})
+    common = ("parity", path := bundle("demo"), "--max-new-tokens", 12, "--json")
+    engine, stats = load_engine(path, manifest := read_manifest(path), threads=1), Stats()
+    for prompt in default_prompts(manifest):
+        list(generate(engine, prompt, Options(12, manifest.default_draft_tokens), stats))
+    rate = stats.accepted / stats.drafted
+    assert 0 < rate < 1
+    for limit, passed in ((rate - 0.001, True), (rate + 0.001, False)):
+        code, out, _ = run(*common, "--min-acceptance", limit, "--max-bundle-bytes", 1e9)
+        checks = {check["output"]: check["passed"] for check in json.loads(out)["checks"] if check["rung"] == "gate"}
+        assert (code, checks) == (int(not passed), {"acceptance": passed, "size": True})
+        assert json.loads(out)["figures"]["acceptance_rate"] == rate
     for limit in ("0", "x", "-1", "nan", "1e40"):
         assert run(*common, "--max-bundle-bytes", limit)[0] == 2
 
