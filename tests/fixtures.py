@@ -38,9 +38,13 @@ OPEN = ("doctor", "inspect")  # commands whose documents have keys that depend o
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collections, each of which would look at half a million objects."""
+    """Leave what was imported out of garbage collections, each of which would look at half a million objects.
+
+    With Python's threshold of 700 new objects, collections take 4 to 6 percent of the time.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # pytest-xdist reads the groups in the same hook

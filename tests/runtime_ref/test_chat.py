@@ -1,5 +1,6 @@
 """Prompts of a chat are those of transformers, and reusing the cache in later turns changes no answer."""
 
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,12 +142,28 @@ def turns(decoder: Decoder, cancel_after: int = 0, **options: Any) -> Iterator[t
         messages = [*messages, model(stream.text)]
 
 
+def draft_right(decoder: Decoder, plain: list[Stream]) -> None:
+    """Let drafts be the tokens of plain decoding, each wrong with probability 0.3: a random pair accepts none."""
+    texts, generator = [[*stream.prompt, *stream.tokens] for stream in plain], random.Random(0)
+
+    def draft(last: int, num_draft_tokens: int) -> list[int]:
+        before = [*decoder.engine.cache.tokens, last]
+        right = next(text[len(before) :] for text in texts if text[: len(before)] == before)
+        drafts = [*right, *([0] * num_draft_tokens)][:num_draft_tokens]
+        return [token ^ 1 if generator.random() < 0.3 else token for token in drafts]
+
+    decoder.engine.draft = draft  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("drafts", [0, 4])
 def test_reuse_changes_no_answer(drafts: int, sampled: dict[str, Any], decoder: Decoder, chat_bundle: Path) -> None:
     fresh = open_decoder(chat_bundle, threads=1)
-    before, moved = 0, set()
+    before, moved, accepted = 0, set(), 0
+    if drafts:
+        draft_right(decoder, [stream for _, stream in turns(fresh, num_draft_tokens=0, **sampled)])
     for messages, stream in turns(decoder, num_draft_tokens=drafts, **sampled):
+        accepted += stream.stats.accepted
         fresh.forget()
         alone = finish(fresh.chat(messages, max_new_tokens=45, num_draft_tokens=drafts, **sampled))
         assert alone.stats.reused_tokens == 0
@@ -158,6 +175,7 @@ def test_reuse_changes_no_answer(drafts: int, sampled: dict[str, Any], decoder: 
         moved.add(decoder.engine.cache.window_start)
     assert before > 400
     assert len(moved) > 1, "the sliding buffers never moved: make the conversation longer"
+    assert accepted > 50 or not drafts
 
 
 def test_window_that_moved_on_is_run_again(decoder: Decoder, chat_bundle: Path) -> None:
@@ -175,7 +193,10 @@ def test_window_that_moved_on_is_run_again(decoder: Decoder, chat_bundle: Path) 
 @pytest.mark.parametrize("drafts", [0, 4])
 def test_turn_after_a_cancelled_one(drafts: int, decoder: Decoder, chat_bundle: Path) -> None:
     fresh = open_decoder(chat_bundle, threads=1)
+    if drafts:
+        draft_right(decoder, [stream for _, stream in turns(fresh, 7, num_draft_tokens=0)])
     (_, first), (messages, second), *_ = turns(decoder, 7, num_draft_tokens=drafts)
+    assert second.stats.accepted > 1 or not drafts
     assert (first.stats.finish_reason, len(first.tokens)) == ("cancelled", 8)
     assert messages[2] == model(first.text)
     assert second.stats.reused_tokens >= len(first.prompt) - 1

@@ -24,7 +24,13 @@ from exporter.studies.simulation import (
 )
 from runtime_ref.acceptance import Round
 from runtime_ref.costs import DRAFTER, Costs
-from runtime_ref.draft_length import AcceptanceEstimate, DraftLength, Plan
+from runtime_ref.draft_length import (
+    INITIAL_LOSS_PASSES,
+    LOSS_PASSES_PER_TOKEN,
+    AcceptanceEstimate,
+    DraftLength,
+    Plan,
+)
 from runtime_ref.lookup import Lookup
 
 pytestmark = pytest.mark.xdist_group("draft length")  # in one process, which keeps the rates
@@ -202,6 +208,16 @@ def test_a_plan_never_exceeds_the_available_drafts() -> None:
         planner.costs.record(drafts, 1.0, 0.0)
     for available in range(9):
         assert planner.plan({DRAFTER: available}).num_draft_tokens == available
+
+
+def test_a_round_whose_drafts_were_cut_costs_its_steps_and_its_shorter_pass() -> None:
+    """Of four drafts, rules forbid the last two: a plain pass takes 1 s, each draft in it 0.1 s, a draft step 0.2 s."""
+    planner = DraftLength(8, Costs(8))
+    for drafts in range(9):
+        planner.costs.record(drafts, 1 + 0.1 * drafts, 0.2 * drafts)
+    planner.record_loss(Plan(DRAFTER, 4), tokens=3, verified=2)
+    expected = -INITIAL_LOSS_PASSES + (1.2 + 4 * 0.2) - 3 * (1 + LOSS_PASSES_PER_TOKEN)
+    assert planner.as_dict()["loss_passes"] == pytest.approx(expected)
 
 
 def test_what_was_learned_in_a_round_that_took_minutes_can_be_restored() -> None:

@@ -163,7 +163,10 @@ def test_forbidden_drafts_are_cut_and_learned_as_rejected() -> None:
     planner.learn = lambda *values: learned.append(values)  # type: ignore[method-assign]
     planned = PlannedDrafts(made, planner, PROMPT, chooser)
     assert planned.make(a, 4) == [b, c]
-    planned.learn(Round([b, c], 2, [b, c, b], [0.0] * 3), 0.0, 1.0)
+    recorded: list[Any] = []
+    planner.costs.record = lambda *values: recorded.append(values)  # type: ignore[method-assign]
+    planned.learn(Round([b, c], 2, [b, c, b], [0.0] * 3), 0.04, 1.0)
+    assert recorded == [(2, 1.0, 0.02)]  # of four draft steps
     assert learned == [(DRAFTER, 3, 2)]
     planned.make(a, 4)
     planned.learn(Round([b, c], 1, [b, b], [0.0] * 2), 0.0, 1.0)
