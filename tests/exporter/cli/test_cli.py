@@ -49,6 +49,7 @@ def test_generate_json(run: Run, backend: str, bundle: Callable[..., Path], ids:
     assert all(r["drafted"] == 0 and r["acceptance_rate"] is None for r in plain)
     one = json.loads(run(*common[:3], ids([3, 4, 5]), *common[4:], "--num-draft-tokens", 2)[1])
     assert one["tokens"] == plain[0]["tokens"]
+    assert one["drafted"] > 0
 
 
 def test_generate_text(run: Run, bundle: Callable[..., Path]) -> None:

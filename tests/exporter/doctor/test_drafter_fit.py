@@ -3,6 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from exporter.checkpoint.pair import Pair, open_pair
 from exporter.doctor import diagnosis
 from exporter.doctor.diagnosis import diagnose
 from exporter.doctor.drafter_fit import Gain, against_base, base_pair, drafting_gain
-from exporter.doctor.study import Study
+from exporter.doctor.study import CORRECT, Study
 from runtime_ref.costs import Costs
 from runtime_ref.errors import InputError
 from runtime_ref.graph_engine import GraphEngine
@@ -41,6 +43,27 @@ def test_what_drafting_gains() -> None:
     assert drafting_gain([torch.zeros(5)], costs, 4) == Gain(0, 1.0)
     assert "gains nothing on these texts" in str(Gain(0, 1.0))
     assert "1.50 times as fast as plain decoding here, with K = 3" in str(Gain(3, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("tuned", "before", "verdict"),
+    [
+        ([2, 2, 1, 2, 2, 1], [3, 2, 3, 2, 3, 3], "finding"),
+        ([2.0] * 6, [2.19] * 6, "pass"),  # too little
+        ([2.0] * 6, [2.21] * 6, "finding"),
+        ([0, 4, 0, 4, 0, 2], [4, 0, 4, 1, 4, 1], "pass"),  # texts differ as much among themselves
+        ([2] * 4, [3] * 4, "pass"),  # too few texts
+        ([2], [3], "skipped"),
+    ],
+)
+def test_a_training_is_blamed_for_a_clear_loss(tuned: list[float], before: list[float], verdict: str) -> None:
+    """Each number is how many of four drafts a round of a text are accepted."""
+
+    def study(accepted: list[float]) -> Any:
+        rounds = [torch.tensor([number, number]) for number in accepted]
+        return SimpleNamespace(rounds={CORRECT: rounds}, in_fp32=True)
+
+    assert against_base(study(tuned), study(before)).verdict == verdict
 
 
 def test_a_target_that_was_led_away_from_its_drafter(bundle: Bundle, pair_dirs: Pairs, tmp_path: Path) -> None:
