@@ -29,6 +29,7 @@ MAX_HEADER_BYTES = 1 << 24
 DTYPES = {FLOAT32: "F32", FLOAT16: "F16"}  # larger ones first: each tensor then begins at a multiple of its item size
 TOKENS = "tokens"
 AGAIN = "run the prompt again and save another session"
+OTHER = f"choose another one, or {AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _checked_header(file: Path, content: mmap.mmap) -> tuple[dict[str, Any], int
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r:.40}, expected {FORMAT!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: not a session file ({_reason(error)}); choose another one, or {AGAIN}") from error
+        raise InputError(f"{file}: not a session file ({_reason(error)}); {OTHER}") from error
     version = metadata.get("version")
     if version != str(VERSION):
         newer = version is not None and version.isdecimal() and len(version) < 9 and int(version) > VERSION
@@ -188,9 +189,7 @@ def _mapped(file: Path) -> mmap.mmap:
             raise InputError(f"{file}: {found}; expected a session that was saved")
         with file.open("rb") as stream:
             if (size := os.fstat(stream.fileno()).st_size) < 8:
-                raise InputError(
-                    f"{file}: not a session file ({size} bytes, expected at least 8); choose another one, or {AGAIN}"
-                )
+                raise InputError(f"{file}: not a session file ({size} bytes, expected at least 8); {OTHER}")
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = error.strerror if isinstance(error, OSError) else str(error)

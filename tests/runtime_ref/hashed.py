@@ -59,9 +59,10 @@ class HashedEngine(GraphEngine):
         return [np.take_along_axis(self.all_logits[at], self.ids[at], 1), self.ids[at], self.states[at]]
 
     def draft(self, last: int, num_draft_tokens: int) -> list[int]:
-        at = self.position + 1 - len(PROMPT)
-        right = [*self.answer[at : at + num_draft_tokens], *([0] * num_draft_tokens)][:num_draft_tokens]
-        if not self.answer:
+        if self.answer:
+            at = self.position + 1 - len(PROMPT)
+            right = [*self.answer[at : at + num_draft_tokens], *([0] * num_draft_tokens)][:num_draft_tokens]
+        else:
             text = [*self.cache.tokens, last]
             for _ in range(num_draft_tokens):
                 text.append(int(self.ids[self.row(text)][0]))

@@ -223,7 +223,8 @@ def test_the_choice_is_the_best_of_its_size() -> None:
         chosen = bits.choose(limit)
         assert chosen.bytes <= limit
         assert chosen.kl == min(kl for size, kl in every if size <= limit)
-    with pytest.raises(InputError, match=f"is {smallest - 1}, but the smallest .* needs about {smallest}; pass"):
+    refused = f"is {smallest - 1}, but the smallest choice, .* needs about {smallest}; pass"
+    with pytest.raises(InputError, match=refused):
         bits.choose(smallest - 1)
 
 

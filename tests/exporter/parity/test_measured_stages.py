@@ -39,7 +39,7 @@ def with_other_states_of_drafts(engine: GraphEngine) -> None:
     after(engine, "draft_step", lambda step, _: (step[0], step[1] * np.float32(1.01)))
 
 
-def with_drafts_accepted_unseen(engine: GraphEngine) -> None:
+def with_another_token_after_drafts(engine: GraphEngine) -> None:
     """Only a pass with drafts goes wrong."""
 
     def changed(found: Any, arguments: Sequence[Any]) -> Any:
@@ -77,7 +77,7 @@ FAULTS: dict[str, tuple[Callable[[GraphEngine], None], set[str]]] = {
     "cache": (with_a_scaled_cache, {"KV cache, full layers", "KV cache, sliding layers", "draft state"}),
     "states of drafts": (with_other_states_of_drafts, {"draft state"}),
     "drafts": (with_other_drafts, {"draft tokens"}),
-    "passes with drafts": (with_drafts_accepted_unseen, {"greedy tokens = plain", "sampled tokens = plain"}),
+    "passes with drafts": (with_another_token_after_drafts, {"greedy tokens = plain", "sampled tokens = plain"}),
     "table": (with_another_row, {"embedding rows"}),
 }
 
